@@ -1,0 +1,56 @@
+# Two commands: `make demo` runs the main job on bundled weights and real images, `make test` runs the tests.
+# Each sets up .venv the first time; run again, they install nothing unless pyproject.toml changed.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TIMM_TESTS := $(VENV)/timm-sdist
+
+.PHONY: demo test timm-tests lint render clean
+
+demo: $(VENV)/.installed-demo
+	@echo "==> the bundled rotnet_nin on the sample images"
+	@$(BIN)/python -m rotation_ssl.demo -o demo.png
+
+test: $(VENV)/.installed-dev lint
+	@echo "==> tests (ROTATION_SSL_DATA=$${ROTATION_SSL_DATA:-, not set: tests that need whole data sets skip})"
+	@$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev
+	@echo "==> ruff and mypy"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+# timm's own per-model tests, from the sdist of the installed timm, on our models
+timm-tests: $(VENV)/.installed-dev
+	@echo "==> timm's own tests on the models of rotation_ssl"
+	@$(BIN)/python -m pip install --quiet pytest-timeout
+	@rm -rf $(TIMM_TESTS) && mkdir -p $(TIMM_TESTS)
+	@version=$$($(BIN)/python -c "import timm; print(timm.__version__)") && \
+	    $(BIN)/python -m pip download --quiet --no-deps --no-build-isolation --no-binary timm \
+	        --dest $(TIMM_TESTS) "timm==$$version" && \
+	    tar -xzf $(TIMM_TESTS)/timm-$$version.tar.gz -C $(TIMM_TESTS) --strip-components=1
+	@cd $(TIMM_TESTS) && PYTHONPATH=$(CURDIR) $(CURDIR)/$(BIN)/python -m pytest -q -p tests.timm_plugin \
+	    --rootdir=. -c /dev/null -k rotnet tests/test_models.py
+
+# the tables of MODEL_CARD.md and README.md, and the metrics of the manifest, from the result rows
+render: $(VENV)/.installed-dev
+	@$(BIN)/python -m training.publish render
+
+clean:
+	rm -rf $(VENV) build dist runs demo.png
+
+$(BIN)/python:
+	@echo "==> making $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed-demo: pyproject.toml | $(BIN)/python
+	@echo "==> installing rotation-ssl into $(VENV) (torch is large: the first time takes minutes)"
+	@$(BIN)/python -m pip install --quiet --editable '.[demo]'
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
+	@echo "==> installing rotation-ssl with the dev extra into $(VENV) (torch is large: the first time takes minutes)"
+	@$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@ $(VENV)/.installed-demo

@@ -1,0 +1,5 @@
+"""Entry points of torch.hub: ``torch.hub.load(REPOSITORY, 'rotnet_nin', trust_repo=True)``."""
+
+dependencies = ["torch", "torchvision", "timm", "huggingface_hub", "safetensors", "PIL"]
+
+from rotation_ssl.hub import rotnet_alexnet, rotnet_nin, rotnet_nin3, rotnet_nin5  # noqa: E402, F401

@@ -1,0 +1,138 @@
+"""Run the bundled rotnet_nin on sample images: which way are they turned, and where does the network look?
+
+    python -m rotation_ssl.demo [IMAGE ...] [-o FIGURE]
+
+Without images it takes the samples that come with the package, and turns the i-th of them by i quarter turns first, so
+that there is something to find out. With images of your own it takes them as they are.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from PIL import Image
+from torch import nn
+from torchvision.transforms.v2 import functional as TF
+
+import rotation_ssl  # noqa: F401  registers the models with timm
+from rotation_ssl.features import attention_map, extract_features, layer_modules
+
+SAMPLES_DIR = Path(__file__).parent / "samples"
+POWERS = {"block1": 1.0, "block2": 2.0, "block3": 4.0}
+COLUMNS = 5  # images of one figure column carry five pictures each
+
+
+def load_image(file: Path) -> Image.Image:
+    """An image file as RGB.
+
+    Raises:
+        ValueError: the file does not exist or does not decode.
+    """
+    try:
+        with Image.open(file) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"image {file} does not decode ({error}); give another") from error
+
+
+def square_crop(image: Image.Image) -> torch.Tensor:
+    """The central square of an image: (3, H, H) uint8."""
+    tensor = TF.pil_to_tensor(image)
+    return TF.center_crop(tensor, [min(tensor.shape[-2:])])
+
+
+def to_batch(squares: list[torch.Tensor], model: nn.Module) -> torch.Tensor:
+    """Square uint8 images of any size -> (N, 3, H, H), of the size and normalisation that the model takes."""
+    cfg = model.pretrained_cfg
+    size = list(cfg["input_size"][-2:])
+    small = torch.stack([TF.to_dtype(TF.resize(s, size, antialias=True), torch.float32, scale=True) for s in squares])
+    return TF.normalize(small, list(cfg["mean"]), list(cfg["std"]))
+
+
+def predict(model: nn.Module, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rotation that each image is most likely turned by, (N,) in 0..3 x 90 degrees ccw, and its probability (N,)."""
+    model.eval()
+    with torch.inference_mode():
+        probability, rotation = model(batch).softmax(1).max(1)
+    return rotation, probability
+
+
+def draw(
+    squares: list[torch.Tensor],
+    rotations: torch.Tensor,
+    probabilities: torch.Tensor,
+    maps: dict[str, torch.Tensor],
+    file: Path,
+) -> None:
+    """One figure: each image as given, as turned upright by the model, and its attention maps.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError("the figure needs matplotlib: pip install 'rotation-ssl[demo]'") from error
+    columns = 3 if len(squares) > 15 else 1
+    rows = -(-len(squares) // columns)
+    pictures = 2 + len(maps)
+    figure = Figure(figsize=(columns * (pictures * 0.95 + 0.3), rows * 1.12 + 0.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = np.atleast_2d(figure.subplots(rows, columns * pictures))
+    for axis in axes.flat:
+        axis.axis("off")
+    for i, square in enumerate(squares):
+        column, row = divmod(i, rows)
+        line = axes[row, column * pictures : (column + 1) * pictures]
+        upright = torch.rot90(square, -int(rotations[i]), (-2, -1))
+        line[0].imshow(square.permute(1, 2, 0))
+        line[1].imshow(upright.permute(1, 2, 0))
+        line[1].set_title(f"{90 * int(rotations[i])}°, {100 * probabilities[i]:.0f} %", fontsize=6, pad=2)
+        for axis, attention in zip(line[2:], maps.values(), strict=True):
+            axis.imshow(attention[i], cmap="inferno", vmin=0, vmax=1)
+        if row == 0:
+            for axis, title in zip(line, ("as given", "upright", *maps), strict=True):
+                axis.set_title(f"{title}\n{axis.get_title()}".strip(), fontsize=6, pad=2)
+    figure.savefig(file, dpi=130)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m rotation_ssl.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="image files [the package's samples]")
+    parser.add_argument("-o", "--output", type=Path, default=Path("demo.png"), help="figure to write [%(default)s]")
+    args = parser.parse_args(arguments)
+    files = args.images or sorted(p for p in SAMPLES_DIR.rglob("*") if p.suffix in (".png", ".jpg"))
+    try:
+        squares = [square_crop(load_image(file)) for file in files]
+        turns = [0 if args.images else i % 4 for i in range(len(files))]
+        squares = [torch.rot90(square, k, (-2, -1)) for square, k in zip(squares, turns, strict=True)]
+        model = timm.create_model("rotnet_nin", pretrained=True)
+        print(f"rotnet_nin.{model.pretrained_cfg['tag']}: {len(files)} images")
+        batch = to_batch(squares, model)
+        rotations, probabilities = predict(model, batch)
+        features = extract_features(model, [batch], list(layer_modules(model)), grid=None)
+        for i, file in enumerate(files):
+            truth = "" if args.images else f"turned {90 * turns[i]:3d}, "
+            shapes = "  ".join(f"{layer} {'x'.join(map(str, f.shape[1:]))}" for layer, f in features.items())
+            print(f"{file.name:28s} {truth}predicted {90 * int(rotations[i]):3d} ({100 * probabilities[i]:5.1f} %)  {shapes}")
+        if not args.images:
+            right = int((rotations == torch.tensor(turns)).sum())
+            print(f"{right} of {len(files)} turned images guessed right (chance is a quarter)")
+        maps = {layer: attention_map(features[layer], p, tuple(batch.shape[-2:])) for layer, p in POWERS.items()}
+        draw(squares, rotations, probabilities, maps, args.output)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"figure written to {args.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,155 @@
+"""Classifiers on frozen features: tensors in, predictions out.
+
+They measure features, so they know nothing of backbones: pair them with :func:`rotation_ssl.features.extract_features`.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn import functional as F
+
+LINEAR_STRENGTHS = (1e-1, 1e-2, 1e-3, 1e-4)
+
+
+def knn_predict(
+    train_features: torch.Tensor,
+    train_labels: torch.Tensor,
+    test_features: torch.Tensor,
+    num_classes: int,
+    k: int = 20,
+    temperature: float = 0.07,
+) -> torch.Tensor:
+    """k-NN by cosine similarity, votes weighted by exp(similarity / temperature).
+
+    The protocol of Wu et al. 2018 (https://arxiv.org/abs/1805.01978) with k = 20.
+
+    Args:
+        train_features: (N, D).
+        train_labels: (N,) int64 in 0..num_classes - 1.
+        test_features: (M, D).
+        num_classes: K.
+        k: neighbours that vote, at most N.
+        temperature: of the votes.
+
+    Returns:
+        (M,) int64; of classes with equal votes the first.
+
+    Raises:
+        ValueError: shapes that do not fit, features that are not finite, or k out of range.
+    """
+    _check(train_features, train_labels, test_features, num_classes)
+    if not 1 <= k <= len(train_features):
+        raise ValueError(f"k must be 1 to the {len(train_features)} training images, got {k}")
+    train = F.normalize(train_features.float(), dim=1)
+    predictions = []
+    for part in test_features.split(1000):
+        similarity, neighbours = (F.normalize(part.float(), dim=1) @ train.T).topk(k, dim=1)
+        votes = torch.zeros(len(part), num_classes, device=train.device)
+        votes.scatter_add_(1, train_labels[neighbours], (similarity / temperature).exp())
+        predictions.append(votes.argmax(1))
+    return torch.cat(predictions)
+
+
+def linear_predict(
+    train_features: torch.Tensor,
+    train_labels: torch.Tensor,
+    test_features: torch.Tensor,
+    num_classes: int,
+    validation: int,
+    strengths: Sequence[float] = LINEAR_STRENGTHS,
+    iterations: int = 100,
+) -> tuple[torch.Tensor, float]:
+    """Logistic regression on standardised features, its L2 strength chosen on a split of the training set.
+
+    Features are standardised by the training set's mean and deviation. The last ``validation`` training images choose
+    among ``strengths``; then all of the training set is fitted with the chosen one. The loss is the mean cross-entropy
+    plus strength / 2 times the squared norm of the weights (not of the bias), minimised by L-BFGS from zero; during the
+    choice each strength starts from the solution of the stronger one.
+
+    Args:
+        train_features: (N, D).
+        train_labels: (N,) int64 in 0..num_classes - 1.
+        test_features: (M, D).
+        num_classes: K.
+        validation: images of the split, fewer than N.
+        strengths: candidates, taken from the strongest to the weakest.
+        iterations: of L-BFGS for each fit, at most.
+
+    Returns:
+        (M,) int64 predictions, and the strength chosen.
+
+    Raises:
+        ValueError: shapes that do not fit, features that are not finite, or a split out of range.
+    """
+    _check(train_features, train_labels, test_features, num_classes)
+    if not 0 < validation < len(train_features):
+        raise ValueError(f"validation must be 1 to {len(train_features) - 1} training images, got {validation}")
+    mean = train_features.mean(0)
+    deviation = train_features.std(0, correction=0).clamp_min(1e-6)
+    train, test = (train_features - mean) / deviation, (test_features - mean) / deviation
+    if len(strengths) > 1:
+        strength = _choose_strength(train, train_labels, num_classes, validation, strengths, iterations)
+    else:
+        strength = strengths[0]
+    weight = fit_logistic(train, train_labels, num_classes, strength, iterations)
+    return _affine(test, weight).argmax(1), strength
+
+
+def fit_logistic(
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    num_classes: int,
+    strength: float,
+    iterations: int = 100,
+    start: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Multinomial logistic regression by L-BFGS: (D + 1, K) float32, the last row the bias.
+
+    Minimises the mean cross-entropy plus ``strength`` / 2 times the squared norm of all rows but the last.
+    """
+    weight = torch.zeros(features.shape[1] + 1, num_classes, device=features.device) if start is None else start.clone()
+    weight.requires_grad_(True)
+    optimizer = torch.optim.LBFGS([weight], max_iter=iterations, history_size=10, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(_affine(features, weight), labels) + strength / 2 * weight[:-1].square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return weight.detach()
+
+
+def _choose_strength(
+    train: torch.Tensor,
+    labels: torch.Tensor,
+    num_classes: int,
+    validation: int,
+    strengths: Sequence[float],
+    iterations: int,
+) -> float:
+    fitted, held = train[:-validation], train[-validation:]
+    weight, best = None, (-1, 0.0)
+    for strength in sorted(strengths, reverse=True):
+        weight = fit_logistic(fitted, labels[:-validation], num_classes, strength, iterations, weight)
+        correct = int((_affine(held, weight).argmax(1) == labels[-validation:]).sum())
+        best = max(best, (correct, strength))
+    return best[1]
+
+
+def _affine(features: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return torch.addmm(weight[-1], features, weight[:-1])
+
+
+def _check(train: torch.Tensor, labels: torch.Tensor, test: torch.Tensor, num_classes: int) -> None:
+    if train.ndim != 2 or test.ndim != 2 or train.shape[1] != test.shape[1]:
+        raise ValueError(f"features must be (N, D) and (M, D), got {tuple(train.shape)} and {tuple(test.shape)}")
+    if labels.shape != (len(train),) or labels.dtype != torch.int64:
+        raise ValueError(f"labels must be ({len(train)},) int64, got {tuple(labels.shape)} {labels.dtype}")
+    if len(train) == 0 or len(test) == 0:
+        raise ValueError(f"no features: {len(train)} of training, {len(test)} of test images")
+    if int(labels.min()) < 0 or int(labels.max()) >= num_classes:
+        raise ValueError(f"labels must be in 0..{num_classes - 1}, got {int(labels.min())}..{int(labels.max())}")
+    if not (train.isfinite().all() and test.isfinite().all()):
+        raise ValueError("features hold values that are not finite: check the weights and the images")

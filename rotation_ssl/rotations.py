@@ -1,0 +1,106 @@
+"""The pretext task of RotNet, in one screen: turn every image by quarter turns, ask which turn it was.
+
+Rotation k is k x 90 degrees counter-clockwise. A batch of rotations is rotation-major: with R rotations of N images,
+row r * N + i is image i turned by ``rotations[r]``, and its label is r, the position in the set of rotations.
+
+Source: Gidaris et al. 2018, section 3.1 (https://arxiv.org/abs/1803.07728). Augment (flip, crop) **before** rotating:
+a flip afterwards makes 90 and 270 degrees indistinguishable.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+ROTATIONS = (0, 1, 2, 3)
+
+
+def rotate_all(images: torch.Tensor, rotations: Sequence[int] = ROTATIONS) -> torch.Tensor:
+    """Turn every image by each of the rotations, exactly: pixels move, none is interpolated.
+
+    Args:
+        images: (N, C, H, H), any dtype and device; a channels_last batch stays channels_last.
+        rotations: R distinct quarter turns counter-clockwise, each 0..3; ``(0, 2)`` is {0, 180} degrees.
+
+    Returns:
+        (R * N, C, H, H), rotation-major, same dtype, device and memory format.
+
+    Raises:
+        ValueError: images are not a batch of square images, or the rotations are not distinct values of 0..3.
+    """
+    if images.ndim != 4:
+        raise ValueError(f"images must be a batch (N, C, H, W), got shape {tuple(images.shape)}; use images[None] for one")
+    if images.shape[-2] != images.shape[-1]:
+        raise ValueError(f"images must be square, got {tuple(images.shape[-2:])}: crop them before rotating")
+    _check_rotations(rotations)
+    return torch.cat([torch.rot90(images, k, (-2, -1)) for k in rotations])
+
+
+def rotation_labels(
+    num_images: int, rotations: Sequence[int] = ROTATIONS, device: torch.device | str | None = None
+) -> torch.Tensor:
+    """Labels of :func:`rotate_all`'s batch: (R * N,) int64, the position of each row's rotation in the set.
+
+    Raises:
+        ValueError: num_images is negative, or the rotations are not distinct values of 0..3.
+    """
+    if num_images < 0:
+        raise ValueError(f"num_images must not be negative, got {num_images}")
+    _check_rotations(rotations)
+    return torch.arange(len(rotations), device=device).repeat_interleave(num_images)
+
+
+def rotation_loss(model: nn.Module, images: torch.Tensor, rotations: Sequence[int] = ROTATIONS) -> torch.Tensor:
+    """Cross-entropy of the model's guess which way each image was turned: the whole pretext task.
+
+    Args:
+        model: maps (R * N, C, H, H) to logits (R * N, R).
+        images: (N, C, H, H), augmented and normalised, upright.
+        rotations: as in :func:`rotate_all`.
+
+    Returns:
+        Scalar, the mean over the R * N turned images, computed in float32; differentiable.
+
+    Raises:
+        ValueError: as :func:`rotate_all`, or the model does not give R logits an image.
+    """
+    logits = model(rotate_all(images, rotations))
+    if logits.ndim != 2 or logits.shape[1] != len(rotations):
+        raise ValueError(
+            f"the model must give {len(rotations)} logits an image, one for each rotation, got shape "
+            f"{tuple(logits.shape)}: create it with num_classes={len(rotations)}"
+        )
+    return F.cross_entropy(logits.float(), rotation_labels(len(images), rotations, logits.device))
+
+
+def count_correct_rotations(
+    model: nn.Module, batches: Iterable[torch.Tensor], rotations: Sequence[int] = ROTATIONS
+) -> tuple[int, int]:
+    """How many turned images the model, in eval mode, guesses right: the pretext task's own test.
+
+    Args:
+        model: maps (R * N, C, H, H) to logits (R * N, R); its train/eval mode is as before afterwards.
+        batches: batches of upright normalised images (N, C, H, H).
+        rotations: as in :func:`rotate_all`.
+
+    Returns:
+        The number of right guesses and the number of turned images, R times the images; their ratio is the accuracy.
+    """
+    was_training = model.training
+    model.eval()
+    correct = total = 0
+    try:
+        with torch.inference_mode():
+            for images in batches:
+                guesses = model(rotate_all(images, rotations)).argmax(1)
+                correct += int((guesses == rotation_labels(len(images), rotations, guesses.device)).sum())
+                total += len(guesses)
+    finally:
+        model.train(was_training)
+    return correct, total
+
+
+def _check_rotations(rotations: Sequence[int]) -> None:
+    if not rotations or len(set(rotations)) != len(rotations) or not set(rotations) <= set(ROTATIONS):
+        raise ValueError(f"rotations must be distinct quarter turns of 0, 1, 2, 3, got {tuple(rotations)}")

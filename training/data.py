@@ -1,0 +1,190 @@
+"""Labelled images as one uint8 tensor, and augmentation as batched tensor code on whatever device they are."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """N square images of one size in memory: ``images`` (N, 3, H, H) uint8 and ``labels`` (N,) int64."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def to(self, device: torch.device | str) -> "LabelledImages":
+        """The same images on another device."""
+        return LabelledImages(self.images.to(device), self.labels.to(device), self.classes)
+
+    def subset(self, index: torch.Tensor) -> "LabelledImages":
+        """The images at ``index``, in its order."""
+        return LabelledImages(self.images[index], self.labels[index], self.classes)
+
+
+def load_cifar10(data_dir: Path, split: str, download: bool = False) -> LabelledImages:
+    """CIFAR-10 (Krizhevsky 2009) from a folder ``train|test/<class>/*.png``, or from torchvision's batches.
+
+    Args:
+        data_dir: holds ``train/`` and ``test/`` with a folder a class, or ``cifar-10-batches-py/``.
+        split: 'train' (50,000 images) or 'test' (10,000).
+        download: let torchvision fetch the batches into ``data_dir`` when they are not there.
+
+    Returns:
+        The images in their original order, (N, 3, 32, 32), classes in alphabetical order, which is the original one.
+
+    Raises:
+        ValueError: no such data there, a class missing, or an image that does not decode.
+    """
+    if (data_dir / split).is_dir():
+        data = load_folder(data_dir / split, size=32)
+        if data.classes != CIFAR10_CLASSES:
+            raise ValueError(
+                f"{data_dir / split} is not CIFAR-10: its classes are {', '.join(data.classes)}; "
+                f"expected {', '.join(CIFAR10_CLASSES)}"
+            )
+        return data
+    if not download and not (data_dir / "cifar-10-batches-py").is_dir():
+        raise ValueError(
+            f"no CIFAR-10 in {data_dir}: expected {split}/<class>/*.png or cifar-10-batches-py/; "
+            "give --data-dir, or --download to fetch it there"
+        )
+    from torchvision.datasets import CIFAR10
+
+    try:
+        dataset = CIFAR10(str(data_dir), train=split == "train", download=download)
+    except RuntimeError as error:
+        raise ValueError(f"CIFAR-10 in {data_dir} is incomplete or damaged: {error}; fetch it with --download") from error
+    images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()
+    return LabelledImages(images, torch.tensor(dataset.targets), CIFAR10_CLASSES)
+
+
+def load_folder(folder: Path, size: int) -> LabelledImages:
+    """Images of ``folder/<class>/*``, sorted by file name over all classes, as RGB squares of ``size`` pixels.
+
+    An image of another size is resized (bicubic) so that its shorter side is ``size``, then its centre is taken.
+    Grayscale, palette, RGBA and CMYK images are converted to RGB.
+
+    Raises:
+        ValueError: the folder is missing or empty, a class folder is empty, or an image does not decode.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"data folder {folder} does not exist; give one that holds a folder of images for each class")
+    class_folders = sorted(path for path in folder.iterdir() if path.is_dir())
+    if not class_folders:
+        raise ValueError(f"data folder {folder} holds no class folders; expected {folder}/<class>/*.png")
+    files: list[tuple[Path, int]] = []
+    for label, class_folder in enumerate(class_folders):
+        found = [(path, label) for path in class_folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
+        if not found:
+            raise ValueError(f"class folder {class_folder} holds no images ({', '.join(IMAGE_SUFFIXES)}); fill or remove it")
+        files += found
+    files.sort(key=lambda item: (item[0].name, item[0]))
+    images = read_images([path for path, _ in files], size)
+    return LabelledImages(images, torch.tensor([label for _, label in files]), tuple(p.name for p in class_folders))
+
+
+def read_images(files: Sequence[Path], size: int) -> torch.Tensor:
+    """Decode files: (N, 3, size, size) uint8 in the order of ``files``; many of them with a progress bar."""
+    images = np.empty((len(files), size, size, 3), dtype=np.uint8)
+    for i, file in enumerate(tqdm(files, desc="reading images", unit="image", disable=len(files) < 5000, mininterval=0.5)):
+        images[i] = np.asarray(_square(read_image(file), size))
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+
+
+def read_image(file: Path) -> Image.Image:
+    """One image as RGB, whatever its mode; an unreadable one is a ValueError that names the file."""
+    try:
+        with Image.open(file) as image:
+            return _to_rgb(image)
+    except FileNotFoundError as error:
+        raise ValueError(f"image {file} does not exist") from error
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"image {file} does not decode ({error}); replace or remove it") from error
+
+
+def crop_and_flip(
+    images: torch.Tensor,
+    crop: int,
+    padding: int,
+    padding_mode: str,
+    flip: bool,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """A random square crop of each image, half of them mirrored, in one gather.
+
+    Args:
+        images: (N, C, H, H), any dtype.
+        crop: side of the crop, at most H + 2 * padding.
+        padding: pixels added on all four sides before cropping (the same on each: one-sided padding would tell the
+            orientation).
+        padding_mode: 'reflect' mirrors the image at its border, 'constant' pads with zeros.
+        flip: mirror each crop left to right with probability 1/2.
+        generator: on the CPU, so that every device draws the same numbers.
+
+    Returns:
+        (N, C, crop, crop), channels_last in memory, same dtype and device.
+
+    Raises:
+        ValueError: the crop is larger than the padded image, or the mode is unknown.
+    """
+    size = images.shape[-1]
+    if crop > size + 2 * padding or crop < 1:
+        raise ValueError(f"crop {crop} does not fit images of {size} pixels padded by {padding}")
+    if padding_mode not in ("reflect", "constant"):
+        raise ValueError(f"padding_mode must be 'reflect' or 'constant', got {padding_mode!r}")
+    count = len(images)
+    offsets = torch.randint(-padding, size + padding - crop + 1, (2, count, 1), generator=generator)
+    mirrored = torch.rand(count, 1, generator=generator) < (0.5 if flip else 0.0)
+    steps = torch.arange(crop)
+    rows = (offsets[0] + steps).to(images.device)
+    cols = (offsets[1] + torch.where(mirrored, steps.flip(0), steps)).to(images.device)
+    batch = torch.arange(count, device=images.device)[:, None, None]
+    # the sliced channel axis goes last: the result is channels_last without a copy
+    crops = images[batch, :, _reflect(rows, size)[:, :, None], _reflect(cols, size)[:, None, :]]
+    if padding_mode == "constant":
+        inside = ((rows >= 0) & (rows < size))[:, :, None] & ((cols >= 0) & (cols < size))[:, None, :]
+        crops = crops * inside[..., None].to(crops.dtype)
+    return crops.permute(0, 3, 1, 2)
+
+
+def normalize(images: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """uint8 (N, C, H, W) in 0..255 -> float32 of the given mean and deviation (both of values in 0..1, by channel)."""
+    scale = torch.tensor(std, device=images.device).mul(255).view(1, -1, 1, 1)
+    shift = torch.tensor(mean, device=images.device).mul(255).view(1, -1, 1, 1)
+    return (images.float() - shift) / scale
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        # what is transparent has no colour worth learning: show it on white, as viewers do
+        image = image.convert("RGBA")
+        background = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(background, image)
+    return image.convert("RGB")
+
+
+def _square(image: Image.Image, size: int) -> Image.Image:
+    if image.size == (size, size):
+        return image
+    width, height = image.size
+    scale = size / min(width, height)
+    resized = image.resize((max(size, round(width * scale)), max(size, round(height * scale))), Image.Resampling.BICUBIC)
+    left, top = (resized.width - size) // 2, (resized.height - size) // 2
+    return resized.crop((left, top, left + size, top + size))
+
+
+def _reflect(index: torch.Tensor, size: int) -> torch.Tensor:
+    index = index.abs()
+    return torch.where(index >= size, 2 * (size - 1) - index, index)
