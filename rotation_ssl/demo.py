@@ -53,7 +53,7 @@ def to_batch(squares: list[torch.Tensor], model: nn.Module) -> torch.Tensor:
 
 
 def predict(model: nn.Module, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rotation that each image is most likely turned by, (N,) in 0..3 x 90 degrees ccw, and its probability (N,)."""
+    """The likeliest rotation of each image, (N,) in 0..3 x 90 degrees counter-clockwise, and its probability (N,)."""
     model.eval()
     with torch.inference_mode():
         probability, rotation = model(batch).softmax(1).max(1)
@@ -121,7 +121,8 @@ def main(arguments: list[str] | None = None) -> int:
         for i, file in enumerate(files):
             truth = "" if args.images else f"turned {90 * turns[i]:3d}, "
             shapes = "  ".join(f"{layer} {'x'.join(map(str, f.shape[1:]))}" for layer, f in features.items())
-            print(f"{file.name:28s} {truth}predicted {90 * int(rotations[i]):3d} ({100 * probabilities[i]:5.1f} %)  {shapes}")
+            guess = f"predicted {90 * int(rotations[i]):3d} ({100 * probabilities[i]:5.1f} %)"
+            print(f"{file.name:28s} {truth}{guess}  {shapes}")
         if not args.images:
             right = int((rotations == torch.tensor(turns)).sum())
             print(f"{right} of {len(files)} turned images guessed right (chance is a quarter)")

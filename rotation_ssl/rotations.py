@@ -30,7 +30,9 @@ def rotate_all(images: torch.Tensor, rotations: Sequence[int] = ROTATIONS) -> to
         ValueError: images are not a batch of square images, or the rotations are not distinct values of 0..3.
     """
     if images.ndim != 4:
-        raise ValueError(f"images must be a batch (N, C, H, W), got shape {tuple(images.shape)}; use images[None] for one")
+        raise ValueError(
+            f"images must be a batch (N, C, H, W), got shape {tuple(images.shape)}; use images[None] for one"
+        )
     if images.shape[-2] != images.shape[-1]:
         raise ValueError(f"images must be square, got {tuple(images.shape[-2:])}: crop them before rotating")
     _check_rotations(rotations)

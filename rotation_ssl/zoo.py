@@ -1,7 +1,7 @@
 """From a model's name to weights that are the measured bytes, or a clear error.
 
-The manifest (``weights/manifest.json``) has one entry for every published ``model.tag``: file, sha256, size, licence and
-where it came from. timm hashes nothing it loads, and with another number of classes it takes a file of entirely wrong
+The manifest (``weights/manifest.json``) has one entry for every published ``model.tag``: file, sha256, size, licence
+and where it came from. timm hashes nothing it loads, and with another number of classes it takes a file of entirely wrong
 keys without an error; :func:`build_model` closes both holes for every model of this package, whichever way it is made.
 """
 
@@ -51,7 +51,9 @@ def verify(file: Path, name: str) -> None:
             "reinstall rotation-ssl"
         )
     with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(stream)
+        digest = (
+            hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(stream)
+        )
     if digest != entry["sha256"]:
         raise ValueError(
             f"weights of {name} are damaged: {file} has sha256 {digest}, the manifest says {entry['sha256']}; "
@@ -113,7 +115,9 @@ def _classes_of(file: Path, classifier: str) -> int:
             weight = f"{classifier}.weight"
             return int(tensors.get_slice(weight).get_shape()[0]) if weight in tensors.keys() else 0  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"weights file {file} is not a whole safetensors file ({error}); convert or fetch it anew") from error
+        raise ValueError(
+            f"weights file {file} is not a whole safetensors file ({error}); convert or fetch it anew"
+        ) from error
 
 
 def _check_state_dict(state_dict: dict[str, torch.Tensor], model: nn.Module, source: str) -> dict[str, torch.Tensor]:

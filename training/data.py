@@ -65,7 +65,9 @@ def load_cifar10(data_dir: Path, split: str, download: bool = False) -> Labelled
     try:
         dataset = CIFAR10(str(data_dir), train=split == "train", download=download)
     except RuntimeError as error:
-        raise ValueError(f"CIFAR-10 in {data_dir} is incomplete or damaged: {error}; fetch it with --download") from error
+        raise ValueError(
+            f"CIFAR-10 in {data_dir} is incomplete or damaged: {error}; fetch it with --download"
+        ) from error
     images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()
     return LabelledImages(images, torch.tensor(dataset.targets), CIFAR10_CLASSES)
 
@@ -88,7 +90,9 @@ def load_folder(folder: Path, size: int) -> LabelledImages:
     for label, class_folder in enumerate(class_folders):
         found = [(path, label) for path in class_folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
         if not found:
-            raise ValueError(f"class folder {class_folder} holds no images ({', '.join(IMAGE_SUFFIXES)}); fill or remove it")
+            raise ValueError(
+                f"class folder {class_folder} holds no images ({', '.join(IMAGE_SUFFIXES)}); fill or remove it"
+            )
         files += found
     files.sort(key=lambda item: (item[0].name, item[0]))
     images = read_images([path for path, _ in files], size)
@@ -98,7 +102,9 @@ def load_folder(folder: Path, size: int) -> LabelledImages:
 def read_images(files: Sequence[Path], size: int) -> torch.Tensor:
     """Decode files: (N, 3, size, size) uint8 in the order of ``files``; many of them with a progress bar."""
     images = np.empty((len(files), size, size, 3), dtype=np.uint8)
-    for i, file in enumerate(tqdm(files, desc="reading images", unit="image", disable=len(files) < 5000, mininterval=0.5)):
+    for i, file in enumerate(
+        tqdm(files, desc="reading images", unit="image", disable=len(files) < 5000, mininterval=0.5)
+    ):
         images[i] = np.asarray(_square(read_image(file), size))
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
@@ -180,7 +186,9 @@ def _square(image: Image.Image, size: int) -> Image.Image:
         return image
     width, height = image.size
     scale = size / min(width, height)
-    resized = image.resize((max(size, round(width * scale)), max(size, round(height * scale))), Image.Resampling.BICUBIC)
+    resized = image.resize(
+        (max(size, round(width * scale)), max(size, round(height * scale))), Image.Resampling.BICUBIC
+    )
     left, top = (resized.width - size) // 2, (resized.height - size) // 2
     return resized.crop((left, top, left + size, top + size))
 

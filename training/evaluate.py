@@ -60,13 +60,17 @@ def load_subject(name: str, random: bool, seed: int = 0) -> Subject:
     if random:
         torch.manual_seed(seed)
         backbone = timm.create_model(architecture).eval()
-        return Subject(f"{architecture}.random", backbone, hashlib.sha256(save(backbone.state_dict())).hexdigest(), seed)
+        return Subject(
+            f"{architecture}.random", backbone, hashlib.sha256(save(backbone.state_dict())).hexdigest(), seed
+        )
     backbone = timm.create_model(name, pretrained=True).eval()
     name = f"{architecture}.{backbone.pretrained_cfg['tag']}"
     return Subject(name, backbone, zoo.manifest()[name]["sha256"], None)
 
 
-def normalized_batches(images: torch.Tensor, cfg: dict[str, Any], device: str, description: str) -> Iterator[torch.Tensor]:
+def normalized_batches(
+    images: torch.Tensor, cfg: dict[str, Any], device: str, description: str
+) -> Iterator[torch.Tensor]:
     """uint8 images (N, 3, H, W) in normalised batches on the device, channels_last, with a progress bar."""
     with tqdm(total=len(images), desc=description, unit="img", mininterval=0.5) as bar:
         for part in images.split(BATCH):

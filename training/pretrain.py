@@ -10,7 +10,6 @@ checkpoint and stops; --resume goes on from the last one, to the same weights as
 import argparse
 import dataclasses
 import json
-import os
 import signal
 import sys
 import time
@@ -102,7 +101,9 @@ def pretrain(
             if step % CURVE_EVERY == 0 or step == recipe.steps:
                 mean_loss = torch.stack(losses).mean().item()
                 if not np.isfinite(mean_loss):
-                    raise ValueError(f"the loss became {mean_loss} by step {step}; lower the learning rate of {recipe.name}")
+                    raise ValueError(
+                        f"the loss became {mean_loss} by step {step}; lower the learning rate of {recipe.name}"
+                    )
                 now = seconds + time.monotonic() - started
                 curve.append({"step": step, "loss": mean_loss, "seconds": round(now, 1)})
                 bar.set_postfix(loss=f"{mean_loss:.3f}", crop=recipe.crop_at(step - 1))
@@ -198,7 +199,7 @@ def save_checkpoint(
     }
     unfinished = file.with_suffix(".tmp")
     torch.save(state, unfinished)
-    os.replace(unfinished, file)
+    unfinished.replace(file)
 
 
 def load_checkpoint(

@@ -11,7 +11,6 @@ nothing and fails when something would change.
 import argparse
 import hashlib
 import json
-import os
 import re
 import shutil
 import sys
@@ -51,7 +50,7 @@ def bundle(run_dir: Path, name: str) -> None:
     if recipe["model"] != name.split(".", 1)[0]:
         raise ValueError(f"{run_dir} is a run of {recipe['model']}, not of {name.split('.', 1)[0]}")
     if recipe["holdout"]:
-        raise ValueError(f"{run_dir} held {recipe['holdout']} training images out: it is for tuning, not for publishing")
+        raise ValueError(f"{run_dir} held {recipe['holdout']} images out: it is for tuning, not publishing")
     target = zoo.WEIGHTS_DIR / f"{name}.safetensors"
     _replace(target, weights.read_bytes())
     _replace(RESULTS_DIR / f"{name}.run.json", run_file.read_bytes())
@@ -222,8 +221,8 @@ def _check_hashes(rows: list[Row], entries: dict[str, Any]) -> None:
     for row in rows:
         if row.weights in entries and row.source == "measured" and row.sha256 != entries[row.weights]["sha256"]:
             raise ValueError(
-                f"the row of {row.weights}, {row.protocol} {row.layer} is of other bytes (sha256 {row.sha256}) than the "
-                "manifest's: measure the weights again with `python -m training.evaluate`"
+                f"the row of {row.weights}, {row.protocol} {row.layer} is of other bytes (sha256 {row.sha256}) than "
+                "the manifest's: measure the weights again with `python -m training.evaluate`"
             )
 
 
@@ -266,7 +265,7 @@ def _write_manifest(entries: dict[str, Any]) -> None:
 def _replace(path: Path, content: bytes) -> None:
     unfinished = path.with_name(f"{path.name}.tmp")
     unfinished.write_bytes(content)
-    os.replace(unfinished, path)
+    unfinished.replace(path)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -6,7 +6,6 @@ Rows live in ``training/results/*.jsonl``, one JSON object a line. Numbers quote
 
 import dataclasses
 import json
-import os
 import platform
 import subprocess
 from dataclasses import dataclass, field
@@ -88,7 +87,7 @@ def write_rows(file: Path, new: list[Row]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_suffix(".tmp")
     unfinished.write_text("".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows.values()))
-    os.replace(unfinished, file)
+    unfinished.replace(file)
 
 
 def current_commit() -> str:

@@ -100,16 +100,18 @@ class RotNetAlexNet(nn.Module):
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.features = nn.Sequential(
-            OrderedDict([
-                ("conv1", ConvNormAct(in_chans, 64, 11, stride=4, padding=2, bias=True, **dd)),
-                ("pool1", nn.MaxPool2d(3, stride=2)),
-                ("conv2", ConvNormAct(64, 192, 5, bias=True, **dd)),
-                ("pool2", nn.MaxPool2d(3, stride=2)),
-                ("conv3", ConvNormAct(192, 384, 3, bias=True, **dd)),
-                ("conv4", ConvNormAct(384, 256, 3, bias=True, **dd)),
-                ("conv5", ConvNormAct(256, 256, 3, bias=True, **dd)),
-                ("pool5", nn.MaxPool2d(3, stride=2)),
-            ])
+            OrderedDict(
+                [
+                    ("conv1", ConvNormAct(in_chans, 64, 11, stride=4, padding=2, bias=True, **dd)),
+                    ("pool1", nn.MaxPool2d(3, stride=2)),
+                    ("conv2", ConvNormAct(64, 192, 5, bias=True, **dd)),
+                    ("pool2", nn.MaxPool2d(3, stride=2)),
+                    ("conv3", ConvNormAct(192, 384, 3, bias=True, **dd)),
+                    ("conv4", ConvNormAct(384, 256, 3, bias=True, **dd)),
+                    ("conv5", ConvNormAct(256, 256, 3, bias=True, **dd)),
+                    ("pool5", nn.MaxPool2d(3, stride=2)),
+                ]
+            )
         )
         widths = {"conv1": (64, 4), "conv2": (192, 8), "conv3": (384, 16), "conv4": (256, 16), "conv5": (256, 16)}
         self.feature_info = [

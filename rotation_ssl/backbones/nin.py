@@ -194,11 +194,13 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
-default_cfgs = generate_default_cfgs({
-    "rotnet_nin": _cfg(),
-    "rotnet_nin3": _cfg(),
-    "rotnet_nin5": _cfg(),
-})
+default_cfgs = generate_default_cfgs(
+    {
+        "rotnet_nin": _cfg(),
+        "rotnet_nin3": _cfg(),
+        "rotnet_nin5": _cfg(),
+    }
+)
 
 
 def _create_nin(variant: str, depth: int, pretrained: bool, **kwargs: Any) -> RotNetNIN:
