@@ -103,7 +103,7 @@ NIN_CIFAR10_CPU = Recipe(
     name="nin-cifar10-cpu",
     model="rotnet_nin",
     data="cifar10",
-    stages=(Stage(steps=1650, crop=24), Stage(steps=850, crop=32)),
+    stages=(Stage(steps=1500, crop=24), Stage(steps=700, crop=32)),
     optimizer=Muon(),
     schedule=LinearSchedule(warmup=0.15),
     images_per_step=64,
