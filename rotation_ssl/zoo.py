@@ -1,8 +1,8 @@
 """From a model's name to weights that are the measured bytes, or a clear error.
 
 The manifest (``weights/manifest.json``) has one entry for every published ``model.tag``: file, sha256, size, licence
-and where it came from. timm hashes nothing it loads, and with another number of classes it takes a file of entirely wrong
-keys without an error; :func:`build_model` closes both holes for every model of this package, whichever way it is made.
+and where it came from. timm hashes nothing it loads, and with another number of classes it takes a file of entirely
+wrong keys without an error; :func:`build_model` closes both holes for every model here, whichever way it is made.
 """
 
 import functools
@@ -110,6 +110,8 @@ def _classes_of(file: Path, classifier: str) -> int:
     """Rows of the classifier in a user's safetensors file, 0 when it has none."""
     if not file.is_file():
         raise ValueError(f"weights file {file} does not exist")
+    if file.suffix != ".safetensors":
+        raise ValueError(f"weights file {file} is not a .safetensors file: convert it with safetensors.torch.save_file")
     try:
         with safe_open(file, framework="pt") as tensors:
             weight = f"{classifier}.weight"

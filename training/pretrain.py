@@ -112,7 +112,6 @@ def pretrain(
                 save_checkpoint(checkpoint_file, recipe, model, optimizers, step, curve)
                 saved = time.monotonic()
     if step < recipe.steps:
-        # a point of the curve in the making is lost: the step it began at is where the run goes on
         save_checkpoint(checkpoint_file, recipe, model, optimizers, step, curve)
         return checkpoint_file
 

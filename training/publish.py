@@ -3,7 +3,7 @@
     python -m training.publish bundle runs/nin rotnet_nin.cifar10
     python -m training.publish render [--check]
 
-`bundle` copies the run's weights, run.json and curve into place and writes their manifest entry. `render` rewrites
+`bundle` copies the run's weights, run.json and curve into place, writes their manifest entry and golden outputs. `render` rewrites
 MODEL_CARD.md, the rendered parts of README.md and the manifest's metrics from the result rows; with --check it writes
 nothing and fails when something would change.
 """
@@ -18,16 +18,23 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+import timm
+import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 
 from rotation_ssl import zoo
+from rotation_ssl.features import extract_features, layer_modules
+from training.data import normalize, read_images
 from training.results import RESULTS_DIR, Row, read_rows
 
 ROOT = Path(__file__).parent.parent
 CARD_TEMPLATE = Path(__file__).parent / "model_card.md"
 FIGURES_DIR = ROOT / "docs" / "figures"
+GOLDEN_DIR = ROOT / "tests" / "data"
 # the repository has no public address yet: this is the one place that names it
 REPOSITORY = "OWNER/rotation_ssl"
+PAPER_ROTATED_IMAGES = 100 * 4 * 50_000  # 100 epochs of all four rotations of CIFAR-10's training images
 DATA_NAMES = {"cifar10": "CIFAR-10, 50,000 training images without labels"}
 
 
@@ -71,6 +78,20 @@ def bundle(run_dir: Path, name: str) -> None:
         "metrics": {},
     }
     _write_manifest({**_read_manifest(), name: entry})
+    save_file(golden_outputs(target, recipe["model"]), GOLDEN_DIR / f"{name}.golden.safetensors")
+    (GOLDEN_DIR / f"{name}.golden.safetensors").chmod(0o644)
+
+
+def golden_outputs(weights: Path, model_name: str) -> dict[str, torch.Tensor]:
+    """What the weights give for the first sample images: logits (N, 4) and each layer's global average (N, C)."""
+    model = timm.create_model(model_name)
+    model.load_state_dict(load_file(weights))
+    files = sorted((zoo.WEIGHTS_DIR.parent / "samples" / "cifar10").glob("*.png"))[::5]
+    cfg = model.pretrained_cfg
+    batch = normalize(read_images(files, cfg["input_size"][-1]), cfg["mean"], cfg["std"])
+    with torch.inference_mode():
+        logits = model.eval()(batch)
+    return {"input": batch, "logits": logits, **extract_features(model, [batch], list(layer_modules(model)))}
 
 
 def render(check: bool = False) -> list[Path]:
@@ -171,9 +192,6 @@ def _weights_section(name: str, entry: dict[str, Any], rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-PAPER_ROTATED_IMAGES = 100 * 4 * 50_000
-
-
 def _rotation_lines(own: list[Row], random: list[Row], quoted: list[Row]) -> list[str]:
     lines = ["Rotation accuracy on the CIFAR-10 test set, each of the 10,000 images turned four ways, chance 25 %:", ""]
     for label, group in (("these weights", own), ("random weights", random)):
@@ -192,19 +210,16 @@ def _probe_table(name: str, model: str, rows: list[Row]) -> list[str]:
     probes = [row for row in own if row.layer]
     layers = sorted({row.layer for row in probes})
     lines = [
-        "Accuracy on the CIFAR-10 test set of classifiers on the frozen features of each block"
-        " (upright italics: not ours).".replace("upright italics", "italics"),
+        "Accuracy on the CIFAR-10 test set of classifiers on the frozen features of each block (italics: not ours).",
         "",
         f"| protocol | weights | {' | '.join(layers)} |",
         f"|---|---|{'---|' * len(layers)}",
     ]
-    groups = [(row.protocol, "**this**", own) for row in probes] + [(r.protocol, "random", random) for r in random]
     for protocol in dict.fromkeys(row.protocol for row in probes):
         for label, group in ((f"`{name}`", own), ("random", random)):
             cells = {row.layer: _percent(row) for row in group if row.protocol == protocol}
             if cells:
                 lines.append(f"| {protocol} | {label} | {' | '.join(cells.get(x, '') for x in layers)} |")
-    del groups
     for protocol in dict.fromkeys(row.protocol for row in quoted):
         cells = {row.layer: f"_{_percent(row)}_" for row in quoted if row.protocol == protocol}
         source = next(row.source for row in quoted if row.protocol == protocol)

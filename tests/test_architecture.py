@@ -1,0 +1,115 @@
+"""The house rules that reading alone would forget: imports go one way, names are the documented ones."""
+
+import ast
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+import rotation_ssl
+
+# what each module may import of the project; a module that is not here has no place in the plan yet
+ALLOWED = {
+    "rotation_ssl": {"rotation_ssl.backbones", "rotation_ssl.rotations"},
+    "rotation_ssl.rotations": set(),
+    "rotation_ssl.features": set(),
+    "rotation_ssl.probes": set(),
+    "rotation_ssl.convert": set(),
+    "rotation_ssl.zoo": set(),
+    "rotation_ssl.backbones": set(),
+    "rotation_ssl.backbones.nin": {"rotation_ssl.zoo"},
+    "rotation_ssl.backbones.alexnet": {"rotation_ssl.zoo"},
+    "rotation_ssl.hub": {"rotation_ssl.zoo", "rotation_ssl.backbones"},
+    "rotation_ssl.demo": {"rotation_ssl", "rotation_ssl.features"},
+    "hubconf": {"rotation_ssl.hub"},
+    "training": set(),
+    "training.allocator": set(),
+    "training.recipes": set(),
+    "training.data": set(),
+    "training.benchmark": set(),
+    "training.results": {"rotation_ssl"},
+    "training.pretrain": {"rotation_ssl", "rotation_ssl.rotations"}
+    | {f"training.{name}" for name in ("allocator", "data", "recipes", "results")},
+    "training.evaluate": {f"rotation_ssl.{name}" for name in ("zoo", "features", "probes", "rotations")}
+    | {f"training.{name}" for name in ("allocator", "data", "results")},
+    "training.publish": {"rotation_ssl", "rotation_ssl.features", "training.data", "training.results"},
+}
+FILES = [ROOT / "hubconf.py", *(ROOT / "rotation_ssl").rglob("*.py"), *(ROOT / "training").rglob("*.py")]
+
+
+def module_name(file):
+    parts = list(file.relative_to(ROOT).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported(file):
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            yield node.module
+
+
+def test_every_module_has_its_place():
+    assert {module_name(file) for file in FILES} == set(ALLOWED)
+
+
+@pytest.mark.parametrize("file", FILES, ids=module_name)
+def test_imports_go_one_way(file):
+    ours = {name for name in imported(file) if name.split(".")[0] in ("rotation_ssl", "training", "tests", "hubconf")}
+    assert ours <= ALLOWED[module_name(file)], "an import that the plan does not have"
+
+
+def test_recipes_know_no_torch():
+    assert not {name.split(".")[0] for name in imported(ROOT / "training" / "recipes.py")} & {"torch", "timm", "numpy"}
+
+
+def test_no_room_for_odds_and_ends():
+    assert not [f for f in FILES if f.stem in ("utils", "common", "misc", "helpers")]
+
+
+def test_the_pretext_task_is_one_screen_of_code():
+    tree = ast.parse((ROOT / "rotation_ssl" / "rotations.py").read_text())
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    for function in functions:
+        body = function.body[1:] if ast.get_docstring(function) else function.body
+        assert body[-1].end_lineno - body[0].lineno < 20, function.name
+
+
+def test_public_names_are_the_documented_ones():
+    assert rotation_ssl.__all__ == ["rotate_all", "rotation_labels", "rotation_loss"]
+    assert re.fullmatch(r"\d+\.\d+\.\d+(\.dev\d+|rc\d+)?", rotation_ssl.__version__)
+
+
+def test_importing_changes_nothing_and_loads_no_training():
+    code = (
+        "import os, sys, torch, timm\n"
+        "before = dict(os.environ), torch.get_num_threads(), torch.get_default_dtype()\n"
+        "import rotation_ssl\n"
+        "assert before == (dict(os.environ), torch.get_num_threads(), torch.get_default_dtype())\n"
+        "loaded = {name.split('.')[0] for name in sys.modules}\n"
+        "assert not loaded & {'training', 'sklearn', 'matplotlib', 'tests'}, loaded\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_readme_snippets_and_commands_are_real(small_cifar10, monkeypatch, tmp_path):
+    readme = (ROOT / "README.md").read_text()
+    snippets = [s for s in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "OWNER" not in s]
+    assert len(snippets) >= 4
+    from safetensors.torch import save_file
+
+    monkeypatch.chdir(ROOT)
+    for snippet in snippets:
+        if "mine.safetensors" in snippet:
+            import timm
+
+            save_file(timm.create_model("rotnet_nin").state_dict(), tmp_path / "mine.safetensors")
+            snippet = snippet.replace("mine.safetensors", str(tmp_path / "mine.safetensors"))
+        exec(compile(snippet, "README.md", "exec"), {})
+    for module in set(re.findall(r"python -m (\S+)", readme)):
+        assert module in ALLOWED

@@ -1,0 +1,59 @@
+import numpy as np
+import pytest
+import torch
+from conftest import SAMPLES
+from PIL import Image
+
+from rotation_ssl import demo
+
+
+def test_demo_on_the_samples(tmp_path, capsys):
+    assert demo.main(["-o", str(tmp_path / "demo.png")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    images = [line for line in lines if "predicted" in line]
+    assert len(images) >= 45
+    assert all("block1 96x16x16" in line and "block4 192x8x8" in line and "%" in line for line in images)
+    (summary,) = [line for line in lines if "guessed right" in line]
+    assert int(summary.split()[0]) > 0.6 * len(images)
+    assert np.asarray(Image.open(tmp_path / "demo.png")).std() > 10
+
+
+def test_demo_on_own_images(tmp_path, capsys):
+    photo = str(SAMPLES / "photos" / "chelsea.jpg")
+    assert demo.main([photo, "-o", str(tmp_path / "own.png")]) == 0
+    out = capsys.readouterr().out
+    assert "chelsea.jpg" in out and "turned" not in out
+    assert (tmp_path / "own.png").exists()
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not an image"])
+def test_bad_images_are_one_line_errors(tmp_path, capsys, content):
+    file = tmp_path / "bad.png"
+    if content is not None:
+        file.write_bytes(content)
+    assert demo.main([str(file), "-o", str(tmp_path / "figure.png")]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith(f"error: image {file}") and "\n" not in error
+    assert not (tmp_path / "figure.png").exists()
+
+
+def test_square_crop_takes_the_centre():
+    image = Image.fromarray(np.arange(12, dtype=np.uint8).reshape(2, 6).repeat(3).reshape(2, 6, 3))
+    assert demo.square_crop(image)[0].tolist() == [[2, 3], [8, 9]]
+
+
+def test_every_sample_has_a_licence():
+    text = (SAMPLES / "LICENSES.md").read_text()
+    assert len(list((SAMPLES / "cifar10").glob("*.png"))) >= 40 and "cifar10/<class>_<index>.png" in text
+    photos = list((SAMPLES / "photos").iterdir())
+    assert len(photos) >= 3
+    for photo in photos:
+        assert f"photos/{photo.name}" in text
+        assert demo.load_image(photo).size != (32, 32)
+
+
+def test_prediction_is_the_softmax():
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Identity())
+    rotation, probability = demo.predict(model, torch.tensor([[0.0, 0.0, 3.0, 0.0]]))
+    assert rotation.item() == 2
+    assert probability.item() == pytest.approx(float(np.exp(3) / (np.exp(3) + 3)), abs=1e-6)

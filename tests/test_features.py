@@ -1,0 +1,79 @@
+import pytest
+import timm
+import torch
+
+from rotation_ssl.features import attention_map, extract_features, layer_modules
+
+
+@pytest.fixture
+def backbone():
+    return timm.create_model("rotnet_nin")
+
+
+def test_layer_names():
+    assert list(layer_modules(timm.create_model("rotnet_nin5"))) == [f"block{i}" for i in range(1, 6)]
+    alexnet = timm.create_model("rotnet_alexnet", device="meta")
+    assert layer_modules(alexnet) == {f"conv{i}": f"features.conv{i}" for i in range(1, 6)}
+
+
+def test_any_timm_model():
+    model = timm.create_model("resnet18")
+    features = extract_features(model, [torch.randn(2, 3, 64, 64)], ["layer2", "layer4.1.conv1"])
+    assert features["layer2"].shape == (2, 128) and features["layer4.1.conv1"].shape == (2, 512)
+
+
+def test_one_pass_gives_the_intermediates(backbone):
+    images = torch.randn(5, 3, 32, 32)
+    expected = backbone.eval().forward_intermediates(images, intermediates_only=True)
+    layers = ["block1", "block2", "block3", "block4"]
+    maps = extract_features(backbone, images.split(2), layers, grid=None)
+    pooled = extract_features(backbone, images.split(2), layers, grid=4)
+    average = extract_features(backbone, images.split(2), layers)
+    for layer, tensor in zip(layers, expected, strict=True):
+        torch.testing.assert_close(maps[layer], tensor.detach())
+        cells = torch.nn.functional.avg_pool2d(tensor.detach(), tensor.shape[-1] // 4)
+        torch.testing.assert_close(pooled[layer], cells.flatten(1))
+        torch.testing.assert_close(average[layer], tensor.detach().mean((2, 3)))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_backbone_is_frozen_and_its_mode_kept(backbone, training):
+    backbone.train(training)
+    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+    extract_features(backbone, [torch.randn(4, 3, 32, 32)], ["block2"])
+    assert backbone.training is training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in backbone.state_dict().items())
+    assert not any(module._forward_hooks for module in backbone.modules())
+
+
+def test_bf16_is_close(backbone):
+    images = torch.randn(2, 3, 32, 32)
+    exact = extract_features(backbone, [images], ["block2"])["block2"]
+    rough = extract_features(backbone, [images], ["block2"], bf16=True)["block2"]
+    assert rough.dtype == torch.float32
+    assert 0 < (exact - rough).abs().max() < 0.05 * exact.abs().max()
+
+
+def test_unknown_layer_lists_the_known(backbone):
+    with pytest.raises(ValueError, match="no layer block7 in this backbone; it has block1, block2, block3, block4"):
+        extract_features(backbone, [torch.zeros(1, 3, 32, 32)], ["block2", "block7"])
+    with pytest.raises(ValueError, match="no layer asked for"):
+        extract_features(backbone, [torch.zeros(1, 3, 32, 32)], [])
+
+
+def test_no_images_and_no_map(backbone):
+    with pytest.raises(ValueError, match="no images"):
+        extract_features(backbone, [], ["block2"])
+    with pytest.raises(ValueError, match="not a map"):
+        extract_features(backbone, [torch.zeros(1, 3, 32, 32)], ["head"])
+    with pytest.raises(ValueError, match="feature_info"):
+        layer_modules(torch.nn.Linear(1, 1))
+
+
+def test_attention_map_by_hand():
+    features = torch.tensor([[[[1.0, -2.0]], [[0.0, 2.0]]]])  # (1, 2, 1, 2)
+    assert attention_map(features, 1, (1, 2)).tolist() == [[[0.25, 1.0]]]
+    assert attention_map(features, 2, (1, 2)).tolist() == [[[0.125, 1.0]]]
+    assert attention_map(torch.zeros(1, 2, 3, 3), 1, (6, 6)).abs().max() == 0
+    with pytest.raises(ValueError, match="attention maps"):
+        attention_map(torch.zeros(2, 3), 1, (4, 4))

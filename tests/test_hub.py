@@ -1,0 +1,91 @@
+"""torch.hub's doors: list, help and load, on a copy of the repository as torch.hub would have downloaded it."""
+
+import inspect
+import shutil
+
+import pytest
+import timm
+import torch
+from conftest import MODELS, ROOT
+from safetensors.torch import save_file
+
+from rotation_ssl import hub, zoo
+
+
+@pytest.fixture
+def downloaded(tmp_path, monkeypatch, offline):
+    """The repository in torch.hub's cache, under the name OWNER/rotation_ssl:main."""
+    folder = tmp_path / "OWNER_rotation_ssl_main"
+    folder.mkdir()
+    shutil.copyfile(ROOT / "hubconf.py", folder / "hubconf.py")
+    shutil.copytree(ROOT / "rotation_ssl", folder / "rotation_ssl", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    return "OWNER/rotation_ssl:main"
+
+
+def load(name, **kwargs):
+    return torch.hub.load(str(ROOT), name, source="local", **kwargs)
+
+
+def test_list_shows_exactly_the_registered_models(downloaded):
+    assert torch.hub.list(downloaded, trust_repo=True, verbose=False) == list(MODELS)
+    assert list(MODELS) == timm.list_models("rotnet_*")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_help_is_worth_reading(downloaded, name):
+    text = torch.hub.help(downloaded, name, trust_repo=True)
+    size = timm.get_pretrained_cfg(name).input_size[-1]
+    assert f"(N, 3, {size}, {size})" in text and "mean (" in text and "counter-clockwise" in text
+    for published, entry in zoo.manifest().items():
+        if published.split(".")[0] == name:
+            assert published in text
+            for metric, value in entry["metrics"].items():
+                assert f"{metric} {100 * value:.2f} %" in text
+    if not any(published.split(".")[0] == name for published in zoo.manifest()):
+        assert "pretrained=False" in text.split("Weights")[1]
+
+
+def test_load_from_the_cache(downloaded):
+    model = torch.hub.load(downloaded, "rotnet_nin", trust_repo=True, verbose=False)
+    assert model.num_classes == 4
+
+
+def test_default_tag_and_named_tag_are_timms(offline):
+    expected = timm.create_model("rotnet_nin", pretrained=True).state_dict()
+    for model in (load("rotnet_nin"), load("rotnet_nin", weights="cifar10")):
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+
+
+def test_random_weights_and_arguments(offline):
+    model = load("rotnet_alexnet", pretrained=False, num_classes=20, fc_size=0)
+    assert model.num_classes == 20 and model.head.fc_size == 0
+    assert load("rotnet_nin", num_classes=0, in_chans=1).head_hidden_size == 192
+    assert len(load("rotnet_nin", features_only=True)(torch.zeros(1, 3, 32, 32))) == 4
+
+
+def test_weights_from_a_file(nin_state, tmp_path):
+    save_file(nin_state, tmp_path / "mine.safetensors")
+    model = load("rotnet_nin", weights=str(tmp_path / "mine.safetensors"), num_classes=10)
+    assert torch.equal(model.blocks.block2[0].conv.weight, nin_state["blocks.block2.0.conv.weight"])
+    assert model.num_classes == 10
+
+
+@pytest.mark.parametrize("name", ["rotnet_alexnet", "rotnet_nin3", "rotnet_nin5"])
+def test_no_weights_yet(name):
+    with pytest.raises(ValueError, match="pretrained=False"):
+        load(name)
+
+
+def test_unknown_weights_are_named():
+    with pytest.raises(ValueError, match=r"'nope' is neither a tag of rotnet_nin \(there are: cifar10\) nor a file"):
+        load("rotnet_nin", weights="nope")
+    with pytest.raises(ValueError, match="needs pretrained=True"):
+        load("rotnet_nin", weights="cifar10", pretrained=False)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_entry_points_are_keyword_only(name):
+    parameters = inspect.signature(getattr(hub, name)).parameters.values()
+    assert {p.kind for p in parameters} == {inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD}
+    assert inspect.signature(getattr(hub, name)).parameters["pretrained"].default is True

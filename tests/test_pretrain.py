@@ -1,0 +1,301 @@
+"""The training loop: exact resuming through real kills, what it refuses, and that it learns."""
+
+import dataclasses
+import json
+import math
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import timm
+import torch
+from conftest import ROOT, SAMPLES
+from safetensors.torch import load_file
+
+from rotation_ssl.rotations import count_correct_rotations
+from training import pretrain as command
+from training.data import normalize, read_images
+from training.pretrain import (
+    augmented_batch,
+    create_optimizers,
+    create_scheduler,
+    load_checkpoint,
+    pretrain,
+    renormalize_filters,
+)
+from training.recipes import (
+    NIN_CIFAR10_AUTHORS,
+    NIN_CIFAR10_CPU,
+    NIN_CIFAR10_PAPER,
+    RECIPES,
+    LinearSchedule,
+    Muon,
+    Sgd,
+    Stage,
+    StepSchedule,
+)
+
+TINY = dataclasses.replace(
+    NIN_CIFAR10_CPU, model="rotnet_nin3", stages=(Stage(20, 8), Stage(10, 12)), images_per_step=4, padding=2
+)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return read_images(sorted((SAMPLES / "cifar10").glob("*.png")), 16)
+
+
+def weights(folder):
+    return load_file(folder / "weights.safetensors")
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_it_learns_a_handful_of_images(images, tmp_path):
+    recipe = dataclasses.replace(
+        TINY, stages=(Stage(120, 16),), padding=0, flip=False, optimizer=Muon(lr=0.1), images_per_step=8
+    )
+    pretrain(recipe, images[:8], tmp_path)
+    model = timm.create_model("rotnet_nin3")
+    model.load_state_dict(weights(tmp_path))
+    cfg = model.pretrained_cfg
+    batch = normalize(images[:8], cfg["mean"], cfg["std"])
+    correct, total = count_correct_rotations(model, [batch])
+    assert total == 32 and correct >= 31
+
+
+def test_outputs(images, tmp_path):
+    file = pretrain(TINY, images, tmp_path / "run")
+    assert file == tmp_path / "run" / "weights.safetensors"
+    assert sorted(p.name for p in file.parent.iterdir()) == ["curve.png", "run.json", "weights.safetensors"]
+    run = json.loads((file.parent / "run.json").read_text())
+    assert run["rotated_images"] == 30 * 4 * 4 and [point["step"] for point in run["curve"]] == [10, 20, 30]
+    assert run["recipe"]["name"] == "nin-cifar10-cpu" and run["optimizer"] == "Muon"
+    assert file.stat().st_mode & 0o777 == 0o644
+    assert {tensor.dtype for tensor in weights(file.parent).values()} == {torch.float32, torch.int64}
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_others(images, tmp_path):
+    for name, recipe in (("a", TINY), ("b", TINY), ("c", dataclasses.replace(TINY, seed=1))):
+        pretrain(recipe, images, tmp_path / name)
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    assert not same(weights(tmp_path / "a"), weights(tmp_path / "c"))
+
+
+@pytest.mark.parametrize("recipe", [TINY, dataclasses.replace(TINY, optimizer=Sgd())], ids=["muon", "sgd"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_request_saves_and_resumes_exactly(images, tmp_path, monkeypatch, recipe, number):
+    pretrain(recipe, images, tmp_path / "whole")
+
+    def interrupted(recipe, model, images, step):
+        if step == 13:
+            signal.raise_signal(number)
+        return augmented_batch(recipe, model, images, step)
+
+    monkeypatch.setattr(command, "augmented_batch", interrupted)
+    checkpoint = pretrain(recipe, images, tmp_path / "parts")
+    monkeypatch.undo()
+    assert checkpoint.name == "checkpoint.pt" and not (tmp_path / "parts" / "weights.safetensors").exists()
+    assert torch.load(checkpoint, weights_only=True)["step"] == 14
+    pretrain(recipe, images, tmp_path / "parts", resume=True)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    assert not checkpoint.exists()
+
+
+KILLED = """
+    import os, signal, sys
+    from pathlib import Path
+    import torch
+    sys.path[:0] = [{tests!r}, {root!r}]
+    from test_pretrain import TINY
+    from training import pretrain as command
+    from training.data import read_images
+    from conftest import SAMPLES
+
+    steps = 0
+    augmented_batch = command.augmented_batch
+    def killed(*args):
+        global steps
+        steps += 1
+        if steps == {step}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return augmented_batch(*args)
+    command.augmented_batch = killed
+    torch.set_num_threads({threads})
+    images = read_images(sorted((SAMPLES / "cifar10").glob("*.png")), 16)
+    command.pretrain(TINY, images, Path({output!r}), checkpoint_seconds=0.0)
+"""
+
+
+@pytest.mark.parametrize("step", [12, 25])
+def test_a_kill_loses_at_most_one_interval_and_resumes_exactly(images, tmp_path, step):
+    pretrain(TINY, images, tmp_path / "whole")
+    code = textwrap.dedent(KILLED).format(
+        tests=str(ROOT / "tests"), root=str(ROOT), step=step, output=str(tmp_path / "parts"),
+        threads=torch.get_num_threads(),
+    )  # fmt: skip
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    assert torch.load(tmp_path / "parts" / "checkpoint.pt", weights_only=True)["step"] == step // 10 * 10
+    pretrain(TINY, images, tmp_path / "parts", resume=True)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+
+
+@pytest.fixture
+def stopped(images, tmp_path, monkeypatch):
+    """A run stopped at step 11."""
+
+    def interrupted(recipe, model, images, step):
+        if step == 10:
+            signal.raise_signal(signal.SIGTERM)
+        return augmented_batch(recipe, model, images, step)
+
+    monkeypatch.setattr(command, "augmented_batch", interrupted)
+    pretrain(TINY, images, tmp_path / "stopped")
+    monkeypatch.undo()
+    return tmp_path / "stopped"
+
+
+def test_a_checkpoint_of_another_recipe_is_refused_and_kept(images, stopped):
+    before = (stopped / "checkpoint.pt").read_bytes()
+    other = dataclasses.replace(TINY, images_per_step=8, optimizer=Sgd())
+    with pytest.raises(ValueError, match=r"another recipe \(optimizer Muon\(.*\) -> Sgd\(.*images_per_step 4 -> 8"):
+        pretrain(other, images, stopped, resume=True)
+    with pytest.raises(ValueError, match="holds a run already: --resume"):
+        pretrain(TINY, images, stopped)
+    assert (stopped / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_damaged_checkpoint_is_refused(images, stopped):
+    whole = (stopped / "checkpoint.pt").read_bytes()
+    (stopped / "checkpoint.pt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"checkpoint\.pt is not a checkpoint"):
+        pretrain(TINY, images, stopped, resume=True)
+
+
+def test_a_finished_run_is_not_overwritten(images, tmp_path):
+    pretrain(TINY, images, tmp_path)
+    before = (tmp_path / "weights.safetensors").read_bytes()
+    for resume in (False, True):
+        with pytest.raises(ValueError, match="holds a run already"):
+            pretrain(TINY, images, tmp_path, resume=resume)
+    assert (tmp_path / "weights.safetensors").read_bytes() == before
+
+
+def test_nothing_to_resume_and_too_few_images(images, tmp_path):
+    with pytest.raises(ValueError, match="nothing to resume"):
+        pretrain(TINY, images, tmp_path / "new", resume=True)
+    with pytest.raises(ValueError, match="takes 4 images a step, there are 3"):
+        pretrain(TINY, images[:3], tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(images, tmp_path):
+    recipe = dataclasses.replace(TINY, optimizer=Sgd(lr=1e30))
+    with pytest.raises(ValueError, match="the loss became .* by step"):
+        pretrain(recipe, images, tmp_path)
+    assert not (tmp_path / "weights.safetensors").exists()
+
+
+def test_held_out_images_are_never_trained_on(images, tmp_path):
+    recipe = dataclasses.replace(TINY, holdout=10)
+    changed = images.clone()
+    changed[-10:] = 0
+    pretrain(recipe, images, tmp_path / "a")
+    pretrain(recipe, changed, tmp_path / "b")
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    assert json.loads((tmp_path / "a" / "run.json").read_text())["holdout_rotation_accuracy"]["n"] == 40
+
+
+def test_each_epoch_takes_every_image_once(monkeypatch, images):
+    model = timm.create_model("rotnet_nin3", device="meta")
+    marked = torch.arange(40, dtype=torch.uint8).view(40, 1, 1, 1).expand(40, 3, 16, 16)
+    recipe = dataclasses.replace(TINY, padding=0)
+    cfg = model.pretrained_cfg
+    means = torch.tensor(cfg["mean"])[0] * 255, torch.tensor(cfg["std"])[0] * 255
+
+    def seen(step):
+        batch = augmented_batch(recipe, model, marked, step)
+        return (batch[:, 0, 0, 0] * means[1] + means[0]).round().int().tolist()
+
+    first, second = ([i for step in range(e * 10, e * 10 + 10) for i in seen(step)] for e in (0, 1))
+    assert sorted(first) == sorted(second) == list(range(40)) and first != second
+    assert seen(3) == seen(3)
+
+
+def learning_rates(recipe, steps):
+    (optimizer,) = create_optimizers(dataclasses.replace(recipe, optimizer=Sgd(lr=1.0)), torch.nn.Linear(2, 2))
+    scheduler = create_scheduler(recipe, optimizer)
+    rates = []
+    for step in steps:
+        scheduler.step_update(step)
+        rates.append(optimizer.param_groups[0]["lr"])
+    return rates
+
+
+def test_linear_schedule_by_hand():
+    recipe = dataclasses.replace(TINY, stages=(Stage(100, 8),), schedule=LinearSchedule(warmup=0.2))
+    assert learning_rates(recipe, [0, 10, 20, 60, 99]) == pytest.approx([0, 0.5, 1, 0.5, 1 / 80])
+
+
+def test_step_schedule_of_the_paper():
+    epochs = NIN_CIFAR10_PAPER.steps // 100
+    rates = learning_rates(NIN_CIFAR10_PAPER, [e * epochs + d for e in (30, 60, 80) for d in (-1, 0)])
+    assert rates == pytest.approx([1, 0.2, 0.2, 0.04, 0.04, 0.008])
+    epochs = NIN_CIFAR10_AUTHORS.steps // 200
+    rates = learning_rates(NIN_CIFAR10_AUTHORS, [e * epochs + d for e in (60, 120, 160) for d in (-1, 0)])
+    assert rates == pytest.approx([1, 0.2, 0.2, 0.04, 0.04, 0.008])
+
+
+def test_muon_takes_the_plain_orthogonal_step():
+    model = timm.create_model("rotnet_nin3")
+    muon, sgd = create_optimizers(dataclasses.replace(TINY, optimizer=Muon(lr=0.5)), model)
+    filters = [p for p in model.parameters() if p.ndim == 4]
+    assert len(filters) == 9 and sum(len(g["params"]) for o in (muon, sgd) for g in o.param_groups) == len(
+        list(model.parameters())
+    )
+    before = filters[4].detach().clone()
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    muon.step()
+    step = (before - filters[4].detach()).flatten(1) / 0.5
+    # an orthogonal step of 192 x 192 has singular values near 1, whatever timm would scale it by
+    values = torch.linalg.svdvals(step)
+    assert values.min() > 0.5 and values.max() < 1.5
+
+
+def test_renormalized_filters_do_not_change_the_function():
+    model = timm.create_model("rotnet_nin3").train()
+    x = torch.randn(4, 3, 16, 16)
+    before = model(x)
+    renormalize_filters(model)
+    for p in model.parameters():
+        if p.ndim == 4:
+            assert p.norm().item() == pytest.approx(math.sqrt(len(p)), rel=1e-4)
+    torch.testing.assert_close(model(x), before, rtol=1e-2, atol=1e-2)
+
+
+def test_recipes_are_complete_values():
+    assert all(name == recipe.name for name, recipe in RECIPES.items())
+    assert [NIN_CIFAR10_CPU.crop_at(s) for s in (0, 1499, 1500, 2199)] == [24, 24, 32, 32]
+    assert NIN_CIFAR10_CPU.rotated_images == NIN_CIFAR10_CPU.steps * 64 * 4
+    for recipe in RECIPES.values():
+        assert timm.is_model(recipe.model) and isinstance(recipe.schedule, (LinearSchedule, StepSchedule))
+
+
+def test_command_line_errors_are_one_line(tmp_path, capsys):
+    status = command.main(["nin-cifar10-cpu", "--data-dir", str(tmp_path / "nowhere"), "--output", str(tmp_path / "o")])
+    assert status == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: no CIFAR-10 in") and "\n" not in error
+    assert not (tmp_path / "o").exists()
+
+
+def test_checkpoint_loading_reports_the_step(stopped):
+    model = timm.create_model("rotnet_nin3")
+    step, curve, seconds = load_checkpoint(stopped / "checkpoint.pt", TINY, model, create_optimizers(TINY, model))
+    assert step == 11 and len(curve) == 1 and seconds == curve[-1]["seconds"]

@@ -1,0 +1,111 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from torch.nn import functional as F
+
+from rotation_ssl.probes import fit_logistic, knn_predict, linear_predict
+
+
+def clusters(count, seed=0, spread=0.5):
+    """Three groups of points around three axes."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % 3
+    return F.one_hot(labels, 5).float() + spread * torch.randn(count, 5, generator=generator), labels
+
+
+def test_knn_by_hand():
+    # the query is nearest to class 0, but two points of class 1 together outvote it at a high temperature
+    train = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [-1.0, 0.0]])
+    labels = torch.tensor([0, 1, 1, 2])
+    query = torch.tensor([[2.0, 0.0]])
+    votes = (math.exp(1 / 1.0), math.exp(0.8) + math.exp(0.6))
+    assert votes[1] > votes[0]
+    assert knn_predict(train, labels, query, 3, k=3, temperature=1.0).tolist() == [1]
+    cold = (math.exp(1 / 0.07), math.exp(0.8 / 0.07) + math.exp(0.6 / 0.07))
+    assert cold[0] > cold[1]
+    assert knn_predict(train, labels, query, 3, k=3, temperature=0.07).tolist() == [0]
+
+
+def test_knn_ignores_the_length_of_features():
+    train, labels = clusters(60)
+    test, _ = clusters(20, seed=1)
+    scaled = train * torch.rand(60, 1).add(0.1)
+    assert torch.equal(knn_predict(train, labels, test, 3), knn_predict(scaled, labels, 7 * test, 3))
+
+
+def test_knn_agrees_with_scikit_learn():
+    train, labels = clusters(300, spread=1.0)
+    test, _ = clusters(100, seed=1, spread=1.0)
+
+    def weight(distance):
+        return np.exp((1 - distance) / 0.07)
+
+    reference = KNeighborsClassifier(20, weights=weight, metric="cosine").fit(train.numpy(), labels.numpy())
+    assert knn_predict(train, labels, test, 3).tolist() == reference.predict(test.numpy()).tolist()
+
+
+def test_logistic_of_two_points_by_hand():
+    # one feature, x = +1 of class 1 and x = -1 of class 0: by symmetry the weights are -w and w, the biases 0, and
+    # d/dw of log(1 + exp(-2w)) + s w^2 vanishes where s w = sigmoid(-2w)
+    strength = 0.1
+    weight = fit_logistic(torch.tensor([[1.0], [-1.0]]), torch.tensor([1, 0]), 2, strength)
+    w = weight[0, 1].item()
+    assert weight[0, 0].item() == pytest.approx(-w, abs=1e-5) and weight[1].abs().max() < 1e-5
+    assert strength * w == pytest.approx(1 / (1 + math.exp(2 * w)), abs=1e-4)
+
+
+def test_logistic_agrees_with_scikit_learn():
+    train, labels = clusters(200, spread=1.0)
+    strength = 0.03
+    reference = LogisticRegression(C=1 / (strength * len(train)), tol=1e-8, max_iter=1000).fit(train, labels)
+    ours = fit_logistic(train, labels, 3, strength, iterations=300)
+    torch.testing.assert_close(ours[:-1].T, torch.tensor(reference.coef_).float(), rtol=1e-3, atol=1e-3)
+
+
+def test_linear_predict_learns_and_chooses():
+    train, labels = clusters(600)
+    test, expected = clusters(300, seed=1)
+    predictions, strength = linear_predict(train * 100 + 5, labels, test * 100 + 5, 3, validation=100)
+    assert (predictions == expected).float().mean() > 0.8
+    assert strength in (1e-1, 1e-2, 1e-3, 1e-4)
+
+
+def test_the_strength_is_chosen_by_the_split_alone():
+    # the features only carry noise in the split: the strongest penalty, tried first, cannot be beaten by chance labels
+    train, labels = clusters(400)
+    test, _ = clusters(50, seed=1)
+    first = linear_predict(train, labels, test, 3, validation=100)
+    other = linear_predict(train, labels, test.flip(0) * 3, 3, validation=100)
+    assert first[1] == other[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": torch.zeros(6)}, "int64"),
+        ({"labels": torch.full((6,), 3)}, r"0\.\.2"),
+        ({"test": torch.zeros(2, 4)}, r"\(N, D\)"),
+        ({"train": torch.full((6, 5), float("nan"))}, "not finite"),
+        ({"test": torch.zeros(0, 5)}, "no features"),
+    ],
+)
+def test_bad_input(change, message):
+    inputs = {"train": torch.randn(6, 5), "labels": torch.arange(6) % 3, "test": torch.randn(2, 5)} | change
+    for predict in (
+        lambda: knn_predict(inputs["train"], inputs["labels"], inputs["test"], 3, k=2),
+        lambda: linear_predict(inputs["train"], inputs["labels"], inputs["test"], 3, validation=2),
+    ):
+        with pytest.raises(ValueError, match=message):
+            predict()
+
+
+def test_ranges():
+    train, labels = clusters(6)
+    with pytest.raises(ValueError, match="1 to the 6 training images, got 7"):
+        knn_predict(train, labels, train, 3, k=7)
+    with pytest.raises(ValueError, match="validation must be 1 to 5"):
+        linear_predict(train, labels, train, 3, validation=6)

@@ -1,0 +1,138 @@
+"""The card is what the rows render to, and bundling refuses what is no finished run."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+from conftest import ROOT
+
+from rotation_ssl import zoo
+from training import publish
+from training.results import RESULTS_DIR, Row, read_file, read_rows, write_rows
+
+NAME = "rotnet_nin.cifar10"
+
+
+def test_card_readme_and_manifest_are_rendered():
+    different = [str(path.relative_to(ROOT)) for path in publish.render(check=True)]
+    assert not different, "run `make render`"
+
+
+def test_every_number_of_the_card_is_a_row():
+    card = (ROOT / "MODEL_CARD.md").read_text()
+    rows = [row for row in read_rows() if row.weights.startswith("rotnet_nin.")]
+    assert {"measured"} < {row.source for row in rows}
+    for row in rows:
+        text = f"{100 * row.value:.2f} %"
+        assert text in card, row
+        if row.source != "measured":
+            assert f"_{text}_" in card or (row.protocol == "rotation accuracy" and f"_{text}_" in card)
+
+
+def test_required_numbers_are_there():
+    measured = {(r.weights, r.protocol, r.layer) for r in read_rows() if r.source == "measured"}
+    for weights in (NAME, "rotnet_nin.random"):
+        assert (weights, "rotation accuracy", "") in measured
+        for i in range(1, 5):
+            assert {(weights, "k-NN", f"block{i}"), (weights, "linear probe", f"block{i}")} <= measured
+
+
+@pytest.fixture
+def copied(monkeypatch, tmp_path):
+    """The files that publishing writes, in a folder of the test's own."""
+    for name in ("figures", "data"):
+        (tmp_path / name).mkdir()
+    shutil.copytree(zoo.WEIGHTS_DIR, tmp_path / "weights")
+    shutil.copytree(zoo.WEIGHTS_DIR.parent / "samples", tmp_path / "samples")
+    shutil.copytree(RESULTS_DIR, tmp_path / "results")
+    for name in ("README.md", "MODEL_CARD.md"):
+        shutil.copyfile(ROOT / name, tmp_path / name)
+    monkeypatch.setattr(zoo, "WEIGHTS_DIR", tmp_path / "weights")
+    monkeypatch.setattr(publish, "RESULTS_DIR", tmp_path / "results")
+    monkeypatch.setattr(publish, "FIGURES_DIR", tmp_path / "figures")
+    monkeypatch.setattr(publish, "GOLDEN_DIR", tmp_path / "data")
+    monkeypatch.setattr(publish, "ROOT", tmp_path)
+    monkeypatch.setattr(publish, "read_rows", lambda: read_rows(tmp_path / "results"))
+    return tmp_path
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    """The finished run that the bundled weights came from."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    shutil.copyfile(zoo.WEIGHTS_DIR / zoo.manifest()[NAME]["file"], folder / "weights.safetensors")
+    shutil.copyfile(RESULTS_DIR / f"{NAME}.run.json", folder / "run.json")
+    shutil.copyfile(ROOT / "docs" / "figures" / f"{NAME}.curve.png", folder / "curve.png")
+    return folder
+
+
+def test_bundling_makes_the_manifest_again(copied, run_dir):
+    wanted = json.loads((copied / "weights" / "manifest.json").read_text())
+    (copied / "weights" / f"{NAME}.safetensors").unlink()
+    (copied / "weights" / "manifest.json").write_text("{}")
+    publish.bundle(run_dir, NAME)
+    made = json.loads((copied / "weights" / "manifest.json").read_text())
+    assert made[NAME] == wanted[NAME] | {"metrics": {}}
+    assert (copied / "data" / f"{NAME}.golden.safetensors").exists()
+    assert copied / "weights" / "manifest.json" in publish.render()
+    assert json.loads((copied / "weights" / "manifest.json").read_text()) == wanted
+    assert publish.render(check=True) == []
+
+
+def test_what_is_no_finished_run_is_refused(copied, run_dir):
+    before = (copied / "weights" / "manifest.json").read_bytes()
+    run = json.loads((run_dir / "run.json").read_text())
+    with pytest.raises(ValueError, match="is a run of rotnet_nin, not of rotnet_nin5"):
+        publish.bundle(run_dir, "rotnet_nin5.cifar10")
+    run["recipe"]["holdout"] = 5000
+    (run_dir / "run.json").write_text(json.dumps(run))
+    with pytest.raises(ValueError, match="held 5000 images out"):
+        publish.bundle(run_dir, NAME)
+    (run_dir / "weights.safetensors").write_bytes(b"half")
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        publish.bundle(run_dir, NAME)
+    (run_dir / "run.json").unlink()
+    with pytest.raises(ValueError, match="is not a finished run"):
+        publish.bundle(run_dir, NAME)
+    assert (copied / "weights" / "manifest.json").read_bytes() == before
+
+
+def test_rows_of_other_bytes_are_refused(copied):
+    file = copied / "results" / f"{NAME}.jsonl"
+    first, *others = read_file(file)
+    write_rows(file, [dataclasses.replace(first, sha256="0" * 64)])
+    with pytest.raises(ValueError, match=rf"row of {NAME}.* is of other bytes \(sha256 000"):
+        publish.render()
+
+
+def test_a_changed_row_changes_the_card(copied):
+    file = copied / "results" / f"{NAME}.jsonl"
+    write_rows(file, [dataclasses.replace(read_file(file)[0], value=0.123456)])
+    assert copied / "MODEL_CARD.md" in publish.render(check=True)
+    assert publish.main(["render", "--check"]) == 1
+
+
+def row(**kwargs):
+    return Row(
+        **{"weights": "a.b", "protocol": "p", "layer": "", "value": 0.5, "source": "measured", "data": "d"} | kwargs
+    )
+
+
+def test_rows_round_trip_and_replace(tmp_path):
+    file = tmp_path / "a.jsonl"
+    write_rows(file, [row(), row(layer="block1", correct=1, n=2)])
+    write_rows(file, [row(value=0.75)])
+    assert read_rows(tmp_path) == [row(value=0.75), row(layer="block1", correct=1, n=2)]
+
+
+def test_bad_rows_are_named(tmp_path):
+    write_rows(tmp_path / "a.jsonl", [row()])
+    write_rows(tmp_path / "b.jsonl", [row(value=0.6)])
+    with pytest.raises(ValueError, match=r"b\.jsonl has a second row of a\.b"):
+        read_rows(tmp_path)
+    for content in ("{", '{"weights": 1}', "[]"):
+        (tmp_path / "b.jsonl").write_text(content + "\n")
+        with pytest.raises(ValueError, match=r"b\.jsonl, line 1 is not a result row"):
+            read_rows(tmp_path)

@@ -1,0 +1,242 @@
+"""Weights that are damaged, renamed or of another network are refused, whichever way they come."""
+
+import json
+import re
+import subprocess
+import sys
+import zipfile
+
+import pytest
+import timm
+import torch
+from conftest import DATA, ROOT
+from safetensors.torch import load_file, save_file
+
+from rotation_ssl import zoo
+
+BUNDLED = "rotnet_nin.cifar10"
+
+
+def from_file(file, **kwargs):
+    return timm.create_model("rotnet_nin", pretrained=True, pretrained_cfg_overlay={"file": str(file)}, **kwargs)
+
+
+def saved(state, file):
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, file)
+    return file
+
+
+@pytest.fixture
+def damaged_wheel(monkeypatch, tmp_path):
+    """The package's weights folder, copied so that a test may damage it."""
+    copy = tmp_path / "weights"
+    copy.mkdir()
+    for file in zoo.WEIGHTS_DIR.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    monkeypatch.setattr(zoo, "WEIGHTS_DIR", copy)
+    return copy
+
+
+def create_damaged(folder):
+    file = folder / zoo.manifest()[BUNDLED]["file"]
+    return timm.create_model("rotnet_nin", pretrained=True, pretrained_cfg_overlay={"file": str(file)})
+
+
+def test_every_entry_of_the_manifest_is_a_verified_file():
+    for name, entry in zoo.manifest().items():
+        zoo.verify(zoo.WEIGHTS_DIR / entry["file"], name)
+        assert re.fullmatch("[0-9a-f]{64}", entry["sha256"])
+        assert re.fullmatch("[0-9a-f]{40}", entry["commit"]), "weights come from a committed state"
+        assert {"license", "recipe", "data", "seed"} <= set(entry)
+
+
+def test_every_published_tag_is_registered_and_the_other_way_round():
+    assert timm.list_pretrained("rotnet_*") == sorted(zoo.manifest())
+
+
+def test_bundled_weights_load_offline_and_are_the_files(offline):
+    model = timm.create_model("rotnet_nin", pretrained=True)
+    state = load_file(zoo.WEIGHTS_DIR / zoo.manifest()[BUNDLED]["file"])
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kwargs", [{"num_classes": 10}, {"num_classes": 0}, {"features_only": True}, {"in_chans": 1}])
+def test_adapted_models_carry_the_bundled_backbone(offline, kwargs):
+    model = timm.create_model("rotnet_nin", pretrained=True, **kwargs)
+    state = load_file(zoo.WEIGHTS_DIR / zoo.manifest()[BUNDLED]["file"])
+    loaded = {name.replace("blocks_block", "blocks.block"): tensor for name, tensor in model.state_dict().items()}
+    backbone = [n for n in state if n.startswith("blocks.") and not ("in_chans" in kwargs and "block1.0.conv" in n)]
+    assert backbone and all(torch.equal(loaded[name], state[name]) for name in backbone)
+    if "in_chans" in kwargs:
+        summed = state["blocks.block1.0.conv.weight"].sum(1, keepdim=True)
+        torch.testing.assert_close(loaded["blocks.block1.0.conv.weight"], summed)
+
+
+def test_golden_outputs_of_the_bundled_weights():
+    golden = load_file(DATA / f"{BUNDLED}.golden.safetensors")
+    model = timm.create_model(BUNDLED, pretrained=True).eval()
+    with torch.inference_mode():
+        final, maps = model.forward_intermediates(golden["input"])
+        torch.testing.assert_close(model.forward_head(final), golden["logits"], rtol=1e-3, atol=1e-3)
+    for i, features in enumerate(maps, 1):
+        torch.testing.assert_close(features.mean((2, 3)), golden[f"block{i}"], rtol=1e-3, atol=1e-3)
+
+
+def test_one_changed_byte_is_caught(damaged_wheel):
+    file = damaged_wheel / zoo.manifest()[BUNDLED]["file"]
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"rotnet_nin\.cifar10 are damaged: .* has sha256"):
+        create_damaged(damaged_wheel)
+
+
+def test_a_truncated_file_is_caught(damaged_wheel):
+    file = damaged_wheel / zoo.manifest()[BUNDLED]["file"]
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match="are damaged: .* bytes, the manifest says"):
+        create_damaged(damaged_wheel)
+
+
+def test_a_missing_file_is_named(damaged_wheel):
+    (damaged_wheel / zoo.manifest()[BUNDLED]["file"]).unlink()
+    with pytest.raises(ValueError, match="are missing: .* does not exist"):
+        create_damaged(damaged_wheel)
+
+
+def test_unknown_tag_lists_the_known():
+    with pytest.raises(ValueError, match=r"no weights tagged 'nope'.*rotnet_nin\.cifar10"):
+        timm.create_model("rotnet_nin.nope", pretrained=True)
+
+
+@pytest.mark.parametrize("name", ["rotnet_alexnet", "rotnet_nin3", "rotnet_nin5"])
+def test_models_without_weights_say_so(name):
+    with pytest.raises(
+        ValueError, match=rf"{name} has no pretrained weights; use pretrained=False.*rotnet_nin\.cifar10"
+    ):
+        timm.create_model(name, pretrained=True)
+
+
+def test_own_file_round_trip(nin_state, tmp_path):
+    model = from_file(saved(nin_state, tmp_path / "mine.safetensors"))
+    assert all(torch.equal(tensor, nin_state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_own_file_decides_the_classes(tmp_path):
+    ten = timm.create_model("rotnet_nin", num_classes=10)
+    file = saved(ten.state_dict(), tmp_path / "ten.safetensors")
+    model = from_file(file)
+    assert model.num_classes == 10 and torch.equal(model.head.fc.weight, ten.head.fc.weight)
+    assert torch.equal(from_file(file, num_classes=10).head.fc.weight, ten.head.fc.weight)
+    assert from_file(file, num_classes=3).head.fc.weight.shape == (3, 192)
+
+
+def test_own_file_without_head(nin_state, tmp_path):
+    file = saved({n: t for n, t in nin_state.items() if not n.startswith("head.")}, tmp_path / "backbone.safetensors")
+    assert from_file(file).num_classes == 0
+    assert from_file(file, num_classes=5).num_classes == 5
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"num_classes": 10}, {"features_only": True}])
+def test_renamed_keys_are_refused_even_where_timm_is_lenient(nin_state, tmp_path, kwargs):
+    renamed = {f"module.{name}": tensor for name, tensor in nin_state.items()}
+    with pytest.raises(ValueError, match=r"mine\.safetensors does not fit RotNetNIN: it lacks blocks.*has module\."):
+        from_file(saved(renamed, tmp_path / "mine.safetensors"), **kwargs)
+
+
+def test_one_missing_key_is_refused(nin_state, tmp_path):
+    del nin_state["blocks.block3.1.bn.running_var"]
+    with pytest.raises(ValueError, match=r"lacks blocks\.block3\.1\.bn\.running_var and has nothing"):
+        from_file(saved(nin_state, tmp_path / "mine.safetensors"), num_classes=10)
+
+
+def test_weights_of_another_network_are_refused(tmp_path):
+    state = timm.create_model("rotnet_nin5").state_dict()
+    with pytest.raises(ValueError, match=r"has blocks\.block5.* that the model does not"):
+        from_file(saved(state, tmp_path / "five.safetensors"))
+
+
+def test_wrong_shapes_are_refused(nin_state, tmp_path):
+    nin_state["blocks.block2.0.conv.weight"] = torch.zeros(192, 96, 3, 3)
+    with pytest.raises(ValueError, match=r"blocks\.block2\.0\.conv\.weight \(192, 96, 3, 3\) for \(192, 96, 5, 5\)"):
+        from_file(saved(nin_state, tmp_path / "mine.safetensors"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_refused(nin_state, tmp_path, value):
+    nin_state["blocks.block4.2.bn.weight"][7] = value
+    with pytest.raises(ValueError, match=r"not finite in blocks\.block4\.2\.bn\.weight"):
+        from_file(saved(nin_state, tmp_path / "mine.safetensors"))
+
+
+def test_truncated_own_file_is_refused(nin_state, tmp_path):
+    file = saved(nin_state, tmp_path / "mine.safetensors")
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        from_file(file)
+
+
+class Trap:
+    def __reduce__(self):
+        return (pytest.fail, ("a pickle was run",))
+
+
+def test_a_pickle_is_refused_unopened(tmp_path):
+    for name, message in (
+        ("mine.pth", "not a .safetensors file"),
+        ("mine.safetensors", "not a whole safetensors file"),
+    ):
+        torch.save({"state_dict": Trap()}, tmp_path / name)
+        with pytest.raises(ValueError, match=message):
+            from_file(tmp_path / name)
+
+
+def test_missing_own_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere\.safetensors does not exist"):
+        from_file(tmp_path / "nowhere.safetensors")
+
+
+def test_local_folder(nin_state, tmp_path):
+    saved(nin_state, tmp_path / "model.safetensors")
+    config = {"architecture": "rotnet_nin", "pretrained_cfg": {"num_classes": 4, "classifier": "head.fc"}}
+    config["pretrained_cfg"] |= {"first_conv": "blocks.block1.0.conv", "input_size": [3, 32, 32]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert all(torch.equal(tensor, nin_state[name]) for name, tensor in model.state_dict().items())
+    nin_state["extra.weight"] = torch.zeros(1)
+    saved(nin_state, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"has extra\.weight"):
+        timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    build = "import sys, hatchling.build; print(hatchling.build.build_wheel(sys.argv[1]))"
+    subprocess.run([sys.executable, "-c", build, str(folder)], cwd=ROOT, check=True, capture_output=True)
+    (file,) = folder.glob("*.whl")
+    return file
+
+
+def test_the_wheel_holds_the_package_alone(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"rotation_ssl"}
+    for expected in ("weights/manifest.json", f"weights/{BUNDLED}.safetensors", "py.typed", "samples/LICENSES.md"):
+        assert f"rotation_ssl/{expected}" in names
+
+
+def test_the_wheel_loads_its_weights_without_network(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    code = (
+        "import socket\n"
+        "def refuse(*args, **kwargs): raise SystemExit('the network was used')\n"
+        "socket.socket.connect = socket.getaddrinfo = refuse\n"
+        "import timm, rotation_ssl\n"
+        "timm.create_model('rotnet_nin', pretrained=True)\n"
+        "print(rotation_ssl.__file__)\n"
+    )
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{code}"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert str(tmp_path) in result.stdout
