@@ -1,7 +1,7 @@
 """Other people's checkpoints -> state dicts of this package's models.
 
-The authors' checkpoints (https://github.com/gidariss/FeatureLearningRotNet) hold ``{'epoch': int, 'network': ...}``, the
-network as modules numbered in the order of their definition, without ``num_batches_tracked``.
+The authors' checkpoints (https://github.com/gidariss/FeatureLearningRotNet) hold ``{'epoch': int, 'network': ...}``,
+the network as modules numbered in the order of their definition, without ``num_batches_tracked``.
 """
 
 import re

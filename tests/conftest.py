@@ -8,8 +8,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from hypothesis import settings
 
 import rotation_ssl  # noqa: F401  registers the models with timm
+
+# a busy machine is not a failure
+settings.register_profile("no-deadline", deadline=None)
+settings.load_profile("no-deadline")
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(__file__).parent / "data"

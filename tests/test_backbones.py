@@ -1,4 +1,4 @@
-"""The contract of timm's own tests/test_models.py, for every registered model of ours (`make timm-tests` runs those)."""
+"""The contract of timm's own tests/test_models.py, on every registered model of ours; `make timm-tests` runs those."""
 
 import copy
 

@@ -140,7 +140,7 @@ def test_missing_and_empty_folders(tmp_path, small_cifar10):
         load_cifar10(tmp_path / "empty", "train")
     for file in (small_cifar10 / "train" / "frog").iterdir():
         file.unlink()
-    with pytest.raises(ValueError, match="class folder .*frog holds no images"):
+    with pytest.raises(ValueError, match=r"class folder .*frog holds no images"):
         load_cifar10(small_cifar10, "train")
     (small_cifar10 / "train" / "frog").rmdir()
     with pytest.raises(ValueError, match="is not CIFAR-10: its classes are"):

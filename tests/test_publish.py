@@ -101,7 +101,7 @@ def test_what_is_no_finished_run_is_refused(copied, run_dir):
 
 def test_rows_of_other_bytes_are_refused(copied):
     file = copied / "results" / f"{NAME}.jsonl"
-    first, *others = read_file(file)
+    first = read_file(file)[0]
     write_rows(file, [dataclasses.replace(first, sha256="0" * 64)])
     with pytest.raises(ValueError, match=rf"row of {NAME}.* is of other bytes \(sha256 000"):
         publish.render()

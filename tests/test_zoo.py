@@ -95,13 +95,13 @@ def test_one_changed_byte_is_caught(damaged_wheel):
 def test_a_truncated_file_is_caught(damaged_wheel):
     file = damaged_wheel / zoo.manifest()[BUNDLED]["file"]
     file.write_bytes(file.read_bytes()[:-1000])
-    with pytest.raises(ValueError, match="are damaged: .* bytes, the manifest says"):
+    with pytest.raises(ValueError, match=r"are damaged: .* bytes, the manifest says"):
         create_damaged(damaged_wheel)
 
 
 def test_a_missing_file_is_named(damaged_wheel):
     (damaged_wheel / zoo.manifest()[BUNDLED]["file"]).unlink()
-    with pytest.raises(ValueError, match="are missing: .* does not exist"):
+    with pytest.raises(ValueError, match=r"are missing: .* does not exist"):
         create_damaged(damaged_wheel)
 
 

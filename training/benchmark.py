@@ -2,8 +2,8 @@
 
     python -m training.benchmark import
 
-`import`: wall time of `import timm, rotation_ssl` against `import timm`, each in fresh processes taken in turns, so that
-what else the machine does falls on both alike.
+`import`: wall time of `import timm, rotation_ssl` against `import timm`, each in fresh processes taken in turns, so
+that what else the machine does falls on both alike.
 """
 
 import argparse

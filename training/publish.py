@@ -3,9 +3,9 @@
     python -m training.publish bundle runs/nin rotnet_nin.cifar10
     python -m training.publish render [--check]
 
-`bundle` copies the run's weights, run.json and curve into place, writes their manifest entry and golden outputs. `render` rewrites
-MODEL_CARD.md, the rendered parts of README.md and the manifest's metrics from the result rows; with --check it writes
-nothing and fails when something would change.
+`bundle` copies the run's weights, run.json and curve into place, writes their manifest entry and golden outputs.
+`render` rewrites MODEL_CARD.md, the rendered parts of README.md and the manifest's metrics from the result rows; with
+--check it writes nothing and fails when something would change.
 """
 
 import argparse

@@ -103,9 +103,9 @@ NIN_CIFAR10_CPU = Recipe(
     name="nin-cifar10-cpu",
     model="rotnet_nin",
     data="cifar10",
-    stages=(Stage(steps=1500, crop=24), Stage(steps=700, crop=32)),
-    optimizer=Muon(),
-    schedule=LinearSchedule(warmup=0.15),
+    stages=(Stage(steps=1350, crop=24), Stage(steps=600, crop=32)),
+    optimizer=Muon(lr=0.1),
+    schedule=LinearSchedule(warmup=0.1),
     images_per_step=64,
     note="about 75 minutes on 2 cores",
 )
