@@ -25,13 +25,12 @@ lint: $(VENV)/.installed-dev
 # timm's own per-model tests, from the sdist of the installed timm, on our models
 timm-tests: $(VENV)/.installed-dev
 	@echo "==> timm's own tests on the models of rotation_ssl"
-	@$(BIN)/python -m pip install --quiet pytest-timeout
 	@rm -rf $(TIMM_TESTS) && mkdir -p $(TIMM_TESTS)
 	@version=$$($(BIN)/python -c "import timm; print(timm.__version__)") && \
-	    $(BIN)/python -m pip download --quiet --no-deps --no-build-isolation --no-binary timm \
+	    $(BIN)/python -m pip download --quiet --no-deps --no-binary timm \
 	        --dest $(TIMM_TESTS) "timm==$$version" && \
 	    tar -xzf $(TIMM_TESTS)/timm-$$version.tar.gz -C $(TIMM_TESTS) --strip-components=1
-	@cd $(TIMM_TESTS) && PYTHONPATH=$(CURDIR) $(CURDIR)/$(BIN)/python -m pytest -q -p tests.timm_plugin \
+	@cd $(TIMM_TESTS) && PYTHONPATH=$(CURDIR)/tests $(CURDIR)/$(BIN)/python -m pytest -q -p timm_plugin \
 	    --rootdir=. -c /dev/null -k rotnet tests/test_models.py
 
 # the tables of MODEL_CARD.md and README.md, and the metrics of the manifest, from the result rows
@@ -43,7 +42,7 @@ clean:
 
 $(BIN)/python:
 	@echo "==> making $(VENV) with $$($(PYTHON) --version)"
-	@$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 $(VENV)/.installed-demo: pyproject.toml | $(BIN)/python
 	@echo "==> installing rotation-ssl into $(VENV) (torch is large: the first time takes minutes)"

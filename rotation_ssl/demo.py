@@ -22,7 +22,6 @@ from rotation_ssl.features import attention_map, extract_features, layer_modules
 
 SAMPLES_DIR = Path(__file__).parent / "samples"
 POWERS = {"block1": 1.0, "block2": 2.0, "block3": 4.0}
-COLUMNS = 5  # images of one figure column carry five pictures each
 
 
 def load_image(file: Path) -> Image.Image:
@@ -89,11 +88,11 @@ def draw(
         column, row = divmod(i, rows)
         line = axes[row, column * pictures : (column + 1) * pictures]
         upright = torch.rot90(square, -int(rotations[i]), (-2, -1))
-        line[0].imshow(square.permute(1, 2, 0))
-        line[1].imshow(upright.permute(1, 2, 0))
+        line[0].imshow(square.permute(1, 2, 0).numpy())
+        line[1].imshow(upright.permute(1, 2, 0).numpy())
         line[1].set_title(f"{90 * int(rotations[i])}°, {100 * probabilities[i]:.0f} %", fontsize=6, pad=2)
         for axis, attention in zip(line[2:], maps.values(), strict=True):
-            axis.imshow(attention[i], cmap="inferno", vmin=0, vmax=1)
+            axis.imshow(attention[i].numpy(), cmap="inferno", vmin=0, vmax=1)
         if row == 0:
             for axis, title in zip(line, ("as given", "upright", *maps), strict=True):
                 axis.set_title(f"{title}\n{axis.get_title()}".strip(), fontsize=6, pad=2)
@@ -128,7 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{right} of {len(files)} turned images guessed right (chance is a quarter)")
         maps = {layer: attention_map(features[layer], p, tuple(batch.shape[-2:])) for layer, p in POWERS.items()}
         draw(squares, rotations, probabilities, maps, args.output)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"figure written to {args.output}")

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Sequence
 
 import torch
-from timm.models import FeatureInfo
 from torch import nn
 from torch.nn import functional as F
 
@@ -14,13 +13,14 @@ def layer_modules(backbone: nn.Module) -> dict[str, str]:
     A layer's name is the last part of its module's, or the whole of it where that would not be unique.
 
     Raises:
-        ValueError: not a timm model: it has no feature_info.
+        ValueError: not a whole timm model: it has no feature_info of its own.
     """
     info = getattr(backbone, "feature_info", None)
-    if info is None:
-        raise ValueError(f"{type(backbone).__name__} has no feature_info: give a timm model")
-    entries = info.info if isinstance(info, FeatureInfo) else info
-    modules = [entry["module"] for entry in entries]
+    if not isinstance(info, list):
+        raise ValueError(
+            f"{type(backbone).__name__} has no feature_info: give a timm model, without features_only"
+        )
+    modules = [entry["module"] for entry in info]
     short = [module.rsplit(".", 1)[-1] for module in modules]
     return dict(zip(short if len(set(short)) == len(short) else modules, modules, strict=True))
 
@@ -30,16 +30,14 @@ def extract_features(
     batches: Iterable[torch.Tensor],
     layers: Sequence[str],
     grid: int | None = 1,
-    bf16: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Features of every image at each layer, from one pass of the frozen backbone in eval mode.
 
     Args:
-        backbone: a timm model; its train/eval mode is as before afterwards, no buffer of it moves.
+        backbone: a timm model; each module's train/eval mode is as before afterwards, no buffer moves.
         batches: normalised images (B, C, H, W), on the backbone's device.
         layers: names of :func:`layer_modules` ('block1', 'conv3'), or any module's own name ('blocks.block1.0').
         grid: average-pool each map to grid x grid; 1 is the global average, None keeps the map.
-        bf16: run the backbone in bfloat16 autocast.
 
     Returns:
         By layer, float32 on the CPU: (N, D) with D = channels * grid**2, channel by channel; (N, C, H', W') with
@@ -61,21 +59,22 @@ def extract_features(
             if output.ndim != 4:
                 raise ValueError(f"layer {layer} gives {tuple(output.shape)}, not a map to pool: use grid=None")
             output = F.adaptive_avg_pool2d(output.float(), grid).flatten(1)
-        taken[layer].append(output.float().cpu())
+        # a copy: the network's next layer may overwrite its input in place
+        taken[layer].append(output.to("cpu", torch.float32, copy=True))
 
     hooks = [
         modules[names.get(layer, layer)].register_forward_hook(lambda _, __, output, layer=layer: keep(layer, output))
         for layer in layers
     ]
-    was_training = backbone.training
+    training = [module for module in backbone.modules() if module.training]
     backbone.eval()
     try:
         with torch.inference_mode():
             for images in batches:
-                with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-                    backbone(images)
+                backbone(images)
     finally:
-        backbone.train(was_training)
+        for module in training:
+            module.training = True
         for hook in hooks:
             hook.remove()
     if not taken[layers[0]]:

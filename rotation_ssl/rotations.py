@@ -36,7 +36,10 @@ def rotate_all(images: torch.Tensor, rotations: Sequence[int] = ROTATIONS) -> to
     if images.shape[-2] != images.shape[-1]:
         raise ValueError(f"images must be square, got {tuple(images.shape[-2:])}: crop them before rotating")
     _check_rotations(rotations)
-    return torch.cat([torch.rot90(images, k, (-2, -1)) for k in rotations])
+    turned = torch.cat([torch.rot90(images, k, (-2, -1)) for k in rotations])
+    # rot90 transposes, which leaves the memory format to chance: convolutions want the one that the batch came in
+    keep = torch.channels_last if images.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+    return turned.contiguous(memory_format=keep)
 
 
 def rotation_labels(
@@ -62,7 +65,7 @@ def rotation_loss(model: nn.Module, images: torch.Tensor, rotations: Sequence[in
         rotations: as in :func:`rotate_all`.
 
     Returns:
-        Scalar, the mean over the R * N turned images, computed in float32; differentiable.
+        Scalar, the mean over the R * N rotated images, computed in float32; differentiable.
 
     Raises:
         ValueError: as :func:`rotate_all`, or the model does not give R logits an image.
@@ -79,17 +82,18 @@ def rotation_loss(model: nn.Module, images: torch.Tensor, rotations: Sequence[in
 def count_correct_rotations(
     model: nn.Module, batches: Iterable[torch.Tensor], rotations: Sequence[int] = ROTATIONS
 ) -> tuple[int, int]:
-    """How many turned images the model, in eval mode, guesses right: the pretext task's own test.
+    """How many rotated images the model, in eval mode, guesses right: the pretext task's own test.
 
     Args:
-        model: maps (R * N, C, H, H) to logits (R * N, R); its train/eval mode is as before afterwards.
+        model: maps (R * N, C, H, H) to logits (R * N, R); each module's train/eval mode is as before
+            afterwards.
         batches: batches of upright normalised images (N, C, H, H).
         rotations: as in :func:`rotate_all`.
 
     Returns:
-        The number of right guesses and the number of turned images, R times the images; their ratio is the accuracy.
+        The number of right guesses and the number of rotated images, R times the images; their ratio is the accuracy.
     """
-    was_training = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
     correct = total = 0
     try:
@@ -99,7 +103,8 @@ def count_correct_rotations(
                 correct += int((guesses == rotation_labels(len(images), rotations, guesses.device)).sum())
                 total += len(guesses)
     finally:
-        model.train(was_training)
+        for module in training:
+            module.training = True
     return correct, total
 
 

@@ -2,18 +2,26 @@
 
 The manifest (``weights/manifest.json``) has one entry for every published ``model.tag``: file, sha256, size, licence
 and where it came from. timm hashes nothing it loads, and with another number of classes it takes a file of entirely
-wrong keys without an error; :func:`build_model` closes both holes for every model here, whichever way it is made.
+wrong keys without an error; :func:`build_model` closes the first hole for published tags, the second for all weights.
 """
 
 import functools
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from timm.models import PretrainedCfg, build_model_with_cfg, list_pretrained, resolve_pretrained_cfg
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.models import (
+    PretrainedCfg,
+    build_model_with_cfg,
+    clean_state_dict,
+    list_pretrained,
+    resolve_pretrained_cfg,
+)
 from torch import nn
 
 WEIGHTS_DIR = Path(__file__).parent / "weights"
@@ -26,13 +34,12 @@ def manifest() -> dict[str, dict[str, Any]]:
     return entries
 
 
-def bundled_file(name: str) -> str:
-    """Path of the file that the wheel carries for ``model.tag``; neither opened nor checked here.
+def bundled_file(name: str) -> str | None:
+    """Path of the file that the wheel carries for ``model.tag``, neither opened nor checked; None when there is none.
 
-    Raises:
-        KeyError: the manifest has no such weights.
+    None, not an error: a tag is registered before its first weights are bundled by the command that needs this package.
     """
-    return str(WEIGHTS_DIR / manifest()[name]["file"])
+    return str(WEIGHTS_DIR / manifest()[name]["file"]) if name in manifest() else None
 
 
 def verify(file: Path, name: str) -> None:
@@ -75,24 +82,31 @@ def build_model(model_cls: type[nn.Module], variant: str, pretrained: bool, **kw
         ValueError: an unknown tag, no weights, or weights that are missing, damaged or do not fit the model.
     """
     cfg = _resolve_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
-    source = f"the weights of {variant}"
-    if pretrained and cfg.source == "hf-hub":
-        source = str(cfg.hf_hub_id)
-    elif pretrained and cfg.source == "local-dir":
-        source = str(cfg.file)
-    elif pretrained and cfg.file:
-        source = cfg.file
-        name = f"{variant}.{cfg.tag}"
-        if name in manifest() and cfg.file == bundled_file(name):
-            verify(Path(cfg.file), name)
-        else:
-            classes = _classes_of(Path(cfg.file), str(cfg.classifier))
-            overlay = {"num_classes": classes, **(kwargs.get("pretrained_cfg_overlay") or {})}
-            kwargs["pretrained_cfg_overlay"] = overlay
-    elif pretrained and not (cfg.has_weights or cfg.state_dict):
-        raise ValueError(f"{variant} has no pretrained weights; use pretrained=False, or one of: {_published()}")
+    source, classes = _open_source(variant, cfg) if pretrained else ("", None)
+    if classes is not None:
+        kwargs["pretrained_cfg_overlay"] = {"num_classes": classes, **(kwargs.get("pretrained_cfg_overlay") or {})}
     check = functools.partial(_check_state_dict, source=source)
-    return build_model_with_cfg(model_cls, variant, pretrained, pretrained_filter_fn=check, **kwargs)
+    try:
+        return build_model_with_cfg(model_cls, variant, pretrained, pretrained_filter_fn=check, **kwargs)
+    except SafetensorError as error:
+        raise ValueError(f"{source} holds no whole safetensors file ({error}); fetch it anew") from error
+
+
+def _open_source(variant: str, cfg: PretrainedCfg) -> tuple[str, int | None]:
+    """Check where the weights come from: its name for errors, and the classes of weights that are the user's own."""
+    if cfg.source in ("hf-hub", "local-dir"):
+        return str(cfg.hf_hub_id if cfg.source == "hf-hub" else cfg.file), None
+    if cfg.state_dict:
+        return "the state_dict given", _classes(cfg.state_dict, cfg.classifier)
+    if cfg.file:
+        name = f"{variant}.{cfg.tag}"
+        if cfg.file != bundled_file(name):
+            return str(cfg.file), _classes_of_file(Path(cfg.file), cfg.classifier)
+        verify(Path(cfg.file), name)
+        return name, None
+    if not cfg.has_weights:
+        raise ValueError(f"{variant} has no pretrained weights; use pretrained=False, or one of: {_published()}")
+    return f"the weights of {variant}", None
 
 
 def _resolve_cfg(variant: str, cfg: Any, overlay: dict[str, Any] | None) -> PretrainedCfg:
@@ -106,16 +120,21 @@ def _published() -> str:
     return ", ".join(list_pretrained("rotnet_*")) or "none"
 
 
-def _classes_of(file: Path, classifier: str) -> int:
+def _classes(tensors: Mapping[str, torch.Tensor], classifier: str) -> int:
+    """Rows of the classifier among tensors, 0 when it is not there."""
+    weight = tensors.get(f"{classifier}.weight")
+    return 0 if weight is None else len(weight)
+
+
+def _classes_of_file(file: Path, classifier: str) -> int:
     """Rows of the classifier in a user's safetensors file, 0 when it has none."""
     if not file.is_file():
         raise ValueError(f"weights file {file} does not exist")
     if file.suffix != ".safetensors":
         raise ValueError(f"weights file {file} is not a .safetensors file: convert it with safetensors.torch.save_file")
     try:
-        with safe_open(file, framework="pt") as tensors:
-            weight = f"{classifier}.weight"
-            return int(tensors.get_slice(weight).get_shape()[0]) if weight in tensors.keys() else 0  # noqa: SIM118
+        # without the prefixes of DistributedDataParallel and torch.compile, as timm reads it
+        return _classes(clean_state_dict(load_file(file)), classifier)
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"weights file {file} is not a whole safetensors file ({error}); convert or fetch it anew"
@@ -133,7 +152,7 @@ def _check_state_dict(state_dict: dict[str, torch.Tensor], model: nn.Module, sou
     fresh_head = model.num_classes != cfg["num_classes"]
     expected = {k: v.shape for k, v in model.state_dict().items() if not (fresh_head and k.startswith(head))}
     missing = [key for key in expected if key not in state_dict]
-    unknown = [key for key in state_dict if key not in expected and not key.startswith(head)]
+    unknown = [key for key in state_dict if key not in expected and not (fresh_head and key.startswith(head))]
     if missing or unknown:
         raise ValueError(
             f"{source} does not fit {type(model).__name__}: it lacks {_some(missing)} and has {_some(unknown)} "

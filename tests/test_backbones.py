@@ -154,7 +154,7 @@ def test_pruning(models, name):
 
 
 @every_model
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*")
 def test_torchscript(name):
     x = images(name)
     with timm.layers.set_scriptable(True):

@@ -2,6 +2,8 @@
 
 import inspect
 import shutil
+import subprocess
+import sys
 
 import pytest
 import timm
@@ -46,9 +48,22 @@ def test_help_is_worth_reading(downloaded, name):
         assert "pretrained=False" in text.split("Weights")[1]
 
 
-def test_load_from_the_cache(downloaded):
-    model = torch.hub.load(downloaded, "rotnet_nin", trust_repo=True, verbose=False)
-    assert model.num_classes == 4
+def test_load_from_the_cache_takes_the_downloaded_package(downloaded, tmp_path):
+    code = (
+        "import socket, sys, torch\n"
+        "def refuse(*args, **kwargs): raise SystemExit('the network was used')\n"
+        "socket.socket.connect = socket.getaddrinfo = refuse\n"
+        "sys.path = [p for p in sys.path if p != sys.argv[2]]\n"
+        "sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f)]\n"
+        "torch.hub.set_dir(sys.argv[1])\n"
+        f"model = torch.hub.load({downloaded!r}, 'rotnet_nin', trust_repo=True, verbose=False)\n"
+        "import rotation_ssl\n"
+        "print(model.num_classes, rotation_ssl.__file__)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path), str(ROOT)]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["4", str(tmp_path / "OWNER_rotation_ssl_main" / "rotation_ssl" / "__init__.py")]
 
 
 def test_default_tag_and_named_tag_are_timms(offline):

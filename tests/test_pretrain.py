@@ -1,6 +1,7 @@
 """The training loop: exact resuming through real kills, what it refuses, and that it learns."""
 
 import dataclasses
+import io
 import json
 import math
 import signal
@@ -36,9 +37,11 @@ from training.recipes import (
     Stage,
     StepSchedule,
 )
+from training.results import current_commit
 
+# timm's smallest ResNet: the loop takes any timm model, and thirty steps take a second
 TINY = dataclasses.replace(
-    NIN_CIFAR10_CPU, model="rotnet_nin3", stages=(Stage(20, 8), Stage(10, 12)), images_per_step=4, padding=2
+    NIN_CIFAR10_CPU, model="test_resnet", stages=(Stage(20, 8), Stage(10, 12)), images_per_step=4, padding=2
 )
 
 
@@ -57,7 +60,7 @@ def same(one, other):
 
 def test_it_learns_a_handful_of_images(images, tmp_path):
     recipe = dataclasses.replace(
-        TINY, stages=(Stage(120, 16),), padding=0, flip=False, optimizer=Muon(lr=0.1), images_per_step=8
+        TINY, model="rotnet_nin3", stages=(Stage(60, 16),), padding=0, flip=False, images_per_step=8
     )
     pretrain(recipe, images[:8], tmp_path)
     model = timm.create_model("rotnet_nin3")
@@ -162,6 +165,8 @@ def stopped(images, tmp_path, monkeypatch):
 
 def test_a_checkpoint_of_another_recipe_is_refused_and_kept(images, stopped):
     before = (stopped / "checkpoint.pt").read_bytes()
+    with pytest.raises(ValueError, match="number of images 40 -> 39"):
+        pretrain(TINY, images[:39], stopped, resume=True)
     other = dataclasses.replace(TINY, images_per_step=8, optimizer=Sgd())
     with pytest.raises(ValueError, match=r"another recipe \(optimizer Muon\(.*\) -> Sgd\(.*images_per_step 4 -> 8"):
         pretrain(other, images, stopped, resume=True)
@@ -171,10 +176,16 @@ def test_a_checkpoint_of_another_recipe_is_refused_and_kept(images, stopped):
 
 
 def test_a_damaged_checkpoint_is_refused(images, stopped):
-    whole = (stopped / "checkpoint.pt").read_bytes()
-    (stopped / "checkpoint.pt").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"checkpoint\.pt is not a checkpoint"):
-        pretrain(TINY, images, stopped, resume=True)
+    file = stopped / "checkpoint.pt"
+    whole = file.read_bytes()
+    foreign = io.BytesIO()
+    torch.save({"model": torch.nn.Linear(1, 1)}, foreign)
+    for content in (whole[: len(whole) // 2], b"", b"some text", foreign.getvalue()):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=r"checkpoint\.pt is not a checkpoint") as caught:
+            pretrain(TINY, images, stopped, resume=True)
+        assert "\n" not in str(caught.value)
+        assert file.read_bytes() == content
 
 
 def test_a_finished_run_is_not_overwritten(images, tmp_path):
@@ -209,6 +220,27 @@ def test_held_out_images_are_never_trained_on(images, tmp_path):
     pretrain(recipe, changed, tmp_path / "b")
     assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
     assert json.loads((tmp_path / "a" / "run.json").read_text())["holdout_rotation_accuracy"]["n"] == 40
+
+
+@pytest.mark.parametrize("holdout", [-1, 40])
+def test_holdout_is_checked(images, tmp_path, holdout):
+    with pytest.raises(ValueError, match=rf"holdout must be 0 to 39 .* got {holdout}"):
+        pretrain(dataclasses.replace(TINY, holdout=holdout), images, tmp_path / "new")
+
+
+def test_a_run_is_finished_only_when_its_weights_are_whole(images, tmp_path, monkeypatch):
+    """A full disk while the outputs are written leaves the checkpoint, and resuming finishes."""
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(command, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        pretrain(TINY, images, tmp_path / "run", checkpoint_seconds=0.0)
+    monkeypatch.undo()
+    pretrain(TINY, images, tmp_path / "run", resume=True)
+    pretrain(TINY, images, tmp_path / "whole")
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
 
 
 def test_each_epoch_takes_every_image_once(monkeypatch, images):
@@ -292,10 +324,12 @@ def test_command_line_errors_are_one_line(tmp_path, capsys):
     assert status == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: no CIFAR-10 in") and "\n" not in error
+    assert command.main(["nin-cifar10-cpu", "--device", "cuda:99"]) == 2
+    assert capsys.readouterr().err.startswith("error: device 'cuda:99' cannot be used")
     assert not (tmp_path / "o").exists()
 
 
 def test_checkpoint_loading_reports_the_step(stopped):
-    model = timm.create_model("rotnet_nin3")
-    step, curve, seconds = load_checkpoint(stopped / "checkpoint.pt", TINY, model, create_optimizers(TINY, model))
-    assert step == 11 and len(curve) == 1 and seconds == curve[-1]["seconds"]
+    model = timm.create_model(TINY.model, num_classes=4)
+    step, curve, commit = load_checkpoint(stopped / "checkpoint.pt", {}, model, create_optimizers(TINY, model))
+    assert step == 11 and len(curve) == 1 and commit == current_commit()

@@ -74,13 +74,19 @@ def test_linear_predict_learns_and_chooses():
     assert strength in (1e-1, 1e-2, 1e-3, 1e-4)
 
 
-def test_the_strength_is_chosen_by_the_split_alone():
-    # the features only carry noise in the split: the strongest penalty, tried first, cannot be beaten by chance labels
-    train, labels = clusters(400)
-    test, _ = clusters(50, seed=1)
-    first = linear_predict(train, labels, test, 3, validation=100)
-    other = linear_predict(train, labels, test.flip(0) * 3, 3, validation=100)
-    assert first[1] == other[1]
+def test_a_strong_penalty_wins_where_features_are_many_and_noisy():
+    labels = torch.arange(300) % 2
+    features = 0.15 * (2.0 * labels - 1)[:, None] + torch.randn(300, 100)
+    assert linear_predict(features, labels, features[:5], 2, validation=150, strengths=(10.0, 1e-5))[1] == 10.0
+
+
+def test_a_weak_penalty_wins_where_only_a_difference_of_features_tells():
+    # the strong penalty keeps to the class means, which the noise that both features share drowns
+    labels = torch.arange(300) % 2
+    noise = 3 * torch.randn(300)
+    features = torch.stack([0.5 * (2.0 * labels - 1) + noise, noise], 1)
+    predictions, strength = linear_predict(features, labels, features, 2, validation=150, strengths=(10.0, 1e-5))
+    assert strength == 1e-5 and torch.equal(predictions, labels)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ def test_every_number_of_the_card_is_a_row():
         text = f"{100 * row.value:.2f} %"
         assert text in card, row
         if row.source != "measured":
-            assert f"_{text}_" in card or (row.protocol == "rotation accuracy" and f"_{text}_" in card)
+            assert f"_{text}_" in card
 
 
 def test_required_numbers_are_there():
@@ -90,6 +90,11 @@ def test_what_is_no_finished_run_is_refused(copied, run_dir):
     (run_dir / "run.json").write_text(json.dumps(run))
     with pytest.raises(ValueError, match="held 5000 images out"):
         publish.bundle(run_dir, NAME)
+    run["recipe"]["holdout"] = 0
+    (run_dir / "run.json").write_text(json.dumps(run | {"commit": f"{run['commit']}-dirty"}))
+    with pytest.raises(ValueError, match=r"trained by commit .*-dirty"):
+        publish.bundle(run_dir, NAME)
+    (run_dir / "run.json").write_text(json.dumps(run))
     (run_dir / "weights.safetensors").write_bytes(b"half")
     with pytest.raises(ValueError, match="not a whole safetensors file"):
         publish.bundle(run_dir, NAME)
@@ -97,6 +102,7 @@ def test_what_is_no_finished_run_is_refused(copied, run_dir):
     with pytest.raises(ValueError, match="is not a finished run"):
         publish.bundle(run_dir, NAME)
     assert (copied / "weights" / "manifest.json").read_bytes() == before
+    assert not list((copied / "figures").iterdir()) and not list((copied / "data").iterdir())
 
 
 def test_rows_of_other_bytes_are_refused(copied):

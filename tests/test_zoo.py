@@ -132,6 +132,23 @@ def test_own_file_decides_the_classes(tmp_path):
     assert from_file(file, num_classes=3).head.fc.weight.shape == (3, 192)
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
+def test_own_file_of_a_wrapped_model(nin_state, tmp_path, prefix):
+    file = saved({f"{prefix}{name}": tensor for name, tensor in nin_state.items()}, tmp_path / "wrapped.safetensors")
+    model = from_file(file)
+    assert all(torch.equal(tensor, nin_state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_weights_in_memory_keep_their_head():
+    ten = timm.create_model("rotnet_nin", num_classes=10).state_dict()
+    overlay = {"state_dict": ten}
+    model = timm.create_model("rotnet_nin", pretrained=True, pretrained_cfg_overlay=overlay, num_classes=10)
+    assert torch.equal(model.head.fc.weight, ten["head.fc.weight"])
+    with pytest.raises(ValueError, match="the state_dict given does not fit"):
+        overlay = {"state_dict": {"wrong": torch.zeros(1)}}
+        timm.create_model("rotnet_nin", pretrained=True, pretrained_cfg_overlay=overlay)
+
+
 def test_own_file_without_head(nin_state, tmp_path):
     file = saved({n: t for n, t in nin_state.items() if not n.startswith("head.")}, tmp_path / "backbone.safetensors")
     assert from_file(file).num_classes == 0
@@ -140,8 +157,8 @@ def test_own_file_without_head(nin_state, tmp_path):
 
 @pytest.mark.parametrize("kwargs", [{}, {"num_classes": 10}, {"features_only": True}])
 def test_renamed_keys_are_refused_even_where_timm_is_lenient(nin_state, tmp_path, kwargs):
-    renamed = {f"module.{name}": tensor for name, tensor in nin_state.items()}
-    with pytest.raises(ValueError, match=r"mine\.safetensors does not fit RotNetNIN: it lacks blocks.*has module\."):
+    renamed = {f"backbone.{name}": tensor for name, tensor in nin_state.items()}
+    with pytest.raises(ValueError, match=r"mine\.safetensors does not fit RotNetNIN: it lacks blocks.*has backbone\."):
         from_file(saved(renamed, tmp_path / "mine.safetensors"), **kwargs)
 
 
@@ -204,6 +221,10 @@ def test_local_folder(nin_state, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
     assert all(torch.equal(tensor, nin_state[name]) for name, tensor in model.state_dict().items())
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[:-1000])
+    with pytest.raises(ValueError, match="holds no whole safetensors file"):
+        timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
     nin_state["extra.weight"] = torch.zeros(1)
     saved(nin_state, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"has extra\.weight"):

@@ -1,6 +1,6 @@
 """pytest plugin for timm's own tests/test_models.py: its per-model tests see the models of rotation_ssl instead.
 
-Loaded by ``make timm-tests`` (``pytest -p tests.timm_plugin``) before the tests are collected: what timm's tests ask
+Loaded by ``make timm-tests`` (``pytest -p timm_plugin``) before the tests are collected: what timm's tests ask
 ``list_models`` for, all names or those of some modules, is answered with ours; a filter by name is left to timm.
 """
 
@@ -12,9 +12,16 @@ _list_models = timm.list_models
 
 
 def list_rotnets(filter="", module="", exclude_filters="", include_tags=None, pretrained=False, **kwargs):
-    if filter or pretrained:
-        return _list_models(filter, module=module, exclude_filters=exclude_filters, include_tags=include_tags, **kwargs)
-    return _list_models("rotnet_*", include_tags=include_tags)
+    if filter:
+        return _list_models(
+            filter,
+            module=module,
+            exclude_filters=exclude_filters,
+            include_tags=include_tags,
+            pretrained=pretrained,
+            **kwargs,
+        )
+    return _list_models("rotnet_*", include_tags=include_tags, pretrained=pretrained)
 
 
 timm.list_models = list_rotnets

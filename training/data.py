@@ -24,10 +24,6 @@ class LabelledImages:
     def __len__(self) -> int:
         return len(self.images)
 
-    def to(self, device: torch.device | str) -> "LabelledImages":
-        """The same images on another device."""
-        return LabelledImages(self.images.to(device), self.labels.to(device), self.classes)
-
     def subset(self, index: torch.Tensor) -> "LabelledImages":
         """The images at ``index``, in its order."""
         return LabelledImages(self.images[index], self.labels[index], self.classes)
@@ -64,10 +60,8 @@ def load_cifar10(data_dir: Path, split: str, download: bool = False) -> Labelled
 
     try:
         dataset = CIFAR10(str(data_dir), train=split == "train", download=download)
-    except RuntimeError as error:
-        raise ValueError(
-            f"CIFAR-10 in {data_dir} is incomplete or damaged: {error}; fetch it with --download"
-        ) from error
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"CIFAR-10 in {data_dir} cannot be had ({error}); fetch it anew with --download") from error
     images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()
     return LabelledImages(images, torch.tensor(dataset.targets), CIFAR10_CLASSES)
 

@@ -30,7 +30,7 @@ from rotation_ssl.probes import LINEAR_STRENGTHS, knn_predict, linear_predict
 from rotation_ssl.rotations import count_correct_rotations
 from training.allocator import keep_large_blocks
 from training.data import LabelledImages, load_cifar10, normalize
-from training.results import RESULTS_DIR, Row, current_commit, device_name, library_versions, write_rows
+from training.results import RESULTS_DIR, Row, check_device, current_commit, device_name, library_versions, write_rows
 
 PROTOCOLS = ("rotation", "knn", "linear")
 VALIDATION = 5000
@@ -55,7 +55,7 @@ def load_subject(name: str, random: bool, seed: int = 0) -> Subject:
         ValueError: no such model or weights.
     """
     architecture = name.split(".", 1)[0]
-    if not timm.is_model(architecture):
+    if architecture not in timm.list_models("rotnet_*"):
         raise ValueError(f"no model {architecture!r}; there are {', '.join(timm.list_models('rotnet_*'))}")
     if random:
         torch.manual_seed(seed)
@@ -84,7 +84,9 @@ def measure_rotation(subject: Subject, test: LabelledImages, device: str) -> lis
     started = time.monotonic()
     batches = normalized_batches(test.images, subject.backbone.pretrained_cfg, device, "rotation accuracy")
     correct, total = count_correct_rotations(subject.backbone, batches)
-    return [_row(subject, "rotation accuracy", "", correct, total, f"{total // len(test)} views an image", started)]
+    return [
+        _row(subject, "rotation accuracy", "", correct, total, f"{total // len(test)} rotations of each image", started)
+    ]
 
 
 def measure_probes(
@@ -166,6 +168,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     keep_large_blocks()
     try:
+        check_device(args.device)
         subject = load_subject(args.model, args.random, args.seed)
         subject.backbone.to(args.device, memory_format=torch.channels_last)
         file = args.results or RESULTS_DIR / f"{subject.name}.jsonl"
@@ -177,7 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
         if {"knn", "linear"} & set(args.only):
             train = load_cifar10(args.data_dir, "train", args.download)
             write_rows(file, measure_probes(subject, train, test, tuple(args.only), args.device))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"rows are in {file}")

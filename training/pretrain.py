@@ -32,7 +32,7 @@ from rotation_ssl.rotations import count_correct_rotations, rotation_loss
 from training.allocator import keep_large_blocks
 from training.data import LabelledImages, crop_and_flip, load_cifar10, normalize
 from training.recipes import RECIPES, LinearSchedule, Muon, Recipe, Sgd
-from training.results import current_commit, device_name, library_versions
+from training.results import check_device, current_commit, device_name, library_versions
 
 CURVE_EVERY = 10  # steps averaged into one point of the curve
 
@@ -53,7 +53,7 @@ def pretrain(
         output: folder for checkpoint, weights, run.json and curve.png; made if missing.
         device: where to train; the images are moved there.
         resume: go on from ``output``'s checkpoint.
-        checkpoint_seconds: the time between checkpoints, the most that a kill loses.
+        checkpoint_seconds: time between checkpoints; a kill loses that much and the steps to the curve's next point.
 
     Returns:
         The weights file, or the checkpoint when the run was stopped by Ctrl-C or SIGTERM.
@@ -62,6 +62,9 @@ def pretrain(
         ValueError: too few images, nothing to resume, a checkpoint of another recipe, or a finished run in the way.
     """
     weights_file, checkpoint_file = output / "weights.safetensors", output / "checkpoint.pt"
+    if not 0 <= recipe.holdout < len(images):
+        raise ValueError(f"holdout must be 0 to {len(images) - 1} of the training images, got {recipe.holdout}")
+    commit = current_commit()
     train_images = images[: len(images) - recipe.holdout].to(device)
     if len(train_images) < recipe.images_per_step:
         raise ValueError(f"{recipe.name} takes {recipe.images_per_step} images a step, there are {len(train_images)}")
@@ -75,9 +78,11 @@ def pretrain(
     model.to(device, memory_format=torch.channels_last).train()
     optimizers = create_optimizers(recipe, model)
     schedulers = [create_scheduler(recipe, optimizer) for optimizer in optimizers]
+    identity = {**_fields(recipe), "number of images": repr(len(train_images))}
     step, curve, seconds = 0, [], 0.0
     if resume:
-        step, curve, seconds = load_checkpoint(checkpoint_file, recipe, model, optimizers)
+        step, curve, commit = load_checkpoint(checkpoint_file, identity, model, optimizers)
+        seconds = curve[-1]["seconds"] if curve else 0.0
     output.mkdir(parents=True, exist_ok=True)
 
     with StopRequest() as stop, progress_bar(recipe, step) as bar:
@@ -109,13 +114,13 @@ def pretrain(
                 bar.set_postfix(loss=f"{mean_loss:.3f}", crop=recipe.crop_at(step - 1))
                 losses.clear()
             if time.monotonic() - saved > checkpoint_seconds and not losses:
-                save_checkpoint(checkpoint_file, recipe, model, optimizers, step, curve)
+                save_checkpoint(checkpoint_file, identity, model, optimizers, step, curve, commit)
                 saved = time.monotonic()
     if step < recipe.steps:
-        save_checkpoint(checkpoint_file, recipe, model, optimizers, step, curve)
+        save_checkpoint(checkpoint_file, identity, model, optimizers, step, curve, commit)
         return checkpoint_file
 
-    run = describe_run(recipe, curve, str(device))
+    run = describe_run(recipe, curve, device, commit)
     if recipe.holdout:
         correct, total = holdout_accuracy(recipe, model, images[-recipe.holdout :].to(device))
         run["holdout_rotation_accuracy"] = {"correct": correct, "n": total}
@@ -186,13 +191,20 @@ def holdout_accuracy(recipe: Recipe, model: nn.Module, images: torch.Tensor) -> 
 
 
 def save_checkpoint(
-    file: Path, recipe: Recipe, model: nn.Module, optimizers: list[torch.optim.Optimizer], step: int, curve: list[Any]
+    file: Path,
+    identity: dict[str, str],
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    step: int,
+    curve: list[Any],
+    commit: str,
 ) -> None:
     """Write all that resuming needs; a kill while writing leaves the previous checkpoint whole."""
     state = {
-        "recipe": _fields(recipe),
+        "recipe": identity,
         "step": step,
         "curve": curve,
+        "commit": commit,
         "model": model.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
     }
@@ -202,29 +214,32 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    file: Path, recipe: Recipe, model: nn.Module, optimizers: list[torch.optim.Optimizer]
-) -> tuple[int, list[dict[str, Any]], float]:
-    """Restore model and optimizers; returns the step to go on from, the curve and the seconds so far.
+    file: Path, identity: dict[str, str], model: nn.Module, optimizers: list[torch.optim.Optimizer]
+) -> tuple[int, list[dict[str, Any]], str]:
+    """Restore model and optimizers; returns the step to go on from, the curve and the commit that began the run.
 
     Raises:
-        ValueError: the file is not a checkpoint, or one of another recipe.
+        ValueError: the file is not a checkpoint, or one of another recipe or other images.
     """
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-        saved = state["recipe"]
+        saved, progress = state["recipe"], (state["step"], state["curve"], state["commit"])
     except Exception as error:
-        raise ValueError(f"{file} is not a checkpoint of this program ({error}); remove it to start anew") from error
-    ours = _fields(recipe)
-    different = [f"{name} {saved.get(name)} -> {ours[name]}" for name in ours if saved.get(name) != ours[name]]
+        # torch's own text is a page long
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{file} is not a checkpoint of this program ({reason}); remove it to start anew") from error
+    different = [f"{name} {saved.get(name)} -> {ours}" for name, ours in identity.items() if saved.get(name) != ours]
     if different:
         raise ValueError(f"{file} is of another recipe ({'; '.join(different)}): resume with that one, or start anew")
     model.load_state_dict(state["model"])
     for optimizer, optimizer_state in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(optimizer_state)
-    return state["step"], state["curve"], state["curve"][-1]["seconds"] if state["curve"] else 0.0
+    return progress
 
 
-def describe_run(recipe: Recipe, curve: list[dict[str, Any]], device: str) -> dict[str, Any]:
+def describe_run(
+    recipe: Recipe, curve: list[dict[str, Any]], device: torch.device | str, commit: str
+) -> dict[str, Any]:
     """What made the weights, as plain values for run.json."""
     return {
         "recipe": dataclasses.asdict(recipe),
@@ -232,7 +247,7 @@ def describe_run(recipe: Recipe, curve: list[dict[str, Any]], device: str) -> di
         "schedule": type(recipe.schedule).__name__,
         "rotated_images": recipe.rotated_images,
         "seconds": curve[-1]["seconds"],
-        "commit": current_commit(),
+        "commit": commit,
         "versions": library_versions(),
         "device": device_name(device),
         "threads": torch.get_num_threads(),
@@ -241,23 +256,25 @@ def describe_run(recipe: Recipe, curve: list[dict[str, Any]], device: str) -> di
 
 
 def write_run(output: Path, run: dict[str, Any], model: nn.Module) -> None:
-    """Write weights.safetensors (fp32), run.json and curve.png."""
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(state, output / "weights.safetensors", metadata={"format": "pt"})
-    (output / "weights.safetensors").chmod(0o644)
+    """Write run.json, curve.png and, last, weights.safetensors (fp32): where it is, the run is finished."""
     (output / "run.json").write_text(json.dumps(run, indent=1) + "\n")
     draw_curve(run, output / "curve.png")
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    unfinished = output / "weights.tmp"
+    save_file(state, unfinished, metadata={"format": "pt"})
+    unfinished.chmod(0o644)
+    unfinished.replace(output / "weights.safetensors")
 
 
 def draw_curve(run: dict[str, Any], file: Path) -> None:
-    """The loss over turned images seen, as a png."""
+    """The loss over rotated images seen, as a png."""
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     per_step = run["rotated_images"] / run["curve"][-1]["step"]
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     axes.plot([point["step"] * per_step for point in run["curve"]], [point["loss"] for point in run["curve"]], lw=1)
-    axes.set(xlabel="turned images seen", ylabel="rotation loss (cross-entropy)", title=run["recipe"]["name"])
+    axes.set(xlabel="rotated images seen", ylabel="rotation loss (cross-entropy)", title=run["recipe"]["name"])
     axes.grid(alpha=0.3)
     figure.savefig(file, dpi=120)
     plt.close(figure)
@@ -280,7 +297,7 @@ class StopRequest:
 
 
 def progress_bar(recipe: Recipe, step: int) -> tqdm:
-    """Turned images done, their rate and the time left."""
+    """Rotated images done, their rate and the time left."""
     per_step = recipe.images_per_step * len(recipe.rotations)
     return tqdm(
         total=recipe.rotated_images,
@@ -303,13 +320,13 @@ def _generator(seed: int, stream: int, index: int) -> torch.Generator:
 
 
 def _fields(recipe: Recipe) -> dict[str, str]:
-    return {field.name: repr(getattr(recipe, field.name)) for field in dataclasses.fields(recipe)}
+    return {f.name: repr(getattr(recipe, f.name)) for f in dataclasses.fields(recipe) if f.name != "note"}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     recipes = "\n".join(
-        f"  {r.name:22s} {r.model}, {r.rotated_images:,} turned images of {r.data}{'; ' + r.note if r.note else ''}"
+        f"  {r.name:22s} {r.model}, {r.rotated_images:,} rotated images of {r.data}{'; ' + r.note if r.note else ''}"
         for r in RECIPES.values()
     )
     parser = argparse.ArgumentParser(
@@ -335,9 +352,10 @@ def main(arguments: list[str] | None = None) -> int:
     output = args.output or Path("runs") / recipe.name
     keep_large_blocks()
     try:
+        check_device(args.device)
         data: LabelledImages = load_cifar10(args.data_dir, "train", args.download)
         result = pretrain(recipe, data.images, output, args.device, args.resume, args.checkpoint_seconds)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if result.suffix == ".pt":

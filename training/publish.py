@@ -12,7 +12,6 @@ import argparse
 import hashlib
 import json
 import re
-import shutil
 import sys
 from pathlib import Path
 from string import Template
@@ -20,8 +19,7 @@ from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save
 
 from rotation_ssl import zoo
 from rotation_ssl.features import extract_features, layer_modules
@@ -35,39 +33,39 @@ GOLDEN_DIR = ROOT / "tests" / "data"
 # the repository has no public address yet: this is the one place that names it
 REPOSITORY = "OWNER/rotation_ssl"
 PAPER_ROTATED_IMAGES = 100 * 4 * 50_000  # 100 epochs of all four rotations of CIFAR-10's training images
+RECOMMENDED_LAYERS = {"rotnet_nin": "block2", "rotnet_nin3": "block2", "rotnet_nin5": "block2"}  # table 1 of the paper
 DATA_NAMES = {"cifar10": "CIFAR-10, 50,000 training images without labels"}
 
 
 def bundle(run_dir: Path, name: str) -> None:
     """Copy a run's weights into the package as ``model.tag`` and enter them into the manifest.
 
+    Everything is checked and computed before the first file is written, and the manifest is written last.
+
     Raises:
-        ValueError: not a finished run, one of another model, or one that held training images out.
+        ValueError: not a finished run, one of another model or of uncommitted code, one that held training images out,
+            or weights that do not fit the model.
     """
-    weights, run_file = run_dir / "weights.safetensors", run_dir / "run.json"
-    if not weights.is_file() or not run_file.is_file():
-        raise ValueError(f"{run_dir} is not a finished run: it lacks weights.safetensors or run.json")
-    try:
-        with safe_open(weights, framework="pt") as tensors:
-            tensors.keys()
-    except SafetensorError as error:
-        raise ValueError(f"{weights} is not a whole safetensors file ({error})") from error
+    weights, run_file, curve = (run_dir / file for file in ("weights.safetensors", "run.json", "curve.png"))
+    lacking = [file.name for file in (weights, run_file, curve) if not file.is_file()]
+    if lacking:
+        raise ValueError(f"{run_dir} is not a finished run: it lacks {', '.join(lacking)}")
     run = json.loads(run_file.read_text())
     recipe = run["recipe"]
     if recipe["model"] != name.split(".", 1)[0]:
         raise ValueError(f"{run_dir} is a run of {recipe['model']}, not of {name.split('.', 1)[0]}")
     if recipe["holdout"]:
         raise ValueError(f"{run_dir} held {recipe['holdout']} images out: it is for tuning, not publishing")
-    target = zoo.WEIGHTS_DIR / f"{name}.safetensors"
-    _replace(target, weights.read_bytes())
-    _replace(RESULTS_DIR / f"{name}.run.json", run_file.read_bytes())
-    FIGURES_DIR.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(run_dir / "curve.png", FIGURES_DIR / f"{name}.curve.png")
+    if not re.fullmatch("[0-9a-f]{40}", run["commit"]):
+        raise ValueError(
+            f"{run_dir} was trained by commit {run['commit']!r}: commit, then train what is published"
+        )
+    content, golden = weights.read_bytes(), golden_outputs(weights, recipe["model"])
     entry = {
         "source": "bundled",
-        "file": target.name,
-        "sha256": hashlib.sha256(target.read_bytes()).hexdigest(),
-        "size": target.stat().st_size,
+        "file": f"{name}.safetensors",
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "size": len(content),
         "license": "mit",
         "origin": "trained by this project",
         "recipe": recipe["name"],
@@ -75,17 +73,24 @@ def bundle(run_dir: Path, name: str) -> None:
         "rotated_images": run["rotated_images"],
         "seed": recipe["seed"],
         "commit": run["commit"],
+        "recommended_layer": RECOMMENDED_LAYERS[recipe["model"]],
         "metrics": {},
     }
-    _write_manifest({**_read_manifest(), name: entry})
-    save_file(golden_outputs(target, recipe["model"]), GOLDEN_DIR / f"{name}.golden.safetensors")
-    (GOLDEN_DIR / f"{name}.golden.safetensors").chmod(0o644)
+    FIGURES_DIR.mkdir(parents=True, exist_ok=True)
+    _replace(FIGURES_DIR / f"{name}.curve.png", curve.read_bytes())
+    _replace(GOLDEN_DIR / f"{name}.golden.safetensors", save(golden))
+    _replace(RESULTS_DIR / f"{name}.run.json", run_file.read_bytes())
+    _replace(zoo.WEIGHTS_DIR / entry["file"], content)
+    _replace(zoo.WEIGHTS_DIR / "manifest.json", _json({**_read_manifest(), name: entry}).encode())
 
 
 def golden_outputs(weights: Path, model_name: str) -> dict[str, torch.Tensor]:
-    """What the weights give for the first sample images: logits (N, 4) and each layer's global average (N, C)."""
-    model = timm.create_model(model_name)
-    model.load_state_dict(load_file(weights))
+    """What the weights give for every fifth sample image: logits (N, 4) and each layer's global average (N, C).
+
+    Raises:
+        ValueError: the weights are damaged or do not fit the model.
+    """
+    model = timm.create_model(model_name, pretrained=True, pretrained_cfg_overlay={"file": str(weights)})
     files = sorted((zoo.WEIGHTS_DIR.parent / "samples" / "cifar10").glob("*.png"))[::5]
     cfg = model.pretrained_cfg
     batch = normalize(read_images(files, cfg["input_size"][-1]), cfg["mean"], cfg["std"])
@@ -108,7 +113,7 @@ def render(check: bool = False) -> list[Path]:
     for name, entry in entries.items():
         entry["metrics"] = {_metric_name(row): row.value for row in _of(rows, name) if _is_headline(row)}
     wanted = {
-        zoo.WEIGHTS_DIR / "manifest.json": json.dumps(entries, indent=2) + "\n",
+        zoo.WEIGHTS_DIR / "manifest.json": _json(entries),
         ROOT / "MODEL_CARD.md": render_card(rows, entries),
         ROOT / "README.md": render_readme((ROOT / "README.md").read_text(), rows, entries),
     }
@@ -145,21 +150,20 @@ def render_readme(text: str, rows: list[Row], entries: dict[str, Any]) -> str:
 def weights_table(rows: list[Row], entries: dict[str, Any]) -> str:
     """One line a published weight, its size and its headline numbers."""
     lines = [
-        "| weights | network | trained on | turned images | size | rotation accuracy | linear probe | k-NN |",
+        "| weights | trained on | rotated images | size | layer | rotation accuracy | linear probe | k-NN |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, entry in entries.items():
-        own = _of(rows, name)
-        rotation = [row for row in own if row.protocol == "rotation accuracy"]
+        own, layer = _of(rows, name), entry["recommended_layer"]
         cells = [
             f"`{name}`",
-            f"`{name.split('.', 1)[0]}`",
             entry["data"],
             f"{entry['rotated_images']:,}",
             f"{entry['size'] / 1e6:.1f} MB",
-            _percent(rotation[0]) if rotation else "not measured",
-            _best(own, "linear probe"),
-            _best(own, "k-NN"),
+            f"`{layer}`",
+            _cell(own, "rotation accuracy", ""),
+            _cell(own, "linear probe", layer),
+            _cell(own, "k-NN", layer),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -176,10 +180,10 @@ def _weights_section(name: str, entry: dict[str, Any], rows: list[Row]) -> str:
         f"- sha256 `{entry['sha256']}`, {entry['size']:,} bytes, safetensors, fp32, {entry['source']} in the wheel;"
         f" licence {entry['license']}.",
         f"- Training: recipe `{entry['recipe']}`, seed {entry['seed']}, commit `{entry['commit']}`, on {entry['data']}:"
-        f" {entry['rotated_images']:,} turned images in {minutes:.0f} minutes on {run['threads']} threads of"
+        f" {entry['rotated_images']:,} rotated images in {minutes:.0f} minutes on {run['threads']} threads of"
         f" {run['device']} (torch {versions['torch']}, timm {versions['timm']}).",
         f"- Budget: {entry['rotated_images'] / PAPER_ROTATED_IMAGES:.1%} of the paper's"
-        f" {PAPER_ROTATED_IMAGES / 1e6:.0f} million turned images"
+        f" {PAPER_ROTATED_IMAGES / 1e6:.0f} million rotated images"
         " (100 epochs of 4 x 50,000). These are small-budget weights: expect less of them than of the paper's.",
         f"- Curve: [`docs/figures/{name}.curve.png`](docs/figures/{name}.curve.png).",
         "",
@@ -193,10 +197,10 @@ def _weights_section(name: str, entry: dict[str, Any], rows: list[Row]) -> str:
 
 
 def _rotation_lines(own: list[Row], random: list[Row], quoted: list[Row]) -> list[str]:
-    lines = ["Rotation accuracy on the CIFAR-10 test set, each of the 10,000 images turned four ways, chance 25 %:", ""]
+    lines = ["Rotation accuracy, all four rotations of each image of the CIFAR-10 test set (chance is 25 %):", ""]
     for label, group in (("these weights", own), ("random weights", random)):
         lines += [
-            f"- {label}: **{_percent(row)}** ({row.correct:,} of {row.n:,})"
+            f"- {label}{_seed(row)}: **{_percent(row)}** ({row.correct:,} of {row.n:,})"
             for row in group
             if row.protocol == "rotation accuracy"
         ]
@@ -257,24 +261,25 @@ def _metric_name(row: Row) -> str:
     return f"{row.protocol} {row.layer}".strip()
 
 
+def _seed(row: Row) -> str:
+    return "" if row.seed is None else f" of seed {row.seed}"
+
+
 def _percent(row: Row) -> str:
     return f"{100 * row.value:.2f} %"
 
 
-def _best(rows: list[Row], protocol: str) -> str:
-    found = [row for row in rows if row.protocol == protocol]
-    if not found:
-        return "not measured"
-    best = max(found, key=lambda row: row.value)
-    return f"{_percent(best)} ({best.layer})"
+def _cell(rows: list[Row], protocol: str, layer: str) -> str:
+    found = [row for row in rows if (row.protocol, row.layer) == (protocol, layer)]
+    return _percent(found[0]) if found else "not measured"
 
 
 def _read_manifest() -> dict[str, Any]:
     return json.loads((zoo.WEIGHTS_DIR / "manifest.json").read_text())
 
 
-def _write_manifest(entries: dict[str, Any]) -> None:
-    _replace(zoo.WEIGHTS_DIR / "manifest.json", (json.dumps(entries, indent=2) + "\n").encode())
+def _json(entries: dict[str, Any]) -> str:
+    return json.dumps(entries, indent=2) + "\n"
 
 
 def _replace(path: Path, content: bytes) -> None:
@@ -301,7 +306,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"bundled {args.name}; now measure it: python -m training.evaluate {args.name}")
             return 0
         different = render(args.check)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for path in different:

@@ -26,11 +26,11 @@ class Muon:
     """Muon on the convolution filters, Nesterov SGD on the rest.
 
     The plain update: orthogonalised momentum times ``lr``, no scaling by shape. Before each step every filter bank is
-    scaled to the norm sqrt(out channels), so that ``lr`` is a relative step whatever the layer; batch norm after each
-    convolution makes the function independent of that scale.
+    scaled to the norm sqrt(out channels), so that ``lr`` is about a relative step whatever the layer; batch norm after
+    each convolution makes the function independent of that scale.
     """
 
-    lr: float = 0.24
+    lr: float
     momentum: float = 0.6
     rest: Sgd = Sgd()
 
@@ -85,7 +85,7 @@ class Recipe:
 
     @property
     def rotated_images(self) -> int:
-        """Turned images seen in the whole run."""
+        """Rotated images seen in the whole run."""
         return self.steps * self.images_per_step * len(self.rotations)
 
     def crop_at(self, step: int) -> int:
@@ -125,7 +125,6 @@ NIN_CIFAR10_AUTHORS = dataclasses.replace(
     NIN_CIFAR10_PAPER,
     name="nin-cifar10-authors",
     stages=(Stage(steps=200 * CIFAR10_STEPS_PER_EPOCH, crop=32),),
-    schedule=StepSchedule(milestones=(0.3, 0.6, 0.8), factor=0.2),
     note="config/CIFAR10_RotNet_NIN4blocks.py of the authors' code: 200 epochs, divided by 5 at 60, 120 and 160; "
     "for a GPU",
 )

@@ -47,7 +47,7 @@ class Row:
     @property
     def key(self) -> tuple[object, ...]:
         """What the number is of: a file holds one row for each."""
-        return self.weights, self.protocol, self.layer, self.source, self.data, self.settings, self.seed
+        return self.weights, self.protocol, self.layer, self.source, self.data, self.seed
 
 
 def read_rows(folder: Path = RESULTS_DIR) -> list[Row]:
@@ -108,6 +108,19 @@ def library_versions() -> dict[str, str]:
         "timm": timm.__version__,
         "python": platform.python_version(),
     }
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that is not there before any work is done.
+
+    Raises:
+        ValueError: no such device.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {device!r} cannot be used ({reason}); give --device cpu or another") from error
 
 
 def device_name(device: torch.device | str) -> str:

@@ -161,8 +161,9 @@ class RotNetAlexNet(nn.Module):
         if head.fc_size:
             head.fc6, head.fc7 = self.head.fc6, self.head.fc7
         if num_classes > 0:
-            head.fc = nn.Linear(head.num_features, num_classes, **dd)
-        self.head = head.train(self.training)
+            head.fc = nn.Linear(head.num_features, num_classes, **dd).train(self.training)
+        head.training = head.global_pool.training = head.drop.training = self.training
+        self.head = head
         self.head_hidden_size = head.num_features
 
     def forward_intermediates(
@@ -262,4 +263,5 @@ default_cfgs = generate_default_cfgs({"rotnet_alexnet": _cfg()})
 @register_model
 def rotnet_alexnet(pretrained: bool = False, **kwargs: Any) -> RotNetAlexNet:
     """RotNet's AlexNet, 57 M parameters with fc6 and fc7, 2.5 M in the convolutions (``fc_size=0``)."""
-    return zoo.build_model(RotNetAlexNet, "rotnet_alexnet", pretrained, **kwargs)
+    feature_cfg = dict(flatten_sequential=True, **kwargs.pop("feature_cfg", {}))
+    return zoo.build_model(RotNetAlexNet, "rotnet_alexnet", pretrained, feature_cfg=feature_cfg, **kwargs)

@@ -196,7 +196,7 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
 
 default_cfgs = generate_default_cfgs(
     {
-        "rotnet_nin": _cfg(),
+        "rotnet_nin.cifar10": _cfg(file=zoo.bundled_file("rotnet_nin.cifar10")),
         "rotnet_nin3": _cfg(),
         "rotnet_nin5": _cfg(),
     }
@@ -209,7 +209,7 @@ def _create_nin(variant: str, depth: int, pretrained: bool, **kwargs: Any) -> Ro
         variant,
         pretrained,
         depth=depth,
-        feature_cfg=dict(out_indices=tuple(range(depth)), **kwargs.pop("feature_cfg", {})),
+        feature_cfg=dict(out_indices=tuple(range(depth)), flatten_sequential=True, **kwargs.pop("feature_cfg", {})),
         **kwargs,
     )
 
