@@ -14,6 +14,7 @@ import numpy as np
 import timm
 import torch
 from PIL import Image
+from timm.data import resolve_model_data_config
 from torch import nn
 from torchvision.transforms.v2 import functional as TF
 
@@ -45,7 +46,7 @@ def square_crop(image: Image.Image) -> torch.Tensor:
 
 def to_batch(squares: list[torch.Tensor], model: nn.Module) -> torch.Tensor:
     """Square uint8 images of any size -> (N, 3, H, H), of the size and normalisation that the model takes."""
-    cfg = model.pretrained_cfg
+    cfg = resolve_model_data_config(model)
     size = list(cfg["input_size"][-2:])
     small = torch.stack([TF.to_dtype(TF.resize(s, size, antialias=True), torch.float32, scale=True) for s in squares])
     return TF.normalize(small, list(cfg["mean"]), list(cfg["std"]))
@@ -125,7 +126,9 @@ def main(arguments: list[str] | None = None) -> int:
         if not args.images:
             right = int((rotations == torch.tensor(turns)).sum())
             print(f"{right} of {len(files)} turned images guessed right (chance is a quarter)")
-        maps = {layer: attention_map(features[layer], p, tuple(batch.shape[-2:])) for layer, p in POWERS.items()}
+        maps = {
+            layer: attention_map(features[layer], p, (batch.shape[-2], batch.shape[-1])) for layer, p in POWERS.items()
+        }
         draw(squares, rotations, probabilities, maps, args.output)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -17,9 +17,7 @@ def layer_modules(backbone: nn.Module) -> dict[str, str]:
     """
     info = getattr(backbone, "feature_info", None)
     if not isinstance(info, list):
-        raise ValueError(
-            f"{type(backbone).__name__} has no feature_info: give a timm model, without features_only"
-        )
+        raise ValueError(f"{type(backbone).__name__} has no feature_info: give a timm model, without features_only")
     modules = [entry["module"] for entry in info]
     short = [module.rsplit(".", 1)[-1] for module in modules]
     return dict(zip(short if len(set(short)) == len(short) else modules, modules, strict=True))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional as F
 
-LINEAR_STRENGTHS = (1e-1, 1e-2, 1e-3, 1e-4)
+LINEAR_STRENGTHS = (1e-1, 1e-2, 1e-3)
 
 
 def knn_predict(

@@ -147,7 +147,7 @@ def _check_state_dict(state_dict: dict[str, torch.Tensor], model: nn.Module, sou
     The first convolution may have other input channels, and the classifier other classes: timm adapts the one and
     leaves out the other.
     """
-    cfg = model.pretrained_cfg
+    cfg: Any = model.pretrained_cfg
     head, stem = f"{cfg['classifier']}.", f"{cfg['first_conv']}.weight"
     fresh_head = model.num_classes != cfg["num_classes"]
     expected = {k: v.shape for k, v in model.state_dict().items() if not (fresh_head and k.startswith(head))}

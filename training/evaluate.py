@@ -16,11 +16,11 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
 from safetensors.torch import save
+from timm.data import resolve_model_data_config
 from torch import nn
 from tqdm import tqdm
 
@@ -68,11 +68,10 @@ def load_subject(name: str, random: bool, seed: int = 0) -> Subject:
     return Subject(name, backbone, zoo.manifest()[name]["sha256"], None)
 
 
-def normalized_batches(
-    images: torch.Tensor, cfg: dict[str, Any], device: str, description: str
-) -> Iterator[torch.Tensor]:
-    """uint8 images (N, 3, H, W) in normalised batches on the device, channels_last, with a progress bar."""
-    with tqdm(total=len(images), desc=description, unit="img", mininterval=0.5) as bar:
+def normalized_batches(images: torch.Tensor, backbone: nn.Module, device: str, what: str) -> Iterator[torch.Tensor]:
+    """uint8 images (N, 3, H, W) in batches on the device, normalised for the backbone, with a progress bar."""
+    cfg = resolve_model_data_config(backbone)
+    with tqdm(total=len(images), desc=what, unit="img", mininterval=0.5) as bar:
         for part in images.split(BATCH):
             batch = normalize(part.to(device), cfg["mean"], cfg["std"])
             yield batch.contiguous(memory_format=torch.channels_last)
@@ -80,9 +79,9 @@ def normalized_batches(
 
 
 def measure_rotation(subject: Subject, test: LabelledImages, device: str) -> list[Row]:
-    """Rotation accuracy on all four turned views of every test image."""
+    """Rotation accuracy on all four rotations of every test image."""
     started = time.monotonic()
-    batches = normalized_batches(test.images, subject.backbone.pretrained_cfg, device, "rotation accuracy")
+    batches = normalized_batches(test.images, subject.backbone, device, "rotation accuracy")
     correct, total = count_correct_rotations(subject.backbone, batches)
     return [
         _row(subject, "rotation accuracy", "", correct, total, f"{total // len(test)} rotations of each image", started)
@@ -94,10 +93,10 @@ def measure_probes(
 ) -> list[Row]:
     """k-NN and linear accuracy of every layer, from one pass over the training and one over the test images."""
     backbone, layers = subject.backbone, list(layer_modules(subject.backbone))
-    cfg, classes = backbone.pretrained_cfg, len(train.classes)
+    classes = len(train.classes)
     features = {
         split: extract_features(
-            backbone, normalized_batches(data.images, cfg, device, f"features, {split}"), layers, grid=GRID
+            backbone, normalized_batches(data.images, backbone, device, f"features, {split}"), layers, grid=GRID
         )
         for split, data in (("train", train), ("test", test))
     }
@@ -170,7 +169,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         check_device(args.device)
         subject = load_subject(args.model, args.random, args.seed)
-        subject.backbone.to(args.device, memory_format=torch.channels_last)
+        subject.backbone.to(args.device).to(memory_format=torch.channels_last)
         file = args.results or RESULTS_DIR / f"{subject.name}.jsonl"
         test = load_cifar10(args.data_dir, "test", args.download)
         if "rotation" in args.only:

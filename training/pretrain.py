@@ -21,6 +21,7 @@ import numpy as np
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.data import resolve_model_data_config
 from timm.optim import Muon as TimmMuon
 from timm.scheduler import MultiStepLRScheduler, PolyLRScheduler
 from timm.scheduler.scheduler import Scheduler
@@ -79,7 +80,8 @@ def pretrain(
     optimizers = create_optimizers(recipe, model)
     schedulers = [create_scheduler(recipe, optimizer) for optimizer in optimizers]
     identity = {**_fields(recipe), "number of images": repr(len(train_images))}
-    step, curve, seconds = 0, [], 0.0
+    step, seconds = 0, 0.0
+    curve: list[dict[str, Any]] = []
     if resume:
         step, curve, commit = load_checkpoint(checkpoint_file, identity, model, optimizers)
         seconds = curve[-1]["seconds"] if curve else 0.0
@@ -173,7 +175,8 @@ def augmented_batch(recipe: Recipe, model: nn.Module, images: torch.Tensor, step
         recipe.flip,
         _generator(recipe.seed, 1, step),
     )
-    return normalize(crops, model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
+    cfg = resolve_model_data_config(model)
+    return normalize(crops, cfg["mean"], cfg["std"])
 
 
 @torch.no_grad()
@@ -186,7 +189,8 @@ def renormalize_filters(model: nn.Module) -> None:
 
 def holdout_accuracy(recipe: Recipe, model: nn.Module, images: torch.Tensor) -> tuple[int, int]:
     """Right guesses and their number on held-out training images, uncropped."""
-    batches = (normalize(part, model.pretrained_cfg["mean"], model.pretrained_cfg["std"]) for part in images.split(128))
+    cfg = resolve_model_data_config(model)
+    batches = (normalize(part, cfg["mean"], cfg["std"]) for part in images.split(128))
     return count_correct_rotations(model, batches, recipe.rotations)
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import timm
 import torch
 from safetensors.torch import save
+from timm.data import resolve_model_data_config
 
 from rotation_ssl import zoo
 from rotation_ssl.features import extract_features, layer_modules
@@ -57,9 +58,7 @@ def bundle(run_dir: Path, name: str) -> None:
     if recipe["holdout"]:
         raise ValueError(f"{run_dir} held {recipe['holdout']} images out: it is for tuning, not publishing")
     if not re.fullmatch("[0-9a-f]{40}", run["commit"]):
-        raise ValueError(
-            f"{run_dir} was trained by commit {run['commit']!r}: commit, then train what is published"
-        )
+        raise ValueError(f"{run_dir} was trained by commit {run['commit']!r}: commit, then train what is published")
     content, golden = weights.read_bytes(), golden_outputs(weights, recipe["model"])
     entry = {
         "source": "bundled",
@@ -92,7 +91,7 @@ def golden_outputs(weights: Path, model_name: str) -> dict[str, torch.Tensor]:
     """
     model = timm.create_model(model_name, pretrained=True, pretrained_cfg_overlay={"file": str(weights)})
     files = sorted((zoo.WEIGHTS_DIR.parent / "samples" / "cifar10").glob("*.png"))[::5]
-    cfg = model.pretrained_cfg
+    cfg = resolve_model_data_config(model)
     batch = normalize(read_images(files, cfg["input_size"][-1]), cfg["mean"], cfg["std"])
     with torch.inference_mode():
         logits = model.eval()(batch)

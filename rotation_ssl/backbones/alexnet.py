@@ -51,8 +51,8 @@ class FcHead(nn.Module):
             if pool_type not in ("avg", "max"):
                 raise ValueError(f"fc6 and fc7 take global_pool 'avg' or 'max', got {pool_type!r}; or give fc_size=0")
             self.global_pool = SelectAdaptivePool2d(POOL_SIZE, pool_type=pool_type, flatten=True)
-            self.fc6 = _fc(in_features * POOL_SIZE**2, fc_size, **dd)
-            self.fc7 = _fc(fc_size, fc_size, **dd)
+            self.fc6: nn.Module = _fc(in_features * POOL_SIZE**2, fc_size, **dd)
+            self.fc7: nn.Module = _fc(fc_size, fc_size, **dd)
             self.num_features = fc_size
         else:
             self.global_pool = SelectAdaptivePool2d(pool_type=pool_type, flatten=bool(pool_type))
