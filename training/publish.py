@@ -232,7 +232,9 @@ def _probe_table(name: str, model: str, rows: list[Row]) -> list[str]:
 
 
 def _hub_snippet() -> str:
-    return f'```python\nmodel = torch.hub.load("{REPOSITORY}", "rotnet_nin", trust_repo=True)\n```'
+    # a pinned commit, not a branch that moves under whoever loads it
+    call = f'model = torch.hub.load("{REPOSITORY}:COMMIT", "rotnet_nin", trust_repo=True).eval()'
+    return f"```python\nimport torch\n\n{call}\n```"
 
 
 def _check_hashes(rows: list[Row], entries: dict[str, Any]) -> None:
