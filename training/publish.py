@@ -211,7 +211,7 @@ def _probe_table(name: str, model: str, rows: list[Row]) -> list[str]:
     own, random = _of(rows, name), _of(rows, f"{model}.random")
     quoted = [row for row in rows if row.weights == f"{model}.paper" and row.layer]
     probes = [row for row in own if row.layer]
-    layers = sorted({row.layer for row in probes})
+    layers = sorted({row.layer for row in probes + quoted})
     lines = [
         "Accuracy on the CIFAR-10 test set of classifiers on the frozen features of each block (italics: not ours).",
         "",
