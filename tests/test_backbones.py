@@ -93,6 +93,15 @@ def test_reset_classifier(name):
 
 
 @every_model
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("pool", [None, ""])
+def test_reset_classifier_keeps_the_mode(name, training, pool):
+    model = timm.create_model(name, device="meta").train(training)
+    model.reset_classifier(5, pool)
+    assert {module.training for module in model.modules()} == {training}
+
+
+@every_model
 def test_reset_classifier_keeps_the_other_layers(name):
     model, x = timm.create_model(name).eval(), images(name)
     before = model.forward_head(model.forward_features(x), pre_logits=True)

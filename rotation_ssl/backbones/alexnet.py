@@ -158,11 +158,11 @@ class RotNetAlexNet(nn.Module):
         pool_type = self.head.global_pool.pool_type if global_pool is None else global_pool
         # on meta: only the classifier and the pooling of the new head are kept beside trained fc layers
         head = FcHead(self.num_features, 0, self.head.fc_size, pool_type, self.head.drop.p, device="meta")
+        if num_classes > 0:
+            head.fc = nn.Linear(head.num_features, num_classes, **dd)
+        head.train(self.training)
         if head.fc_size:
             head.fc6, head.fc7 = self.head.fc6, self.head.fc7
-        if num_classes > 0:
-            head.fc = nn.Linear(head.num_features, num_classes, **dd).train(self.training)
-        head.training = head.global_pool.training = head.drop.training = self.training
         self.head = head
         self.head_hidden_size = head.num_features
 
