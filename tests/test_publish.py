@@ -5,9 +5,11 @@ import json
 import shutil
 
 import pytest
+import timm
 from conftest import ROOT
 
 from rotation_ssl import zoo
+from rotation_ssl.features import layer_modules
 from training import publish
 from training.results import RESULTS_DIR, Row, read_file, read_rows, write_rows
 
@@ -30,10 +32,14 @@ def test_every_number_of_the_card_is_a_row():
             assert f"_{text}_" in card
 
 
-def test_published_weights_have_their_pretext_accuracy():
-    measured = {(r.weights, r.protocol) for r in read_rows() if r.source == "measured"}
+def test_published_weights_have_their_numbers_and_random_weights_beside():
+    measured = {(r.weights, r.protocol, r.layer) for r in read_rows() if r.source == "measured"}
     for name in zoo.manifest():
-        assert (name, "rotation accuracy") in measured
+        model = name.split(".", 1)[0]
+        layers = layer_modules(timm.create_model(model, device="meta"))
+        for weights in (name, f"{model}.random"):
+            assert (weights, "rotation accuracy", "") in measured
+            assert {(weights, p, layer) for p in ("k-NN", "linear probe") for layer in layers} <= measured
 
 
 @pytest.fixture
