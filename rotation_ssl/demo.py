@@ -117,7 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"rotnet_nin.{model.pretrained_cfg['tag']}: {len(files)} images")
         batch = to_batch(squares, model)
         rotations, probabilities = predict(model, batch)
-        features = extract_features(model, [batch], list(layer_modules(model)), grid=None)
+        features = extract_features(model, batch, list(layer_modules(model)), pool=None)
         for i, file in enumerate(files):
             truth = "" if args.images else f"turned {90 * turns[i]:3d}, "
             shapes = "  ".join(f"{layer} {'x'.join(map(str, f.shape[1:]))}" for layer, f in features.items())

@@ -1,10 +1,13 @@
 """Frozen features of any layer of any timm model, several layers in one pass."""
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+POOLS = ("avg", "max", "flatten", None)
 
 
 def layer_modules(backbone: nn.Module) -> dict[str, str]:
@@ -20,45 +23,66 @@ def layer_modules(backbone: nn.Module) -> dict[str, str]:
         raise ValueError(f"{type(backbone).__name__} has no feature_info: give a timm model, without features_only")
     modules = [entry["module"] for entry in info]
     short = [module.rsplit(".", 1)[-1] for module in modules]
-    return dict(zip(short if len(set(short)) == len(short) else modules, modules, strict=True))
+    unique = len(set(short)) == len(short) and not any(name.isdigit() for name in short)
+    return dict(zip(short if unique else modules, modules, strict=True))
 
 
 def extract_features(
     backbone: nn.Module,
-    batches: Iterable[torch.Tensor],
+    images: torch.Tensor,
     layers: Sequence[str],
-    grid: int | None = 1,
+    *,
+    pool: str | None = "avg",
+    grid: int | Mapping[str, int] = 1,
+    prepare: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    batch_size: int = 64,
+    dtype: torch.dtype = torch.float32,
+    autocast: torch.dtype | None = None,
 ) -> dict[str, torch.Tensor]:
     """Features of every image at each layer, from one pass of the frozen backbone in eval mode.
 
     Args:
         backbone: a timm model; each module's train/eval mode is as before afterwards, no buffer moves.
-        batches: normalised images (B, C, H, W), on the backbone's device.
+        images: (N, C, H, W), of any dtype that ``prepare`` takes; normalised floats without it.
         layers: names of :func:`layer_modules` ('block1', 'conv3'), or any module's own name ('blocks.block1.0').
-        grid: average-pool each map to grid x grid; 1 is the global average, None keeps the map.
+        pool: 'avg' or 'max' to at most grid x grid cells, 'flatten' for all of the map, None to keep the map.
+        grid: cells a side, one for all layers or by layer; a smaller map keeps its size. 1 is the global pooling.
+        prepare: applied to every batch, on the backbone's device, before the backbone: normalisation, say.
+        batch_size: images a batch.
+        dtype: of the result; torch.bfloat16 halves the memory.
+        autocast: compute in this type (torch.bfloat16) where PyTorch holds that safe; None: as the weights are.
 
     Returns:
-        By layer, float32 on the CPU: (N, D) with D = channels * grid**2, channel by channel; (N, C, H', W') with
-        ``grid=None``.
+        By layer, on the CPU: (N, D), channel by channel, D = channels * cells; (N, channels, H', W') with
+        ``pool=None``. Tokens of a transformer are a map of their square, class tokens left out. A layer whose output is
+        a vector gives it as it is.
 
     Raises:
-        ValueError: no layer asked for, one that does not exist (the error lists those that do), no images, or a pooled
-            layer whose output is not a map.
+        ValueError: no layer asked for, one that does not exist (the error lists those that do), no images, an unknown
+            pooling, or a layer whose output is neither vector, square of tokens, nor map.
     """
     modules = dict(backbone.named_modules())
     names = layer_modules(backbone)
     unknown = [layer for layer in layers if names.get(layer, layer) not in modules or not layer]
     if unknown or not layers:
         raise ValueError(f"no layer {', '.join(unknown) or 'asked for'} in this backbone; it has {', '.join(names)}")
-    taken: dict[str, list[torch.Tensor]] = {layer: [] for layer in layers}
+    if pool not in POOLS:
+        raise ValueError(f"pool must be one of {', '.join(map(repr, POOLS))}, got {pool!r}")
+    if len(images) == 0:
+        raise ValueError("no images to extract features from")
+    device = next((parameter.device for parameter in backbone.parameters()), torch.device("cpu"))
+    features: dict[str, torch.Tensor] = {}
+    start = 0
 
     def keep(layer: str, output: torch.Tensor) -> None:
-        if grid is not None:
-            if output.ndim != 4:
-                raise ValueError(f"layer {layer} gives {tuple(output.shape)}, not a map to pool: use grid=None")
-            output = F.adaptive_avg_pool2d(output.float(), grid).flatten(1)
-        # a copy: the network's next layer may overwrite its input in place
-        taken[layer].append(output.to("cpu", torch.float32, copy=True))
+        cells = grid if isinstance(grid, int) else grid[layer]
+        pooled = _pool(_to_map(output, backbone, layer), pool, cells)
+        if layer not in features:
+            # outside of inference mode: what it makes cannot be trained on
+            with torch.inference_mode(False):
+                features[layer] = torch.empty((len(images), *pooled.shape[1:]), dtype=dtype)
+        # copied at once: the network's next layer may overwrite its input in place
+        features[layer][start : start + len(pooled)] = pooled
 
     hooks = [
         modules[names.get(layer, layer)].register_forward_hook(lambda _, __, output, layer=layer: keep(layer, output))
@@ -67,17 +91,16 @@ def extract_features(
     training = [module for module in backbone.modules() if module.training]
     backbone.eval()
     try:
-        with torch.inference_mode():
-            for images in batches:
-                backbone(images)
+        with torch.inference_mode(), torch.autocast(device.type, autocast, enabled=autocast is not None):
+            for start in range(0, len(images), batch_size):
+                batch = images[start : start + batch_size].to(device)
+                backbone(batch if prepare is None else prepare(batch))
     finally:
         for module in training:
             module.training = True
         for hook in hooks:
             hook.remove()
-    if not taken[layers[0]]:
-        raise ValueError("no images to extract features from")
-    return {layer: torch.cat(parts) for layer, parts in taken.items()}
+    return {layer: features[layer] for layer in layers}
 
 
 def attention_map(features: torch.Tensor, power: float, size: tuple[int, int]) -> torch.Tensor:
@@ -99,3 +122,28 @@ def attention_map(features: torch.Tensor, power: float, size: tuple[int, int]) -
     maps = features.float().abs().pow(power).sum(1, keepdim=True)
     maps = F.interpolate(maps, size=size, mode="bilinear", align_corners=False)[:, 0]
     return maps / maps.amax((1, 2), keepdim=True).clamp_min(1e-12)
+
+
+def _to_map(output: torch.Tensor, backbone: nn.Module, layer: str) -> torch.Tensor:
+    """A layer's output as (B, C, H, W), whatever the backbone's own order; vectors (B, D) as they are."""
+    shape = tuple(getattr(output, "shape", ()))
+    if len(shape) == 4:
+        return output.permute(0, 3, 1, 2) if getattr(backbone, "output_fmt", "NCHW") == "NHWC" else output
+    if len(shape) == 3:
+        tokens = output[:, getattr(backbone, "num_prefix_tokens", 0) :]
+        side = math.isqrt(tokens.shape[1])
+        if side * side == tokens.shape[1]:
+            return tokens.transpose(1, 2).unflatten(2, (side, side))
+    if len(shape) != 2:
+        raise ValueError(f"layer {layer} gives {shape or type(output).__name__}, neither a map nor a vector")
+    return output
+
+
+def _pool(output: torch.Tensor, pool: str | None, cells: int) -> torch.Tensor:
+    if output.ndim == 2 or pool is None:
+        return output
+    if pool != "flatten":
+        size = (min(cells, output.shape[2]), min(cells, output.shape[3]))
+        pooling = F.adaptive_avg_pool2d if pool == "avg" else F.adaptive_max_pool2d
+        output = pooling(output.float(), size)
+    return output.flatten(1)

@@ -3,9 +3,10 @@
 They measure features, so they know nothing of backbones: pair them with :func:`rotation_ssl.features.extract_features`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 LINEAR_STRENGTHS = (1e-1, 1e-2, 1e-3)
@@ -119,6 +120,88 @@ def fit_logistic(
 
     optimizer.step(closure)
     return weight.detach()
+
+
+def nonlinear_probe(in_features: int, num_classes: int, hidden: int = 200) -> nn.Sequential:
+    """The paper's non-linear classifier: flatten, two hidden layers of 200 with batch norm and ReLU, a linear layer.
+
+    Table 1 of Gidaris et al. 2018, with the authors' hidden layers without bias. Takes (N, D) or (N, C, H, W) with
+    D = C * H * W = ``in_features``; gives logits (N, num_classes).
+    """
+    layers: list[nn.Module] = [nn.Flatten()]
+    for width in (in_features, hidden):
+        layers += [nn.Linear(width, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers, nn.Linear(hidden, num_classes))
+
+
+def convolutional_probe(in_channels: int, num_classes: int, channels: int = 192) -> nn.Sequential:
+    """The paper's convolutional classifier: a NIN block (3 x 3, 1 x 1, 1 x 1), global average pooling, a linear layer.
+
+    Table 3 of Gidaris et al. 2018. Takes (N, C, H, W) with C = ``in_channels``; gives logits (N, num_classes). Filters
+    are initialised as the authors' networks are: normal, of deviation sqrt(2 / (k * k * out)).
+    """
+    layers: list[nn.Module] = []
+    for width, kernel in ((in_channels, 3), (channels, 1), (channels, 1)):
+        conv = nn.Conv2d(width, channels, kernel, padding=kernel // 2, bias=False)
+        nn.init.normal_(conv.weight, 0.0, (2 / (kernel * kernel * channels)) ** 0.5)
+        layers += [conv, nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes))
+
+
+def train_probe(
+    probe: nn.Module,
+    batches: Callable[[int], Iterable[tuple[torch.Tensor, torch.Tensor]]],
+    *,
+    epochs: int = 100,
+    milestones: Sequence[int] = (20, 40, 45),
+    factor: float = 0.2,
+    lr: float = 0.1,
+    momentum: float = 0.9,
+    weight_decay: float = 5e-4,
+) -> None:
+    """Fit a classifier by SGD with Nesterov momentum on its mean cross-entropy; it is in eval mode afterwards.
+
+    The defaults are those of the authors' non-linear classifier; their convolutional one has milestones 35, 70, 85.
+
+    Args:
+        probe: maps features to logits (B, K); trained in place.
+        batches: of an epoch, counted from 0: pairs of features on the probe's device and labels (B,) int64.
+        epochs: passes over ``batches``.
+        milestones: epochs before which the rate is multiplied by ``factor``.
+        factor: of the rate at each milestone.
+        lr: rate of the first epochs.
+        momentum: of SGD.
+        weight_decay: of SGD, on all parameters.
+
+    Raises:
+        ValueError: an epoch without batches, or a loss that is no longer finite.
+    """
+    optimizer = torch.optim.SGD(
+        probe.parameters(), lr, momentum=momentum, weight_decay=weight_decay, nesterov=momentum > 0
+    )
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(milestones), factor)
+    probe.train()
+    for epoch in range(epochs):
+        loss = None
+        for features, labels in batches(epoch):
+            loss = F.cross_entropy(probe(features), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        if loss is None:
+            raise ValueError(f"no features to train the probe on in epoch {epoch}")
+        if not loss.isfinite():
+            raise ValueError(f"the probe's loss became {loss.item()} in epoch {epoch}: check the features, or lower lr")
+        scheduler.step()
+    probe.eval()
+
+
+def probe_predict(probe: nn.Module, features: torch.Tensor, batch_size: int = 1000) -> torch.Tensor:
+    """Classes that a fitted probe, in eval mode, names: (N,) int64 for features (N, ...), computed in float32."""
+    device = next(probe.parameters()).device
+    probe.eval()
+    with torch.inference_mode():
+        return torch.cat([probe(part.to(device).float()).argmax(1).cpu() for part in features.split(batch_size)])
 
 
 def _choose_strength(

@@ -1,75 +1,233 @@
 """The measurements end to end on a small CIFAR-10, and against the published rows where the whole one is there."""
 
+import dataclasses
 import json
+import os
 
 import pytest
 import timm
 import torch
-from conftest import SAMPLES
+from conftest import DATA, SAMPLES
+from safetensors.torch import save_file
 
+from rotation_ssl import zoo
+from rotation_ssl.features import extract_features
 from rotation_ssl.rotations import rotate_all
-from training import evaluate
-from training.data import load_cifar10, normalize
-from training.results import read_file, read_rows
+from training import evaluate, subject
+from training.data import load_cifar10, load_images, normalize
+from training.recipes import PROBES
+from training.results import RESULTS_DIR, read_file, read_rows
 
 NAME = "rotnet_nin.cifar10"
-
-
-@pytest.fixture
-def small_validation(monkeypatch):
-    """The linear probe's split of 40 images instead of 50,000."""
-    monkeypatch.setattr(evaluate, "VALIDATION", 10)
 
 
 def run(*arguments):
     return evaluate.main([str(argument) for argument in arguments])
 
 
-def test_all_protocols_on_a_small_set(small_cifar10, small_validation, tmp_path, capsys):
-    file = tmp_path / "rows.jsonl"
-    assert run("rotnet_nin", "--data-dir", small_cifar10, "--results", file) == 0
-    rows = read_file(file)
-    assert {(row.protocol, row.layer) for row in rows} == {
-        ("rotation accuracy", ""),
-        *((protocol, f"block{i}") for protocol in ("k-NN", "linear probe") for i in range(1, 5)),
+@pytest.fixture
+def short_probes(monkeypatch):
+    """Every probe's recipe, at its cost, cut to four epochs."""
+    short = {key: dataclasses.replace(r, epochs=4, milestones=(3,), batch_size=8) for key, r in PROBES.items()}
+    monkeypatch.setattr(evaluate, "PROBES", short)
+    return short
+
+
+def test_all_protocols_on_a_small_set(small_cifar10, short_probes, tmp_path, capsys):
+    output = tmp_path / "out"
+    only = ("--only", "rotation", "knn", "linear", "nonlinear", "conv")
+    assert run("rotnet_nin", "--data-dir", small_cifar10, "--output", output, "--seeds", 2, *only) == 0
+    rows = read_file(output / "rows.jsonl")
+    blocks = [f"block{i}" for i in range(1, 5)]
+    assert {(row.protocol, row.cost, row.layer, row.seed) for row in rows} == {
+        ("rotation accuracy", "", "", None),
+        *(("k-NN", "", block, None) for block in blocks),
+        *(("linear probe", "cached", block, None) for block in blocks),
+        *((f"{p} probe", "cached", b, s) for p in ("non-linear", "convolutional") for b in blocks for s in (0, 1)),
     }
     model = timm.create_model(NAME, pretrained=True)
     for row in rows:
-        assert row.weights == NAME and row.value == row.correct / row.n and row.seed is None
-        assert row.n == (160 if row.protocol == "rotation accuracy" else 40)
-        # training and test images are the same here: each image's nearest neighbour is itself
+        assert row.weights == NAME and row.value == row.correct / row.n and row.sha256 == zoo.manifest()[NAME]["sha256"]
+        assert row.n == (160 if row.protocol == "rotation accuracy" else 40) and len(row.counts) == 10
+        # training and test images are the same here
         assert row.protocol != "linear probe" or row.value > 0.9
     (rotation,) = [row for row in rows if row.protocol == "rotation accuracy"]
     images = load_cifar10(small_cifar10, "test").images
     batch = normalize(images, model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
     with torch.inference_mode():
         guesses = model.eval()(rotate_all(batch)).argmax(1).view(4, 40)
-    assert rotation.correct == sum(int((guesses[k] == k).sum()) for k in range(4))
-    assert "rotation accuracy" in capsys.readouterr().out
+    right = torch.stack([guesses[k] == k for k in range(4)]).sum(0)
+    assert rotation.counts == tuple(int(part.sum()) for part in right.tensor_split(10))
+    printed = capsys.readouterr().out
+    assert "rotation accuracy" in printed and "non-linear probe (cached) block2 seed 1" in printed
+    report = json.loads((output / "report.json").read_text())
+    assert len(report) == len(rows) and (output / "report.png").stat().st_size > 5000
+    assert "| k-NN |" in (output / "report.md").read_text()
 
 
-def test_random_weights_are_reproducible_and_named(small_cifar10, small_validation, tmp_path):
+def test_probes_at_the_cost_of_the_paper_train_on_fresh_views(small_cifar10, short_probes, tmp_path):
+    assert run("rotnet_nin", "--data-dir", small_cifar10, "--output", tmp_path, "--cost", "paper", "--layers", "block2",
+               "--only", "nonlinear") == 0  # fmt: skip
+    (row,) = read_file(tmp_path / "rows.jsonl")
+    assert (row.protocol, row.cost, row.layer) == ("non-linear probe", "paper", "block2")
+    assert "fresh crops" in row.settings and row.value > 0.2
+
+
+@pytest.mark.parametrize("cost", ["cached", "paper"])
+def test_no_buffer_or_parameter_of_the_backbone_moves_while_a_probe_trains(small_cifar10, short_probes, cost):
+    measured = subject.load_subject("rotnet_nin")
+    before = {name: tensor.clone() for name, tensor in measured.backbone.state_dict().items()}
+    images = load_images("cifar10", small_cifar10, 32)
+    plan = [evaluate.Measurement(p, cost, "block1", 0) for p in ("non-linear probe", "convolutional probe")]
+    assert len(list(evaluate.measure_features(measured, images, plan))) == 2
+    assert all(torch.equal(tensor, before[name]) for name, tensor in measured.backbone.state_dict().items())
+    assert not measured.backbone.training
+
+
+def test_the_seed_decides_a_trained_probe(small_cifar10, short_probes):
+    measured = subject.load_subject("rotnet_nin")
+    images = load_images("cifar10", small_cifar10, 32)
+
+    def counts(seed):
+        plan = [evaluate.Measurement("non-linear probe", "cached", "block1", seed)]
+        (row,) = evaluate.measure_features(measured, dataclasses.replace(images, test=shifted(images.test)), plan)
+        return row.counts
+
+    assert counts(0) == counts(0)
+    assert len({counts(seed) for seed in range(4)}) > 1
+
+
+def shifted(data):
+    """Images that the probe has not seen in this form, so that it errs on some of them."""
+    return dataclasses.replace(data, images=data.images.roll(5, -1))
+
+
+def test_any_timm_model_by_name(small_cifar10, short_probes, tmp_path):
+    assert run("resnet18", "--random", "--data-dir", small_cifar10, "--size", 32, "--output", tmp_path) == 0
+    rows = read_file(tmp_path / "rows.jsonl")
+    assert {row.protocol for row in rows} == {"k-NN", "linear probe", "non-linear probe"}
+    assert {row.layer for row in rows} == {"act1", "layer1", "layer2", "layer3", "layer4"}
+    assert {row.weights for row in rows} == {"resnet18.random"}
+
+
+def test_ones_own_images_and_weights(tmp_path, short_probes):
+    """Photographs of several sizes in folders, classes of one's own, weights of one's own: the documented command."""
+    files = sorted((SAMPLES / "cifar10").glob("*.png"))
+    for split in ("train", "val"):
+        for name in ("cat", "ship"):
+            folder = tmp_path / "mine" / split / name
+            folder.mkdir(parents=True)
+            for file in files:
+                if file.stem.startswith(name):
+                    (folder / file.name).write_bytes(file.read_bytes())
+    photograph = next(file for file in SAMPLES.rglob("*.jpg"))
+    for name in ("cat", "ship"):
+        (tmp_path / "mine" / "train" / name / photograph.name).write_bytes(photograph.read_bytes())
+        for extra in range(10):
+            (tmp_path / "mine" / "train" / name / f"{extra}.png").write_bytes(files[extra].read_bytes())
+    state = timm.create_model("resnet18", num_classes=7).state_dict()
+    save_file(state, tmp_path / "mine.safetensors")
+    assert run("resnet18", "--weights", tmp_path / "mine.safetensors", "--dataset", "folder", "--size", 48,
+               "--data-dir", tmp_path / "mine", "--only", "knn", "linear", "--output", tmp_path / "out") == 0  # fmt: skip
+    rows = read_file(tmp_path / "out" / "rows.jsonl")
+    assert {row.data for row in rows} == {"mine test"}
+    assert {row.weights for row in rows} == {f"resnet18@{rows[0].sha256[:12]}"}
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "resnet18@" in text and "layer4" in text
+
+
+def test_random_weights_are_reproducible_and_named(small_cifar10, tmp_path):
+    only = ("--only", "rotation", "knn")
     for name in ("a", "b"):
-        assert run("rotnet_nin", "--random", "--data-dir", small_cifar10, "--results", tmp_path / name) == 0
-    first, second = read_file(tmp_path / "a"), read_file(tmp_path / "b")
+        assert run("rotnet_nin", "--random", "--data-dir", small_cifar10, "--output", tmp_path / name, *only) == 0
+    first, second = (read_file(tmp_path / name / "rows.jsonl") for name in ("a", "b"))
     assert [(r.key, r.correct, r.sha256) for r in first] == [(r.key, r.correct, r.sha256) for r in second]
-    assert {(row.weights, row.seed) for row in first} == {("rotnet_nin.random", 0)}
-    assert run("rotnet_nin", "--random", "--seed", 1, "--only", "rotation", "--data-dir", small_cifar10,
-               "--results", tmp_path / "a") == 0  # fmt: skip
-    assert len(read_file(tmp_path / "a")) == len(first) + 1
+    assert {row.weights for row in first} == {"rotnet_nin.random"}
+    assert run("rotnet_nin", "--random", "--random-seed", 1, "--only", "rotation", "--data-dir", small_cifar10,
+               "--output", tmp_path / "a") == 0  # fmt: skip
+    rows = read_file(tmp_path / "a" / "rows.jsonl")
+    assert len(rows) == len(first) + 1 and rows[-1].weights == "rotnet_nin.random1"
+    assert rows[-1].sha256 != first[0].sha256
 
 
 def test_measuring_again_replaces_the_rows(small_cifar10, tmp_path):
     for _ in range(2):
-        run("rotnet_nin", "--only", "rotation", "--data-dir", small_cifar10, "--results", tmp_path / "rows.jsonl")
+        run("rotnet_nin", "--only", "rotation", "--data-dir", small_cifar10, "--output", tmp_path)
     assert len(read_file(tmp_path / "rows.jsonl")) == 1
 
 
-@pytest.mark.parametrize("model", ["resnet_of_nobody", "resnet18", "rotnet_nin.nope", "rotnet_alexnet"])
-def test_unknown_models_are_one_line_errors(model, small_cifar10, capsys):
-    assert run(model, "--data-dir", small_cifar10) == 2
-    error = capsys.readouterr().err.strip()
-    assert error.startswith("error: ") and "\n" not in error
+def test_holdout_measures_training_images_and_reads_no_test_image(small_cifar10, tmp_path):
+    for file in (small_cifar10 / "test").rglob("*.png"):
+        file.unlink()
+    assert run("rotnet_nin", "--only", "rotation", "--holdout", 10, "--data-dir", small_cifar10, "--output", tmp_path) == 0
+    (row,) = read_file(tmp_path / "rows.jsonl")
+    assert row.n == 40 and row.data == "CIFAR-10, last 10 training images"
+
+
+def test_maps_are_pooled_to_what_memory_bears():
+    nin = subject.load_subject("rotnet_nin", random=True)
+    image = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    assert evaluate.map_grids(nin, image, ["block1", "block2"]) == {"block1": 8, "block2": 8}
+    resnet = subject.load_subject("resnet18", random=True, size=64)
+    # 64 x 16 x 16 -> 8; 512 x 2 x 2 stays; a vector is one cell
+    assert evaluate.map_grids(resnet, image, ["layer1", "layer4", "fc"]) == {"layer1": 8, "layer4": 2, "fc": 1}
+
+
+def test_cached_features_are_those_of_the_images_as_they_are(small_cifar10):
+    """k-NN and the linear probe take view 0: no crop, no flip; other views are the same at every call."""
+    images = load_cifar10(small_cifar10, "train").images
+    assert evaluate._view(images, 0) is images
+    assert torch.equal(evaluate._view(images, 1), evaluate._view(images, 1))
+    assert not torch.equal(evaluate._view(images, 1), evaluate._view(images, 2))
+    nin = subject.load_subject("rotnet_nin")
+    prepare = subject.preparation(nin.backbone, 32)
+    maps = evaluate._maps(nin.backbone, images, ["block2"], {"block2": 8}, prepare)["block2"]
+    expected = extract_features(nin.backbone, images, ["block2"], pool=None, prepare=prepare)["block2"]
+    assert maps.dtype == torch.bfloat16
+    torch.testing.assert_close(maps.float(), expected, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(evaluate._pooled(maps, 1), expected.mean((2, 3)), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["resnet_of_nobody"], "no model 'resnet_of_nobody'"),
+        (["rotnet_nin.nope"], "rotnet_nin"),
+        (["rotnet_alexnet"], "rotnet_alexnet"),
+        (["resnet18", "--random", "--only", "rotation", "--size", "32"], "1000 outputs"),
+        (["rotnet_nin", "--layers", "block7", "--only", "knn"], "block1, block2, block3, block4"),
+        (["rotnet_nin", "--weights", "nowhere.safetensors"], "nowhere.safetensors does not exist"),
+        (["rotnet_nin", "--weights", "a", "--random"], "exclude each other"),
+        (["rotnet_nin", "--record", "--holdout", "5"], "leave out what changes them"),
+        (["resnet18", "--random", "--size", "32", "--record"], "leave out what changes them"),
+        (["rotnet_nin", "--holdout", "40"], "holdout must be 1 to 39"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_a_one_line_error_and_writes_nothing(arguments, message, small_cifar10, capsys, tmp_path):
+    before = {file.name: file.read_bytes() for file in RESULTS_DIR.iterdir()}
+    assert run(*arguments, "--data-dir", small_cifar10, "--output", tmp_path / "out") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and message in error
+    assert not (tmp_path / "out").exists()
+    assert before == {file.name: file.read_bytes() for file in RESULTS_DIR.iterdir()}
+
+
+def test_weights_that_have_no_entry_are_not_recorded(small_cifar10, tmp_path, nin_state, capsys):
+    save_file(nin_state, tmp_path / "mine.safetensors")
+    assert run("rotnet_nin", "--weights", tmp_path / "mine.safetensors", "--record", "--data-dir", small_cifar10) == 2
+    assert "has no entry there" in capsys.readouterr().err
+
+
+def test_damaged_weights_of_another_network_are_refused(small_cifar10, tmp_path, capsys):
+    (tmp_path / "half.safetensors").write_bytes((DATA / f"{NAME}.golden.safetensors").read_bytes()[:1000])
+    save_file(timm.create_model("resnet18").state_dict(), tmp_path / "other.safetensors")
+    for model, file, message in (
+        ("resnet34", "half.safetensors", "is not a safetensors file"),
+        ("resnet34", "other.safetensors", "does not fit resnet34: it lacks"),
+        ("rotnet_nin", "half.safetensors", "half.safetensors"),
+    ):
+        assert run(model, "--weights", tmp_path / file, "--data-dir", small_cifar10) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_missing_data_is_a_one_line_error(tmp_path, capsys):
@@ -77,21 +235,37 @@ def test_missing_data_is_a_one_line_error(tmp_path, capsys):
     assert capsys.readouterr().err.startswith(f"error: no CIFAR-10 in {tmp_path}")
 
 
-def test_reported_rotation_accuracy_holds(whole_cifar10, tmp_path):
-    """Every tenth test image keeps this short: within four standard deviations of the reported whole."""
-    (reported,) = [r for r in read_rows() if r.weights == NAME and r.protocol == "rotation accuracy"]
-    assert reported.n == 40_000
-    subject = evaluate.load_subject(NAME, random=False)
-    assert subject.sha256 == reported.sha256
-    test = load_cifar10(whole_cifar10, "test")
-    part = test.subset(torch.arange(0, 10_000, 10))
-    (row,) = evaluate.measure_rotation(subject, part, "cpu")
-    deviation = (reported.value * (1 - reported.value) / row.n) ** 0.5
-    assert abs(row.value - reported.value) < 4 * deviation
+def test_classes_that_differ_are_named(small_cifar10, tmp_path, capsys):
+    (small_cifar10 / "test" / "cat").rename(small_cifar10 / "test" / "lynx")
+    arguments = ("--dataset", "folder", "--data-dir", small_cifar10, "--only", "knn", "--output", tmp_path / "out")
+    assert run("rotnet_nin", *arguments) == 2
+    assert "lynx (not in train), cat (not in test)" in capsys.readouterr().err
+
+
+def test_fewer_training_images_than_neighbours(tmp_path, capsys):
+    for split in ("train", "test"):
+        for name in ("a", "b"):
+            folder = tmp_path / "few" / split / name
+            folder.mkdir(parents=True)
+            for file in sorted((SAMPLES / "cifar10").glob("*.png"))[:3]:
+                (folder / file.name).write_bytes(file.read_bytes())
+    arguments = ("--dataset", "folder", "--data-dir", tmp_path / "few", "--only", "knn", "--output", tmp_path / "out")
+    assert run("rotnet_nin", *arguments) == 2
+    assert "k must be 1 to the 6 training images, got 20" in capsys.readouterr().err
 
 
 def test_sample_images_are_mostly_guessed_right(small_cifar10, tmp_path):
-    run("rotnet_nin", "--only", "rotation", "--data-dir", small_cifar10, "--results", tmp_path / "rows.jsonl")
+    run("rotnet_nin", "--only", "rotation", "--data-dir", small_cifar10, "--output", tmp_path)
     (row,) = read_file(tmp_path / "rows.jsonl")
     assert row.n == 4 * len(list((SAMPLES / "cifar10").glob("*.png"))) and row.value > 0.7
-    assert json.loads((tmp_path / "rows.jsonl").read_text())["source"] == "measured"
+    assert row.source == "measured"
+
+
+def test_rotation_accuracy_of_a_tenth_is_the_reported_count(whole_cifar10):
+    (reported,) = [r for r in read_rows() if r.weights == NAME and r.protocol == "rotation accuracy"]
+    assert reported.n == 40_000
+    measured = subject.load_subject(NAME)
+    assert measured.sha256 == reported.sha256
+    test = load_cifar10(whole_cifar10, "test")
+    row = evaluate.measure_rotation(measured, test, "CIFAR-10 test", parts=[4])
+    assert row.n == 4000 and abs(row.correct - reported.counts[4]) <= 4, os.environ.get("ROTATION_SSL_DATA")

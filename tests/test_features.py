@@ -18,7 +18,7 @@ def test_layer_names():
 
 def test_any_timm_model():
     model = timm.create_model("resnet18")
-    features = extract_features(model, [torch.randn(2, 3, 64, 64)], ["layer2", "layer4.1.conv1"])
+    features = extract_features(model, torch.randn(2, 3, 64, 64), ["layer2", "layer4.1.conv1"])
     assert features["layer2"].shape == (2, 128) and features["layer4.1.conv1"].shape == (2, 512)
 
 
@@ -26,9 +26,9 @@ def test_one_pass_gives_the_intermediates(backbone):
     images = torch.randn(5, 3, 32, 32)
     expected = backbone.eval().forward_intermediates(images, intermediates_only=True)
     layers = ["block1", "block2", "block3", "block4"]
-    maps = extract_features(backbone, images.split(2), layers, grid=None)
-    pooled = extract_features(backbone, images.split(2), layers, grid=4)
-    average = extract_features(backbone, images.split(2), layers)
+    maps = extract_features(backbone, images, layers, pool=None, batch_size=2)
+    pooled = extract_features(backbone, images, layers, grid=4, batch_size=2)
+    average = extract_features(backbone, images, layers, batch_size=2)
     for layer, tensor in zip(layers, expected, strict=True):
         torch.testing.assert_close(maps[layer], tensor.detach())
         cells = torch.nn.functional.avg_pool2d(tensor.detach(), tensor.shape[-1] // 4)
@@ -39,7 +39,7 @@ def test_one_pass_gives_the_intermediates(backbone):
 def test_maps_are_copies_that_later_layers_cannot_change():
     model, images = timm.create_model("resnet18").eval(), torch.randn(1, 3, 64, 64)
     before = model.bn1(model.conv1(images)).detach()
-    taken = extract_features(model, [images], ["bn1"], grid=None)["bn1"]
+    taken = extract_features(model, images, ["bn1"], pool=None)["bn1"]
     torch.testing.assert_close(taken, before)
     assert taken.min() < 0
 
@@ -47,7 +47,7 @@ def test_maps_are_copies_that_later_layers_cannot_change():
 def test_frozen_layers_of_a_training_model_stay_frozen(backbone):
     backbone.train()
     backbone.blocks.block1.eval()
-    extract_features(backbone, [torch.randn(1, 3, 32, 32)], ["block2"])
+    extract_features(backbone, torch.randn(1, 3, 32, 32), ["block2"])
     assert backbone.training and backbone.blocks.block2[0].training
     assert not any(module.training for module in backbone.blocks.block1.modules())
 
@@ -56,7 +56,7 @@ def test_frozen_layers_of_a_training_model_stay_frozen(backbone):
 def test_backbone_is_frozen_and_its_mode_kept(backbone, training):
     backbone.train(training)
     before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
-    extract_features(backbone, [torch.randn(4, 3, 32, 32)], ["block2"])
+    extract_features(backbone, torch.randn(4, 3, 32, 32), ["block2"])
     assert backbone.training is training
     assert all(torch.equal(tensor, before[name]) for name, tensor in backbone.state_dict().items())
     assert not any(module._forward_hooks for module in backbone.modules())
@@ -64,16 +64,16 @@ def test_backbone_is_frozen_and_its_mode_kept(backbone, training):
 
 def test_unknown_layer_lists_the_known(backbone):
     with pytest.raises(ValueError, match="no layer block7 in this backbone; it has block1, block2, block3, block4"):
-        extract_features(backbone, [torch.zeros(1, 3, 32, 32)], ["block2", "block7"])
+        extract_features(backbone, torch.zeros(1, 3, 32, 32), ["block2", "block7"])
     with pytest.raises(ValueError, match="no layer asked for"):
-        extract_features(backbone, [torch.zeros(1, 3, 32, 32)], [])
+        extract_features(backbone, torch.zeros(1, 3, 32, 32), [])
 
 
 def test_no_images_and_no_map(backbone):
     with pytest.raises(ValueError, match="no images"):
-        extract_features(backbone, [], ["block2"])
+        extract_features(backbone, torch.zeros(0, 3, 32, 32), ["block2"])
     with pytest.raises(ValueError, match="not a map"):
-        extract_features(backbone, [torch.zeros(1, 3, 32, 32)], ["head"])
+        extract_features(backbone, torch.zeros(1, 3, 32, 32), ["head"])
     for model in (torch.nn.Linear(1, 1), timm.create_model("rotnet_nin", features_only=True)):
         with pytest.raises(ValueError, match="features_only"):
             layer_modules(model)

@@ -10,6 +10,7 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
+DATASETS = ("cifar10", "folder")
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
@@ -27,6 +28,71 @@ class LabelledImages:
     def subset(self, index: torch.Tensor) -> "LabelledImages":
         """The images at ``index``, in its order."""
         return LabelledImages(self.images[index], self.labels[index], self.classes)
+
+
+@dataclass(frozen=True)
+class Images:
+    """Training and test images of the same classes, and the name that the data set has in result rows."""
+
+    name: str
+    train: LabelledImages
+    test: LabelledImages
+
+
+def load_images(
+    dataset: str, data_dir: Path, size: int, download: bool = False, holdout: int = 0, test_only: bool = False
+) -> Images:
+    """Training and test images of a data set.
+
+    Args:
+        dataset: one of :data:`DATASETS`.
+        data_dir: where it is.
+        size: side of a folder's images.
+        download: let torchvision fetch CIFAR-10.
+        holdout: take so many of the training images, the last ones, in place of the test images, which are not read.
+        test_only: read no training images: there are none.
+
+    Raises:
+        ValueError: as :func:`load_split`, different classes in the two, or a holdout out of range.
+    """
+    name = "CIFAR-10" if dataset == "cifar10" else data_dir.resolve().name
+    if holdout:
+        train = load_split(dataset, data_dir, "train", size, download)
+        if not 0 < holdout < len(train):
+            raise ValueError(f"holdout must be 1 to {len(train) - 1} of the training images, got {holdout}")
+        order = torch.arange(len(train))
+        return Images(
+            f"{name}, last {holdout} training images", train.subset(order[:-holdout]), train.subset(order[-holdout:])
+        )
+    test = load_split(dataset, data_dir, "test", size, download)
+    if test_only:
+        return Images(f"{name} test", test.subset(torch.arange(0)), test)
+    train = load_split(dataset, data_dir, "train", size, download)
+    check_same_classes(train, test)
+    return Images(f"{name} test", train, test)
+
+
+def labels_subset(
+    data: LabelledImages, labels_per_class: int, generator: torch.Generator | None = None
+) -> LabelledImages:
+    """The first ``labels_per_class`` images of each class, in their order, or as many drawn at random.
+
+    Args:
+        data: N images of K classes.
+        labels_per_class: images of each class.
+        generator: for random ones; None for the first.
+
+    Raises:
+        ValueError: a class has fewer images.
+    """
+    chosen = []
+    for label, name in enumerate(data.classes):
+        own = (data.labels == label).nonzero()[:, 0]
+        if not 1 <= labels_per_class <= len(own):
+            raise ValueError(f"class {name} has {len(own)} images: {labels_per_class} labels a class cannot be had")
+        order = torch.arange(len(own)) if generator is None else torch.randperm(len(own), generator=generator)
+        chosen.append(own[order[:labels_per_class]])
+    return data.subset(torch.cat(chosen).sort().values)
 
 
 def load_cifar10(data_dir: Path, split: str, download: bool = False) -> LabelledImages:
@@ -64,6 +130,39 @@ def load_cifar10(data_dir: Path, split: str, download: bool = False) -> Labelled
         raise ValueError(f"CIFAR-10 in {data_dir} cannot be had ({error}); fetch it anew with --download") from error
     images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()
     return LabelledImages(images, torch.tensor(dataset.targets), CIFAR10_CLASSES)
+
+
+def load_split(dataset: str, data_dir: Path, split: str, size: int, download: bool = False) -> LabelledImages:
+    """One split of a data set: 'cifar10', or 'folder' for ``data_dir/train/<class>/*`` and ``test`` or ``val`` beside.
+
+    Args:
+        dataset: one of :data:`DATASETS`.
+        data_dir: where it is.
+        split: 'train' or 'test'; a folder's test images may be in ``val/``.
+        size: side of a folder's images; CIFAR-10 keeps its 32 pixels.
+        download: let torchvision fetch CIFAR-10.
+
+    Raises:
+        ValueError: an unknown data set, or what the loaders refuse.
+    """
+    if dataset == "cifar10":
+        return load_cifar10(data_dir, split, download)
+    if dataset != "folder":
+        raise ValueError(f"no data set {dataset!r}; there are {', '.join(DATASETS)}")
+    instead = split == "test" and not (data_dir / "test").is_dir() and (data_dir / "val").is_dir()
+    return load_folder(data_dir / ("val" if instead else split), size)
+
+
+def check_same_classes(train: LabelledImages, test: LabelledImages) -> None:
+    """Refuse test images of other classes than the training images'.
+
+    Raises:
+        ValueError: the classes differ; the error names those that one of the two lacks.
+    """
+    if train.classes != test.classes:
+        lacking = [f"{name} (not in train)" for name in test.classes if name not in train.classes]
+        lacking += [f"{name} (not in test)" for name in train.classes if name not in test.classes]
+        raise ValueError(f"training and test images are of different classes: {', '.join(lacking)}; make them the same")
 
 
 def load_folder(folder: Path, size: int) -> LabelledImages:

@@ -1,154 +1,297 @@
-"""Measure weights on CIFAR-10: rotation accuracy, and k-NN and linear accuracy of each layer's frozen features.
+"""Measure a backbone: rotation accuracy, and k-NN, linear, non-linear and convolutional probes of its frozen layers.
 
     python -m training.evaluate rotnet_nin.cifar10 --data-dir DIR
-    python -m training.evaluate rotnet_nin --random --data-dir DIR
+    python -m training.evaluate resnet18 --random --data-dir DIR --size 32 --only knn linear
+    python -m training.evaluate resnet50 --dataset folder --data-dir MY_IMAGES
 
-Every number becomes a row of training/results/<weights>.jsonl (--results FILE: elsewhere); `python -m training.publish
-render` puts the rows into MODEL_CARD.md and README.md. Features are those of the images as they are (no crop, no flip)
-by the frozen backbone in eval mode. The linear probe's strength is chosen on the last 5,000 training images; nothing is
-chosen by test images.
+DIR holds CIFAR-10; MY_IMAGES holds train/<class>/* and test/<class>/* (or val/). MODEL is any model of timm or of this
+package, with its published weights, with --random weights, or with those of a file (--weights FILE). One frozen pass
+over the images feeds the probes of all layers. The numbers are printed as they come and written to --output as
+rows.jsonl (written after every number), report.md, report.json and report.png.
+
+A probe's settings are recipes (training/recipes.py); the linear probe's strength is chosen on the last tenth of the
+training images. Nothing is chosen by test images: with --holdout N the last N training images are measured in place of
+the test images, which are not read then, to choose by.
 """
 
 import argparse
 import dataclasses
-import hashlib
+import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-import timm
 import torch
-from safetensors.torch import save
-from timm.data import resolve_model_data_config
 from torch import nn
+from torch.nn import functional as F
 from tqdm import tqdm
 
-from rotation_ssl import zoo
 from rotation_ssl.features import extract_features, layer_modules
-from rotation_ssl.probes import LINEAR_STRENGTHS, knn_predict, linear_predict
+from rotation_ssl.probes import (
+    LINEAR_STRENGTHS,
+    convolutional_probe,
+    knn_predict,
+    linear_predict,
+    nonlinear_probe,
+    probe_predict,
+    train_probe,
+)
 from rotation_ssl.rotations import count_correct_rotations
 from training.allocator import keep_large_blocks
-from training.data import LabelledImages, load_cifar10, normalize
-from training.results import RESULTS_DIR, Row, check_device, current_commit, device_name, library_versions, write_rows
+from training.data import DATASETS, Images, LabelledImages, crop_and_flip, load_images
+from training.recipes import PROBES, ProbeRecipe
+from training.report import write_report
+from training.results import PARTS, Row, check_device, write_rows
+from training.subject import Subject, load_subject, measured_row, preparation, record_file
 
-PROTOCOLS = ("rotation", "knn", "linear")
-VALIDATION = 5000
-GRID = 4
+PROTOCOLS = {
+    "rotation": "rotation accuracy",
+    "knn": "k-NN",
+    "linear": "linear probe",
+    "nonlinear": "non-linear probe",
+    "conv": "convolutional probe",
+}
+MAX_SIDE = 8
+MAX_VALUES = 192 * 8 * 8  # of block2, the paper's best layer
+LINEAR_GRID = 4
 BATCH = 64
 
 
 @dataclasses.dataclass(frozen=True)
-class Subject:
-    """What is measured: a backbone in eval mode, its name in the rows, and the sha256 of its weights."""
+class Measurement:
+    """One number to measure: a protocol at its cost, of a layer, with the seed of what is trained for it."""
 
-    name: str
-    backbone: nn.Module
-    sha256: str
-    seed: int | None
+    protocol: str
+    cost: str = ""
+    layer: str = ""
+    seed: int | None = None
 
 
-def load_subject(name: str, random: bool, seed: int = 0) -> Subject:
-    """A published ``model.tag`` (its default tag when it names none), or the model with random weights of ``seed``.
+def plan(layers: Sequence[str], protocols: Iterable[str], cost: str, seeds: Iterable[int]) -> list[Measurement]:
+    """What to measure on frozen features: the protocols, by their names in :data:`PROTOCOLS`, on every layer."""
+    wanted = set(protocols)
+    measurements = []
+    for layer in layers:
+        if "knn" in wanted:
+            measurements.append(Measurement("k-NN", "", layer))
+        if "linear" in wanted:
+            measurements.append(Measurement("linear probe", "cached", layer))
+        for name in ("nonlinear", "conv"):
+            if name in wanted:
+                measurements += [Measurement(PROTOCOLS[name], cost, layer, seed) for seed in seeds]
+    return measurements
+
+
+def measure_rotation(
+    subject: Subject, test: LabelledImages, data: str, device: str = "cpu", parts: Sequence[int] = range(PARTS)
+) -> Row:
+    """Rotation accuracy on all four rotations of every test image, or of some tenths of them.
 
     Raises:
-        ValueError: no such model or weights.
+        ValueError: the network does not have 4 outputs.
     """
-    architecture = name.split(".", 1)[0]
-    if architecture not in timm.list_models("rotnet_*"):
-        raise ValueError(f"no model {architecture!r}; there are {', '.join(timm.list_models('rotnet_*'))}")
-    if random:
-        torch.manual_seed(seed)
-        backbone = timm.create_model(architecture).eval()
-        return Subject(
-            f"{architecture}.random", backbone, hashlib.sha256(save(backbone.state_dict())).hexdigest(), seed
-        )
-    backbone = timm.create_model(name, pretrained=True).eval()
-    name = f"{architecture}.{backbone.pretrained_cfg['tag']}"
-    return Subject(name, backbone, zoo.manifest()[name]["sha256"], None)
-
-
-def normalized_batches(images: torch.Tensor, backbone: nn.Module, device: str, what: str) -> Iterator[torch.Tensor]:
-    """uint8 images (N, 3, H, W) in batches on the device, normalised for the backbone, with a progress bar."""
-    cfg = resolve_model_data_config(backbone)
-    with tqdm(total=len(images), desc=what, unit="img", mininterval=0.5) as bar:
-        for part in images.split(BATCH):
-            batch = normalize(part.to(device), cfg["mean"], cfg["std"])
-            yield batch.contiguous(memory_format=torch.channels_last)
-            bar.update(len(part))
-
-
-def measure_rotation(subject: Subject, test: LabelledImages, device: str) -> list[Row]:
-    """Rotation accuracy on all four rotations of every test image."""
     started = time.monotonic()
-    batches = normalized_batches(test.images, subject.backbone, device, "rotation accuracy")
-    correct, total = count_correct_rotations(subject.backbone, batches)
-    return [
-        _row(subject, "rotation accuracy", "", correct, total, f"{total // len(test)} rotations of each image", started)
-    ]
+    outputs = getattr(subject.backbone, "num_classes", None)
+    if outputs != 4:
+        raise ValueError(f"{subject.name} has {outputs} outputs: rotation accuracy needs the 4 of the rotations")
+    chosen = [test.images.tensor_split(PARTS)[part] for part in parts]
+    counts, total = [], 0
+    with _bar("rotation accuracy", sum(map(len, chosen))) as bar:
+        prepare = preparation(subject.backbone, subject.size, bar)
+        for images in chosen:
+            batches = (prepare(batch.to(device)) for batch in images.split(BATCH) if len(batch))
+            correct, n = count_correct_rotations(subject.backbone, batches)
+            counts.append(correct)
+            total += n
+    settings = "4 rotations of each image"
+    return _row(subject, Measurement("rotation accuracy"), counts, total, data, settings, started)
 
 
-def measure_probes(
-    subject: Subject, train: LabelledImages, test: LabelledImages, protocols: tuple[str, ...], device: str
-) -> list[Row]:
-    """k-NN and linear accuracy of every layer, from one pass over the training and one over the test images."""
-    backbone, layers = subject.backbone, list(layer_modules(subject.backbone))
-    classes = len(train.classes)
-    features = {
-        split: extract_features(
-            backbone, normalized_batches(data.images, backbone, device, f"features, {split}"), layers, grid=GRID
-        )
-        for split, data in (("train", train), ("test", test))
-    }
-    rows = []
+def measure_features(
+    subject: Subject,
+    images: Images,
+    measurements: Sequence[Measurement],
+    device: str = "cpu",
+    test_parts: Sequence[int] = range(PARTS),
+) -> Iterator[Row]:
+    """The numbers that are measured on frozen features, layer by layer, each as soon as it is there.
+
+    Features of the training images are taken once, as bfloat16, for all measurements at the cost 'cached', in as many
+    views as their recipes ask for. Maps are average-pooled to at most 8 x 8 cells and at most 12,288 values.
+
+    Raises:
+        ValueError: a layer or protocol that does not exist, or what the probes refuse.
+    """
+    layers = list(dict.fromkeys(m.layer for m in measurements))
+    grids = map_grids(subject, images.test.images[:1], layers, device)
+    tenths = torch.arange(len(images.test)).tensor_split(PARTS)
+    test = images.test.subset(torch.cat([tenths[part] for part in test_parts]))
+    views = max(_views(m) for m in measurements)
+    cached = [layer for layer in layers if any(m.layer == layer and m.cost != "paper" for m in measurements)]
+    train_features: list[dict[str, torch.Tensor]] = []
+    test_features: dict[str, torch.Tensor] = {}
+    if cached:
+        with _bar("features", views * len(images.train) + len(test)) as bar:
+            prepare = preparation(subject.backbone, subject.size, bar)
+            for view in range(views):
+                taken = _maps(subject.backbone, _view(images.train.images, view), cached, grids, prepare)
+                train_features.append(taken)
+            test_features = _maps(subject.backbone, test.images, cached, grids, prepare)
     for layer in layers:
-        train_features, test_features = features["train"].pop(layer), features["test"].pop(layer)
-        if "knn" in protocols:
+        maps = [taken.pop(layer) for taken in train_features if layer in taken]
+        test_maps = test_features.pop(layer, None)
+        for measurement in (m for m in measurements if m.layer == layer):
             started = time.monotonic()
-            # cells of the grid are of equal size: their mean is the global average
-            pooled = [f.unflatten(1, (-1, GRID**2)).mean(2) for f in (train_features, test_features)]
-            predictions = knn_predict(pooled[0], train.labels, pooled[1], classes)
-            settings = "k = 20, cosine, global average pooling"
-            rows.append(_row(subject, "k-NN", layer, _correct(predictions, test), len(test), settings, started))
-        if "linear" in protocols:
-            started = time.monotonic()
-            predictions, strength = linear_predict(
-                train_features, train.labels, test_features, classes, validation=VALIDATION
-            )
-            candidates = ", ".join(f"{s:g}" for s in LINEAR_STRENGTHS)
-            settings = f"logistic regression, {GRID} x {GRID} average pooling, L2 chosen of {candidates}"
-            row = _row(subject, "linear probe", layer, _correct(predictions, test), len(test), settings, started)
-            print(f"  L2 strength chosen for {layer}: {strength:g}")
-            rows.append(row)
-        for row in rows[-len(set(protocols) & {"knn", "linear"}) :]:
-            print(f"  {row.weights} {row.layer} {row.protocol}: {100 * row.value:.2f} %")
-    return rows
+            if measurement.cost == "paper":
+                predictions, settings = _fresh_probe(subject, images, test, measurement, device)
+            else:
+                assert test_maps is not None
+                predictions, settings = _cached_probe(images.train, maps, test_maps, measurement, device)
+            right = (predictions == test.labels).split([len(tenths[part]) for part in test_parts])
+            counts = [int(part.sum()) for part in right]
+            yield _row(subject, measurement, counts, len(test), images.name, settings, started)
 
 
-def _correct(predictions: torch.Tensor, test: LabelledImages) -> int:
-    return int((predictions == test.labels).sum())
+def map_grids(subject: Subject, image: torch.Tensor, layers: Sequence[str], device: str = "cpu") -> dict[str, int]:
+    """The side, in cells, that each layer's map is pooled to: at most 8, and at most 12,288 values in all."""
+    prepare = preparation(subject.backbone, subject.size)
+    maps = extract_features(subject.backbone.to(device), image, layers, pool=None, prepare=prepare)
+    return {
+        layer: max(1, min(MAX_SIDE, *m.shape[2:], math.isqrt(MAX_VALUES // m.shape[1]))) if m.ndim == 4 else 1
+        for layer, m in maps.items()
+    }
 
 
-def _row(subject: Subject, protocol: str, layer: str, correct: int, n: int, settings: str, started: float) -> Row:
-    device = next(subject.backbone.parameters()).device
-    return Row(
-        weights=subject.name,
-        protocol=protocol,
-        layer=layer,
-        value=correct / n,
-        source="measured",
-        data="CIFAR-10 test",
-        settings=settings,
-        seed=subject.seed,
-        correct=correct,
-        n=n,
-        sha256=subject.sha256,
-        commit=current_commit(),
-        versions=library_versions(),
-        device=device_name(device),
-        threads=torch.get_num_threads(),
-        seconds=round(time.monotonic() - started, 1),
+def _views(measurement: Measurement) -> int:
+    if (measurement.protocol, measurement.cost) in (("k-NN", ""), ("linear probe", "cached")):
+        return 1
+    return _recipe(measurement).views
+
+
+def _recipe(measurement: Measurement) -> ProbeRecipe:
+    key = measurement.protocol, measurement.cost
+    if key not in PROBES:
+        known = ", ".join(f"{protocol} ({cost})" for protocol, cost in PROBES)
+        raise ValueError(f"no recipe for {measurement.protocol} ({measurement.cost}); there are {known}")
+    return PROBES[key]
+
+
+def _view(images: torch.Tensor, view: int, padding: int = 4, padding_mode: str = "reflect") -> torch.Tensor:
+    """The images as they are (view 0), or crops and mirrorings of them that are the same at every call."""
+    if view == 0:
+        return images
+    generator = torch.Generator().manual_seed(view)
+    return crop_and_flip(images, images.shape[-1], padding, padding_mode, True, generator)
+
+
+def _maps(backbone, images, layers, grids, prepare) -> dict[str, torch.Tensor]:  # type: ignore[no-untyped-def]
+    """bfloat16 maps (N, C, g, g) by layer; vectors as (N, D, 1, 1)."""
+    taken = extract_features(
+        backbone, images, layers, grid=grids, prepare=prepare, batch_size=BATCH, dtype=torch.bfloat16
     )
+    return {layer: f.unflatten(1, (-1, grids[layer], grids[layer])) for layer, f in taken.items()}
+
+
+def _pooled(maps: torch.Tensor, side: int) -> torch.Tensor:
+    """Maps (N, C, g, g) averaged to side x side, flattened: (N, C * side**2) float32; in parts, to spare memory."""
+    return torch.cat([F.adaptive_avg_pool2d(part.float(), side).flatten(1) for part in maps.split(1000)])
+
+
+def _cached_probe(
+    train: LabelledImages, maps: list[torch.Tensor], test: torch.Tensor, measurement: Measurement, device: str
+) -> tuple[torch.Tensor, str]:
+    classes, side = len(train.classes), test.shape[-1]
+    if measurement.protocol == "k-NN":
+        predictions = knn_predict(_pooled(maps[0], 1), train.labels, _pooled(test, 1), classes)
+        return predictions, "k = 20, cosine, global average pooling"
+    if measurement.protocol == "linear probe":
+        grid = min(LINEAR_GRID, side)
+        predictions, strength = linear_predict(
+            _pooled(maps[0], grid), train.labels, _pooled(test, grid), classes, validation=max(1, len(train) // 10)
+        )
+        candidates = ", ".join(f"{s:g}" for s in LINEAR_STRENGTHS)
+        print(f"  L2 strength chosen for {measurement.layer}: {strength:g}")
+        return predictions, f"logistic regression, {grid} x {grid} average pooling, L2 chosen of {candidates}"
+    recipe = _recipe(measurement)
+    probe = _new_probe(measurement, test[:1], classes, device)
+    views = maps[: recipe.views]
+    with _bar(f"{measurement.layer} {recipe.protocol}", recipe.epochs * len(train)) as bar:
+
+        def batches(epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+            generator = _epoch_generator(measurement.seed, epoch)
+            for chosen in _shuffled(len(train), recipe.batch_size, generator):
+                picks = torch.randint(len(views), (len(chosen),), generator=generator)
+                features = torch.empty((len(chosen), *test.shape[1:]))
+                for number, view in enumerate(views):
+                    features[picks == number] = view[chosen[picks == number]].float()
+                yield features.to(device), train.labels[chosen].to(device)
+                bar.update(len(chosen))
+
+        _train(probe, recipe, batches)
+    grid_text = f"{side} x {side} map" if side > 1 else "vector"
+    settings = f"{grid_text}, {len(views)} views, {recipe.epochs} epochs of SGD"
+    return probe_predict(probe, test), settings
+
+
+def _fresh_probe(
+    subject: Subject, images: Images, test: LabelledImages, measurement: Measurement, device: str
+) -> tuple[torch.Tensor, str]:
+    recipe, train = _recipe(measurement), images.train
+    prepare = preparation(subject.backbone, subject.size)
+
+    def features(batch: torch.Tensor) -> torch.Tensor:
+        layer = measurement.layer
+        maps = extract_features(subject.backbone, batch, [layer], pool=None, prepare=prepare, batch_size=BATCH)
+        return maps[layer].to(device)
+
+    probe = _new_probe(measurement, features(test.images[:1]), len(train.classes), device)
+    with _bar(f"{measurement.layer} {recipe.protocol}", recipe.epochs * len(train)) as bar:
+
+        def batches(epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+            generator = _epoch_generator(measurement.seed, epoch)
+            for chosen in _shuffled(len(train), recipe.batch_size, generator):
+                crops = crop_and_flip(
+                    train.images[chosen], train.images.shape[-1], recipe.padding, recipe.padding_mode, True, generator
+                )
+                yield features(crops), train.labels[chosen].to(device)
+                bar.update(len(chosen))
+
+        _train(probe, recipe, batches)
+    predictions = torch.cat([probe_predict(probe, features(part)) for part in test.images.split(1000)])
+    return predictions, f"whole map, fresh crops and flips every epoch, {recipe.epochs} epochs of SGD"
+
+
+def _new_probe(measurement: Measurement, example: torch.Tensor, classes: int, device: str) -> nn.Module:
+    torch.manual_seed(measurement.seed or 0)
+    if measurement.protocol == "non-linear probe":
+        return nonlinear_probe(example[0].numel(), classes).to(device)
+    return convolutional_probe(example.shape[1], classes).to(device).to(memory_format=torch.channels_last)
+
+
+def _train(probe: nn.Module, recipe: ProbeRecipe, batches) -> None:  # type: ignore[no-untyped-def]
+    names = ("epochs", "milestones", "factor", "lr", "momentum", "weight_decay")
+    train_probe(probe, batches, **{name: getattr(recipe, name) for name in names})
+
+
+def _shuffled(count: int, size: int, generator: torch.Generator) -> list[torch.Tensor]:
+    parts = torch.randperm(count, generator=generator).split(size)
+    # batch norm has nothing to normalise by in a batch of one
+    return [part for part in parts if len(part) > 1]
+
+
+def _epoch_generator(seed: int | None, epoch: int) -> torch.Generator:
+    return torch.Generator().manual_seed(1000 * (seed or 0) + epoch)
+
+
+def _row(
+    subject: Subject, measurement: Measurement, counts: Sequence[int], n: int, data: str, settings: str, started: float
+) -> Row:
+    return measured_row(subject, counts, n, data, settings, started, **dataclasses.asdict(measurement))
+
+
+def _bar(what: str, total: int) -> tqdm:
+    return tqdm(total=total, desc=what, unit="img", mininterval=0.5 if sys.stderr.isatty() else 30.0)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -156,34 +299,68 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m training.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", metavar="MODEL", help="model.tag, or a model for its default tag")
-    parser.add_argument("--random", action="store_true", help="measure the network with random weights instead")
-    parser.add_argument("--seed", type=int, default=0, help="of the random weights [%(default)s]")
-    parser.add_argument("--only", nargs="+", choices=PROTOCOLS, default=PROTOCOLS, help="a part of the measurements")
-    parser.add_argument("--data-dir", type=Path, default=Path("data/cifar10"), help="where CIFAR-10 is [%(default)s]")
+    parser.add_argument("model", metavar="MODEL", help="any model or model.tag of timm, rotnet_* among them")
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="measure the weights of a safetensors file")
+    parser.add_argument("--random", action="store_true", help="measure the network with random weights")
+    parser.add_argument("--random-seed", type=int, default=0, help="of the random weights [%(default)s]")
+    parser.add_argument(
+        "--only", nargs="+", choices=PROTOCOLS, default=["rotation", "knn", "linear", "nonlinear"],
+        help="what to measure [rotation, where the network has 4 outputs, knn, linear, nonlinear]",
+    )  # fmt: skip
+    parser.add_argument(
+        "--layers", nargs="+", metavar="LAYER", help="layers to probe [all feature layers of the model]"
+    )
+    parser.add_argument("--seeds", type=int, default=1, help="how often each trained probe is trained [%(default)s]")
+    parser.add_argument("--cost", choices=("cached", "paper"), default="cached", help="of the trained probes [cached]")
+    parser.add_argument("--dataset", choices=DATASETS, default="cifar10", help="what --data-dir holds [%(default)s]")
+    parser.add_argument("--data-dir", type=Path, default=Path("data/cifar10"), help="where it is [%(default)s]")
+    parser.add_argument("--size", type=int, help="side of the images the backbone gets [the model's own]")
     parser.add_argument("--download", action="store_true", help="let torchvision fetch CIFAR-10 into --data-dir")
+    parser.add_argument(
+        "--holdout", type=int, default=0, metavar="N", help="measure the last N training images instead"
+    )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps [%(default)s]")
-    parser.add_argument("--results", type=Path, help="jsonl file for the rows [training/results/<weights>.jsonl]")
+    parser.add_argument("--output", type=Path, help="folder of rows and report [runs/evaluate/<weights>]")
+    parser.add_argument("--record", action="store_true", help="write the rows to training/results/, for the card")
     args = parser.parse_args(arguments)
     keep_large_blocks()
     try:
         check_device(args.device)
-        subject = load_subject(args.model, args.random, args.seed)
+        subject = load_subject(
+            args.model, random=args.random, seed=args.random_seed, weights=args.weights, size=args.size
+        )
+        layers = args.layers or list(layer_modules(subject.backbone))
         subject.backbone.to(args.device).to(memory_format=torch.channels_last)
-        file = args.results or RESULTS_DIR / f"{subject.name}.jsonl"
-        test = load_cifar10(args.data_dir, "test", args.download)
-        if "rotation" in args.only:
-            rows = measure_rotation(subject, test, args.device)
-            write_rows(file, rows)
-            print(f"  {subject.name} rotation accuracy: {100 * rows[0].value:.2f} % ({rows[0].correct} of {rows[0].n})")
-        if {"knn", "linear"} & set(args.only):
-            train = load_cifar10(args.data_dir, "train", args.download)
-            write_rows(file, measure_probes(subject, train, test, tuple(args.only), args.device))
+        wanted = set(args.only)
+        if "rotation" in wanted and args.only == parser.get_default("only") and subject.backbone.num_classes != 4:
+            wanted.remove("rotation")
+        output = args.output or Path("runs") / "evaluate" / subject.name
+        own_data = args.dataset != "cifar10" or args.holdout or args.size
+        file = record_file(subject, bool(own_data)) if args.record else output / "rows.jsonl"
+        measurements = plan(layers, wanted, args.cost, range(args.seeds))
+        images = load_images(
+            args.dataset, args.data_dir, subject.size, args.download, args.holdout, test_only=not measurements
+        )
+        rows = []
+        if "rotation" in wanted:
+            rows.append(measure_rotation(subject, images.test, images.name, args.device))
+            _report(rows[-1], file)
+        if measurements:
+            for row in measure_features(subject, images, measurements, args.device):
+                rows.append(row)
+                _report(row, file)
+        if not args.record:
+            write_report(output, file)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"rows are in {file}")
+    print(f"rows are in {file}" + ("" if args.record else "; report.md, report.json and report.png beside it"))
     return 0
+
+
+def _report(row: Row, file: Path) -> None:
+    write_rows(file, [row])
+    tqdm.write(f"  {row.number}: {100 * row.value:.2f} % ({row.correct:,} of {row.n:,}, {row.seconds:.0f} s)")
 
 
 if __name__ == "__main__":

@@ -12,9 +12,9 @@ import argparse
 import hashlib
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
-from string import Template
 from typing import Any
 
 import timm
@@ -24,16 +24,12 @@ from timm.data import resolve_model_data_config
 
 from rotation_ssl import zoo
 from rotation_ssl.features import extract_features, layer_modules
+from training.card import ROOT, render_card, render_readme, select
 from training.data import normalize, read_images
-from training.results import RESULTS_DIR, Row, read_rows
+from training.results import RESULTS_DIR, Row, missing_rows, read_rows
 
-ROOT = Path(__file__).parent.parent
-CARD_TEMPLATE = Path(__file__).parent / "model_card.md"
 FIGURES_DIR = ROOT / "docs" / "figures"
 GOLDEN_DIR = ROOT / "tests" / "data"
-# the repository has no public address yet: this is the one place that names it
-REPOSITORY = "OWNER/rotation_ssl"
-PAPER_ROTATED_IMAGES = 100 * 4 * 50_000  # 100 epochs of all four rotations of CIFAR-10's training images
 RECOMMENDED_LAYERS = {"rotnet_nin": "block2", "rotnet_nin3": "block2", "rotnet_nin5": "block2"}  # table 1 of the paper
 DATA_NAMES = {"cifar10": "CIFAR-10, 50,000 training images without labels"}
 
@@ -95,7 +91,7 @@ def golden_outputs(weights: Path, model_name: str) -> dict[str, torch.Tensor]:
     batch = normalize(read_images(files, cfg["input_size"][-1]), cfg["mean"], cfg["std"])
     with torch.inference_mode():
         logits = model.eval()(batch)
-    return {"input": batch, "logits": logits, **extract_features(model, [batch], list(layer_modules(model)))}
+    return {"input": batch, "logits": logits, **extract_features(model, batch, list(layer_modules(model)))}
 
 
 def render(check: bool = False) -> list[Path]:
@@ -104,13 +100,13 @@ def render(check: bool = False) -> list[Path]:
     Without ``check`` those files are rewritten.
 
     Raises:
-        ValueError: rows that cannot be read, or rows of other bytes than the manifest's.
+        ValueError: rows that cannot be read, are missing, or are of other bytes or weights than the manifest's.
     """
     rows = read_rows()
     entries = _read_manifest()
-    _check_hashes(rows, entries)
+    check_rows(rows, entries)
     for name, entry in entries.items():
-        entry["metrics"] = {_metric_name(row): row.value for row in _of(rows, name) if _is_headline(row)}
+        entry["metrics"] = metrics(select(rows, name))
     wanted = {
         zoo.WEIGHTS_DIR / "manifest.json": _json(entries),
         ROOT / "MODEL_CARD.md": render_card(rows, entries),
@@ -123,156 +119,39 @@ def render(check: bool = False) -> list[Path]:
     return different
 
 
-def render_card(rows: list[Row], entries: dict[str, Any]) -> str:
-    """The text of MODEL_CARD.md."""
-    sections = [_weights_section(name, entry, rows) for name, entry in entries.items()]
-    values = {"repository": REPOSITORY, "weights": weights_table(rows, entries), "sections": "\n\n".join(sections)}
-    return Template(CARD_TEMPLATE.read_text()).substitute(values)
+def metrics(rows: list[Row]) -> dict[str, float]:
+    """Accuracy of each protocol, cost and layer of one published weight, the mean over seeds, for the manifest."""
+    values: dict[str, list[float]] = {}
+    for row in rows:
+        if row.labels_per_class is None:
+            values.setdefault(" ".join(filter(None, (row.protocol, row.cost, row.layer))), []).append(row.value)
+    return {name: round(statistics.mean(numbers), 6) for name, numbers in values.items()}
 
 
-def render_readme(text: str, rows: list[Row], entries: dict[str, Any]) -> str:
-    """README with its rendered parts, each between ``<!-- rendered: NAME -->`` and ``<!-- end -->``, made anew.
+def check_rows(rows: list[Row], entries: dict[str, Any]) -> None:
+    """Refuse to render numbers of weights that are not published, of other bytes, or a part of what is reported.
 
     Raises:
-        ValueError: a part that this program does not know.
+        ValueError: such a row, or a missing one; the error names it.
     """
-    parts = {"weights": weights_table(rows, entries), "repository": _hub_snippet()}
-
-    def replace(match: re.Match[str]) -> str:
-        if match[1] not in parts:
-            raise ValueError(f"README.md has an unknown rendered part {match[1]!r}; there are {', '.join(parts)}")
-        return f"<!-- rendered: {match[1]} -->\n{parts[match[1]]}\n<!-- end -->"
-
-    return re.sub(r"<!-- rendered: (\w+) -->\n.*?\n?<!-- end -->", replace, text, flags=re.DOTALL)
-
-
-def weights_table(rows: list[Row], entries: dict[str, Any]) -> str:
-    """One line a published weight, its size and its headline numbers."""
-    lines = [
-        "| weights | trained on | rotated images | size | layer | rotation accuracy | linear probe | k-NN |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for name, entry in entries.items():
-        own, layer = _of(rows, name), entry["recommended_layer"]
-        cells = [
-            f"`{name}`",
-            entry["data"],
-            f"{entry['rotated_images']:,}",
-            f"{entry['size'] / 1e6:.1f} MB",
-            f"`{layer}`",
-            _cell(own, "rotation accuracy", ""),
-            _cell(own, "linear probe", layer),
-            _cell(own, "k-NN", layer),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _weights_section(name: str, entry: dict[str, Any], rows: list[Row]) -> str:
-    run = json.loads((RESULTS_DIR / f"{name}.run.json").read_text())
-    model = name.split(".", 1)[0]
-    minutes, versions = run["seconds"] / 60, run["versions"]
-    own = _of(rows, name)
-    lines = [
-        f"### `{name}`",
-        "",
-        f"- sha256 `{entry['sha256']}`, {entry['size']:,} bytes, safetensors, fp32, {entry['source']} in the wheel;"
-        f" licence {entry['license']}.",
-        f"- Training: recipe `{entry['recipe']}`, seed {entry['seed']}, commit `{entry['commit']}`, on {entry['data']}:"
-        f" {entry['rotated_images']:,} rotated images in {minutes:.0f} minutes on {run['threads']} threads of"
-        f" {run['device']} (torch {versions['torch']}, timm {versions['timm']}).",
-        f"- Budget: {entry['rotated_images'] / PAPER_ROTATED_IMAGES:.1%} of the paper's"
-        f" {PAPER_ROTATED_IMAGES / 1e6:.0f} million rotated images"
-        " (100 epochs of 4 x 50,000). These are small-budget weights: expect less of them than of the paper's.",
-        f"- Curve: [`docs/figures/{name}.curve.png`](docs/figures/{name}.curve.png).",
-        "",
-        *_rotation_lines(own, _of(rows, f"{model}.random"), _quoted(rows, model, "rotation accuracy")),
-        "",
-        *_probe_table(name, model, rows),
-    ]
-    measured = {(row.device, row.threads, row.versions.get("torch"), row.commit) for row in own}
-    lines += ["", *(f"Measured on {d}, {t} threads, torch {v}, commit `{c}`." for d, t, v, c in sorted(measured))]
-    return "\n".join(lines)
-
-
-def _rotation_lines(own: list[Row], random: list[Row], quoted: list[Row]) -> list[str]:
-    lines = ["Rotation accuracy, all four rotations of each image of the CIFAR-10 test set (chance is 25 %):", ""]
-    for label, group in (("these weights", own), ("random weights", random)):
-        lines += [
-            f"- {label}{_seed(row)}: **{_percent(row)}** ({row.correct:,} of {row.n:,})"
-            for row in group
-            if row.protocol == "rotation accuracy"
-        ]
-    lines += [f"- {row.settings}: _{_percent(row)}_ ({row.source})" for row in quoted]
-    return lines
-
-
-def _probe_table(name: str, model: str, rows: list[Row]) -> list[str]:
-    own, random = _of(rows, name), _of(rows, f"{model}.random")
-    quoted = [row for row in rows if row.weights == f"{model}.paper" and row.layer]
-    probes = [row for row in own if row.layer]
-    layers = sorted({row.layer for row in probes + quoted})
-    lines = [
-        "Accuracy on the CIFAR-10 test set of classifiers on the frozen features of each block (italics: not ours).",
-        "",
-        f"| protocol | weights | {' | '.join(layers)} |",
-        f"|---|---|{'---|' * len(layers)}",
-    ]
-    for protocol in dict.fromkeys(row.protocol for row in probes):
-        for label, group in ((f"`{name}`", own), ("random", random)):
-            cells = {row.layer: _percent(row) for row in group if row.protocol == protocol}
-            if cells:
-                lines.append(f"| {protocol} | {label} | {' | '.join(cells.get(x, '') for x in layers)} |")
-    for protocol in dict.fromkeys(row.protocol for row in quoted):
-        cells = {row.layer: f"_{_percent(row)}_" for row in quoted if row.protocol == protocol}
-        source = next(row.source for row in quoted if row.protocol == protocol)
-        lines.append(f"| _{protocol}_ | _{source}_ | {' | '.join(cells.get(x, '') for x in layers)} |")
-    lines += ["", *(f"- {p}: {s}." for p, s in dict.fromkeys((row.protocol, row.settings) for row in probes))]
-    return lines
-
-
-def _hub_snippet() -> str:
-    # a pinned commit, not a branch that moves under whoever loads it
-    call = f'model = torch.hub.load("{REPOSITORY}:COMMIT", "rotnet_nin", trust_repo=True).eval()'
-    return f"```python\nimport torch\n\n{call}\n```"
-
-
-def _check_hashes(rows: list[Row], entries: dict[str, Any]) -> None:
     for row in rows:
-        if row.weights in entries and row.source == "measured" and row.sha256 != entries[row.weights]["sha256"]:
+        if row.source != "measured":
+            continue
+        if row.weights not in entries and not row.weights.endswith(".random"):
+            raise ValueError(f"{row.number} is of weights that have no entry in the manifest: publish them first")
+        if row.weights in entries and row.sha256 != entries[row.weights]["sha256"]:
             raise ValueError(
-                f"the row of {row.weights}, {row.protocol} {row.layer} is of other bytes (sha256 {row.sha256}) than "
-                "the manifest's: measure the weights again with `python -m training.evaluate`"
+                f"the row of {row.number} is of other bytes (sha256 {row.sha256}) than the manifest's: measure the "
+                "weights again with `python -m training.evaluate --record`"
             )
-
-
-def _of(rows: list[Row], weights: str) -> list[Row]:
-    return [row for row in rows if row.weights == weights]
-
-
-def _quoted(rows: list[Row], model: str, protocol: str) -> list[Row]:
-    return [row for row in rows if row.weights == f"{model}.paper" and row.protocol == protocol]
-
-
-def _is_headline(row: Row) -> bool:
-    return row.protocol in ("rotation accuracy", "linear probe", "k-NN")
-
-
-def _metric_name(row: Row) -> str:
-    return f"{row.protocol} {row.layer}".strip()
-
-
-def _seed(row: Row) -> str:
-    return "" if row.seed is None else f" of seed {row.seed}"
-
-
-def _percent(row: Row) -> str:
-    return f"{100 * row.value:.2f} %"
-
-
-def _cell(rows: list[Row], protocol: str, layer: str) -> str:
-    found = [row for row in rows if (row.protocol, row.layer) == (protocol, layer)]
-    return _percent(found[0]) if found else "not measured"
+    for name in entries:
+        layers = list(layer_modules(timm.create_model(name.split(".", 1)[0], device="meta")))
+        missing = missing_rows(rows, name, layers)
+        if missing:
+            raise ValueError(
+                f"{len(missing)} reported numbers of {name} have no row, {missing[0]} first: measure them with "
+                "`python -m training.evaluate --record`"
+            )
 
 
 def _read_manifest() -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""Every published weight is one named recipe: a complete, frozen value. Change one with ``dataclasses.replace``."""
+"""Every published weight and every protocol is one named recipe: a complete, frozen value.
+
+Change one with ``dataclasses.replace``.
+"""
 
 import dataclasses
 from dataclasses import dataclass
@@ -130,3 +133,112 @@ NIN_CIFAR10_AUTHORS = dataclasses.replace(
 )
 
 RECIPES = {recipe.name: recipe for recipe in (NIN_CIFAR10_CPU, NIN_CIFAR10_PAPER, NIN_CIFAR10_AUTHORS)}
+
+
+@dataclass(frozen=True)
+class ProbeRecipe:
+    """How a probe is trained on the frozen features of a layer: SGD with Nesterov momentum, batches of images.
+
+    ``views`` fixed versions of every training image are run through the backbone once; the first is the image as it is,
+    the others are crops at random positions of the image padded by ``padding`` pixels, half of them mirrored; each
+    image of each epoch takes one of them at random. With ``views=0`` every epoch draws fresh crops and runs the
+    backbone anew. ``milestones`` are the epochs at which the rate is multiplied by ``factor``.
+    """
+
+    protocol: str
+    cost: str
+    epochs: int
+    milestones: tuple[int, ...]
+    views: int
+    lr: float = 0.1
+    factor: float = 0.2
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    batch_size: int = 128
+    padding: int = 4
+    padding_mode: str = "reflect"
+
+
+NONLINEAR_PAPER = ProbeRecipe(
+    "non-linear probe", "paper", epochs=100, milestones=(20, 40, 45), views=0, padding_mode="constant"
+)
+CONVOLUTIONAL_PAPER = ProbeRecipe(
+    "convolutional probe", "paper", epochs=100, milestones=(35, 70, 85), views=0, padding_mode="constant"
+)
+# the shape of the authors' schedules in a fifth and a tenth of their epochs
+NONLINEAR_CACHED = ProbeRecipe("non-linear probe", "cached", epochs=20, milestones=(8, 14, 18), views=3)
+CONVOLUTIONAL_CACHED = ProbeRecipe("convolutional probe", "cached", epochs=10, milestones=(4, 7, 9), views=3)
+
+PROBES = {
+    (recipe.protocol, recipe.cost): recipe
+    for recipe in (NONLINEAR_PAPER, CONVOLUTIONAL_PAPER, NONLINEAR_CACHED, CONVOLUTIONAL_CACHED)
+}
+
+
+@dataclass(frozen=True)
+class TransferRecipe:
+    """How a backbone up to one layer and a classifier on it are trained on labels: SGD, ``images`` crops in all.
+
+    ``start`` is 'frozen' (the backbone stays as it is), 'trained' (it is trained too, at ``backbone_lr``) or 'random'
+    (it starts from random weights and is trained: the supervised baseline). ``classifier`` is 'convolutional' or
+    'non-linear', as the probes are. Each step takes a random crop of the padded images, half of them mirrored.
+    """
+
+    name: str
+    protocol: str
+    cost: str
+    start: str
+    classifier: str
+    images: int
+    schedule: StepSchedule
+    lr: float = 0.1
+    backbone_lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    batch_size: int = 128
+    padding: int = 4
+    padding_mode: str = "constant"
+
+
+PAPER_IMAGES = 100 * 50_000  # the authors draw 50,000 images an epoch however few are labelled
+CPU_IMAGES = 600 * 128  # 5 to 12 minutes on 2 cores
+CONVOLUTIONAL_SCHEDULE = StepSchedule(milestones=(0.35, 0.7, 0.85), factor=0.2)
+NONLINEAR_SCHEDULE = StepSchedule(milestones=(0.2, 0.4, 0.45), factor=0.2)
+
+FEW_LABELS_CPU = TransferRecipe(
+    name="few-labels-cpu",
+    protocol="few labels, convolutional probe",
+    cost="cpu",
+    start="frozen",
+    classifier="convolutional",
+    images=CPU_IMAGES,
+    schedule=CONVOLUTIONAL_SCHEDULE,
+)
+SUPERVISED_CPU = dataclasses.replace(FEW_LABELS_CPU, name="supervised-cpu", protocol="supervised", start="random")
+# the paper prints no settings for its fine-tuned rows: the backbone at a tenth of the classifier's rate is ours
+FINETUNE_CONVOLUTIONAL_CPU = dataclasses.replace(
+    FEW_LABELS_CPU,
+    name="finetune-conv-cpu",
+    protocol="fine-tuned, convolutional probe",
+    start="trained",
+    backbone_lr=0.01,
+)
+FINETUNE_NONLINEAR_CPU = dataclasses.replace(
+    FINETUNE_CONVOLUTIONAL_CPU,
+    name="finetune-nonlinear-cpu",
+    protocol="fine-tuned, non-linear probe",
+    classifier="non-linear",
+)
+_CPU_TRANSFERS = (FEW_LABELS_CPU, SUPERVISED_CPU, FINETUNE_CONVOLUTIONAL_CPU, FINETUNE_NONLINEAR_CPU)
+_PAPER_TRANSFERS = tuple(
+    dataclasses.replace(
+        recipe,
+        name=recipe.name.replace("-cpu", "-paper"),
+        cost="paper",
+        images=PAPER_IMAGES,
+        schedule=NONLINEAR_SCHEDULE if recipe.classifier == "non-linear" else CONVOLUTIONAL_SCHEDULE,
+    )
+    for recipe in _CPU_TRANSFERS
+)
+TRANSFERS = {recipe.name: recipe for recipe in (*_CPU_TRANSFERS, *_PAPER_TRANSFERS)}
+FEW_LABELS = (20, 100, 400, 1000, 5000)  # figure 5b of the paper

@@ -1,13 +1,17 @@
 """One row a number: what was measured, on which bytes, by which commit, on what; the only source of every table.
 
-Rows live in ``training/results/*.jsonl``, one JSON object a line. Numbers quoted from the paper are rows too, with
-``source`` 'paper' (or 'paper (unchecked)' where no printed copy was at hand), and are never shown as ours.
+Rows live in ``training/results/*.jsonl``, one JSON object a line. Each carries a digest of its other fields, so that a
+row edited by hand is refused: rows are written by commands, through :func:`write_rows`. Numbers quoted from the paper
+are rows too, with ``source`` 'paper, ...' (or 'paper (unchecked)' where no printed copy was at hand), and are never
+shown as ours.
 """
 
 import dataclasses
+import hashlib
 import json
 import platform
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,12 +23,21 @@ import rotation_ssl
 RESULTS_DIR = Path(__file__).parent / "results"
 
 
+PARTS = 10  # counts are kept by tenths of the test images, so that a tenth can be checked by itself
+# what every published weight has a row of, at every layer, with random weights beside
+REPORTED = (("rotation accuracy", ""), ("k-NN", ""), ("linear probe", "cached"), ("non-linear probe", "cached"))
+COSTS = ("", "paper", "cached", "cpu")
+
+
 @dataclass(frozen=True)
 class Row:
     """A number: ``value`` is a fraction, ``correct / n`` where it was counted.
 
-    ``weights`` is a published ``model.tag``, ``model.random`` for a network as initialised with ``seed``, or for quoted
-    numbers the model that they are of. ``settings`` says of the protocol what its name leaves open.
+    ``weights`` is a published ``model.tag``, ``model.random`` for a network as initialised, ``model@sha256`` (12
+    digits) for other weights, or for quoted numbers the model that they are of. ``cost`` is a part of the protocol:
+    'paper' (fresh augmentation every epoch, the authors' epochs), 'cached' (a frozen pass over a few views, probes
+    trained from them), 'cpu' (a fixed budget of images), or '' where nothing is trained. ``counts`` are the right
+    answers in each tenth of the test images, in their order. ``settings`` says what the protocol's name leaves open.
     """
 
     weights: str
@@ -33,10 +46,14 @@ class Row:
     value: float
     source: str
     data: str
+    cost: str = ""
     settings: str = ""
+    labels_per_class: int | None = None
+    draw: str = ""
     seed: int | None = None
     correct: int | None = None
     n: int | None = None
+    counts: tuple[int, ...] = ()
     sha256: str = ""
     commit: str = ""
     versions: dict[str, str] = field(default_factory=dict)
@@ -44,23 +61,45 @@ class Row:
     threads: int | None = None
     seconds: float | None = None
 
+    def __post_init__(self) -> None:
+        if self.cost not in COSTS:
+            raise ValueError(f"cost must be one of {', '.join(map(repr, COSTS))}, got {self.cost!r}")
+        if self.correct is not None and self.n is not None and self.value != self.correct / self.n:
+            raise ValueError(f"{self.number} says {self.value}, but {self.correct} of {self.n} were right")
+        if self.counts and sum(self.counts) != self.correct:
+            raise ValueError(f"{self.number} counts {sum(self.counts)} in its tenths and {self.correct} in all")
+
     @property
     def key(self) -> tuple[object, ...]:
         """What the number is of: a file holds one row for each."""
-        return self.weights, self.protocol, self.layer, self.source, self.data, self.seed
+        few = (self.labels_per_class, self.draw)
+        return self.weights, self.protocol, self.cost, self.layer, self.source, self.data, *few, self.seed
+
+    @property
+    def number(self) -> str:
+        """The number's name in one line, for tables and errors."""
+        few = f"{self.labels_per_class} labels a class ({self.draw})" if self.labels_per_class else ""
+        seed = "" if self.seed is None else f"seed {self.seed}"
+        parts = (self.weights, self.protocol, self.cost and f"({self.cost})", self.layer, few, seed)
+        return " ".join(part for part in parts if part)
+
+    @property
+    def digest(self) -> str:
+        """sha256 of all fields, as canonical JSON."""
+        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()
 
 
 def read_rows(folder: Path = RESULTS_DIR) -> list[Row]:
     """All rows of a results folder, file by file.
 
     Raises:
-        ValueError: a line that is not a row, or two rows of the same number; the error names file and line.
+        ValueError: a line that is not a row, a row that was edited, or two rows of the same number.
     """
     rows: dict[tuple[object, ...], Row] = {}
     for file in sorted(folder.glob("*.jsonl")):
         for row in read_file(file):
             if row.key in rows:
-                raise ValueError(f"{file} has a second row of {row.weights}, {row.protocol} {row.layer}: remove one")
+                raise ValueError(f"{file} has a row of {row.number} that another file has too: remove one")
             rows[row.key] = row
     return list(rows.values())
 
@@ -69,15 +108,25 @@ def read_file(file: Path) -> list[Row]:
     """The rows of one file.
 
     Raises:
-        ValueError: a line that is not a row.
+        ValueError: a line that is not a row, one that was edited since it was written, or two rows of the same number;
+            the error names file and line.
     """
-    rows = []
+    rows: dict[tuple[object, ...], Row] = {}
     for number, line in enumerate(file.read_text().splitlines(), 1):
         try:
-            rows.append(Row(**json.loads(line)))
-        except (TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{file}, line {number} is not a result row ({error})") from error
-    return rows
+            fields = json.loads(line)
+            digest = fields.pop("digest")
+            row = Row(**(fields | {"counts": tuple(fields.get("counts", ()))}))
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise ValueError(f"{file}, line {number} is not a result row ({type(error).__name__}: {error})") from error
+        if row.digest != digest:
+            raise ValueError(
+                f"{file}, line {number} ({row.number}) does not match its digest: it was edited; measure it again"
+            )
+        if row.key in rows:
+            raise ValueError(f"{file}, line {number} is a second row of {row.number}: remove one")
+        rows[row.key] = row
+    return list(rows.values())
 
 
 def write_rows(file: Path, new: list[Row]) -> None:
@@ -85,9 +134,28 @@ def write_rows(file: Path, new: list[Row]) -> None:
     rows = {row.key: row for row in (read_file(file) if file.exists() else [])}
     rows |= {row.key: row for row in new}
     file.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(dataclasses.asdict(row) | {"digest": row.digest}) + "\n" for row in rows.values()]
     unfinished = file.with_suffix(".tmp")
-    unfinished.write_text("".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows.values()))
+    unfinished.write_text("".join(lines))
     unfinished.replace(file)
+
+
+def missing_rows(rows: Sequence[Row], weights: str, layers: Sequence[str]) -> list[str]:
+    """The numbers of :data:`REPORTED` that published weights ``model.tag``, or random ones beside them, have no row of.
+
+    Args:
+        rows: all rows.
+        weights: the published name.
+        layers: of its network.
+    """
+    have = {(row.weights, row.protocol, row.cost, row.layer) for row in rows if row.source == "measured"}
+    wanted = [
+        (name, protocol, cost, layer)
+        for name in (weights, f"{weights.split('.', 1)[0]}.random")
+        for protocol, cost in REPORTED
+        for layer in (layers if protocol != "rotation accuracy" else [""])
+    ]
+    return [" ".join(part for part in number if part) for number in wanted if number not in have]
 
 
 def current_commit() -> str:

@@ -1,0 +1,244 @@
+"""The text of MODEL_CARD.md and of README's rendered parts: a function of the result rows and the manifest alone."""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from training.report import spread_text
+from training.results import RESULTS_DIR, Row
+
+ROOT = Path(__file__).parent.parent
+CARD_TEMPLATE = Path(__file__).parent / "model_card.md"
+FIGURES = "docs/figures"
+# the repository has no public address yet: this is the one place that names it
+REPOSITORY = "OWNER/rotation_ssl"
+PAPER_ROTATED_IMAGES = 100 * 4 * 50_000  # 100 epochs of all four rotations of CIFAR-10's training images
+TRANSFER_PROTOCOLS = ("fine-tuned, convolutional probe", "fine-tuned, non-linear probe")
+FEW_LABELS_PROTOCOLS = ("few labels, convolutional probe", "supervised")
+
+
+def render_card(rows: Sequence[Row], entries: dict[str, Any]) -> str:
+    """The text of MODEL_CARD.md."""
+    sections = [_weights_section(name, entry, rows) for name, entry in entries.items()]
+    values = {"repository": REPOSITORY, "weights": weights_table(rows, entries), "sections": "\n\n".join(sections)}
+    return Template(CARD_TEMPLATE.read_text()).substitute(values)
+
+
+def render_readme(text: str, rows: Sequence[Row], entries: dict[str, Any]) -> str:
+    """README with its rendered parts, each between ``<!-- rendered: NAME -->`` and ``<!-- end -->``, made anew.
+
+    Raises:
+        ValueError: a part that this program does not know.
+    """
+    parts = {"weights": weights_table(rows, entries), "repository": _hub_snippet()}
+
+    def replace(match: re.Match[str]) -> str:
+        if match[1] not in parts:
+            raise ValueError(f"README.md has an unknown rendered part {match[1]!r}; there are {', '.join(parts)}")
+        return f"<!-- rendered: {match[1]} -->\n{parts[match[1]]}\n<!-- end -->"
+
+    return re.sub(r"<!-- rendered: (\w+) -->\n.*?\n?<!-- end -->", replace, text, flags=re.DOTALL)
+
+
+def weights_table(rows: Sequence[Row], entries: dict[str, Any]) -> str:
+    """One line a published weight, its size and its headline numbers."""
+    lines = [
+        "| weights | trained on | rotated images | size | rotation accuracy | layer | non-linear probe | linear probe"
+        " | k-NN |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, entry in entries.items():
+        own, layer = select(rows, name), entry["recommended_layer"]
+        cells = [
+            f"`{name}`",
+            entry["data"],
+            f"{entry['rotated_images']:,}",
+            f"{entry['size'] / 1e6:.1f} MB",
+            _cell(own, "rotation accuracy", "", ""),
+            f"`{layer}`",
+            _cell(own, "non-linear probe", "cached", layer),
+            _cell(own, "linear probe", "cached", layer),
+            _cell(own, "k-NN", "", layer),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def select(rows: Iterable[Row], weights: str, measured: bool = True) -> list[Row]:
+    """The rows of some weights that this project measured, or those that it quotes."""
+    return [row for row in rows if row.weights == weights and (row.source == "measured") == measured]
+
+
+def _weights_section(name: str, entry: dict[str, Any], rows: Sequence[Row]) -> str:
+    run = json.loads((RESULTS_DIR / f"{name}.run.json").read_text())
+    model = name.split(".", 1)[0]
+    minutes, versions = run["seconds"] / 60, run["versions"]
+    own, random = select(rows, name), select(rows, f"{model}.random")
+    lines = [
+        f"### `{name}`",
+        "",
+        f"- sha256 `{entry['sha256']}`, {entry['size']:,} bytes, safetensors, fp32, {entry['source']} in the wheel;"
+        f" licence {entry['license']}.",
+        f"- Training: recipe `{entry['recipe']}`, seed {entry['seed']}, commit `{entry['commit']}`, on {entry['data']}:"
+        f" {entry['rotated_images']:,} rotated images.",
+        f"- Compute: {minutes:.0f} minutes on {run['threads']} threads of {run['device']} (torch {versions['torch']},"
+        f" timm {versions['timm']}).",
+        f"- Budget: {entry['rotated_images'] / PAPER_ROTATED_IMAGES:.1%} of the paper's"
+        f" {PAPER_ROTATED_IMAGES / 1e6:.0f} million rotated images"
+        " (100 epochs of 4 x 50,000). These are small-budget weights: expect less of them than of the paper's.",
+        "",
+        *_rotation_lines(own, random, select(rows, f"{model}.paper", measured=False)),
+        "",
+        *_probe_table(name, model, rows),
+        *_few_labels_table(name, model, rows),
+        *_figure_lines(name),
+        "",
+        *_origin_lines([*own, *random]),
+    ]
+    return "\n".join(lines)
+
+
+def _rotation_lines(own: Sequence[Row], random: Sequence[Row], quoted: Sequence[Row]) -> list[str]:
+    lines = ["Rotation accuracy, all four rotations of each image of the CIFAR-10 test set (chance is 25 %):", ""]
+    for label, group in (("these weights", own), ("random weights", random)):
+        lines += [
+            f"- {label}: **{_percent(row)}** ({row.correct:,} of {row.n:,})"
+            for row in group
+            if row.protocol == "rotation accuracy"
+        ]
+    lines += [f"- {r.settings}: _{_percent(r)}_ ({r.source})" for r in quoted if r.protocol == "rotation accuracy"]
+    return lines
+
+
+def _probe_table(name: str, model: str, rows: Sequence[Row]) -> list[str]:
+    groups = {
+        f"`{name}`": select(rows, name),
+        "random weights": select(rows, f"{model}.random"),
+        **_quoted_groups(rows, f"{model}.paper", ""),
+        **_quoted_groups(rows, f"{model}.paper-random", ", random weights"),
+    }
+    groups = {label: [row for row in group if row.labels_per_class is None] for label, group in groups.items()}
+    probed = [row for group in groups.values() for row in group if row.layer]
+    layers = sorted({row.layer for row in probed})
+    lines = [
+        "Accuracy on the CIFAR-10 test set of classifiers on the frozen features of each block. Numbers in italics are"
+        " quoted; ± is the standard deviation over seeds. The gap is to the paper, in percentage points: its number"
+        " took its whole budget, of pretraining and of the probe.",
+        "",
+        f"| protocol | weights | {' | '.join(layers)} |",
+        f"|---|---|{'---|' * len(layers)}",
+    ]
+    for protocol in dict.fromkeys(row.protocol for row in probed):
+        ours: dict[str, list[Row]] = {}
+        for label, group in groups.items():
+            for cost in dict.fromkeys(row.cost for row in group if row.protocol == protocol):
+                chosen = [row for row in group if (row.protocol, row.cost) == (protocol, cost)]
+                cells = {layer: [row for row in chosen if row.layer == layer] for layer in layers}
+                quoted = chosen[0].source != "measured"
+                texts = [spread_text(cells[layer]) for layer in layers]
+                if quoted:
+                    texts = [f"_{text}_" if text else "" for text in texts]
+                title = f"{protocol} ({cost})" if cost else protocol
+                lines.append(f"| {f'_{title}_' if quoted else title} | {label} | {' | '.join(texts)} |")
+                if label == f"`{name}`":
+                    ours = cells
+                if chosen[0].source.startswith("paper") and "random" not in label and ours:
+                    gaps = [_gap(ours[layer], cells[layer]) for layer in layers]
+                    lines.append(f"| gap | {chosen[0].source} | {' | '.join(gaps)} |")
+    settings: dict[str, list[str]] = {}
+    for row in (*groups[f"`{name}`"], *groups["random weights"]):
+        where = settings.setdefault(f"{row.protocol}{f' ({row.cost})' if row.cost else ''}: {row.settings}", [])
+        if row.layer and row.layer not in where:
+            where.append(row.layer)
+    shown = [
+        f"- {text}{f' ({', '.join(where)})' if len(where) < len(layers) else ''}."
+        for text, where in settings.items()
+        if where
+    ]
+    return [*lines, "", *shown, ""]
+
+
+def _quoted_groups(rows: Sequence[Row], weights: str, suffix: str) -> dict[str, list[Row]]:
+    quoted = [row for row in select(rows, weights, measured=False) if row.layer]
+    return {
+        f"_{s}{suffix}_": [row for row in quoted if row.source == s] for s in dict.fromkeys(r.source for r in quoted)
+    }
+
+
+def _few_labels_table(name: str, model: str, rows: Sequence[Row]) -> list[str]:
+    own = [row for row in (*select(rows, name), *select(rows, f"{model}.random")) if row.labels_per_class]
+    if not own:
+        return []
+    quoted = [row for row in select(rows, f"{model}.paper", measured=False) if row.labels_per_class]
+    labels = sorted({row.labels_per_class or 0 for row in own})
+    lines = [
+        "Accuracy with few labels of each class:",
+        "",
+        f"| protocol | weights | {' | '.join(map(str, labels))} |",
+        f"|---|---|{'---|' * len(labels)}",
+    ]
+    keys = dict.fromkeys((r.protocol, r.cost, r.draw, r.weights, r.source) for r in (*own, *quoted))
+    for protocol, cost, draw, weights, source in keys:
+        chosen = [
+            row
+            for row in (*own, *quoted)
+            if (row.protocol, row.cost, row.draw, row.weights, row.source) == (protocol, cost, draw, weights, source)
+        ]
+        texts = [spread_text([row for row in chosen if row.labels_per_class == count]) for count in labels]
+        title, label = f"{protocol} ({cost}), {draw} images", f"`{weights}`"
+        if source != "measured":
+            title, label, texts = f"_{title}_", f"_{source}_", [f"_{text}_" if text else "" for text in texts]
+        lines.append(f"| {title} | {label} | {' | '.join(texts)} |")
+    return [*lines, ""]
+
+
+def _figure_lines(name: str) -> list[str]:
+    titles = {
+        "curve": "Training loss",
+        "layers": "Accuracy by block",
+        "few-labels": "Accuracy with few labels",
+        "filters": "Filters of the first layer",
+        "attention": "Attention maps of sample images",
+        "neighbours": "Nearest neighbours of sample images among the test images",
+    }
+    return [
+        f"![{title} of {name}]({FIGURES}/{name}.{kind}.png)"
+        for kind, title in titles.items()
+        if (ROOT / FIGURES / f"{name}.{kind}.png").exists()
+    ]
+
+
+def _origin_lines(rows: Sequence[Row]) -> list[str]:
+    origins: dict[tuple[Any, ...], float] = {}
+    for row in rows:
+        key = row.device, row.threads, row.versions.get("torch"), row.commit
+        origins[key] = origins.get(key, 0.0) + (row.seconds or 0.0)
+    return [
+        f"Measured on {device}, {threads} threads, torch {torch}, commit `{commit}`"
+        f" ({seconds / 60:.0f} minutes, feature passes not counted)."
+        for (device, threads, torch, commit), seconds in sorted(origins.items())
+    ]
+
+
+def _hub_snippet() -> str:
+    # a pinned commit, not a branch that moves under whoever loads it
+    call = f'model = torch.hub.load("{REPOSITORY}:COMMIT", "rotnet_nin", trust_repo=True).eval()'
+    return f"```python\nimport torch\n\n{call}\n```"
+
+
+def _gap(ours: Sequence[Row], theirs: Sequence[Row]) -> str:
+    if not ours or not theirs:
+        return ""
+    return f"{100 * (sum(r.value for r in ours) / len(ours) - sum(r.value for r in theirs) / len(theirs)):+.2f}"
+
+
+def _percent(row: Row) -> str:
+    return f"{100 * row.value:.2f} %"
+
+
+def _cell(rows: Sequence[Row], protocol: str, cost: str, layer: str) -> str:
+    found = [row for row in rows if (row.protocol, row.cost, row.layer) == (protocol, cost, layer)]
+    return spread_text(found) or "not measured"

@@ -1,0 +1,225 @@
+"""Measure the reported numbers again and say, number by number, whether they hold.
+
+    python -m training.check --quick --data-dir DIR
+    python -m training.check --data-dir DIR
+    python -m training.check --data-dir DIR --only knn linear --weights rotnet_nin.cifar10
+
+DIR holds CIFAR-10. --quick takes minutes: the sha256 of the published weights, their golden outputs, and rotation
+accuracy and k-NN on the first fifth of the test images, whose counts the rows keep. The whole check measures every row
+of training/results/ that this project measured; it prints first how long that took. Exit status 1 when a number does
+not hold, when a row was edited or is missing, or when weights are not the bytes that were measured.
+
+What counts as holding: where nothing is trained, as many right answers but for one in a thousand images (other
+hardware flips a few); where a probe is trained, the same accuracy within three standard deviations over the reported
+seeds, and within half a percentage point where there is one seed or they agree more closely.
+"""
+
+import argparse
+import dataclasses
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import timm
+import torch
+from safetensors.torch import load_file
+from tqdm import tqdm
+
+from rotation_ssl import zoo
+from rotation_ssl.features import extract_features, layer_modules
+from training.allocator import keep_large_blocks
+from training.data import Images, load_images
+from training.evaluate import PROTOCOLS, Measurement, measure_features, measure_rotation
+from training.finetune import measure_transfer, transfer_subject
+from training.recipes import TRANSFERS
+from training.results import PARTS, RESULTS_DIR, Row, check_device, missing_rows, read_rows
+from training.subject import subject_of_row
+
+GOLDEN_DIR = Path(__file__).parent.parent / "tests" / "data"
+GOLDEN_TOLERANCE = 1e-3  # of logits and pooled features, both of the order of 1
+QUICK_PARTS = (0, 1)
+QUICK_PROTOCOLS = ("rotation accuracy", "k-NN")
+FLIPS = 1e-3
+TRAINED_TOLERANCE = 5e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """One line of the report: what was reported, what was measured now, how far apart they may be."""
+
+    number: str
+    reported: str
+    measured: str
+    tolerance: str
+    holds: bool
+
+    def __str__(self) -> str:
+        return (
+            f"{'holds ' if self.holds else 'BROKEN'}  {self.number:58s} reported {self.reported:>9s}  "
+            f"measured {self.measured:>9s}  tolerance {self.tolerance}"
+        )
+
+
+def check_weights(name: str) -> Iterator[Verdict]:
+    """Whether a published file is the manifest's and gives the golden outputs."""
+    entry = zoo.manifest()[name]
+    file = zoo.WEIGHTS_DIR / entry["file"]
+    try:
+        zoo.verify(file, name)
+        yield Verdict(f"{name} sha256", entry["sha256"][:8], entry["sha256"][:8], "none", True)
+    except ValueError as error:
+        yield Verdict(f"{name} sha256", entry["sha256"][:8], "other", f"none ({error})", False)
+        return
+    model = timm.create_model(name, pretrained=True).eval()
+    golden = load_file(GOLDEN_DIR / f"{name}.golden.safetensors")
+    with torch.inference_mode():
+        logits = model(golden["input"])
+    outputs = {"logits": logits, **extract_features(model, golden["input"], list(layer_modules(model)))}
+    furthest = max(float((outputs[key] - golden[key]).abs().max()) for key in outputs)
+    yield Verdict(
+        f"{name} golden outputs", "0", f"{furthest:.1e}", f"{GOLDEN_TOLERANCE:g}", furthest < GOLDEN_TOLERANCE
+    )
+
+
+def check_rows(rows: Sequence[Row]) -> Iterator[Verdict]:
+    """Whether every row is of the bytes that are published now, and whether none is missing."""
+    for row in rows:
+        if row.weights in zoo.manifest() and row.sha256 != zoo.manifest()[row.weights]["sha256"]:
+            yield Verdict(row.number, row.sha256[:8], zoo.manifest()[row.weights]["sha256"][:8], "none", False)
+    for name in zoo.manifest():
+        layers = list(layer_modules(timm.create_model(name.split(".", 1)[0], device="meta")))
+        for number in missing_rows(rows, name, layers):
+            yield Verdict(number, "missing", "", "", False)
+
+
+def measure_again(
+    rows: Sequence[Row], images: Images, quick: bool = False, device: str = "cpu"
+) -> Iterator[tuple[Row, Row]]:
+    """Each row and what is measured now: features of a network are taken once for all of its rows.
+
+    Raises:
+        ValueError: rows of weights that are not in the manifest, or of a protocol that has no recipe.
+    """
+    parts = QUICK_PARTS if quick else tuple(range(PARTS))
+    transfers = {(recipe.protocol, recipe.cost): recipe for recipe in TRANSFERS.values()}
+    for weights in dict.fromkeys(row.weights for row in rows):
+        own = [row for row in rows if row.weights == weights]
+        subject = subject_of_row(weights)
+        subject.backbone.to(device).to(memory_format=torch.channels_last)
+        for row in own:
+            if row.protocol == "rotation accuracy":
+                yield row, measure_rotation(subject, images.test, images.name, device, parts)
+        probed = {Measurement(r.protocol, r.cost, r.layer, r.seed): r for r in own if r.protocol in _probes()}
+        if probed:
+            for new in measure_features(subject, images, list(probed), device, parts):
+                yield probed[Measurement(new.protocol, new.cost, new.layer, new.seed)], new
+        for row in own:
+            if row.protocol in PROTOCOLS.values():
+                continue
+            if (row.protocol, row.cost) not in transfers:
+                raise ValueError(f"{row.number} has no recipe in training/recipes.py: it cannot be measured again")
+            recipe = transfers[row.protocol, row.cost]
+            fresh = transfer_subject(recipe, subject.name if subject.published else subject.architecture, row.seed or 0)
+            yield (
+                row,
+                measure_transfer(
+                    recipe, fresh, row.layer, images, row.labels_per_class, row.draw or "first", row.seed or 0, device
+                ),
+            )
+
+
+def judge(row: Row, new: Row, rows: Sequence[Row]) -> Verdict:
+    """Compare a reported row with what was measured now, on the tenths of the test images that were measured."""
+    assert new.n is not None and row.n is not None
+    parts = len(new.counts) if new.counts else PARTS
+    reported_n = row.n if parts == PARTS else new.n
+    value = row.value if parts == PARTS else sum(row.counts[:parts]) / new.n
+    tolerance = max(2 / new.n, FLIPS) if row.cost == "" else trained_tolerance(row, rows)
+    same = new.sha256 == row.sha256 and new.n == reported_n and new.data == row.data
+    measured = f"{100 * new.value:.2f} %" if same else f"other {_difference(row, new)}"
+    # a tolerance is inclusive: 40 of 40,000 are one in a thousand
+    holds = same and abs(new.value - value) <= tolerance + 1e-9
+    name = row.number if parts == PARTS else f"{row.number}, {new.n:,} images"
+    return Verdict(name, f"{100 * value:.2f} %", measured, f"{100 * tolerance:.2f}", holds)
+
+
+def trained_tolerance(row: Row, rows: Sequence[Row]) -> float:
+    """Three standard deviations over the seeds of the same number, at least half a percentage point."""
+    values = [other.value for other in rows if dataclasses.replace(other, seed=row.seed).key == row.key]
+    return max(TRAINED_TOLERANCE, 3 * statistics.stdev(values)) if len(values) > 1 else TRAINED_TOLERANCE
+
+
+def expected_seconds(rows: Sequence[Row], every: Sequence[Row], quick: bool) -> float:
+    """How long measuring the rows took on the machine that reported them, features by its rotation accuracy's rate."""
+    rates = [r.seconds / r.n for r in every if r.protocol == "rotation accuracy" and r.seconds and r.n]
+    rate = statistics.mean(rates) if rates else 0.0
+    if quick:
+        return rate * sum(8_000 + 52_000 for _ in {row.weights for row in rows})
+    passes = {row.weights for row in rows if row.protocol in _probes()}
+    return sum(row.seconds or 0.0 for row in rows) + rate * len(passes) * 160_000
+
+
+def _difference(row: Row, new: Row) -> str:
+    if new.sha256 != row.sha256:
+        return f"bytes ({new.sha256[:8]})"
+    return f"images ({new.data}, {new.n:,})"
+
+
+def _probes() -> list[str]:
+    return [protocol for protocol in PROTOCOLS.values() if protocol != "rotation accuracy"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    names = PROTOCOLS | {recipe.name: recipe.protocol for recipe in TRANSFERS.values() if recipe.cost == "cpu"}
+    parser = argparse.ArgumentParser(
+        prog="python -m training.check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="the part that takes minutes")
+    parser.add_argument("--only", nargs="+", choices=names, help="a part of the numbers [all]")
+    parser.add_argument("--weights", nargs="+", metavar="NAME", help="numbers of these weights [all]")
+    parser.add_argument("--data-dir", type=Path, default=Path("data/cifar10"), help="where CIFAR-10 is [%(default)s]")
+    parser.add_argument("--download", action="store_true", help="let torchvision fetch CIFAR-10 into --data-dir")
+    parser.add_argument("--results", type=Path, default=RESULTS_DIR, help="folder of the rows [training/results]")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps [%(default)s]")
+    args = parser.parse_args(arguments)
+    keep_large_blocks()
+    try:
+        check_device(args.device)
+        every = [row for row in read_rows(args.results) if row.source == "measured"]
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    wanted = [names[name] for name in args.only] if args.only else None
+    rows = [row for row in every if wanted is None or row.protocol in wanted]
+    rows = [row for row in rows if args.weights is None or row.weights in args.weights]
+    if args.quick:
+        rows = [row for row in rows if row.protocol in QUICK_PROTOCOLS and row.weights in zoo.manifest()]
+    verdicts: list[Verdict] = []
+    try:
+        if not rows:
+            raise ValueError("no reported number is asked for: see --only and --weights")
+        seconds = expected_seconds(rows, every, args.quick)
+        print(f"{len(rows)} numbers; measuring them took {seconds / 60:.0f} minutes where they were reported")
+        for verdict in [*(v for name in zoo.manifest() for v in check_weights(name)), *check_rows(every)]:
+            verdicts.append(verdict)
+            print(verdict)
+        if any(not verdict.holds for verdict in verdicts):
+            raise ValueError("the weights or rows above are not what was reported: nothing was measured")
+        images = load_images(
+            "cifar10", args.data_dir, 32, args.download, test_only={r.protocol for r in rows} == {"rotation accuracy"}
+        )
+        for row, new in measure_again(rows, images, args.quick, args.device):
+            verdicts.append(judge(row, new, every))
+            tqdm.write(str(verdicts[-1]))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1 if verdicts else 2
+    broken = [verdict for verdict in verdicts if not verdict.holds]
+    print(f"{len(verdicts) - len(broken)} of {len(verdicts)} hold" + (": something is broken" if broken else ""))
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

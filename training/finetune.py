@@ -1,0 +1,300 @@
+"""Train with labels: fine-tuning, few labels on frozen features, and the supervised baseline.
+
+    python -m training.finetune few-labels-cpu rotnet_nin.cifar10 --labels-per-class 20 100 400 1000 5000 --data-dir DIR
+    python -m training.finetune supervised-cpu rotnet_nin --labels-per-class 20 100 400 1000 5000 --data-dir DIR
+    python -m training.finetune finetune-conv-cpu rotnet_nin.cifar10 --data-dir DIR
+
+The network is the backbone up to one layer (block2: the recommended one) with a classifier on it: with the
+convolutional classifier on block2 the paper's NIN of three blocks, which is what its supervised baseline is. Recipes
+ending in -paper draw the authors' 5,000,000 images, those ending in -cpu a fixed small budget; --images overrides it.
+Labels are the first K images of each class as in the paper, or --draw random ones, another draw for every seed. All
+training images are used without --labels-per-class. The last step's network is measured, not the best one.
+
+MODEL is any model of timm, with its weights, --random ones, or those of a file. DIR holds CIFAR-10; any other images
+with --dataset folder. Numbers are written to --output as rows.jsonl, report.md, report.json and report.png.
+"""
+
+import argparse
+import dataclasses
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from rotation_ssl import zoo
+from rotation_ssl.features import layer_modules
+from rotation_ssl.probes import convolutional_probe, nonlinear_probe
+from training.allocator import keep_large_blocks
+from training.data import DATASETS, Images, LabelledImages, crop_and_flip, labels_subset, load_images
+from training.optimizers import create_scheduler
+from training.recipes import TRANSFERS, TransferRecipe
+from training.report import write_report
+from training.results import PARTS, Row, check_device, write_rows
+from training.subject import Subject, load_subject, measured_row, preparation, record_file
+
+
+def measure_transfer(
+    recipe: TransferRecipe,
+    subject: Subject,
+    layer: str,
+    images: Images,
+    labels_per_class: int | None = None,
+    draw: str = "first",
+    seed: int = 0,
+    device: str = "cpu",
+    precision: str = "fp32",
+) -> Row:
+    """Train a recipe's network on labelled images and measure it on the test images.
+
+    Args:
+        recipe: all of the training's settings.
+        subject: the backbone; it is used up by the training (of 'random' recipes it gives the network alone).
+        layer: the last layer of the backbone that is kept.
+        images: training and test images.
+        labels_per_class: K; None for all.
+        draw: 'first' or 'random' ones of a class.
+        seed: of the classifier, the crops, random draws and random weights.
+        device: where to train.
+        precision: 'fp32', or 'bf16' for autocast.
+
+    Raises:
+        ValueError: no such layer, a class with fewer images than asked for, or a loss that is no longer finite.
+    """
+    started = time.monotonic()
+    train = images.train
+    if labels_per_class is not None:
+        generator = None if draw == "first" else torch.Generator().manual_seed(seed)
+        train = labels_subset(train, labels_per_class, generator)
+    network = build_network(recipe, subject, layer, len(train.classes), seed).to(device)
+    network.to(memory_format=torch.channels_last)
+    prepare = preparation(subject.backbone, subject.size)
+    autocast = torch.autocast(device.split(":")[0], torch.bfloat16, enabled=precision == "bf16")
+    train_network(recipe, network, train, prepare, seed, device, autocast)
+    right = predict(network, images.test, prepare, device, autocast) == images.test.labels
+    settings = f"{recipe.images:,} crops seen, {recipe.classifier} classifier, {recipe.start} backbone, {precision}"
+    return measured_row(
+        subject,
+        [int(part.sum()) for part in right.tensor_split(PARTS)],
+        len(right),
+        images.name,
+        settings,
+        started,
+        protocol=recipe.protocol,
+        cost=recipe.cost,
+        layer=layer,
+        labels_per_class=labels_per_class,
+        draw=draw if labels_per_class is not None else "",
+        seed=seed,
+    )
+
+
+class LayerClassifier(nn.Module):
+    """A backbone up to one layer and a classifier on its map: images (N, C, H, W) -> logits (N, K).
+
+    A frozen backbone stays in eval mode, whatever the mode of the whole, and gets no gradients.
+    """
+
+    def __init__(self, backbone: nn.Module, index: int, classifier: nn.Module, frozen: bool) -> None:
+        super().__init__()
+        self.backbone, self.index, self.classifier, self.frozen = backbone, index, classifier, frozen
+        self.backbone.requires_grad_(not frozen)
+
+    def train(self, mode: bool = True) -> "LayerClassifier":
+        """Training mode, but for a frozen backbone."""
+        super().train(mode)
+        if self.frozen:
+            self.backbone.eval()
+        return self
+
+    def maps(self, images: torch.Tensor) -> torch.Tensor:
+        """The layer's map (N, C, H', W')."""
+        taken: Any = self.backbone
+        return taken.forward_intermediates(images, [self.index], stop_early=True, intermediates_only=True)[0]
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits (N, K)."""
+        return self.classifier(self.maps(images))
+
+
+def build_network(
+    recipe: TransferRecipe, subject: Subject, layer: str, num_classes: int, seed: int = 0
+) -> LayerClassifier:
+    """The recipe's network; the backbone's layers after ``layer`` are dropped from the subject's.
+
+    Raises:
+        ValueError: the backbone has no such layer, or cannot be cut there.
+    """
+    backbone: Any = subject.backbone
+    layers = list(layer_modules(backbone))
+    if layer not in layers:
+        raise ValueError(f"no layer {layer} in this backbone; it has {', '.join(layers)}")
+    if not hasattr(backbone, "forward_intermediates") or not hasattr(backbone, "prune_intermediate_layers"):
+        raise ValueError(f"{subject.name} cannot be cut at a layer: timm gives it no forward_intermediates")
+    index = layers.index(layer)
+    (index,) = backbone.prune_intermediate_layers([index]) or [index]
+    torch.manual_seed(seed)
+    frozen = recipe.start == "frozen"
+    network = LayerClassifier(backbone, index, nn.Identity(), frozen).eval()
+    with torch.no_grad():
+        device = next(backbone.parameters()).device
+        example = network.maps(torch.zeros(1, 3, subject.size, subject.size, device=device))
+    width = example.shape[1]
+    network.classifier = (
+        convolutional_probe(width, num_classes)
+        if recipe.classifier == "convolutional"
+        else nonlinear_probe(example[0].numel(), num_classes)
+    )
+    return network
+
+
+def train_network(recipe, network, train, prepare, seed, device, autocast) -> None:  # type: ignore[no-untyped-def]
+    """Train the network in place on crops of the labelled images; it is in eval mode afterwards."""
+    groups = [{"params": list(network.classifier.parameters()), "lr": recipe.lr}]
+    if not network.frozen:
+        lr = recipe.lr if recipe.start == "random" else recipe.backbone_lr
+        groups.append({"params": list(network.backbone.parameters()), "lr": lr})
+    optimizer = torch.optim.SGD(
+        groups, recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, nesterov=True
+    )
+    steps = max(1, recipe.images // recipe.batch_size)
+    scheduler = create_scheduler(recipe.schedule, steps, optimizer)
+    generator = torch.Generator().manual_seed(seed)
+    network.train()
+    losses: list[torch.Tensor] = []
+    with tqdm(
+        total=steps * recipe.batch_size,
+        desc=f"{recipe.name}, {len(train)} labels",
+        unit="img",
+        mininterval=0.5 if sys.stderr.isatty() else 30.0,
+    ) as bar:
+        for step, chosen in zip(range(steps), sample_stream(len(train), recipe.batch_size, generator), strict=False):
+            scheduler.step_update(step)
+            crops = crop_and_flip(
+                train.images[chosen], train.images.shape[-1], recipe.padding, recipe.padding_mode, True, generator
+            )
+            with autocast:
+                logits = network(prepare(crops.to(device)))
+            loss = F.cross_entropy(logits.float(), train.labels[chosen].to(device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+            bar.update(len(chosen))
+            if step % 20 == 19 or step == steps - 1:
+                mean = torch.stack(losses).mean()
+                if not mean.isfinite():
+                    raise ValueError(
+                        f"the loss became {mean.item()} by step {step + 1}: lower the rate of {recipe.name}"
+                    )
+                bar.set_postfix(loss=f"{mean.item():.3f}")
+                losses.clear()
+    network.eval()
+
+
+def sample_stream(count: int, size: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
+    """Batches of ``size`` indices without end: one permutation of 0..count - 1 after the other."""
+    left = torch.empty(0, dtype=torch.int64)
+    while True:
+        while len(left) < size:
+            left = torch.cat([left, torch.randperm(count, generator=generator)])
+        yield left[:size]
+        left = left[size:]
+
+
+def predict(network, test: LabelledImages, prepare, device: str, autocast) -> torch.Tensor:  # type: ignore[no-untyped-def]
+    """The classes that the network names for the test images: (M,) int64."""
+    with torch.inference_mode(), autocast:
+        return torch.cat([network(prepare(part.to(device))).argmax(1).cpu() for part in test.images.split(250)])
+
+
+def recommended_layer(subject: Subject) -> str:
+    """The layer that the manifest recommends for the network.
+
+    Raises:
+        ValueError: the network has no published weights.
+    """
+    for name, entry in zoo.manifest().items():
+        if name.split(".", 1)[0] == subject.architecture:
+            return str(entry["recommended_layer"])
+    layers = ", ".join(layer_modules(subject.backbone))
+    raise ValueError(f"no layer is recommended for {subject.architecture}: give --layer, one of {layers}")
+
+
+def transfer_subject(recipe: TransferRecipe, model: str, seed: int, **options: Any) -> Subject:
+    """The backbone that a recipe starts from; recipes that start from random weights take those of the seed."""
+    if recipe.start != "random":
+        return load_subject(model, **options)
+    architecture = model.split(".", 1)[0]
+    subject = load_subject(architecture, random=True, seed=seed, size=options.get("size"))
+    return dataclasses.replace(subject, name=f"{architecture}.random")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    recipes = "\n".join(f"  {r.name:24s} {r.protocol}, {r.images:,} crops" for r in TRANSFERS.values())
+    parser = argparse.ArgumentParser(
+        prog="python -m training.finetune", description=__doc__, epilog=f"recipes:\n{recipes}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("recipe", choices=sorted(TRANSFERS), metavar="RECIPE", help="one of the recipes below")
+    parser.add_argument("model", metavar="MODEL", help="any model or model.tag of timm, rotnet_* among them")
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="start from a safetensors file")
+    parser.add_argument("--random", action="store_true", help="start from random weights")
+    parser.add_argument("--layer", help="the backbone's last layer that is kept [the recommended one]")
+    parser.add_argument("--labels-per-class", type=int, nargs="+", metavar="K", help="labels of each class [all]")
+    parser.add_argument("--draw", choices=("first", "random"), default="first", help="which of a class [%(default)s]")
+    parser.add_argument("--seeds", type=int, default=1, help="how often each is trained [%(default)s]")
+    parser.add_argument("--images", type=int, help="crops seen in all, instead of the recipe's")
+    parser.add_argument("--dataset", choices=DATASETS, default="cifar10", help="what --data-dir holds [%(default)s]")
+    parser.add_argument("--data-dir", type=Path, default=Path("data/cifar10"), help="where it is [%(default)s]")
+    parser.add_argument("--size", type=int, help="side of the images the backbone gets [the model's own]")
+    parser.add_argument("--download", action="store_true", help="let torchvision fetch CIFAR-10 into --data-dir")
+    parser.add_argument(
+        "--holdout", type=int, default=0, metavar="N", help="measure the last N training images instead"
+    )
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast [%(default)s]")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps [%(default)s]")
+    parser.add_argument("--output", type=Path, help="folder of rows and report [runs/finetune/<weights>]")
+    parser.add_argument("--record", action="store_true", help="write the rows to training/results/, for the card")
+    args = parser.parse_args(arguments)
+    recipe = TRANSFERS[args.recipe]
+    if args.images is not None:
+        recipe = dataclasses.replace(recipe, images=args.images)
+    options = {"random": args.random, "weights": args.weights, "size": args.size}
+    keep_large_blocks()
+    try:
+        check_device(args.device)
+        subject = transfer_subject(recipe, args.model, 0, **options)
+        layer = args.layer or recommended_layer(subject)
+        output = args.output or Path("runs") / "finetune" / subject.name
+        own = any((args.dataset != "cifar10", args.holdout, args.size, args.images, args.precision != "fp32"))
+        file = record_file(subject, own) if args.record else output / "rows.jsonl"
+        images = load_images(args.dataset, args.data_dir, subject.size, args.download, args.holdout)
+        for labels in args.labels_per_class or [None]:
+            for seed in range(args.seeds):
+                # a training uses its backbone up: each takes a new one
+                subject = transfer_subject(recipe, args.model, seed, **options)
+                row = measure_transfer(
+                    recipe, subject, layer, images, labels, args.draw, seed, args.device, args.precision
+                )
+                write_rows(file, [row])
+                tqdm.write(
+                    f"  {row.number}: {100 * row.value:.2f} % ({row.correct:,} of {row.n:,}, {row.seconds:.0f} s)"
+                )
+        if not args.record:
+            write_report(output, file)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"rows are in {file}" + ("" if args.record else "; report.md, report.json and report.png beside it"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

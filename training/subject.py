@@ -1,0 +1,176 @@
+"""What is measured: a backbone with its weights, named so that a row says which bytes it is of."""
+
+import dataclasses
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from timm.data import resolve_model_data_config
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import rotation_ssl  # noqa: F401  registers the models with timm
+from rotation_ssl import zoo
+from training.data import normalize
+from training.results import RESULTS_DIR, Row, current_commit, device_name, library_versions
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A backbone in eval mode, its name in the rows, the sha256 of its weights, and the side of the images it takes."""
+
+    name: str
+    architecture: str
+    backbone: nn.Module
+    sha256: str
+    size: int
+
+    @property
+    def published(self) -> bool:
+        """Whether the name is one of the manifest's."""
+        return self.name in zoo.manifest()
+
+
+def load_subject(
+    model: str, *, random: bool = False, seed: int = 0, weights: Path | None = None, size: int | None = None
+) -> Subject:
+    """Any timm model: published weights of this package, timm's own, a file's, or random ones.
+
+    Args:
+        model: ``model.tag`` or ``model`` for its default tag; the part before the dot names the network.
+        random: take the network as initialised with ``seed``; it is called ``model.random`` (``model.random1`` for
+            seed 1, and so on).
+        seed: of the random weights.
+        weights: a safetensors file of the user's; called ``model@`` and the first 12 digits of its sha256.
+        size: side of the images in pixels; None: the model's own.
+
+    Raises:
+        ValueError: no such model or weights, or a file that does not fit.
+    """
+    architecture = model.split(".", 1)[0]
+    if not timm.is_model(architecture):
+        known = ", ".join(timm.list_models("rotnet_*"))
+        raise ValueError(f"no model {architecture!r}; there are {known}, and all of timm's (timm.list_models())")
+    if random and weights:
+        raise ValueError("random weights and a weights file exclude each other: give one of them")
+    torch.manual_seed(seed)
+    try:
+        if random:
+            backbone = timm.create_model(architecture)
+        elif weights:
+            backbone = _with_file(architecture, weights)
+        else:
+            backbone = timm.create_model(model, pretrained=True)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{model} cannot be had ({reason}); --random measures it with random weights") from error
+    digest = hashlib.sha256(save({k: v.contiguous() for k, v in backbone.state_dict().items()})).hexdigest()
+    name = f"{architecture}@{digest[:12]}"
+    if random:
+        name = f"{architecture}.random{seed or ''}"
+    elif weights:
+        digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+        name = f"{architecture}@{digest[:12]}"
+    elif (tagged := f"{architecture}.{backbone.pretrained_cfg.get('tag')}") in zoo.manifest():
+        name, digest = tagged, zoo.manifest()[tagged]["sha256"]
+    size = size or resolve_model_data_config(backbone)["input_size"][-1]
+    return Subject(name, architecture, backbone.eval(), digest, size)
+
+
+def subject_of_row(weights: str) -> Subject:
+    """The subject that a reported row names: published weights, or ``model.random``.
+
+    Raises:
+        ValueError: neither.
+    """
+    architecture, _, tag = weights.partition(".")
+    if weights in zoo.manifest():
+        return load_subject(weights)
+    if tag.startswith("random") and tag[6:].isdigit() | (tag == "random"):
+        return load_subject(architecture, random=True, seed=int(tag[6:] or 0))
+    raise ValueError(f"{weights} has no entry in the manifest: its numbers cannot be reported or checked")
+
+
+def preparation(backbone: nn.Module, size: int, bar: tqdm | None = None) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function from uint8 images (B, 3, H, H) to what the backbone takes, (B, 3, size, size), that moves a bar on."""
+    cfg = resolve_model_data_config(backbone)
+
+    def prepare(images: torch.Tensor) -> torch.Tensor:
+        batch = normalize(images, cfg["mean"], cfg["std"])
+        if batch.shape[-1] != size:
+            batch = F.interpolate(batch, size=(size, size), mode="bicubic", antialias=True, align_corners=False)
+        if bar is not None:
+            bar.update(len(images))
+        return batch.contiguous(memory_format=torch.channels_last)
+
+    return prepare
+
+
+def measured_row(
+    subject: Subject, counts: Sequence[int], n: int, data: str, settings: str, started: float, **fields: Any
+) -> Row:
+    """The row of a number just measured: right answers by parts of ``n``, begun at ``started`` (time.monotonic())."""
+    return Row(
+        weights=subject.name,
+        value=sum(counts) / n,
+        correct=sum(counts),
+        n=n,
+        counts=tuple(counts),
+        source="measured",
+        data=data,
+        settings=settings,
+        sha256=subject.sha256,
+        commit=current_commit(),
+        versions=library_versions(),
+        device=device_name(next(subject.backbone.parameters()).device),
+        threads=torch.get_num_threads(),
+        seconds=round(time.monotonic() - started, 1),
+        **fields,
+    )
+
+
+def record_file(subject: Subject, own_settings: bool) -> Path:
+    """The project's own results file of a subject, for numbers that the card reports.
+
+    Raises:
+        ValueError: the number is not one that the project reports: other weights, ``own_settings`` of the user (data,
+            image size, budget), or code that is not committed.
+    """
+    if not (subject.published or subject.name == f"{subject.architecture}.random"):
+        raise ValueError(f"--record is for weights of the manifest and random ones: {subject.name} has no entry there")
+    if own_settings:
+        raise ValueError(
+            "--record is for the whole of CIFAR-10 and the recipes as they are: leave out what changes them"
+        )
+    if len(current_commit()) != 40:
+        raise ValueError(f"--record needs committed code, this is {current_commit()}: commit, then measure")
+    return RESULTS_DIR / f"{subject.name}.jsonl"
+
+
+def _with_file(architecture: str, file: Path) -> nn.Module:
+    if not file.is_file():
+        raise ValueError(f"weights file {file} does not exist")
+    if architecture in timm.list_models("rotnet_*"):
+        return timm.create_model(architecture, pretrained=True, pretrained_cfg_overlay={"file": str(file)})
+    try:
+        state = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a safetensors file ({error}): convert the weights first") from error
+    backbone = timm.create_model(architecture, num_classes=0)
+    classifier = backbone.pretrained_cfg.get("classifier") or ()
+    heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    missing, unknown = backbone.load_state_dict(state, strict=False)
+    unknown = [key for key in unknown if not key.startswith(heads)]
+    if missing or unknown:
+        raise ValueError(
+            f"{file} does not fit {architecture}: it lacks {', '.join(missing[:3]) or 'nothing'} and has "
+            f"{', '.join(unknown[:3]) or 'nothing'} that the model does not"
+        )
+    return backbone
