@@ -22,9 +22,6 @@ import timm
 import torch
 from safetensors.torch import save_file
 from timm.data import resolve_model_data_config
-from timm.optim import Muon as TimmMuon
-from timm.scheduler import MultiStepLRScheduler, PolyLRScheduler
-from timm.scheduler.scheduler import Scheduler
 from torch import nn
 from tqdm import tqdm
 
@@ -32,7 +29,8 @@ import rotation_ssl  # noqa: F401  registers the models with timm
 from rotation_ssl.rotations import count_correct_rotations, rotation_loss
 from training.allocator import keep_large_blocks
 from training.data import LabelledImages, crop_and_flip, load_cifar10, normalize
-from training.recipes import RECIPES, LinearSchedule, Muon, Recipe, Sgd
+from training.optimizers import create_optimizers, create_scheduler, renormalize_filters
+from training.recipes import RECIPES, Muon, Recipe
 from training.results import check_device, current_commit, device_name, library_versions
 
 CURVE_EVERY = 10  # steps averaged into one point of the curve
@@ -77,8 +75,8 @@ def pretrain(
     torch.manual_seed(recipe.seed)
     model = timm.create_model(recipe.model, num_classes=len(recipe.rotations))
     model.to(device, memory_format=torch.channels_last).train()
-    optimizers = create_optimizers(recipe, model)
-    schedulers = [create_scheduler(recipe, optimizer) for optimizer in optimizers]
+    optimizers = create_optimizers(recipe.optimizer, model)
+    schedulers = [create_scheduler(recipe.schedule, recipe.steps, optimizer) for optimizer in optimizers]
     identity = {**_fields(recipe), "number of images": repr(len(train_images))}
     step, seconds = 0, 0.0
     curve: list[dict[str, Any]] = []
@@ -131,36 +129,6 @@ def pretrain(
     return weights_file
 
 
-def create_optimizers(recipe: Recipe, model: nn.Module) -> list[torch.optim.Optimizer]:
-    """SGD for all parameters, or Muon for the filters of the convolutions and SGD for the others."""
-    if isinstance(recipe.optimizer, Sgd):
-        return [_sgd(recipe.optimizer, list(model.parameters()))]
-    filters = [p for p in model.parameters() if p.ndim == 4]
-    muon = TimmMuon(
-        filters,
-        lr=recipe.optimizer.lr,
-        momentum=recipe.optimizer.momentum,
-        nesterov=True,
-        # the plain update: timm's default multiplies the rate by 0.2 sqrt(max(out, in)), about 14 on these filters
-        adjust_lr_fn=None,
-        conv_mode="flatten",
-    )
-    return [muon, _sgd(recipe.optimizer.rest, [p for p in model.parameters() if p.ndim != 4])]
-
-
-def create_scheduler(recipe: Recipe, optimizer: torch.optim.Optimizer) -> Scheduler:
-    """timm's scheduler for the recipe's schedule, counted in optimiser steps."""
-    schedule = recipe.schedule
-    if isinstance(schedule, LinearSchedule):
-        warmup = round(schedule.warmup * recipe.steps)
-        return PolyLRScheduler(
-            optimizer, recipe.steps - warmup, power=1.0, warmup_t=warmup, warmup_prefix=True, t_in_epochs=False
-        )
-    # timm applies a milestone one index early, see MultiStepLRScheduler
-    milestones = [round(fraction * recipe.steps) + 1 for fraction in schedule.milestones]
-    return MultiStepLRScheduler(optimizer, milestones, decay_rate=schedule.factor, t_in_epochs=False)
-
-
 def augmented_batch(recipe: Recipe, model: nn.Module, images: torch.Tensor, step: int) -> torch.Tensor:
     """The normalised upright crops of step ``step``: a function of recipe and step alone, so that resuming is exact."""
     steps_per_epoch = len(images) // recipe.images_per_step
@@ -177,14 +145,6 @@ def augmented_batch(recipe: Recipe, model: nn.Module, images: torch.Tensor, step
     )
     cfg = resolve_model_data_config(model)
     return normalize(crops, cfg["mean"], cfg["std"])
-
-
-@torch.no_grad()
-def renormalize_filters(model: nn.Module) -> None:
-    """Scale every filter bank to the norm sqrt(out channels); batch norm makes the outputs independent of it."""
-    for parameter in model.parameters():
-        if parameter.ndim == 4:
-            parameter.mul_(len(parameter) ** 0.5 / parameter.norm())
 
 
 def holdout_accuracy(recipe: Recipe, model: nn.Module, images: torch.Tensor) -> tuple[int, int]:
@@ -309,12 +269,6 @@ def progress_bar(recipe: Recipe, step: int) -> tqdm:
         unit="img",
         desc=recipe.name,
         mininterval=0.5 if sys.stderr.isatty() else 30.0,
-    )
-
-
-def _sgd(settings: Sgd, parameters: list[nn.Parameter]) -> torch.optim.SGD:
-    return torch.optim.SGD(
-        parameters, settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay, nesterov=True
     )
 
 

@@ -1,0 +1,64 @@
+"""Schedules worked by hand, Muon's plain step, and filters whose scale does not matter."""
+
+import math
+
+import pytest
+import timm
+import torch
+
+from training.optimizers import create_optimizers, create_scheduler, renormalize_filters
+from training.recipes import NIN_CIFAR10_AUTHORS, NIN_CIFAR10_PAPER, LinearSchedule, Muon, Sgd
+
+
+def learning_rates(schedule, steps, at):
+    (optimizer,) = create_optimizers(Sgd(lr=1.0), torch.nn.Linear(2, 2))
+    scheduler = create_scheduler(schedule, steps, optimizer)
+    rates = []
+    for step in at:
+        scheduler.step_update(step)
+        rates.append(optimizer.param_groups[0]["lr"])
+    return rates
+
+
+def test_linear_schedule_by_hand():
+    assert learning_rates(LinearSchedule(warmup=0.2), 100, [0, 10, 20, 60, 99]) == pytest.approx(
+        [0, 0.5, 1, 0.5, 1 / 80]
+    )
+
+
+@pytest.mark.parametrize(
+    ("recipe", "epochs", "drops"), [(NIN_CIFAR10_PAPER, 100, (30, 60, 80)), (NIN_CIFAR10_AUTHORS, 200, (60, 120, 160))]
+)
+def test_step_schedules_of_the_paper_and_its_code(recipe, epochs, drops):
+    steps_per_epoch = recipe.steps // epochs
+    rates = learning_rates(recipe.schedule, recipe.steps, [e * steps_per_epoch + d for e in drops for d in (-1, 0)])
+    assert rates == pytest.approx([1, 0.2, 0.2, 0.04, 0.04, 0.008])
+
+
+def test_muon_takes_the_plain_orthogonal_step():
+    model = timm.create_model("rotnet_nin3")
+    muon, sgd = create_optimizers(Muon(lr=0.5), model)
+    filters = [p for p in model.parameters() if p.ndim == 4]
+    assert len(filters) == 9 and sum(len(g["params"]) for o in (muon, sgd) for g in o.param_groups) == len(
+        list(model.parameters())
+    )
+    wide = filters[3]  # 192 x 2,400: a random gradient of this shape is well conditioned, five iterations suffice
+    before = wide.detach().clone()
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    muon.step()
+    step = (before - wide.detach()).flatten(1) / 0.5
+    # an orthogonal step has singular values near 1; timm's default scaling would make them about 10
+    values = torch.linalg.svdvals(step)
+    assert values.min() > 0.5 and values.max() < 1.5
+
+
+def test_renormalized_filters_do_not_change_the_function():
+    model = timm.create_model("rotnet_nin3").train()
+    x = torch.randn(4, 3, 16, 16)
+    before = model(x)
+    renormalize_filters(model)
+    for p in model.parameters():
+        if p.ndim == 4:
+            assert p.norm().item() == pytest.approx(math.sqrt(len(p)), rel=1e-4)
+    torch.testing.assert_close(model(x), before, rtol=1e-2, atol=1e-2)
