@@ -27,15 +27,17 @@ ALLOWED = {
     "training": set(),
     "training.allocator": set(),
     "training.recipes": set(),
+    "training.eighths": set(),
     "training.optimizers": {"training.recipes"},
     "training.data": set(),
     "training.benchmark": set(),
     "training.results": {"rotation_ssl"},
     "training.pretrain": {"rotation_ssl", "rotation_ssl.rotations"}
-    | {f"training.{name}" for name in ("allocator", "data", "optimizers", "recipes", "results")},
+    | {f"training.{name}" for name in ("allocator", "data", "eighths", "optimizers", "recipes", "results")},
     "training.evaluate": {f"rotation_ssl.{name}" for name in ("zoo", "features", "probes", "rotations")}
     | {f"training.{name}" for name in ("allocator", "data", "results")},
-    "training.publish": {"rotation_ssl.zoo", "rotation_ssl.features", "training.data", "training.results"},
+    "training.publish": {"rotation_ssl.zoo", "rotation_ssl.features"}
+    | {f"training.{name}" for name in ("data", "recipes", "results")},
 }
 FILES = [ROOT / "hubconf.py", *(ROOT / "rotation_ssl").rglob("*.py"), *(ROOT / "training").rglob("*.py")]
 
