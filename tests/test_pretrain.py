@@ -17,9 +17,19 @@ from safetensors.torch import load_file
 from rotation_ssl.rotations import count_correct_rotations
 from training import pretrain as command
 from training.data import normalize, read_images
+from training.eighths import count_correct_eighths
 from training.optimizers import create_optimizers
 from training.pretrain import augmented_batch, load_checkpoint, pretrain
-from training.recipes import NIN_CIFAR10_CPU, RECIPES, LinearSchedule, Sgd, Stage, StepSchedule
+from training.recipes import (
+    NIN_CIFAR10_CPU,
+    NIN_CIFAR10_CPU_R8,
+    RECIPES,
+    LinearSchedule,
+    Sgd,
+    Stage,
+    StepSchedule,
+    shortened,
+)
 from training.results import current_commit
 
 # timm's smallest ResNet: the loop takes any timm model, and thirty steps take a second
@@ -248,6 +258,71 @@ def test_recipes_are_complete_values():
     assert NIN_CIFAR10_CPU.rotated_images == NIN_CIFAR10_CPU.steps * 64 * 4
     for recipe in RECIPES.values():
         assert timm.is_model(recipe.model) and isinstance(recipe.schedule, (LinearSchedule, StepSchedule))
+
+
+def test_ablations_have_the_same_budget():
+    names = ("cifar10-cpu-r0-180", "cifar10-cpu-r90-270", "cifar10-cpu-r8")
+    for recipe in [RECIPES[f"nin-{name}"] for name in names] + [RECIPES[f"nin{n}-cifar10-cpu"] for n in (3, 5)]:
+        assert (recipe.steps, recipe.rotated_images) == (NIN_CIFAR10_CPU.steps, NIN_CIFAR10_CPU.rotated_images)
+        assert recipe.images_per_step * len(recipe.rotations) == 256
+        varied = {"name", "note", "model", "images_per_step", "rotations", "rotation_unit"}
+        for field in {f.name for f in dataclasses.fields(recipe)} - varied:
+            assert getattr(recipe, field) == getattr(NIN_CIFAR10_CPU, field)
+
+
+def test_rotations_and_their_unit_fit():
+    for unit, rotations in ((45, (0, 1, 2, 3)), (45, (1, 0, *range(2, 8))), (30, (0, 1, 2, 3))):
+        with pytest.raises(ValueError, match=r"rotation_unit must be 90 or 45|taken all eight"):
+            dataclasses.replace(TINY, rotation_unit=unit, rotations=rotations)
+
+
+def steps_of(recipe):
+    return [stage.steps for stage in recipe.stages]
+
+
+def test_a_shortened_recipe_by_hand():
+    assert steps_of(shortened(NIN_CIFAR10_CPU, 195)) == [135, 60]
+    assert steps_of(shortened(NIN_CIFAR10_CPU, 2)) == [1, 1]
+    assert shortened(NIN_CIFAR10_CPU, NIN_CIFAR10_CPU.steps) == NIN_CIFAR10_CPU
+    uneven = dataclasses.replace(TINY, stages=(Stage(1, 8), Stage(1, 12), Stage(98, 16)))
+    assert steps_of(shortened(uneven, 4)) == [1, 1, 2]
+    assert steps_of(shortened(dataclasses.replace(uneven, stages=uneven.stages[::-1]), 4)) == [2, 1, 1]
+    for steps in (-1, 0, 1, 1951):
+        with pytest.raises(ValueError, match=f"can have 2 to 1950 steps, got {steps}"):
+            shortened(NIN_CIFAR10_CPU, steps)
+
+
+@pytest.mark.parametrize("steps", range(2, 31))
+def test_a_shortened_recipe_has_the_steps_asked_for(steps):
+    recipe = shortened(TINY, steps)
+    assert recipe.steps == steps and min(steps_of(recipe)) >= 1
+    assert abs(steps_of(recipe)[0] - steps * 2 / 3) <= 0.5
+    assert [stage.crop for stage in recipe.stages] == [8, 12]
+
+
+def test_the_command_shortens_and_records_it(small_cifar10, tmp_path, monkeypatch):
+    monkeypatch.setitem(RECIPES, "tiny", dataclasses.replace(TINY, name="tiny"))
+    arguments = ["tiny", "--data-dir", str(small_cifar10), "--output", str(tmp_path / "run")]
+    assert command.main([*arguments, "--steps", "1"]) == 2
+    assert command.main([*arguments, "--steps", "3"]) == 0
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert [stage["steps"] for stage in run["recipe"]["stages"]] == [2, 1] and run["rotated_images"] == 48
+
+
+def test_it_learns_the_eight_rotations_of_a_handful_of_images(images, tmp_path):
+    recipe = dataclasses.replace(
+        NIN_CIFAR10_CPU_R8, model="test_resnet", stages=(Stage(150, 16),), padding=0, flip=False, images_per_step=4,
+        holdout=36,
+    )  # fmt: skip
+    file = pretrain(recipe, images.flip(0), tmp_path)
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert run["recipe"]["rotation_unit"] == 45 and run["rotated_images"] == 150 * 4 * 8
+    assert run["holdout_rotation_accuracy"]["n"] == 36 * 8
+    model = timm.create_model("test_resnet", num_classes=8)
+    model.load_state_dict(load_file(file))
+    cfg = model.pretrained_cfg
+    correct, total = count_correct_eighths(model, [normalize(images.flip(0)[:4], cfg["mean"], cfg["std"])])
+    assert total == 32 and correct >= 31
 
 
 def test_command_line_errors_are_one_line(tmp_path, capsys):

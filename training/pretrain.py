@@ -29,8 +29,9 @@ import rotation_ssl  # noqa: F401  registers the models with timm
 from rotation_ssl.rotations import count_correct_rotations, rotation_loss
 from training.allocator import keep_large_blocks
 from training.data import LabelledImages, crop_and_flip, load_cifar10, normalize
+from training.eighths import count_correct_eighths, eighths_loss
 from training.optimizers import create_optimizers, create_scheduler, renormalize_filters
-from training.recipes import RECIPES, Muon, Recipe
+from training.recipes import RECIPES, Muon, Recipe, shortened
 from training.results import check_device, current_commit, device_name, library_versions
 
 CURVE_EVERY = 10  # steps averaged into one point of the curve
@@ -95,7 +96,7 @@ def pretrain(
             if isinstance(recipe.optimizer, Muon):
                 renormalize_filters(model)
             with torch.autocast(batch.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
-                loss = rotation_loss(model, batch, recipe.rotations)
+                loss = pretext_loss(recipe, model, batch)
             loss.backward()
             for optimizer in optimizers:
                 optimizer.step()
@@ -147,10 +148,19 @@ def augmented_batch(recipe: Recipe, model: nn.Module, images: torch.Tensor, step
     return normalize(crops, cfg["mean"], cfg["std"])
 
 
+def pretext_loss(recipe: Recipe, model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    """The recipe's pretext task on a batch of upright images: rotations by quarters or by eighths of a turn."""
+    if recipe.rotation_unit == 45:
+        return eighths_loss(model, batch)
+    return rotation_loss(model, batch, recipe.rotations)
+
+
 def holdout_accuracy(recipe: Recipe, model: nn.Module, images: torch.Tensor) -> tuple[int, int]:
     """Right guesses and their number on held-out training images, uncropped."""
     cfg = resolve_model_data_config(model)
     batches = (normalize(part, cfg["mean"], cfg["std"]) for part in images.split(128))
+    if recipe.rotation_unit == 45:
+        return count_correct_eighths(model, batches)
     return count_correct_rotations(model, batches, recipe.rotations)
 
 
@@ -284,7 +294,7 @@ def _fields(recipe: Recipe) -> dict[str, str]:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     recipes = "\n".join(
-        f"  {r.name:22s} {r.model}, {r.rotated_images:,} rotated images of {r.data}{'; ' + r.note if r.note else ''}"
+        f"  {r.name:24s} {r.model}, {r.rotated_images:,} rotated images of {r.data}{'; ' + r.note if r.note else ''}"
         for r in RECIPES.values()
     )
     parser = argparse.ArgumentParser(
@@ -302,6 +312,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--resume", action="store_true", help="go on from the output folder's checkpoint")
     parser.add_argument("--checkpoint-seconds", type=float, default=180.0, help="between checkpoints [%(default)s]")
     parser.add_argument("--seed", type=int, help="instead of the recipe's")
+    parser.add_argument("--steps", type=int, help="fewer than the recipe's, each stage in proportion: to try it out")
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="instead of the recipe's")
     parser.add_argument("--holdout", type=int, help="training images kept out, to tune on, instead of the recipe's")
     args = parser.parse_args(arguments)
@@ -310,6 +321,8 @@ def main(arguments: list[str] | None = None) -> int:
     output = args.output or Path("runs") / recipe.name
     keep_large_blocks()
     try:
+        if args.steps is not None:
+            recipe = shortened(recipe, args.steps)
         check_device(args.device)
         data: LabelledImages = load_cifar10(args.data_dir, "train", args.download)
         result = pretrain(recipe, data.images, output, args.device, args.resume, args.checkpoint_seconds)

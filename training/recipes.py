@@ -58,11 +58,13 @@ class Recipe:
     """How a weight was pretrained: all that decides its bytes but machine, thread count and library versions.
 
     ``images_per_step`` upright images make a batch of ``images_per_step * len(rotations)`` turned ones. Crops are taken
-    at random positions of the image padded by ``padding`` pixels on all sides; then half of them are mirrored; then
-    all are turned. An epoch is a permutation of the training images, its incomplete last batch dropped. ``holdout``
-    keeps that many of the training images, the last ones, out of training: tune on them, never on the test set.
-    ``precision`` is 'fp32', or 'bf16' for autocast: faster where the processor multiplies bfloat16 itself
-    (``avx512_bf16`` or ``amx_bf16`` in /proc/cpuinfo, or a GPU), several times slower where it does not.
+    at random positions of the image padded by ``padding`` pixels on all sides; then half of them are mirrored; then all
+    are turned, by ``rotations`` steps of ``rotation_unit`` degrees: 90, exact quarter turns, or 45, all eight of them,
+    resampled and masked to the inscribed circle. An epoch is a permutation of the training images, its incomplete last
+    batch dropped. ``holdout`` keeps that many of the training images, the last ones, out of training: tune on them,
+    never on the test set. ``precision`` is 'fp32', or 'bf16' for autocast: faster where the processor multiplies
+    bfloat16 itself (``avx512_bf16`` or ``amx_bf16`` in /proc/cpuinfo, or a GPU), several times slower where it does
+    not.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Recipe:
     schedule: LinearSchedule | StepSchedule
     images_per_step: int = 128
     rotations: tuple[int, ...] = (0, 1, 2, 3)
+    rotation_unit: int = 90
     padding: int = 4
     padding_mode: str = "reflect"
     flip: bool = True
@@ -80,6 +83,12 @@ class Recipe:
     holdout: int = 0
     seed: int = 0
     note: str = ""
+
+    def __post_init__(self) -> None:
+        if self.rotation_unit not in (45, 90):
+            raise ValueError(f"rotation_unit must be 90 or 45 degrees, got {self.rotation_unit}")
+        if self.rotation_unit == 45 and self.rotations != tuple(range(8)):
+            raise ValueError(f"steps of 45 degrees are taken all eight, 0 to 7 in order, got {self.rotations}")
 
     @property
     def steps(self) -> int:
@@ -98,6 +107,25 @@ class Recipe:
                 return stage.crop
             step -= stage.steps
         return self.stages[-1].crop
+
+
+def shortened(recipe: Recipe, steps: int) -> Recipe:
+    """The recipe in ``steps`` steps, each stage in proportion and at least one: to try it out, not to publish.
+
+    Raises:
+        ValueError: fewer steps than stages, or more than the recipe has.
+    """
+    if not len(recipe.stages) <= steps <= recipe.steps:
+        raise ValueError(f"{recipe.name} can have {len(recipe.stages)} to {recipe.steps} steps, got {steps}")
+    stages: list[Stage] = []
+    done = planned = 0
+    for position, stage in enumerate(recipe.stages, 1):
+        planned += stage.steps
+        later = len(recipe.stages) - position  # stages that need a step each
+        end = min(max(round(steps * planned / recipe.steps), done + 1), steps - later)
+        stages.append(dataclasses.replace(stage, steps=end - done))
+        done = end
+    return dataclasses.replace(recipe, stages=tuple(stages))
 
 
 CIFAR10_STEPS_PER_EPOCH = 50_000 // 128
@@ -132,7 +160,54 @@ NIN_CIFAR10_AUTHORS = dataclasses.replace(
     "for a GPU",
 )
 
-RECIPES = {recipe.name: recipe for recipe in (NIN_CIFAR10_CPU, NIN_CIFAR10_PAPER, NIN_CIFAR10_AUTHORS)}
+# The ablations of the paper at the budget of NIN_CIFAR10_CPU: as many steps, and as many rotated images in each.
+
+NIN_CIFAR10_CPU_R0_180 = dataclasses.replace(
+    NIN_CIFAR10_CPU,
+    name="nin-cifar10-cpu-r0-180",
+    rotations=(0, 2),
+    images_per_step=128,
+    note="table 2 of the paper: 0 and 180 degrees",
+)
+
+NIN_CIFAR10_CPU_R90_270 = dataclasses.replace(
+    NIN_CIFAR10_CPU,
+    name="nin-cifar10-cpu-r90-270",
+    rotations=(1, 3),
+    images_per_step=128,
+    note="table 2 of the paper: 90 and 270 degrees",
+)
+
+NIN_CIFAR10_CPU_R8 = dataclasses.replace(
+    NIN_CIFAR10_CPU,
+    name="nin-cifar10-cpu-r8",
+    rotations=tuple(range(8)),
+    rotation_unit=45,
+    images_per_step=32,
+    note="table 2 of the paper: the multiples of 45 degrees",
+)
+
+NIN3_CIFAR10_CPU = dataclasses.replace(
+    NIN_CIFAR10_CPU, name="nin3-cifar10-cpu", model="rotnet_nin3", note="table 1 of the paper: 3 blocks"
+)
+
+NIN5_CIFAR10_CPU = dataclasses.replace(
+    NIN_CIFAR10_CPU, name="nin5-cifar10-cpu", model="rotnet_nin5", note="table 1 of the paper: 5 blocks"
+)
+
+RECIPES = {
+    recipe.name: recipe
+    for recipe in (
+        NIN_CIFAR10_CPU,
+        NIN_CIFAR10_PAPER,
+        NIN_CIFAR10_AUTHORS,
+        NIN_CIFAR10_CPU_R0_180,
+        NIN_CIFAR10_CPU_R90_270,
+        NIN_CIFAR10_CPU_R8,
+        NIN3_CIFAR10_CPU,
+        NIN5_CIFAR10_CPU,
+    )
+}
 
 
 @dataclass(frozen=True)
