@@ -11,6 +11,7 @@ from conftest import ROOT
 from rotation_ssl import zoo
 from rotation_ssl.features import layer_modules
 from training import publish
+from training.recipes import NIN_CIFAR10_CPU_R8
 from training.results import RESULTS_DIR, Row, read_file, read_rows, write_rows
 
 NAME = "rotnet_nin.cifar10"
@@ -95,6 +96,15 @@ def test_what_is_no_finished_run_is_refused(copied, run_dir):
     with pytest.raises(ValueError, match="held 5000 images out"):
         publish.bundle(run_dir, NAME)
     run["recipe"]["holdout"] = 0
+    for field, value in (("stages", [{"steps": 2, "crop": 32}]), ("precision", "bf16"), ("rotation_unit", 45)):
+        (run_dir / "run.json").write_text(json.dumps(run | {"recipe": run["recipe"] | {field: value}}))
+        with pytest.raises(ValueError, match=rf"departed from its recipe: {field} .*; only the seed may differ"):
+            publish.bundle(run_dir, NAME)
+    eight = json.loads(json.dumps(dataclasses.asdict(NIN_CIFAR10_CPU_R8)))
+    for recipe, message in ((run["recipe"] | {"name": "mine"}, "no recipe 'mine'"), (eight, "have the head of four")):
+        (run_dir / "run.json").write_text(json.dumps(run | {"recipe": recipe}))
+        with pytest.raises(ValueError, match=message):
+            publish.bundle(run_dir, NAME)
     (run_dir / "run.json").write_text(json.dumps(run | {"commit": f"{run['commit']}-dirty"}))
     with pytest.raises(ValueError, match=r"trained by commit .*-dirty"):
         publish.bundle(run_dir, NAME)

@@ -9,6 +9,7 @@
 """
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import re
@@ -26,6 +27,7 @@ from rotation_ssl import zoo
 from rotation_ssl.features import extract_features, layer_modules
 from training.card import ROOT, render_card, render_readme, select
 from training.data import normalize, read_images
+from training.recipes import RECIPES, Recipe
 from training.results import RESULTS_DIR, Row, missing_rows, read_rows
 
 FIGURES_DIR = ROOT / "docs" / "figures"
@@ -40,8 +42,8 @@ def bundle(run_dir: Path, name: str) -> None:
     Everything is checked and computed before the first file is written, and the manifest is written last.
 
     Raises:
-        ValueError: not a finished run, one of another model or of uncommitted code, one that held training images out,
-            or weights that do not fit the model.
+        ValueError: not a finished run, one of another model or of uncommitted code, one that held training images out
+            or departed from its recipe, one of other rotations than the four, or weights that do not fit the model.
     """
     weights, run_file, curve = (run_dir / file for file in ("weights.safetensors", "run.json", "curve.png"))
     lacking = [file.name for file in (weights, run_file, curve) if not file.is_file()]
@@ -53,6 +55,13 @@ def bundle(run_dir: Path, name: str) -> None:
         raise ValueError(f"{run_dir} is a run of {recipe['model']}, not of {name.split('.', 1)[0]}")
     if recipe["holdout"]:
         raise ValueError(f"{run_dir} held {recipe['holdout']} images out: it is for tuning, not publishing")
+    departures = _departures(recipe)
+    if departures:
+        raise ValueError(f"{run_dir} departed from its recipe: {'; '.join(departures)}; only the seed may differ")
+    if recipe["rotations"] != [0, 1, 2, 3]:
+        raise ValueError(
+            f"{run_dir} knows the rotations {recipe['rotations']}; published weights have the head of four"
+        )
     if not re.fullmatch("[0-9a-f]{40}", run["commit"]):
         raise ValueError(f"{run_dir} was trained by commit {run['commit']!r}: commit, then train what is published")
     content, golden = weights.read_bytes(), golden_outputs(weights, recipe["model"])
@@ -152,6 +161,16 @@ def check_rows(rows: list[Row], entries: dict[str, Any]) -> None:
                 f"{len(missing)} reported numbers of {name} have no row, {missing[0]} first: measure them with "
                 "`python -m training.evaluate --record`"
             )
+
+
+def _departures(recipe: dict[str, Any]) -> list[str]:
+    """What of a run's recipe differs from the named one; a field that an older run.json lacks had its default."""
+    if recipe["name"] not in RECIPES:
+        return [f"there is no recipe {recipe['name']!r}"]
+    named = json.loads(json.dumps(dataclasses.asdict(RECIPES[recipe["name"]])))
+    defaults = {field.name: field.default for field in dataclasses.fields(Recipe)}
+    run = {field: recipe.get(field, defaults[field]) for field in named if field not in ("seed", "note")}
+    return [f"{field} {named[field]} -> {value}" for field, value in run.items() if value != named[field]]
 
 
 def _read_manifest() -> dict[str, Any]:
