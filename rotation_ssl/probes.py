@@ -176,8 +176,9 @@ def train_probe(
     Raises:
         ValueError: an epoch without batches, or a loss that is no longer finite.
     """
+    # fused: updating the 2.5 million weights of a wide first layer is otherwise a third of a step on CPUs
     optimizer = torch.optim.SGD(
-        probe.parameters(), lr, momentum=momentum, weight_decay=weight_decay, nesterov=momentum > 0
+        probe.parameters(), lr, momentum=momentum, weight_decay=weight_decay, nesterov=momentum > 0, fused=True
     )
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(milestones), factor)
     probe.train()

@@ -34,10 +34,18 @@ ALLOWED = {
     "training.results": {"rotation_ssl"},
     "training.pretrain": {"rotation_ssl", "rotation_ssl.rotations"}
     | {f"training.{name}" for name in ("allocator", "data", "eighths", "optimizers", "recipes", "results")},
-    "training.evaluate": {f"rotation_ssl.{name}" for name in ("zoo", "features", "probes", "rotations")}
-    | {f"training.{name}" for name in ("allocator", "data", "results")},
+    "training.subject": {"rotation_ssl", "rotation_ssl.zoo", "training.data", "training.results"},
+    "training.report": {"training.results"},
+    "training.evaluate": {f"rotation_ssl.{name}" for name in ("features", "probes", "rotations")}
+    | {f"training.{name}" for name in ("allocator", "data", "recipes", "report", "results", "subject")},
+    "training.finetune": {f"rotation_ssl.{name}" for name in ("zoo", "features", "probes")}
+    | {f"training.{name}" for name in ("allocator", "data", "optimizers", "recipes", "report", "results", "subject")},
+    "training.check": {"rotation_ssl.zoo", "rotation_ssl.features"}
+    | {f"training.{name}" for name in ("allocator", "data", "evaluate", "finetune", "recipes", "results", "subject")},
+    "training.figures": {"rotation_ssl.features", "training.data", "training.results"},
+    "training.card": {"training.report", "training.results"},
     "training.publish": {"rotation_ssl.zoo", "rotation_ssl.features"}
-    | {f"training.{name}" for name in ("data", "recipes", "results")},
+    | {f"training.{name}" for name in ("card", "data", "figures", "recipes", "results")},
 }
 FILES = [ROOT / "hubconf.py", *(ROOT / "rotation_ssl").rglob("*.py"), *(ROOT / "training").rglob("*.py")]
 
