@@ -41,13 +41,23 @@ def offline(monkeypatch):
 @pytest.fixture
 def small_cifar10(tmp_path):
     """A folder like the lossless CIFAR-10: the 40 sample images as its training set and as its test set."""
+    return write_small_cifar10(tmp_path / "cifar10")
+
+
+@pytest.fixture(scope="module")
+def small_module(tmp_path_factory):
+    """The same for a whole module, whose tests only read it."""
+    return write_small_cifar10(tmp_path_factory.mktemp("small") / "cifar10")
+
+
+def write_small_cifar10(data):
     for file in sorted((SAMPLES / "cifar10").glob("*.png")):
         name, index = file.stem.split("_")
         for split in ("train", "test"):
-            folder = tmp_path / "cifar10" / split / name
+            folder = data / split / name
             folder.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, folder / f"{index}.png")
-    return tmp_path / "cifar10"
+    return data
 
 
 @pytest.fixture

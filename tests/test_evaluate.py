@@ -127,8 +127,9 @@ def test_ones_own_images_and_weights(tmp_path, short_probes):
             (tmp_path / "mine" / "train" / name / f"{extra}.png").write_bytes(files[extra].read_bytes())
     state = timm.create_model("resnet18", num_classes=7).state_dict()
     save_file(state, tmp_path / "mine.safetensors")
-    assert run("resnet18", "--weights", tmp_path / "mine.safetensors", "--dataset", "folder", "--size", 48,
-               "--data-dir", tmp_path / "mine", "--only", "knn", "linear", "--output", tmp_path / "out") == 0  # fmt: skip
+    images = ("--dataset", "folder", "--data-dir", tmp_path / "mine", "--size", 48)
+    arguments = ("--weights", tmp_path / "mine.safetensors", *images, "--output", tmp_path / "out")
+    assert run("resnet18", *arguments, "--only", "knn", "linear") == 0
     rows = read_file(tmp_path / "out" / "rows.jsonl")
     assert {row.data for row in rows} == {"mine test"}
     assert {row.weights for row in rows} == {f"resnet18@{rows[0].sha256[:12]}"}
@@ -159,7 +160,9 @@ def test_measuring_again_replaces_the_rows(small_cifar10, tmp_path):
 def test_holdout_measures_training_images_and_reads_no_test_image(small_cifar10, tmp_path):
     for file in (small_cifar10 / "test").rglob("*.png"):
         file.unlink()
-    assert run("rotnet_nin", "--only", "rotation", "--holdout", 10, "--data-dir", small_cifar10, "--output", tmp_path) == 0
+    assert (
+        run("rotnet_nin", "--only", "rotation", "--holdout", 10, "--data-dir", small_cifar10, "--output", tmp_path) == 0
+    )
     (row,) = read_file(tmp_path / "rows.jsonl")
     assert row.n == 40 and row.data == "CIFAR-10, last 10 training images"
 
@@ -167,10 +170,11 @@ def test_holdout_measures_training_images_and_reads_no_test_image(small_cifar10,
 def test_maps_are_pooled_to_what_memory_bears():
     nin = subject.load_subject("rotnet_nin", random=True)
     image = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
-    assert evaluate.map_grids(nin, image, ["block1", "block2"]) == {"block1": 8, "block2": 8}
+    assert evaluate.map_grids(nin, image, ["block1", "block2"], 8) == {"block1": 8, "block2": 8}
+    assert evaluate.map_grids(nin, image, ["block1", "block2"], 16) == {"block1": 11, "block2": 8}
     resnet = subject.load_subject("resnet18", random=True, size=64)
     # 64 x 16 x 16 -> 8; 512 x 2 x 2 stays; a vector is one cell
-    assert evaluate.map_grids(resnet, image, ["layer1", "layer4", "fc"]) == {"layer1": 8, "layer4": 2, "fc": 1}
+    assert evaluate.map_grids(resnet, image, ["layer1", "layer4", "fc"], 8) == {"layer1": 8, "layer4": 2, "fc": 1}
 
 
 def test_cached_features_are_those_of_the_images_as_they_are(small_cifar10):
@@ -181,11 +185,10 @@ def test_cached_features_are_those_of_the_images_as_they_are(small_cifar10):
     assert not torch.equal(evaluate._view(images, 1), evaluate._view(images, 2))
     nin = subject.load_subject("rotnet_nin")
     prepare = subject.preparation(nin.backbone, 32)
-    maps = evaluate._maps(nin.backbone, images, ["block2"], {"block2": 8}, prepare)["block2"]
-    expected = extract_features(nin.backbone, images, ["block2"], pool=None, prepare=prepare)["block2"]
-    assert maps.dtype == torch.bfloat16
-    torch.testing.assert_close(maps.float(), expected, rtol=1e-2, atol=1e-2)
-    torch.testing.assert_close(evaluate._pooled(maps, 1), expected.mean((2, 3)), rtol=1e-2, atol=1e-2)
+    maps = evaluate._maps(nin.backbone, images, {"block2": 4}, prepare)["block2"]
+    expected = extract_features(nin.backbone, images, ["block2"], grid=4, prepare=prepare)["block2"]
+    assert maps.dtype == torch.bfloat16 and maps.shape == (40, 192, 4, 4)
+    torch.testing.assert_close(maps.flatten(1).float(), expected, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize(

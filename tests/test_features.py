@@ -36,6 +36,69 @@ def test_one_pass_gives_the_intermediates(backbone):
         torch.testing.assert_close(average[layer], tensor.detach().mean((2, 3)))
 
 
+def test_pooling_by_hand():
+    """An identity backbone on a 4 x 4 image of 0..15."""
+    layer = torch.nn.Identity()
+    model = torch.nn.Sequential(layer)
+    model.feature_info = [{"module": "0"}]
+    image = torch.arange(16.0).view(1, 1, 4, 4)
+
+    def pooled(**kwargs):
+        return extract_features(model, image, ["0"], **kwargs)["0"]
+
+    assert pooled().tolist() == [[7.5]]
+    assert pooled(grid=2).tolist() == [[2.5, 4.5, 10.5, 12.5]]
+    assert pooled(pool="max", grid=2).tolist() == [[5.0, 7.0, 13.0, 15.0]]
+    assert pooled(pool="flatten").tolist() == [list(range(16))]
+    assert torch.equal(pooled(pool=None), image)
+    assert pooled(grid={"0": 9}).tolist() == [list(range(16))], "a map smaller than the grid keeps its size"
+    assert pooled(prepare=lambda batch: batch + 1).tolist() == [[8.5]]
+    assert pooled(dtype=torch.bfloat16).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="pool must be one of 'avg', 'max', 'flatten', None, got 'sum'"):
+        pooled(pool="sum")
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "shape"),
+    [
+        ("vit_tiny_patch16_224", "blocks.1", (2, 192, 4, 4)),
+        ("swin_tiny_patch4_window7_224", "layers.1", (2, 192, 8, 8)),
+        ("resnet18", "global_pool", (2, 512)),
+    ],
+)
+def test_tokens_and_channels_last_outputs_are_maps(name, layer, shape):
+    sizes = {} if name == "resnet18" else {"img_size": 64}
+    model = timm.create_model(name, **sizes)
+    images = torch.randn(2, 3, 64, 64)
+    assert extract_features(model, images, [layer], pool=None)[layer].shape == shape
+    pooled = extract_features(model, images, [layer])[layer]
+    assert pooled.shape == shape[:2]
+    if name.startswith("vit"):
+        index = list(layer_modules(model)).index(layer)
+        expected = model.forward_intermediates(images, [index], intermediates_only=True)[0]
+        torch.testing.assert_close(pooled, expected.mean((2, 3)).detach())
+
+
+def test_bfloat16_is_near(backbone):
+    images = torch.randn(4, 3, 32, 32)
+    exact = extract_features(backbone, images, ["block2"])["block2"]
+    near = extract_features(backbone, images, ["block2"], autocast=torch.bfloat16)["block2"]
+    assert 0 < (near - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+def test_features_can_be_trained_on(backbone):
+    features = extract_features(backbone, torch.randn(4, 3, 32, 32), ["block2"])["block2"]
+    assert not features.is_inference() and not features.requires_grad
+    torch.nn.Linear(192, 2)(features).sum().backward()
+
+
+def test_what_is_no_map_is_an_error():
+    model = timm.create_model("vit_tiny_patch16_224", img_size=64)
+    with pytest.raises(ValueError, match=r"layer blocks.1 gives \(2, 17, 192\), neither a map nor a vector"):
+        model.num_prefix_tokens = 0
+        extract_features(model, torch.randn(2, 3, 64, 64), ["blocks.1"])
+
+
 def test_maps_are_copies_that_later_layers_cannot_change():
     model, images = timm.create_model("resnet18").eval(), torch.randn(1, 3, 64, 64)
     before = model.bn1(model.conv1(images)).detach()
@@ -72,8 +135,6 @@ def test_unknown_layer_lists_the_known(backbone):
 def test_no_images_and_no_map(backbone):
     with pytest.raises(ValueError, match="no images"):
         extract_features(backbone, torch.zeros(0, 3, 32, 32), ["block2"])
-    with pytest.raises(ValueError, match="not a map"):
-        extract_features(backbone, torch.zeros(1, 3, 32, 32), ["head"])
     for model in (torch.nn.Linear(1, 1), timm.create_model("rotnet_nin", features_only=True)):
         with pytest.raises(ValueError, match="features_only"):
             layer_modules(model)

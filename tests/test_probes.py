@@ -7,7 +7,15 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from torch.nn import functional as F
 
-from rotation_ssl.probes import fit_logistic, knn_predict, linear_predict
+from rotation_ssl.probes import (
+    convolutional_probe,
+    fit_logistic,
+    knn_predict,
+    linear_predict,
+    nonlinear_probe,
+    probe_predict,
+    train_probe,
+)
 
 
 def clusters(count, seed=0, spread=0.5):
@@ -115,3 +123,77 @@ def test_ranges():
         knn_predict(train, labels, train, 3, k=7)
     with pytest.raises(ValueError, match="validation must be 1 to 5"):
         linear_predict(train, labels, train, 3, validation=6)
+
+
+def set_weights(module, *values):
+    """Fill the weights of the layers that have any but batch norms, in their order."""
+    layers = [m for m in module.modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)]
+    with torch.no_grad():
+        for layer, value in zip(layers, values, strict=True):
+            layer.weight.copy_(torch.as_tensor(value).expand_as(layer.weight))
+            if layer.bias is not None:
+                layer.bias.copy_(torch.tensor([0.5, 0.0]))
+
+
+def test_nonlinear_probe_by_hand():
+    # (2, -1) summed with weights 2: relu(2) -> times 3: relu(6) -> logits (6 + 0.5, -6)
+    probe = nonlinear_probe(2, 2, hidden=1).eval()
+    set_weights(probe, 2.0, 3.0, [[1.0], [-1.0]])
+    logits = probe(torch.tensor([[2.0, -1.0]]).view(1, 2, 1, 1))
+    torch.testing.assert_close(logits, torch.tensor([[6.5, -6.0]]), rtol=1e-4, atol=0)
+    # a negative sum stops at the first ReLU
+    torch.testing.assert_close(probe(torch.tensor([[-2.0, 1.0]])), torch.tensor([[0.5, 0.0]]))
+    assert [tuple(p.shape) for p in nonlinear_probe(12_288, 10).parameters() if p.ndim == 2] == [
+        (200, 12_288), (200, 200), (10, 200)
+    ]  # fmt: skip
+
+
+def test_convolutional_probe_by_hand():
+    # a 3 x 3 filter of ones on a 2 x 2 map sums all of it, everywhere; 1 x 1 weights 2 and 3; the mean of four sixties
+    probe = convolutional_probe(1, 2, channels=1).eval()
+    set_weights(probe, 1.0, 2.0, 3.0, [[1.0], [-1.0]])
+    logits = probe(torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]]))
+    torch.testing.assert_close(logits, torch.tensor([[60.5, -60.0]]), rtol=1e-4, atol=0)
+    shapes = [tuple(p.shape) for p in convolutional_probe(96, 10).parameters() if p.ndim == 4]
+    assert shapes == [(192, 96, 3, 3), (192, 192, 1, 1), (192, 192, 1, 1)]
+
+
+def test_two_steps_of_training_by_hand():
+    # one feature 1 of class 0, weights 0: the gradient is (p0 - 1, p1) = (-0.5, 0.5); Nesterov's first step is
+    # 1.9 times it. Then logits are (0.095, -0.095), the gradient -g of p = sigmoid(0.19), momentum 0.9 * 0.5 + g, and
+    # the rate a fifth.
+    probe = torch.nn.Linear(1, 2, bias=False)
+    torch.nn.init.zeros_(probe.weight)
+    data = [(torch.ones(1, 1), torch.tensor([0]))]
+    settings = {"milestones": (1,), "lr": 0.1, "weight_decay": 0.0}
+    train_probe(probe, lambda epoch: data, epochs=2, **settings)
+    g = 1 - 1 / (1 + math.exp(-0.19))
+    expected = 0.1 * 1.9 * 0.5 + 0.02 * (g + 0.9 * (0.9 * 0.5 + g))
+    assert probe.weight[0, 0].item() == pytest.approx(expected, rel=1e-5)
+    assert probe.weight[1, 0].item() == pytest.approx(-expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("build", [lambda: nonlinear_probe(45, 3, hidden=16), lambda: convolutional_probe(5, 3, 16)])
+def test_probes_learn_a_handful_and_tell_new_ones(build):
+    train, labels = clusters(90, spread=0.2)
+    test, expected = clusters(60, seed=1, spread=0.2)
+    maps, test_maps = (f[:, :, None, None].expand(-1, -1, 3, 3).contiguous() for f in (train, test))
+    probe = build()
+    epochs = []
+
+    def batches(epoch):
+        epochs.append(epoch)
+        for part in torch.randperm(90, generator=torch.Generator().manual_seed(epoch)).split(30):
+            yield maps[part], labels[part]
+
+    train_probe(probe, batches, epochs=20, milestones=(15,))
+    assert epochs == list(range(20)) and not probe.training
+    assert (probe_predict(probe, test_maps.bfloat16(), batch_size=7) == expected).float().mean() > 0.9
+
+
+def test_training_that_goes_wrong_is_an_error():
+    with pytest.raises(ValueError, match="no features to train the probe on in epoch 0"):
+        train_probe(torch.nn.Linear(1, 2), lambda epoch: [])
+    data = [(torch.full((2, 1), float("nan")), torch.tensor([0, 1]))]
+    with pytest.raises(ValueError, match="the probe's loss became nan in epoch 0"):
+        train_probe(torch.nn.Linear(1, 2), lambda epoch: data)

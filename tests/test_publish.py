@@ -10,7 +10,7 @@ from conftest import ROOT
 
 from rotation_ssl import zoo
 from rotation_ssl.features import layer_modules
-from training import publish
+from training import card, publish
 from training.recipes import NIN_CIFAR10_CPU_R8
 from training.results import RESULTS_DIR, Row, read_file, read_rows, write_rows
 
@@ -40,14 +40,25 @@ def test_published_weights_have_their_numbers_and_random_weights_beside():
         layers = layer_modules(timm.create_model(model, device="meta"))
         for weights in (name, f"{model}.random"):
             assert (weights, "rotation accuracy", "") in measured
-            assert {(weights, p, layer) for p in ("k-NN", "linear probe") for layer in layers} <= measured
+            protocols = ("k-NN", "linear probe", "non-linear probe")
+            assert {(weights, protocol, layer) for protocol in protocols for layer in layers} <= measured
+
+
+def test_quoted_numbers_are_the_papers():
+    quoted = {(r.weights, r.protocol, r.layer): r.value for r in read_rows() if r.source.startswith("paper")}
+    assert quoted["rotnet_nin.paper", "non-linear probe", "block2"] == 0.8906
+    assert quoted["rotnet_nin3.paper", "non-linear probe", "block1"] == 0.8545
+    assert quoted["rotnet_nin-r90-270.paper", "non-linear probe", "block2"] == 0.8552
+    assert quoted["rotnet_nin.paper-random", "convolutional probe", "block2"] == 0.7250
+    unchecked = {r.weights for r in read_rows() if "unchecked" in r.source}
+    assert unchecked == {"rotnet_nin5.paper", "rotnet_nin.paper"}
 
 
 @pytest.fixture
 def copied(monkeypatch, tmp_path):
     """The files that publishing writes, in a folder of the test's own."""
-    for name in ("figures", "data"):
-        (tmp_path / name).mkdir()
+    (tmp_path / "data").mkdir()
+    shutil.copytree(publish.FIGURES_DIR, tmp_path / "docs" / "figures")
     shutil.copytree(zoo.WEIGHTS_DIR, tmp_path / "weights")
     shutil.copytree(zoo.WEIGHTS_DIR.parent / "samples", tmp_path / "samples")
     shutil.copytree(RESULTS_DIR, tmp_path / "results")
@@ -55,7 +66,9 @@ def copied(monkeypatch, tmp_path):
         shutil.copyfile(ROOT / name, tmp_path / name)
     monkeypatch.setattr(zoo, "WEIGHTS_DIR", tmp_path / "weights")
     monkeypatch.setattr(publish, "RESULTS_DIR", tmp_path / "results")
-    monkeypatch.setattr(publish, "FIGURES_DIR", tmp_path / "figures")
+    monkeypatch.setattr(publish, "FIGURES_DIR", tmp_path / "docs" / "figures")
+    monkeypatch.setattr(card, "RESULTS_DIR", tmp_path / "results")
+    monkeypatch.setattr(card, "ROOT", tmp_path)
     monkeypatch.setattr(publish, "GOLDEN_DIR", tmp_path / "data")
     monkeypatch.setattr(publish, "ROOT", tmp_path)
     monkeypatch.setattr(publish, "read_rows", lambda: read_rows(tmp_path / "results"))
@@ -88,6 +101,7 @@ def test_bundling_makes_the_manifest_again(copied, run_dir):
 
 def test_what_is_no_finished_run_is_refused(copied, run_dir):
     before = (copied / "weights" / "manifest.json").read_bytes()
+    figures = {f.name: f.read_bytes() for f in (copied / "docs" / "figures").iterdir()}
     run = json.loads((run_dir / "run.json").read_text())
     with pytest.raises(ValueError, match="is a run of rotnet_nin, not of rotnet_nin5"):
         publish.bundle(run_dir, "rotnet_nin5.cifar10")
@@ -116,7 +130,8 @@ def test_what_is_no_finished_run_is_refused(copied, run_dir):
     with pytest.raises(ValueError, match="is not a finished run"):
         publish.bundle(run_dir, NAME)
     assert (copied / "weights" / "manifest.json").read_bytes() == before
-    assert not list((copied / "figures").iterdir()) and not list((copied / "data").iterdir())
+    assert figures == {f.name: f.read_bytes() for f in (copied / "docs" / "figures").iterdir()}
+    assert not list((copied / "data").iterdir())
 
 
 def test_rows_of_other_bytes_are_refused(copied):
@@ -125,11 +140,32 @@ def test_rows_of_other_bytes_are_refused(copied):
     write_rows(file, [dataclasses.replace(first, sha256="0" * 64)])
     with pytest.raises(ValueError, match=rf"row of {NAME}.* is of other bytes \(sha256 000"):
         publish.render()
+    write_rows(file, [first, dataclasses.replace(first, weights="rotnet_nin@0123456789ab")])
+    with pytest.raises(ValueError, match="rotnet_nin@0123456789ab rotation accuracy is of weights that have no entry"):
+        publish.render()
+
+
+def test_a_missing_row_is_refused_and_nothing_is_written(copied):
+    file = copied / "results" / f"{NAME}.jsonl"
+    before = (copied / "MODEL_CARD.md").read_bytes()
+    lines = [line for line in file.read_text().splitlines() if '"k-NN", "layer": "block3"' not in line]
+    file.write_text("\n".join(lines) + "\n")
+    with pytest.raises(ValueError, match=f"1 reported numbers of {NAME} have no row, {NAME} k-NN block3 first"):
+        publish.render()
+    assert (copied / "MODEL_CARD.md").read_bytes() == before
+
+
+def test_a_figure_of_other_rows_or_weights_is_stale(copied):
+    assert publish.render(check=True) == []
+    figures = copied / "docs" / "figures"
+    shutil.copyfile(figures / f"{NAME}.filters.png", figures / f"{NAME}.layers.png")
+    (figures / f"{NAME}.attention.png").unlink()
+    assert {path.name for path in publish.render(check=True)} == {f"{NAME}.layers.png", f"{NAME}.attention.png"}
 
 
 def test_a_changed_row_changes_the_card(copied):
     file = copied / "results" / f"{NAME}.jsonl"
-    write_rows(file, [dataclasses.replace(read_file(file)[0], value=0.123456)])
+    write_rows(file, [dataclasses.replace(read_file(file)[0], correct=4, n=32, value=0.125, counts=(4,))])
     assert copied / "MODEL_CARD.md" in publish.render(check=True)
     assert publish.main(["render", "--check"]) == 1
 
@@ -150,9 +186,41 @@ def test_rows_round_trip_and_replace(tmp_path):
 def test_bad_rows_are_named(tmp_path):
     write_rows(tmp_path / "a.jsonl", [row()])
     write_rows(tmp_path / "b.jsonl", [row(value=0.6)])
-    with pytest.raises(ValueError, match=r"b\.jsonl has a second row of a\.b"):
+    with pytest.raises(ValueError, match=r"b\.jsonl has a row of a\.b p that another file has too"):
+        read_rows(tmp_path)
+    (tmp_path / "b.jsonl").write_text((tmp_path / "a.jsonl").read_text() * 2)
+    with pytest.raises(ValueError, match=r"b\.jsonl, line 2 is a second row of a\.b p"):
+        read_rows(tmp_path)
+    edited = (tmp_path / "a.jsonl").read_text().replace('"value": 0.5', '"value": 0.6')
+    (tmp_path / "b.jsonl").write_text(edited)
+    with pytest.raises(ValueError, match=r"b\.jsonl, line 1 \(a\.b p\) does not match its digest: it was edited"):
         read_rows(tmp_path)
     for content in ("{", '{"weights": 1}', "[]"):
         (tmp_path / "b.jsonl").write_text(content + "\n")
         with pytest.raises(ValueError, match=r"b\.jsonl, line 1 is not a result row"):
             read_rows(tmp_path)
+
+
+def test_rows_contradict_nothing():
+    with pytest.raises(ValueError, match=r"a\.b p says 0\.5, but 2 of 3 were right"):
+        row(correct=2, n=3)
+    with pytest.raises(ValueError, match="counts 3 in its tenths and 1 in all"):
+        row(correct=1, n=2, counts=(1, 2))
+    with pytest.raises(ValueError, match="cost must be one of"):
+        row(cost="cheap")
+
+
+def test_gap_and_spread_are_written_out():
+    """Two seeds of 50 and 52 % against the paper's 60: a mean, a deviation over seeds, and what is lacking."""
+    name = "rotnet_nin.cifar10"
+    ours = [
+        row(weights=name, protocol="non-linear probe", cost="cached", layer="block2", seed=seed, value=value)
+        for seed, value in enumerate((0.50, 0.52))
+    ]
+    theirs = row(
+        weights="rotnet_nin.paper", protocol="non-linear probe", cost="paper", layer="block2", value=0.6, source="paper"
+    )
+    table = card._probe_table(name, "rotnet_nin", [*ours, theirs])
+    assert f"| non-linear probe (cached) | `{name}` | 51.00 ± 1.41 % |" in table
+    assert "| _non-linear probe (paper)_ | _paper_ | _60.00 %_ |" in table
+    assert "| gap | paper | -9.00 |" in table

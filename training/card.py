@@ -153,11 +153,11 @@ def _probe_table(name: str, model: str, rows: Sequence[Row]) -> list[str]:
         where = settings.setdefault(f"{row.protocol}{f' ({row.cost})' if row.cost else ''}: {row.settings}", [])
         if row.layer and row.layer not in where:
             where.append(row.layer)
-    shown = [
-        f"- {text}{f' ({', '.join(where)})' if len(where) < len(layers) else ''}."
-        for text, where in settings.items()
-        if where
-    ]
+    shown = []
+    for text, where in settings.items():
+        if where:
+            some = f" ({', '.join(where)})" if len(where) < len(layers) else ""
+            shown.append(f"- {text}{some}.")
     return [*lines, "", *shown, ""]
 
 

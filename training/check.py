@@ -30,7 +30,7 @@ from rotation_ssl import zoo
 from rotation_ssl.features import extract_features, layer_modules
 from training.allocator import keep_large_blocks
 from training.data import Images, load_images
-from training.evaluate import PROTOCOLS, Measurement, measure_features, measure_rotation
+from training.evaluate import PROTOCOLS, Measurement, images_to_run, measure_features, measure_rotation
 from training.finetune import measure_transfer, transfer_subject
 from training.recipes import TRANSFERS
 from training.results import PARTS, RESULTS_DIR, Row, check_device, missing_rows, read_rows
@@ -41,6 +41,7 @@ GOLDEN_TOLERANCE = 1e-3  # of logits and pooled features, both of the order of 1
 QUICK_PARTS = (0, 1)
 QUICK_PROTOCOLS = ("rotation accuracy", "k-NN")
 FLIPS = 1e-3
+CIFAR10_TRAIN, CIFAR10_TEST = 50_000, 10_000
 TRAINED_TOLERANCE = 5e-3
 
 
@@ -110,10 +111,10 @@ def measure_again(
         for row in own:
             if row.protocol == "rotation accuracy":
                 yield row, measure_rotation(subject, images.test, images.name, device, parts)
-        probed = {Measurement(r.protocol, r.cost, r.layer, r.seed): r for r in own if r.protocol in _probes()}
+        probed = {_measurement(row): row for row in own if row.protocol in _probes()}
         if probed:
             for new in measure_features(subject, images, list(probed), device, parts):
-                yield probed[Measurement(new.protocol, new.cost, new.layer, new.seed)], new
+                yield probed[_measurement(new)], new
         for row in own:
             if row.protocol in PROTOCOLS.values():
                 continue
@@ -154,10 +155,18 @@ def expected_seconds(rows: Sequence[Row], every: Sequence[Row], quick: bool) -> 
     """How long measuring the rows took on the machine that reported them, features by its rotation accuracy's rate."""
     rates = [r.seconds / r.n for r in every if r.protocol == "rotation accuracy" and r.seconds and r.n]
     rate = statistics.mean(rates) if rates else 0.0
-    if quick:
-        return rate * sum(8_000 + 52_000 for _ in {row.weights for row in rows})
-    passes = {row.weights for row in rows if row.protocol in _probes()}
-    return sum(row.seconds or 0.0 for row in rows) + rate * len(passes) * 160_000
+    part = len(QUICK_PARTS) / PARTS if quick else 1.0
+    seconds = 0.0
+    for weights in {row.weights for row in rows}:
+        own = [row for row in rows if row.weights == weights]
+        probed = [_measurement(row) for row in own if row.protocol in _probes()]
+        seconds += rate * images_to_run(probed, CIFAR10_TRAIN, round(part * CIFAR10_TEST))
+        seconds += sum(row.seconds or 0.0 for row in own) * part
+    return seconds
+
+
+def _measurement(row: Row) -> Measurement:
+    return Measurement(row.protocol, row.cost, row.layer, row.seed)
 
 
 def _difference(row: Row, new: Row) -> str:

@@ -19,12 +19,11 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from rotation_ssl.features import extract_features, layer_modules
@@ -52,7 +51,6 @@ PROTOCOLS = {
     "nonlinear": "non-linear probe",
     "conv": "convolutional probe",
 }
-MAX_SIDE = 8
 MAX_VALUES = 192 * 8 * 8  # of block2, the paper's best layer
 LINEAR_GRID = 4
 BATCH = 64
@@ -117,56 +115,79 @@ def measure_features(
 ) -> Iterator[Row]:
     """The numbers that are measured on frozen features, layer by layer, each as soon as it is there.
 
-    Features of the training images are taken once, as bfloat16, for all measurements at the cost 'cached', in as many
-    views as their recipes ask for. Maps are average-pooled to at most 8 x 8 cells and at most 12,288 values.
+    Features of the training images are taken as bfloat16, in one pass for all layers and all measurements that want
+    maps of the same size: k-NN, linear and non-linear probe share one, the convolutional probe has its own.
 
     Raises:
         ValueError: a layer or protocol that does not exist, or what the probes refuse.
     """
-    layers = list(dict.fromkeys(m.layer for m in measurements))
-    grids = map_grids(subject, images.test.images[:1], layers, device)
     tenths = torch.arange(len(images.test)).tensor_split(PARTS)
     test = images.test.subset(torch.cat([tenths[part] for part in test_parts]))
-    views = max(_views(m) for m in measurements)
-    cached = [layer for layer in layers if any(m.layer == layer and m.cost != "paper" for m in measurements)]
-    train_features: list[dict[str, torch.Tensor]] = []
-    test_features: dict[str, torch.Tensor] = {}
-    if cached:
-        with _bar("features", views * len(images.train) + len(test)) as bar:
-            prepare = preparation(subject.backbone, subject.size, bar)
-            for view in range(views):
-                taken = _maps(subject.backbone, _view(images.train.images, view), cached, grids, prepare)
-                train_features.append(taken)
-            test_features = _maps(subject.backbone, test.images, cached, grids, prepare)
-    for layer in layers:
-        maps = [taken.pop(layer) for taken in train_features if layer in taken]
-        test_maps = test_features.pop(layer, None)
-        for measurement in (m for m in measurements if m.layer == layer):
-            started = time.monotonic()
-            if measurement.cost == "paper":
-                predictions, settings = _fresh_probe(subject, images, test, measurement, device)
-            else:
-                assert test_maps is not None
-                predictions, settings = _cached_probe(images.train, maps, test_maps, measurement, device)
-            right = (predictions == test.labels).split([len(tenths[part]) for part in test_parts])
-            counts = [int(part.sum()) for part in right]
-            yield _row(subject, measurement, counts, len(test), images.name, settings, started)
+    for grid in dict.fromkeys(_inputs(m)[1] for m in measurements):
+        own = [m for m in measurements if _inputs(m)[1] == grid]
+        layers = list(dict.fromkeys(m.layer for m in own))
+        views: list[dict[str, torch.Tensor]] = []
+        test_maps: dict[str, torch.Tensor] = {}
+        if grid is not None:
+            views, test_maps = _cache(
+                subject, images.train, test, layers, grid, max(_inputs(m)[0] for m in own), device
+            )
+        for layer in layers:
+            maps, layer_test = [view.pop(layer) for view in views], test_maps.pop(layer, None)
+            for measurement in (m for m in own if m.layer == layer):
+                started = time.monotonic()
+                if layer_test is None:
+                    predictions, settings = _fresh_probe(subject, images, test, measurement, device)
+                else:
+                    predictions, settings = _cached_probe(images.train, maps, layer_test, measurement, device)
+                right = (predictions == test.labels).split([len(tenths[part]) for part in test_parts])
+                counts = [int(part.sum()) for part in right]
+                yield _row(subject, measurement, counts, len(test), images.name, settings, started)
 
 
-def map_grids(subject: Subject, image: torch.Tensor, layers: Sequence[str], device: str = "cpu") -> dict[str, int]:
-    """The side, in cells, that each layer's map is pooled to: at most 8, and at most 12,288 values in all."""
+def _cache(
+    subject: Subject,
+    train: LabelledImages,
+    test: LabelledImages,
+    layers: Sequence[str],
+    grid: int,
+    views: int,
+    device: str,
+) -> tuple[list[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    """Pooled maps by layer, (N, C, g, g) bfloat16, of each view of the training images and of the test images."""
+    grids = map_grids(subject, test.images[:1], layers, grid, device)
+    with _bar("features", views * len(train) + len(test)) as bar:
+        prepare = preparation(subject.backbone, subject.size, bar)
+        cached = [_maps(subject.backbone, _view(train.images, view), grids, prepare) for view in range(views)]
+        return cached, _maps(subject.backbone, test.images, grids, prepare)
+
+
+def images_to_run(measurements: Sequence[Measurement], train: int, test: int) -> int:
+    """How many images :func:`measure_features` runs through the backbone, of so many training and test images."""
+    total = 0
+    for grid in {_inputs(m)[1] for m in measurements} - {None}:
+        total += max(_inputs(m)[0] for m in measurements if _inputs(m)[1] == grid) * train + test
+    return total
+
+
+def map_grids(
+    subject: Subject, image: torch.Tensor, layers: Sequence[str], grid: int, device: str = "cpu"
+) -> dict[str, int]:
+    """The side, in cells, that each layer's map is pooled to: at most ``grid``, and at most 12,288 values in all."""
     prepare = preparation(subject.backbone, subject.size)
     maps = extract_features(subject.backbone.to(device), image, layers, pool=None, prepare=prepare)
     return {
-        layer: max(1, min(MAX_SIDE, *m.shape[2:], math.isqrt(MAX_VALUES // m.shape[1]))) if m.ndim == 4 else 1
+        layer: max(1, min(grid, *m.shape[2:], math.isqrt(MAX_VALUES // m.shape[1]))) if m.ndim == 4 else 1
         for layer, m in maps.items()
     }
 
 
-def _views(measurement: Measurement) -> int:
+def _inputs(measurement: Measurement) -> tuple[int, int | None]:
+    """Views and grid of the cached features that a measurement takes; grid None: it takes fresh ones."""
     if (measurement.protocol, measurement.cost) in (("k-NN", ""), ("linear probe", "cached")):
-        return 1
-    return _recipe(measurement).views
+        return 1, LINEAR_GRID
+    recipe = _recipe(measurement)
+    return recipe.views, recipe.grid
 
 
 def _recipe(measurement: Measurement) -> ProbeRecipe:
@@ -185,17 +206,17 @@ def _view(images: torch.Tensor, view: int, padding: int = 4, padding_mode: str =
     return crop_and_flip(images, images.shape[-1], padding, padding_mode, True, generator)
 
 
-def _maps(backbone, images, layers, grids, prepare) -> dict[str, torch.Tensor]:  # type: ignore[no-untyped-def]
+def _maps(
+    backbone: nn.Module,
+    images: torch.Tensor,
+    grids: dict[str, int],
+    prepare: Callable[[torch.Tensor], torch.Tensor],
+) -> dict[str, torch.Tensor]:
     """bfloat16 maps (N, C, g, g) by layer; vectors as (N, D, 1, 1)."""
     taken = extract_features(
-        backbone, images, layers, grid=grids, prepare=prepare, batch_size=BATCH, dtype=torch.bfloat16
+        backbone, images, list(grids), grid=grids, prepare=prepare, batch_size=BATCH, dtype=torch.bfloat16
     )
     return {layer: f.unflatten(1, (-1, grids[layer], grids[layer])) for layer, f in taken.items()}
-
-
-def _pooled(maps: torch.Tensor, side: int) -> torch.Tensor:
-    """Maps (N, C, g, g) averaged to side x side, flattened: (N, C * side**2) float32; in parts, to spare memory."""
-    return torch.cat([F.adaptive_avg_pool2d(part.float(), side).flatten(1) for part in maps.split(1000)])
 
 
 def _cached_probe(
@@ -203,16 +224,17 @@ def _cached_probe(
 ) -> tuple[torch.Tensor, str]:
     classes, side = len(train.classes), test.shape[-1]
     if measurement.protocol == "k-NN":
-        predictions = knn_predict(_pooled(maps[0], 1), train.labels, _pooled(test, 1), classes)
+        # cells of the grid are of equal size: their mean is the global average
+        pooled = [m.float().mean((2, 3)) for m in (maps[0], test)]
+        predictions = knn_predict(pooled[0], train.labels, pooled[1], classes)
         return predictions, "k = 20, cosine, global average pooling"
     if measurement.protocol == "linear probe":
-        grid = min(LINEAR_GRID, side)
         predictions, strength = linear_predict(
-            _pooled(maps[0], grid), train.labels, _pooled(test, grid), classes, validation=max(1, len(train) // 10)
+            maps[0].flatten(1).float(), train.labels, test.flatten(1).float(), classes, max(1, len(train) // 10)
         )
         candidates = ", ".join(f"{s:g}" for s in LINEAR_STRENGTHS)
         print(f"  L2 strength chosen for {measurement.layer}: {strength:g}")
-        return predictions, f"logistic regression, {grid} x {grid} average pooling, L2 chosen of {candidates}"
+        return predictions, f"logistic regression, {side} x {side} average pooling, L2 chosen of {candidates}"
     recipe = _recipe(measurement)
     probe = _new_probe(measurement, test[:1], classes, device)
     views = maps[: recipe.views]
@@ -229,8 +251,7 @@ def _cached_probe(
                 bar.update(len(chosen))
 
         _train(probe, recipe, batches)
-    grid_text = f"{side} x {side} map" if side > 1 else "vector"
-    settings = f"{grid_text}, {len(views)} views, {recipe.epochs} epochs of SGD"
+    settings = f"{side} x {side} average pooling, {len(views)} views, {recipe.epochs} epochs of SGD"
     return probe_predict(probe, test), settings
 
 
@@ -269,7 +290,11 @@ def _new_probe(measurement: Measurement, example: torch.Tensor, classes: int, de
     return convolutional_probe(example.shape[1], classes).to(device).to(memory_format=torch.channels_last)
 
 
-def _train(probe: nn.Module, recipe: ProbeRecipe, batches) -> None:  # type: ignore[no-untyped-def]
+def _train(
+    probe: nn.Module,
+    recipe: ProbeRecipe,
+    batches: Callable[[int], Iterable[tuple[torch.Tensor, torch.Tensor]]],
+) -> None:
     names = ("epochs", "milestones", "factor", "lr", "momentum", "weight_decay")
     train_probe(probe, batches, **{name: getattr(recipe, name) for name in names})
 

@@ -1,11 +1,13 @@
 """Put a finished run into the package, and the measured numbers into the card.
 
     python -m training.publish bundle runs/nin rotnet_nin.cifar10
+    python -m training.publish figures --data-dir DIR
     python -m training.publish render [--check]
 
 `bundle` copies the run's weights, run.json and curve into place, writes their manifest entry and golden outputs.
+`figures` draws the card's figures from the result rows, the weights and CIFAR-10's test images (DIR).
 `render` rewrites MODEL_CARD.md, the rendered parts of README.md and the manifest's metrics from the result rows; with
---check it writes nothing and fails when something would change.
+--check it writes nothing and fails when something would change, or when a figure was drawn from other rows or weights.
 """
 
 import argparse
@@ -26,7 +28,18 @@ from timm.data import resolve_model_data_config
 from rotation_ssl import zoo
 from rotation_ssl.features import extract_features, layer_modules
 from training.card import ROOT, render_card, render_readme, select
-from training.data import normalize, read_images
+from training.data import load_cifar10, normalize, read_images
+from training.figures import (
+    draw_accuracy_by_layer,
+    draw_attention,
+    draw_few_labels,
+    draw_filters,
+    draw_neighbours,
+    rows_by_layer,
+    rows_few_labels,
+    rows_stamp,
+    stamp_of,
+)
 from training.recipes import RECIPES, Recipe
 from training.results import RESULTS_DIR, Row, missing_rows, read_rows
 
@@ -106,7 +119,7 @@ def golden_outputs(weights: Path, model_name: str) -> dict[str, torch.Tensor]:
 def render(check: bool = False) -> list[Path]:
     """Render card, README parts and manifest metrics from the rows; returns the files that differ from it.
 
-    Without ``check`` those files are rewritten.
+    Without ``check`` those files are rewritten; with it, figures that are stale differ too.
 
     Raises:
         ValueError: rows that cannot be read, are missing, or are of other bytes or weights than the manifest's.
@@ -125,7 +138,49 @@ def render(check: bool = False) -> list[Path]:
     if not check:
         for path in different:
             _replace(path, wanted[path].encode())
-    return different
+        return different
+    return different + stale_figures(rows, entries)
+
+
+def draw_figures(data_dir: Path, download: bool = False) -> list[Path]:
+    """Draw the card's figures of every published weight: returns the files written.
+
+    Raises:
+        ValueError: rows that cannot be read, or no CIFAR-10 in ``data_dir``.
+    """
+    rows = read_rows()
+    gallery = load_cifar10(data_dir, "test", download).images
+    samples = sorted((zoo.WEIGHTS_DIR.parent / "samples" / "cifar10").glob("*.png"))
+    queries = read_images(samples[::4], gallery.shape[-1])  # four of each class, in its order
+    written: list[Path] = []
+    for name, entry in _read_manifest().items():
+        backbone, stamp = timm.create_model(name, pretrained=True).eval(), entry["sha256"]
+        kinds = ("layers", "few-labels", "filters", "attention", "neighbours")
+        files = {kind: FIGURES_DIR / f"{name}.{kind}.png" for kind in kinds}
+        draw_accuracy_by_layer(rows, name, files["layers"])
+        if not draw_few_labels(rows, name, files["few-labels"]):
+            files.pop("few-labels").unlink(missing_ok=True)
+        draw_filters(backbone, files["filters"], stamp)
+        draw_attention(backbone, queries, files["attention"], stamp)
+        draw_neighbours(backbone, entry["recommended_layer"], gallery, queries, files["neighbours"], stamp)
+        written += files.values()
+    return written
+
+
+def stale_figures(rows: list[Row], entries: dict[str, Any]) -> list[Path]:
+    """Figures that are missing, or were drawn from other rows or other weights than those of now."""
+    stale = []
+    for name, entry in entries.items():
+        wanted = {kind: entry["sha256"] for kind in ("filters", "attention", "neighbours")}
+        wanted["layers"] = rows_stamp(rows_by_layer(rows, name))
+        few = rows_few_labels(rows, name)
+        if few:
+            wanted["few-labels"] = rows_stamp(few)
+        for kind, stamp in wanted.items():
+            file = FIGURES_DIR / f"{name}.{kind}.png"
+            if not file.is_file() or stamp_of(file) != stamp:
+                stale.append(file)
+    return stale
 
 
 def metrics(rows: list[Row]) -> dict[str, float]:
@@ -196,6 +251,9 @@ def main(arguments: list[str] | None = None) -> int:
     bundling = commands.add_parser("bundle", help="copy a finished run into the package and the manifest")
     bundling.add_argument("run", type=Path, metavar="RUN", help="output folder of training.pretrain")
     bundling.add_argument("name", metavar="MODEL.TAG", help="the name the weights are published under")
+    drawing = commands.add_parser("figures", help="draw the card's figures")
+    drawing.add_argument("--data-dir", type=Path, default=Path("data/cifar10"), help="CIFAR-10 [%(default)s]")
+    drawing.add_argument("--download", action="store_true", help="let torchvision fetch CIFAR-10 into --data-dir")
     rendering = commands.add_parser("render", help="write card, README parts and metrics from the result rows")
     rendering.add_argument("--check", action="store_true", help="write nothing; fail when something would change")
     args = parser.parse_args(arguments)
@@ -203,6 +261,10 @@ def main(arguments: list[str] | None = None) -> int:
         if args.command == "bundle":
             bundle(args.run, args.name)
             print(f"bundled {args.name}; now measure it: python -m training.evaluate {args.name}")
+            return 0
+        if args.command == "figures":
+            for path in draw_figures(args.data_dir, args.download):
+                print(f"wrote {path.relative_to(ROOT)}")
             return 0
         different = render(args.check)
     except (ValueError, OSError) as error:

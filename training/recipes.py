@@ -214,10 +214,11 @@ RECIPES = {
 class ProbeRecipe:
     """How a probe is trained on the frozen features of a layer: SGD with Nesterov momentum, batches of images.
 
-    ``views`` fixed versions of every training image are run through the backbone once; the first is the image as it is,
-    the others are crops at random positions of the image padded by ``padding`` pixels, half of them mirrored; each
-    image of each epoch takes one of them at random. With ``views=0`` every epoch draws fresh crops and runs the
-    backbone anew. ``milestones`` are the epochs at which the rate is multiplied by ``factor``.
+    ``views`` fixed versions of every training image are run through the backbone once, their maps average-pooled to at
+    most ``grid`` x ``grid`` cells; the first view is the image as it is, the others are crops at random positions of
+    the image padded by ``padding`` pixels, half of them mirrored; each image of each epoch takes one of them at random.
+    With ``views=0`` every epoch draws fresh crops, runs the backbone anew and takes the whole map (``grid`` is None).
+    ``milestones`` are the epochs at which the rate is multiplied by ``factor``.
     """
 
     protocol: str
@@ -225,6 +226,7 @@ class ProbeRecipe:
     epochs: int
     milestones: tuple[int, ...]
     views: int
+    grid: int | None
     lr: float = 0.1
     factor: float = 0.2
     momentum: float = 0.9
@@ -235,14 +237,17 @@ class ProbeRecipe:
 
 
 NONLINEAR_PAPER = ProbeRecipe(
-    "non-linear probe", "paper", epochs=100, milestones=(20, 40, 45), views=0, padding_mode="constant"
+    "non-linear probe", "paper", epochs=100, milestones=(20, 40, 45), views=0, grid=None, padding_mode="constant"
 )
 CONVOLUTIONAL_PAPER = ProbeRecipe(
-    "convolutional probe", "paper", epochs=100, milestones=(35, 70, 85), views=0, padding_mode="constant"
+    "convolutional probe", "paper", epochs=100, milestones=(35, 70, 85), views=0, grid=None, padding_mode="constant"
 )
-# the shape of the authors' schedules in a fifth and a tenth of their epochs
-NONLINEAR_CACHED = ProbeRecipe("non-linear probe", "cached", epochs=20, milestones=(8, 14, 18), views=3)
-CONVOLUTIONAL_CACHED = ProbeRecipe("convolutional probe", "cached", epochs=10, milestones=(4, 7, 9), views=3)
+# Chosen on the last 5,000 training images, probes trained on the first 20,000: 4 x 4 cells are as good as 8 x 8 at a
+# third of the time, and a fixed set of views wants a lower rate than fresh crops do.
+NONLINEAR_CACHED = ProbeRecipe(
+    "non-linear probe", "cached", epochs=20, milestones=(8, 14, 18), views=4, grid=4, lr=0.03
+)
+CONVOLUTIONAL_CACHED = ProbeRecipe("convolutional probe", "cached", epochs=10, milestones=(4, 7, 9), views=2, grid=8)
 
 PROBES = {
     (recipe.protocol, recipe.cost): recipe

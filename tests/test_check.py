@@ -1,0 +1,233 @@
+"""The check of what is reported: what holds, and that each kind of untruth is caught."""
+
+import dataclasses
+import json
+
+import pytest
+from conftest import DATA
+from safetensors.torch import load_file, save_file
+
+from rotation_ssl import zoo
+from training import check, evaluate, finetune
+from training.data import load_images
+from training.recipes import PROBES, TRANSFERS
+from training.results import Row, missing_rows, read_file, write_rows
+from training.subject import load_subject
+
+NAME = "rotnet_nin.cifar10"
+LAYERS = [f"block{i}" for i in range(1, 5)]
+
+
+@pytest.fixture(scope="module")
+def reported(small_module, tmp_path_factory):
+    """A results folder with everything that is reported, measured on the small set, with short probes."""
+    folder = tmp_path_factory.mktemp("results")
+    images = load_images("cifar10", small_module, 32)
+    with pytest.MonkeyPatch.context() as patch:
+        shorten(patch)
+        for name, random in ((NAME, False), ("rotnet_nin", True)):
+            measured = load_subject(name, random=random)
+            plan = evaluate.plan(LAYERS, ["knn", "linear", "nonlinear"], "cached", [0])
+            rows = [evaluate.measure_rotation(measured, images.test, images.name)]
+            rows += evaluate.measure_features(measured, images, plan)
+            write_rows(folder / f"{measured.name}.jsonl", rows)
+        few = TRANSFERS["few-labels-cpu"]
+        row = finetune.measure_transfer(finetune.TRANSFERS[few.name], load_subject(NAME), "block2", images, 2)
+        write_rows(folder / f"{NAME}.jsonl", [row])
+    return folder
+
+
+def shorten(patch):
+    """Recipes cut to what 40 images need; the two commands that train see the same ones."""
+    probes = {key: dataclasses.replace(r, epochs=3, milestones=(2,), batch_size=16) for key, r in PROBES.items()}
+    transfers = {name: dataclasses.replace(r, images=64, batch_size=16) for name, r in TRANSFERS.items()}
+    patch.setattr(evaluate, "PROBES", probes)
+    patch.setattr(finetune, "TRANSFERS", transfers)
+    patch.setattr(check, "TRANSFERS", transfers)
+
+
+@pytest.fixture
+def results(reported, tmp_path, monkeypatch):
+    """A copy that a test may damage."""
+    shorten(monkeypatch)
+    folder = tmp_path / "results"
+    folder.mkdir()
+    for file in reported.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def run(results, data, *arguments):
+    return check.main(["--results", str(results), "--data-dir", str(data), *arguments])
+
+
+def test_what_was_measured_holds(results, small_cifar10, capsys):
+    assert run(results, small_cifar10) == 0
+    out = capsys.readouterr().out
+    # 2 of the weights, then 13 of each and the one with few labels
+    assert out.count("holds ") == 2 + 26 + 1 and "BROKEN" not in out
+    assert out.splitlines()[0].startswith("27 numbers; measuring them took ")
+    assert "29 of 29 hold" in out
+
+
+def test_quick_measures_a_fifth_of_the_published_counts(results, small_cifar10, capsys):
+    assert run(results, small_cifar10, "--quick") == 0
+    out = capsys.readouterr().out
+    assert "5 numbers" in out and "rotation accuracy, 32 images" in out and "k-NN block3, 8 images" in out
+    assert ".random" not in out and "linear" not in out
+
+
+def test_a_part_can_be_asked_for(results, small_cifar10, capsys):
+    assert run(results, small_cifar10, "--only", "knn", "--weights", NAME) == 0
+    assert "6 of 6 hold" in capsys.readouterr().out
+    assert run(results, small_cifar10, "--weights", "rotnet_nin.nope") == 2
+    assert "no reported number is asked for" in capsys.readouterr().err
+
+
+def test_a_number_that_does_not_hold_is_caught(results, small_cifar10, capsys):
+    """A row as a command would write it, with its digest, of a number that nobody will measure."""
+    file = results / f"{NAME}.jsonl"
+    true = next(row for row in read_file(file) if row.protocol == "k-NN" and row.layer == "block1")
+    counts = tuple(4 - count for count in true.counts)
+    false = dataclasses.replace(true, counts=counts, correct=sum(counts), value=sum(counts) / 40)
+    write_rows(file, [false])
+    assert run(results, small_cifar10, "--only", "knn") == 1
+    out = capsys.readouterr().out
+    (broken,) = [line for line in out.splitlines() if line.startswith("BROKEN")]
+    assert f"{NAME} k-NN block1" in broken and f"{100 * true.value:.2f} %" in broken
+    assert "something is broken" in out
+
+
+def test_a_row_edited_by_hand_is_caught(results, small_cifar10, capsys):
+    file = results / f"{NAME}.jsonl"
+    lines = file.read_text().splitlines()
+    fields = json.loads(lines[1])
+    fields["settings"] = "k = 200"
+    file.write_text("\n".join([lines[0], json.dumps(fields), *lines[2:]]) + "\n")
+    assert run(results, small_cifar10) == 1
+    assert f"{file}, line 2" in (error := capsys.readouterr().err) and "edited" in error
+
+
+@pytest.fixture
+def one_changed_tensor(monkeypatch, tmp_path):
+    """The published weights with one tensor changed, in a folder that passes for the package's."""
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    for file in zoo.WEIGHTS_DIR.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    file = folder / zoo.manifest()[NAME]["file"]
+    state = load_file(file)
+    state["blocks.block2.1.conv.weight"] = state["blocks.block2.1.conv.weight"] * 1.5
+    save_file(state, file, metadata={"format": "pt"})
+    monkeypatch.setattr(zoo, "WEIGHTS_DIR", folder)
+    return file
+
+
+def test_a_weight_file_with_one_changed_tensor_is_caught(results, small_cifar10, one_changed_tensor, capsys):
+    assert run(results, small_cifar10, "--quick") == 1
+    captured = capsys.readouterr()
+    assert "BROKEN" in captured.out and "sha256" in captured.out and "nothing was measured" in captured.err
+
+
+def test_changed_weights_with_a_changed_manifest_are_caught_by_golden_outputs(one_changed_tensor, monkeypatch):
+    import hashlib
+
+    import timm
+
+    changed = dict(zoo.manifest()[NAME], sha256=hashlib.sha256(one_changed_tensor.read_bytes()).hexdigest())
+    monkeypatch.setattr(zoo, "manifest", lambda: {NAME: changed})
+    create = timm.create_model
+    overlay = {"file": str(one_changed_tensor)}
+    monkeypatch.setattr(timm, "create_model", lambda *a, **k: create("rotnet_nin", pretrained_cfg_overlay=overlay, **k))
+    verdicts = list(check.check_weights(NAME))
+    assert [verdict.holds for verdict in verdicts] == [True, False] and "golden" in verdicts[1].number
+
+
+def test_rows_of_other_bytes_are_caught(results, small_cifar10, capsys):
+    file = results / f"{NAME}.jsonl"
+    write_rows(file, [dataclasses.replace(read_file(file)[0], sha256="0" * 64)])
+    assert run(results, small_cifar10, "--quick") == 1
+    assert "BROKEN  rotnet_nin.cifar10 rotation accuracy" in capsys.readouterr().out
+
+
+def test_a_missing_row_is_caught(results, small_cifar10, capsys):
+    file = results / f"{NAME}.jsonl"
+    lines = [line for line in file.read_text().splitlines() if '"linear probe", "layer": "block3"' not in line]
+    file.write_text("\n".join(lines) + "\n")
+    assert run(results, small_cifar10, "--quick") == 1
+    (broken,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("BROKEN")]
+    assert "linear probe cached block3" in broken and "missing" in broken
+
+
+def test_other_images_are_not_what_was_reported(results, small_cifar10, capsys):
+    next((small_cifar10 / "test" / "cat").glob("*.png")).unlink()
+    assert run(results, small_cifar10, "--only", "rotation") == 1
+    assert "other images (CIFAR-10 test, 156)" in capsys.readouterr().out
+
+
+def test_rows_of_unpublished_weights_are_refused(results, small_cifar10, capsys):
+    row = read_file(results / f"{NAME}.jsonl")[0]
+    write_rows(results / "mine.jsonl", [dataclasses.replace(row, weights="rotnet_nin@0123456789ab")])
+    assert run(results, small_cifar10, "--only", "rotation") == 1
+    assert "rotnet_nin@0123456789ab has no entry in the manifest" in capsys.readouterr().err
+
+
+def row(correct=9000, seed=None, cost="", n=10_000, **fields):
+    return Row(
+        **{"weights": NAME, "protocol": "k-NN", "layer": "block1", "source": "measured", "data": "d", "sha256": "s"}
+        | {
+            "value": correct / n,
+            "correct": correct,
+            "n": n,
+            "cost": cost,
+            "seed": seed,
+            "counts": (correct,) + (0,) * 9,
+        }
+        | fields
+    )
+
+
+def test_tolerances_by_hand():
+    # nothing trained: ten of 10,000 may flip, eleven may not
+    assert check.judge(row(9000), row(9010), []).holds and not check.judge(row(9000), row(9011), []).holds
+    assert check.judge(row(9000), row(8990), []).holds and not check.judge(row(9000), row(8989), []).holds
+    # trained, one seed: half a point
+    one = row(9000, 0, "cached")
+    assert check.judge(one, row(9050, 0, "cached"), [one]).holds
+    assert not check.judge(one, row(9051, 0, "cached"), [one]).holds
+    # three seeds of deviation 1 point: three points
+    seeds = [row(correct, seed, "cached") for seed, correct in enumerate((8900, 9000, 9100))]
+    assert check.trained_tolerance(seeds[0], [*seeds, row(1000, 0, "paper")]) == pytest.approx(0.03)
+    assert check.judge(seeds[1], row(9300, 1, "cached"), seeds).holds
+    assert not check.judge(seeds[1], row(9301, 1, "cached"), seeds).holds
+    # other bytes never hold
+    assert not check.judge(row(9000), row(9000, sha256="t"), []).holds
+
+
+def test_expected_time_is_that_of_the_rows():
+    rotation = row(protocol="rotation accuracy", layer="", n=40_000, correct=30_000, seconds=40.0)
+    probes = [row(layer="block2", seconds=10.0), row(layer="block3", seconds=20.0)]
+    rows = [rotation, *probes]
+    # a millisecond an image: the rows, and one pass over the training and the test images, or a fifth of these
+    assert check.expected_seconds(rows, rows, quick=False) == pytest.approx(70 + 60)
+    assert check.expected_seconds(rows, rows, quick=True) == pytest.approx(14 + 52)
+    # four views of the training images, and two more for maps of another size
+    probes = [
+        row(layer="block2", protocol=p, cost="cached", seed=0) for p in ("non-linear probe", "convolutional probe")
+    ]
+    assert check.expected_seconds(probes[:1], [*rows, *probes], quick=False) == pytest.approx(4 * 50 + 10)
+    assert check.expected_seconds(probes, [*rows, *probes], quick=False) == pytest.approx(4 * 50 + 10 + 2 * 50 + 10)
+
+
+def test_missing_rows_by_hand():
+    rows = [row(weights=w, layer=layer) for w in (NAME, "rotnet_nin.random") for layer in ("block1", "block2")]
+    missing = missing_rows(rows, NAME, ["block1", "block2"])
+    assert "rotnet_nin.cifar10 rotation accuracy" in missing and "rotnet_nin.random rotation accuracy" in missing
+    assert len(missing) == 2 * (1 + 2 + 2) and not [number for number in missing if "k-NN" in number]
+
+
+def test_quick_check_of_the_whole(whole_cifar10, capsys):
+    """The published numbers themselves, on the machine that runs the tests."""
+    assert check.main(["--data-dir", str(whole_cifar10), "--quick", "--only", "rotation"]) == 0
+    assert "3 of 3 hold" in capsys.readouterr().out
+    assert (DATA / f"{NAME}.golden.safetensors").exists()

@@ -1,0 +1,131 @@
+"""Training on labels: what is frozen stays, what is drawn is what was asked for, and a handful can be learned."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from training import finetune
+from training.data import labels_subset, load_images
+from training.recipes import TRANSFERS
+from training.results import read_file
+from training.subject import load_subject, preparation
+
+NAME = "rotnet_nin.cifar10"
+
+
+def run(*arguments):
+    return finetune.main([str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def images(small_cifar10):
+    return load_images("cifar10", small_cifar10, 32)
+
+
+def short(name, **changes):
+    return dataclasses.replace(TRANSFERS[name], **{"images": 96, "batch_size": 16} | changes)
+
+
+@pytest.mark.parametrize("recipe", [name for name in TRANSFERS if name.endswith("-cpu")])
+def test_every_recipe_end_to_end(recipe, small_cifar10, tmp_path, capsys):
+    arguments = (recipe, "rotnet_nin", "--images", 256, "--data-dir", small_cifar10, "--output", tmp_path)
+    assert run(*arguments, "--labels-per-class", 2, 4) == 0
+    rows = read_file(tmp_path / "rows.jsonl")
+    assert [(row.labels_per_class, row.draw, row.seed) for row in rows] == [(2, "first", 0), (4, "first", 0)]
+    weights = "rotnet_nin.random" if recipe == "supervised-cpu" else NAME
+    assert {(row.weights, row.protocol, row.layer) for row in rows} == {(weights, TRANSFERS[recipe].protocol, "block2")}
+    assert all(row.n == 40 and sum(row.counts) == row.correct and "256 crops" in row.settings for row in rows)
+    assert "labels a class (first)" in capsys.readouterr().out and (tmp_path / "report.png").exists()
+
+
+def test_a_frozen_backbone_does_not_move_and_a_trained_one_does(images):
+    for name, moves in (("few-labels-cpu", False), ("finetune-conv-cpu", True)):
+        subject = load_subject(NAME)
+        network = finetune.build_network(short(name), subject, "block2", 10)
+        before = {key: tensor.clone() for key, tensor in network.backbone.state_dict().items()}
+        assert len(network.backbone.blocks) == 2, "later blocks are dropped"
+        prepare = preparation(subject.backbone, 32)
+        off = torch.autocast("cpu", enabled=False)
+        finetune.train_network(short(name), network, images.train, prepare, 0, "cpu", off)
+        same = all(torch.equal(tensor, before[key]) for key, tensor in network.backbone.state_dict().items())
+        assert same is not moves and not network.training
+    network = finetune.build_network(short("few-labels-cpu"), load_subject(NAME), "block2", 10)
+    network.train()
+    assert network.classifier.training and not any(module.training for module in network.backbone.modules())
+
+
+def test_the_map_is_the_layers(images):
+    subject = load_subject(NAME)
+    batch = preparation(subject.backbone, 32)(images.test.images[:2])
+    expected = subject.backbone.forward_intermediates(batch, intermediates_only=True)
+    for index, layer in enumerate(("block1", "block2")):
+        network = finetune.build_network(short("few-labels-cpu"), load_subject(NAME), layer, 10)
+        torch.testing.assert_close(network.maps(batch), expected[index])
+
+
+def test_a_handful_is_overfitted(images):
+    few = dataclasses.replace(
+        images, train=images.train.subset(torch.arange(8)), test=images.train.subset(torch.arange(8))
+    )
+    recipe = short("supervised-cpu", images=640, batch_size=8, padding=0, lr=0.02)
+    subject = finetune.transfer_subject(recipe, "rotnet_nin", 0)
+    assert finetune.measure_transfer(recipe, subject, "block1", few).value == 1.0
+
+
+def test_the_seed_decides(images):
+    def counts(seed):
+        recipe = short("few-labels-cpu")
+        return finetune.measure_transfer(recipe, load_subject(NAME), "block1", images, seed=seed)
+
+    assert counts(3).counts == counts(3).counts
+    random = [finetune.transfer_subject(TRANSFERS["supervised-cpu"], "rotnet_nin", seed) for seed in (0, 1)]
+    assert random[0].sha256 != random[1].sha256 and {subject.name for subject in random} == {"rotnet_nin.random"}
+
+
+def test_labels_by_hand(images):
+    data = dataclasses.replace(
+        images.train,
+        images=torch.arange(6, dtype=torch.uint8).view(6, 1, 1, 1),
+        labels=torch.tensor([1, 0, 1, 1, 0, 0]),
+        classes=("a", "b"),
+    )
+    assert labels_subset(data, 2).images.flatten().tolist() == [0, 1, 2, 4]
+    assert labels_subset(data, 1).images.flatten().tolist() == [0, 1]
+    drawn = {
+        tuple(labels_subset(data, 2, torch.Generator().manual_seed(seed)).images.flatten().tolist())
+        for seed in range(30)
+    }
+    assert len(drawn) == 9, "each of the 3 x 3 pairs"
+    with pytest.raises(ValueError, match="class a has 3 images: 4 labels a class cannot be had"):
+        labels_subset(data, 4)
+
+
+def test_batches_are_permutations_one_after_the_other():
+    stream = finetune.sample_stream(5, 3, torch.Generator().manual_seed(0))
+    indices = torch.cat([next(stream) for _ in range(10)]).view(6, 5)
+    assert all(sorted(row) == [0, 1, 2, 3, 4] for row in indices.tolist())
+    assert len(next(finetune.sample_stream(2, 128, torch.Generator()))) == 128
+
+
+def test_any_timm_model_is_cut_at_a_layer(images):
+    subject = load_subject("resnet18", random=True, size=32)
+    row = finetune.measure_transfer(short("finetune-conv-cpu", images=32), subject, "layer2", images)
+    assert row.layer == "layer2" and row.labels_per_class is None and row.draw == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["few-labels-cpu", "rotnet_nin", "--labels-per-class", "5"], "5 labels a class cannot be had"),
+        (["few-labels-cpu", "rotnet_nin", "--layer", "conv1"], "it has block1, block2, block3, block4"),
+        (["few-labels-cpu", "resnet18", "--random", "--size", "32"], "give --layer, one of act1, layer1"),
+        (["few-labels-cpu", "rotnet_nin", "--images", "16", "--record"], "leave out what changes them"),
+        (["few-labels-cpu", "nobody"], "no model 'nobody'"),
+    ],
+)
+def test_bad_input_is_a_one_line_error(arguments, message, small_cifar10, capsys, tmp_path):
+    assert run(*arguments, "--data-dir", small_cifar10, "--output", tmp_path / "out") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and message in error
+    assert not (tmp_path / "out").exists()
