@@ -242,11 +242,9 @@ NONLINEAR_PAPER = ProbeRecipe(
 CONVOLUTIONAL_PAPER = ProbeRecipe(
     "convolutional probe", "paper", epochs=100, milestones=(35, 70, 85), views=0, grid=None, padding_mode="constant"
 )
-# Chosen on the last 5,000 training images, probes trained on the first 20,000: 4 x 4 cells are as good as 8 x 8 at a
-# third of the time, and a fixed set of views wants a lower rate than fresh crops do.
-NONLINEAR_CACHED = ProbeRecipe(
-    "non-linear probe", "cached", epochs=20, milestones=(8, 14, 18), views=4, grid=4, lr=0.03
-)
+# Chosen on the last 5,000 training images, with probes of block2 trained on the first 20,000: 4 x 4 cells (81.4 %) are
+# as good as 8 x 8 (81.0 %) at a third of the time, and four views (82.1 %) better than three (81.4 %).
+NONLINEAR_CACHED = ProbeRecipe("non-linear probe", "cached", epochs=20, milestones=(8, 14, 18), views=4, grid=4)
 CONVOLUTIONAL_CACHED = ProbeRecipe("convolutional probe", "cached", epochs=10, milestones=(4, 7, 9), views=2, grid=8)
 
 PROBES = {
