@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,7 +22,9 @@ def layer_modules(backbone: nn.Module) -> dict[str, str]:
     info = getattr(backbone, "feature_info", None)
     if not isinstance(info, list):
         raise ValueError(f"{type(backbone).__name__} has no feature_info: give a timm model, without features_only")
-    modules = [entry["module"] for entry in info]
+    known = dict(backbone.named_modules())
+    # some entries of timm name no module: nothing can be taken there
+    modules = [entry["module"] for entry in info if entry["module"] in known]
     short = [module.rsplit(".", 1)[-1] for module in modules]
     unique = len(set(short)) == len(short) and not any(name.isdigit() for name in short)
     return dict(zip(short if unique else modules, modules, strict=True))
@@ -72,11 +75,13 @@ def extract_features(
         raise ValueError("no images to extract features from")
     device = next((parameter.device for parameter in backbone.parameters()), torch.device("cpu"))
     features: dict[str, torch.Tensor] = {}
+    info: Any = backbone.feature_info
+    channels = {entry["module"]: entry["num_chs"] for entry in info if "num_chs" in entry}
     start = 0
 
     def keep(layer: str, output: torch.Tensor) -> None:
         cells = grid if isinstance(grid, int) else grid[layer]
-        pooled = _pool(_to_map(output, backbone, layer), pool, cells)
+        pooled = _pool(_to_map(output, backbone, layer, channels.get(names.get(layer, layer))), pool, cells)
         if layer not in features:
             # outside of inference mode: what it makes cannot be trained on
             with torch.inference_mode(False):
@@ -100,6 +105,9 @@ def extract_features(
             module.training = True
         for hook in hooks:
             hook.remove()
+    unused = [layer for layer in layers if layer not in features]
+    if unused:
+        raise ValueError(f"layer {', '.join(unused)} does not run in this backbone's forward pass; take another")
     return {layer: features[layer] for layer in layers}
 
 
@@ -124,16 +132,24 @@ def attention_map(features: torch.Tensor, power: float, size: tuple[int, int]) -
     return maps / maps.amax((1, 2), keepdim=True).clamp_min(1e-12)
 
 
-def _to_map(output: torch.Tensor, backbone: nn.Module, layer: str) -> torch.Tensor:
-    """A layer's output as (B, C, H, W), whatever the backbone's own order; vectors (B, D) as they are."""
+def _to_map(output: torch.Tensor, backbone: nn.Module, layer: str, channels: int | None) -> torch.Tensor:
+    """A layer's output as (B, C, H, W), whatever the backbone's own order; vectors (B, D) as they are.
+
+    ``channels`` are the layer's as timm lists them, where it does: they tell the axis, the backbone's own word about
+    its order is of its blocks only.
+    """
     shape = tuple(getattr(output, "shape", ()))
     if len(shape) == 4:
-        return output.permute(0, 3, 1, 2) if getattr(backbone, "output_fmt", "NCHW") == "NHWC" else output
+        last = getattr(backbone, "output_fmt", "NCHW") == "NHWC"
+        if channels is not None and shape[1] != shape[3]:
+            last = shape[3] == channels
+        return output.permute(0, 3, 1, 2) if last else output
     if len(shape) == 3:
-        tokens = output[:, getattr(backbone, "num_prefix_tokens", 0) :]
-        side = math.isqrt(tokens.shape[1])
-        if side * side == tokens.shape[1]:
-            return tokens.transpose(1, 2).unflatten(2, (side, side))
+        # blocks of some networks carry class tokens before the others, of some they do not
+        for prefix in (getattr(backbone, "num_prefix_tokens", 0), 0):
+            side = math.isqrt(max(0, shape[1] - prefix))
+            if side and side * side == shape[1] - prefix:
+                return output[:, prefix:].transpose(1, 2).unflatten(2, (side, side))
     if len(shape) != 2:
         raise ValueError(f"layer {layer} gives {shape or type(output).__name__}, neither a map nor a vector")
     return output

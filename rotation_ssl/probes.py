@@ -85,6 +85,7 @@ def linear_predict(
     _check(train_features, train_labels, test_features, num_classes)
     if not 0 < validation < len(train_features):
         raise ValueError(f"validation must be 1 to {len(train_features) - 1} training images, got {validation}")
+    train_features, test_features = train_features.float(), test_features.float()
     mean = train_features.mean(0)
     deviation = train_features.std(0, correction=0).clamp_min(1e-6)
     train, test = (train_features - mean) / deviation, (test_features - mean) / deviation
@@ -198,11 +199,18 @@ def train_probe(
 
 
 def probe_predict(probe: nn.Module, features: torch.Tensor, batch_size: int = 1000) -> torch.Tensor:
-    """Classes that a fitted probe, in eval mode, names: (N,) int64 for features (N, ...), computed in float32."""
+    """Classes that a fitted probe, in eval mode, names: (N,) int64 for features (N, ...), computed in float32.
+
+    Raises:
+        ValueError: logits that are not finite.
+    """
     device = next(probe.parameters()).device
     probe.eval()
     with torch.inference_mode():
-        return torch.cat([probe(part.to(device).float()).argmax(1).cpu() for part in features.split(batch_size)])
+        logits = torch.cat([probe(part.to(device).float()).cpu() for part in features.split(batch_size)])
+    if not logits.isfinite().all():
+        raise ValueError("the probe's logits are not finite: check the features, the weights and the images")
+    return logits.argmax(1)
 
 
 def _choose_strength(

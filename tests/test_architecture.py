@@ -124,5 +124,10 @@ def test_readme_snippets_and_commands_are_real(small_cifar10, monkeypatch, tmp_p
             save_file(timm.create_model("rotnet_nin").state_dict(), tmp_path / "mine.safetensors")
             snippet = snippet.replace("mine.safetensors", str(tmp_path / "mine.safetensors"))
         exec(compile(snippet, "README.md", "exec"), {})
-    for module in set(re.findall(r"python -m (\S+)", readme)):
+    commands = re.findall(r"python -m (training\.\S+)(.*)", readme.replace("\n", " \n"))
+    assert len(commands) >= 6
+    for module, rest in commands:
         assert module in ALLOWED
+        told = (ROOT / f"{module.replace('.', '/')}.py").read_text()
+        for option in re.findall(r"--[a-z-]+", rest.split("`")[0]):
+            assert option == "--help" or f'"{option}"' in told, f"{module} has no {option}"

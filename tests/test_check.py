@@ -8,10 +8,10 @@ from conftest import DATA
 from safetensors.torch import load_file, save_file
 
 from rotation_ssl import zoo
-from training import check, evaluate, finetune
+from training import check, evaluate, finetune, subject
 from training.data import load_images
 from training.recipes import PROBES, TRANSFERS
-from training.results import Row, missing_rows, read_file, write_rows
+from training.results import Row, complaints, missing_rows, read_file, write_rows
 from training.subject import load_subject
 
 NAME = "rotnet_nin.cifar10"
@@ -25,6 +25,7 @@ def reported(small_module, tmp_path_factory):
     images = load_images("cifar10", small_module, 32)
     with pytest.MonkeyPatch.context() as patch:
         shorten(patch)
+        patch.setattr(subject, "current_commit", lambda: "0" * 40)
         for name, random in ((NAME, False), ("rotnet_nin", True)):
             measured = load_subject(name, random=random)
             plan = evaluate.plan(LAYERS, ["knn", "linear", "nonlinear"], "cached", [0])
@@ -32,8 +33,10 @@ def reported(small_module, tmp_path_factory):
             rows += evaluate.measure_features(measured, images, plan)
             write_rows(folder / f"{measured.name}.jsonl", rows)
         few = TRANSFERS["few-labels-cpu"]
-        row = finetune.measure_transfer(finetune.TRANSFERS[few.name], load_subject(NAME), "block2", images, 2)
-        write_rows(folder / f"{NAME}.jsonl", [row])
+        for name, random in ((NAME, False), ("rotnet_nin", True)):
+            measured = load_subject(name, random=random)
+            row = finetune.measure_transfer(finetune.TRANSFERS[few.name], measured, "block2", images, 2)
+            write_rows(folder / f"{measured.name}.jsonl", [row])
     return folder
 
 
@@ -64,10 +67,10 @@ def run(results, data, *arguments):
 def test_what_was_measured_holds(results, small_cifar10, capsys):
     assert run(results, small_cifar10) == 0
     out = capsys.readouterr().out
-    # 2 of the weights, then 13 of each and the one with few labels
-    assert out.count("holds ") == 2 + 26 + 1 and "BROKEN" not in out
-    assert out.splitlines()[0].startswith("27 numbers; measuring them took ")
-    assert "29 of 29 hold" in out
+    # 2 of the weights, then 13 of each and one of each with few labels
+    assert out.count("holds ") == 2 + 26 + 2 and "BROKEN" not in out
+    assert "28 numbers; measuring them took " in out
+    assert "30 of 30 hold" in out
 
 
 def test_quick_measures_a_fifth_of_the_published_counts(results, small_cifar10, capsys):
@@ -147,7 +150,7 @@ def test_rows_of_other_bytes_are_caught(results, small_cifar10, capsys):
     file = results / f"{NAME}.jsonl"
     write_rows(file, [dataclasses.replace(read_file(file)[0], sha256="0" * 64)])
     assert run(results, small_cifar10, "--quick") == 1
-    assert "BROKEN  rotnet_nin.cifar10 rotation accuracy" in capsys.readouterr().out
+    assert "BROKEN  rotnet_nin.cifar10 rotation accuracy is of other bytes" in capsys.readouterr().out
 
 
 def test_a_missing_row_is_caught(results, small_cifar10, capsys):
@@ -156,7 +159,19 @@ def test_a_missing_row_is_caught(results, small_cifar10, capsys):
     file.write_text("\n".join(lines) + "\n")
     assert run(results, small_cifar10, "--quick") == 1
     (broken,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("BROKEN")]
-    assert "linear probe cached block3" in broken and "missing" in broken
+    assert "linear probe cached block3 has no row" in broken
+
+
+def test_nothing_reported_is_not_nothing_broken(tmp_path, small_cifar10, capsys):
+    assert run(tmp_path, small_cifar10, "--only", "knn") == 1
+    assert capsys.readouterr().out.count("has no row") == 2 * (1 + 3 * 4)
+
+
+def test_what_is_not_there_is_bad_input(results, tmp_path, capsys):
+    assert run(results, tmp_path / "nowhere", "--quick") == 2
+    assert "no CIFAR-10 in" in capsys.readouterr().err
+    assert run(results, tmp_path, "--device", "cuda:99") == 2
+    assert "device 'cuda:99' cannot be used" in capsys.readouterr().err
 
 
 def test_other_images_are_not_what_was_reported(results, small_cifar10, capsys):
@@ -169,7 +184,9 @@ def test_rows_of_unpublished_weights_are_refused(results, small_cifar10, capsys)
     row = read_file(results / f"{NAME}.jsonl")[0]
     write_rows(results / "mine.jsonl", [dataclasses.replace(row, weights="rotnet_nin@0123456789ab")])
     assert run(results, small_cifar10, "--only", "rotation") == 1
-    assert "rotnet_nin@0123456789ab has no entry in the manifest" in capsys.readouterr().err
+    captured = capsys.readouterr()
+    assert "rotnet_nin@0123456789ab rotation accuracy is of weights that have no entry in the manifest" in captured.out
+    assert "nothing was measured" in captured.err
 
 
 def row(correct=9000, seed=None, cost="", n=10_000, **fields):
@@ -217,6 +234,23 @@ def test_expected_time_is_that_of_the_rows():
     ]
     assert check.expected_seconds(probes[:1], [*rows, *probes], quick=False) == pytest.approx(4 * 50 + 10)
     assert check.expected_seconds(probes, [*rows, *probes], quick=False) == pytest.approx(4 * 50 + 10 + 2 * 50 + 10)
+
+
+def test_golden_outputs_that_are_not_numbers_do_not_hold(monkeypatch):
+    golden = load_file(DATA / f"{NAME}.golden.safetensors")
+    golden["block2"][0, 0] = float("nan")
+    monkeypatch.setattr(check, "load_file", lambda file: golden)
+    assert [verdict.holds for verdict in check.check_weights(NAME)] == [True, False]
+
+
+def test_complaints_by_hand():
+    entries = {NAME: {"sha256": "s"}}
+    good = row(commit="0" * 40)
+    assert complaints([good, row(source="paper", weights="a.b")], entries, {NAME: []}) == complaints(
+        [], entries, {NAME: []}
+    )
+    uncommitted = complaints([row(commit="0" * 40 + "-dirty")], entries, {NAME: []})[0]
+    assert "k-NN block1 was measured by code that is not committed" in uncommitted
 
 
 def test_missing_rows_by_hand():

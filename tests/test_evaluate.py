@@ -12,9 +12,10 @@ from safetensors.torch import save_file
 
 from rotation_ssl import zoo
 from rotation_ssl.features import extract_features
+from rotation_ssl.probes import knn_predict, linear_predict
 from rotation_ssl.rotations import rotate_all
 from training import evaluate, subject
-from training.data import load_cifar10, load_images, normalize
+from training.data import Images, load_cifar10, load_images, normalize
 from training.recipes import PROBES
 from training.results import RESULTS_DIR, read_file, read_rows
 
@@ -131,7 +132,7 @@ def test_ones_own_images_and_weights(tmp_path, short_probes):
     arguments = ("--weights", tmp_path / "mine.safetensors", *images, "--output", tmp_path / "out")
     assert run("resnet18", *arguments, "--only", "knn", "linear") == 0
     rows = read_file(tmp_path / "out" / "rows.jsonl")
-    assert {row.data for row in rows} == {"mine test"}
+    assert {row.data for row in rows} == {"mine test at 48 pixels"}
     assert {row.weights for row in rows} == {f"resnet18@{rows[0].sha256[:12]}"}
     text = (tmp_path / "out" / "report.md").read_text()
     assert "resnet18@" in text and "layer4" in text
@@ -195,8 +196,11 @@ def test_cached_features_are_those_of_the_images_as_they_are(small_cifar10):
     ("arguments", "message"),
     [
         (["resnet_of_nobody"], "no model 'resnet_of_nobody'"),
-        (["rotnet_nin.nope"], "rotnet_nin"),
-        (["rotnet_alexnet"], "rotnet_alexnet"),
+        (["rotnet_nin.nope"], "no weights tagged"),
+        (["rotnet_alexnet"], "has no pretrained weights"),
+        (["vit_tiny_patch16_224", "--random", "--size", "32"], "does not take images of 32 pixels"),
+        (["rotnet_nin", "--layers", "block7"], "no layer block7"),
+        (["rotnet_nin", "--record"], "this is not the whole of CIFAR-10: 40 training and 40 test images"),
         (["resnet18", "--random", "--only", "rotation", "--size", "32"], "1000 outputs"),
         (["rotnet_nin", "--layers", "block7", "--only", "knn"], "block1, block2, block3, block4"),
         (["rotnet_nin", "--weights", "nowhere.safetensors"], "nowhere.safetensors does not exist"),
@@ -206,13 +210,22 @@ def test_cached_features_are_those_of_the_images_as_they_are(small_cifar10):
         (["rotnet_nin", "--holdout", "40"], "holdout must be 1 to 39"),
     ],
 )  # fmt: skip
-def test_bad_input_is_a_one_line_error_and_writes_nothing(arguments, message, small_cifar10, capsys, tmp_path):
+def test_bad_input_is_a_one_line_error_and_writes_nothing(
+    arguments, message, small_cifar10, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(subject, "current_commit", lambda: "0" * 40)
     before = {file.name: file.read_bytes() for file in RESULTS_DIR.iterdir()}
     assert run(*arguments, "--data-dir", small_cifar10, "--output", tmp_path / "out") == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and message in error
     assert not (tmp_path / "out").exists()
     assert before == {file.name: file.read_bytes() for file in RESULTS_DIR.iterdir()}
+
+
+def test_uncommitted_code_is_not_recorded(small_cifar10, monkeypatch, capsys):
+    monkeypatch.setattr(subject, "current_commit", lambda: "0" * 40 + "-dirty")
+    assert run("rotnet_nin", "--record", "--data-dir", small_cifar10) == 2
+    assert "--record needs committed code, this is 000" in capsys.readouterr().err
 
 
 def test_weights_that_have_no_entry_are_not_recorded(small_cifar10, tmp_path, nin_state, capsys):
@@ -254,7 +267,48 @@ def test_fewer_training_images_than_neighbours(tmp_path, capsys):
                 (folder / file.name).write_bytes(file.read_bytes())
     arguments = ("--dataset", "folder", "--data-dir", tmp_path / "few", "--only", "knn", "--output", tmp_path / "out")
     assert run("rotnet_nin", *arguments) == 2
-    assert "k must be 1 to the 6 training images, got 20" in capsys.readouterr().err
+    assert "k-NN asks 20 neighbours, there are 6 training images" in capsys.readouterr().err
+
+
+def test_what_does_not_fit_into_memory_is_refused_before_it_is_computed(small_cifar10, monkeypatch):
+    monkeypatch.setattr(evaluate, "available_memory", lambda: 1000)
+    images = load_images("cifar10", small_cifar10, 32)
+    with pytest.raises(ValueError, match=r"features of block1 need 0.0 GiB of memory, 0.0 are available"):
+        next(
+            evaluate.measure_features(
+                subject.load_subject("rotnet_nin"), images, [evaluate.Measurement("k-NN", "", "block1")]
+            )
+        )
+    monkeypatch.undo()
+    assert (evaluate.available_memory() or 2**30) > 2**20
+
+
+def test_numbers_are_those_of_the_test_images(small_cifar10):
+    """Training and test images that differ: the predictions of the package's own functions, scored by hand."""
+    whole = load_images("cifar10", small_cifar10, 32).train
+    order = torch.randperm(40)
+    images = Images("CIFAR-10 test", whole.subset(order[:28]), whole.subset(order[28:]))
+    nin = subject.load_subject("rotnet_nin")
+    plan = evaluate.plan(["block3"], ["knn", "linear"], "cached", [])
+    rows = {row.protocol: row for row in evaluate.measure_features(nin, images, plan)}
+    prepare = subject.preparation(nin.backbone, 32)
+    train, test = (
+        extract_features(nin.backbone, part.images, ["block3"], grid=4, prepare=prepare, dtype=torch.bfloat16)["block3"]
+        for part in (images.train, images.test)
+    )
+    means = [part.float().unflatten(1, (192, 16)).mean(2) for part in (train, test)]
+    neighbours = knn_predict(means[0], images.train.labels, means[1], 10)
+    linear, _ = linear_predict(train, images.train.labels, test, 10, validation=2)
+    for protocol, predictions in (("k-NN", neighbours), ("linear probe", linear)):
+        right = predictions == images.test.labels
+        assert rows[protocol].counts == tuple(int(part.sum()) for part in right.tensor_split(10))
+        assert 0 < rows[protocol].correct < 12
+
+
+def test_training_images_of_a_folder_are_shuffled_always_in_the_same_way(small_cifar10):
+    first, second = (load_images("folder", small_cifar10, 32).train for _ in range(2))
+    assert torch.equal(first.labels, second.labels) and torch.equal(first.images, second.images)
+    assert len(set(first.labels[-10:].tolist())) > 3
 
 
 def test_sample_images_are_mostly_guessed_right(small_cifar10, tmp_path):

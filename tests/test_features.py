@@ -92,11 +92,26 @@ def test_features_can_be_trained_on(backbone):
     torch.nn.Linear(192, 2)(features).sum().backward()
 
 
-def test_what_is_no_map_is_an_error():
+def test_what_is_no_map_or_does_not_run_is_an_error():
     model = timm.create_model("vit_tiny_patch16_224", img_size=64)
+    images = torch.randn(2, 3, 64, 64)
+    with pytest.raises(ValueError, match=r"layer blocks\.0\.attn\.attn_drop does not run"):
+        extract_features(model, images, ["blocks.0.attn.attn_drop"])
+    model.num_prefix_tokens = 0
     with pytest.raises(ValueError, match=r"layer blocks.1 gives \(2, 17, 192\), neither a map nor a vector"):
-        model.num_prefix_tokens = 0
-        extract_features(model, torch.randn(2, 3, 64, 64), ["blocks.1"])
+        extract_features(model, images, ["blocks.1"])
+
+
+def test_the_axis_of_channels_is_told_by_their_number():
+    swin = timm.create_model("swin_tiny_patch4_window7_224", img_size=64)
+    images = torch.randn(1, 3, 64, 64)
+    assert extract_features(swin, images, ["layers.0"], pool=None)["layers.0"].shape == (1, 96, 16, 16)
+    model = torch.nn.Sequential(torch.nn.Identity())
+    model.feature_info = [{"module": "0", "num_chs": 3}]
+    last = torch.randn(2, 5, 6, 3)
+    assert torch.equal(extract_features(model, last, ["0"], pool=None)["0"], last.permute(0, 3, 1, 2))
+    first = torch.randn(2, 3, 5, 6)
+    assert torch.equal(extract_features(model, first, ["0"], pool=None)["0"], first)
 
 
 def test_maps_are_copies_that_later_layers_cannot_change():

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from training import finetune
+from training import subject as subject_module
 from training.data import labels_subset, load_images
 from training.recipes import TRANSFERS
 from training.results import read_file
@@ -37,6 +38,10 @@ def test_every_recipe_end_to_end(recipe, small_cifar10, tmp_path, capsys):
     assert {(row.weights, row.protocol, row.layer) for row in rows} == {(weights, TRANSFERS[recipe].protocol, "block2")}
     assert all(row.n == 40 and sum(row.counts) == row.correct and "256 crops" in row.settings for row in rows)
     assert "labels a class (first)" in capsys.readouterr().out and (tmp_path / "report.png").exists()
+    # different K are different numbers, not seeds of one
+    report = (tmp_path / "report.md").read_text()
+    for row in rows:
+        assert f"(cpu), first {row.labels_per_class} of each class | {100 * row.value:.2f} % |" in report
 
 
 def test_a_frozen_backbone_does_not_move_and_a_trained_one_does(images):
@@ -114,9 +119,21 @@ def test_any_timm_model_is_cut_at_a_layer(images):
     assert row.layer == "layer2" and row.labels_per_class is None and row.draw == ""
 
 
+def test_random_draws_differ_by_seed_and_are_kept_apart(small_cifar10, tmp_path):
+    arguments = ("few-labels-cpu", "rotnet_nin", "--images", 128, "--data-dir", small_cifar10, "--output", tmp_path)
+    assert run(*arguments, "--labels-per-class", 1, "--draw", "random", "--seeds", 2) == 0
+    assert run(*arguments, "--labels-per-class", 1) == 0
+    rows = read_file(tmp_path / "rows.jsonl")
+    assert [(row.draw, row.seed) for row in rows] == [("random", 0), ("random", 1), ("first", 0)]
+    assert " ± " in (tmp_path / "report.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["supervised-cpu", "rotnet_nin", "--weights", "mine.safetensors"], "leave the weights file out"),
+        (["few-labels-cpu", "rotnet_nin", "--images", "100"], "takes 128 images a step, 100 are less than one"),
+        (["few-labels-cpu", "rotnet_nin", "--record"], "this is not the whole of CIFAR-10"),
         (["few-labels-cpu", "rotnet_nin", "--labels-per-class", "5"], "5 labels a class cannot be had"),
         (["few-labels-cpu", "rotnet_nin", "--layer", "conv1"], "it has block1, block2, block3, block4"),
         (["few-labels-cpu", "resnet18", "--random", "--size", "32"], "give --layer, one of act1, layer1"),
@@ -124,7 +141,8 @@ def test_any_timm_model_is_cut_at_a_layer(images):
         (["few-labels-cpu", "nobody"], "no model 'nobody'"),
     ],
 )
-def test_bad_input_is_a_one_line_error(arguments, message, small_cifar10, capsys, tmp_path):
+def test_bad_input_is_a_one_line_error(arguments, message, small_cifar10, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(subject_module, "current_commit", lambda: "0" * 40)
     assert run(*arguments, "--data-dir", small_cifar10, "--output", tmp_path / "out") == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and message in error

@@ -191,6 +191,17 @@ def test_probes_learn_a_handful_and_tell_new_ones(build):
     assert (probe_predict(probe, test_maps.bfloat16(), batch_size=7) == expected).float().mean() > 0.9
 
 
+def test_linear_probe_takes_bfloat16():
+    train, labels = clusters(60)
+    predictions, _ = linear_predict(train.bfloat16(), labels, train[:5].bfloat16(), 3, validation=10)
+    assert predictions.shape == (5,)
+
+
+def test_test_features_that_are_not_finite_are_an_error():
+    with pytest.raises(ValueError, match="the probe's logits are not finite"):
+        probe_predict(nonlinear_probe(2, 3, hidden=4), torch.tensor([[1.0, 2.0], [float("nan"), 0.0]]))
+
+
 def test_training_that_goes_wrong_is_an_error():
     with pytest.raises(ValueError, match="no features to train the probe on in epoch 0"):
         train_probe(torch.nn.Linear(1, 2), lambda epoch: [])

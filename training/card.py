@@ -16,14 +16,13 @@ FIGURES = "docs/figures"
 # the repository has no public address yet: this is the one place that names it
 REPOSITORY = "OWNER/rotation_ssl"
 PAPER_ROTATED_IMAGES = 100 * 4 * 50_000  # 100 epochs of all four rotations of CIFAR-10's training images
-TRANSFER_PROTOCOLS = ("fine-tuned, convolutional probe", "fine-tuned, non-linear probe")
-FEW_LABELS_PROTOCOLS = ("few labels, convolutional probe", "supervised")
 
 
 def render_card(rows: Sequence[Row], entries: dict[str, Any]) -> str:
     """The text of MODEL_CARD.md."""
-    sections = [_weights_section(name, entry, rows) for name, entry in entries.items()]
-    values = {"repository": REPOSITORY, "weights": weights_table(rows, entries), "sections": "\n\n".join(sections)}
+    values = {"repository": REPOSITORY, "weights": weights_table(rows, entries)}
+    for heading, section in (("training", _training), ("evaluation", _evaluation), ("compute", _compute)):
+        values[heading] = "\n\n".join("\n".join(section(name, entry, rows)) for name, entry in entries.items())
     return Template(CARD_TEMPLATE.read_text()).substitute(values)
 
 
@@ -72,33 +71,51 @@ def select(rows: Iterable[Row], weights: str, measured: bool = True) -> list[Row
     return [row for row in rows if row.weights == weights and (row.source == "measured") == measured]
 
 
-def _weights_section(name: str, entry: dict[str, Any], rows: Sequence[Row]) -> str:
-    run = json.loads((RESULTS_DIR / f"{name}.run.json").read_text())
-    model = name.split(".", 1)[0]
-    minutes, versions = run["seconds"] / 60, run["versions"]
-    own, random = select(rows, name), select(rows, f"{model}.random")
-    lines = [
+def _training(name: str, entry: dict[str, Any], rows: Sequence[Row]) -> list[str]:
+    share = entry["rotated_images"] / PAPER_ROTATED_IMAGES
+    return [
         f"### `{name}`",
         "",
         f"- sha256 `{entry['sha256']}`, {entry['size']:,} bytes, safetensors, fp32, {entry['source']} in the wheel;"
         f" licence {entry['license']}.",
-        f"- Training: recipe `{entry['recipe']}`, seed {entry['seed']}, commit `{entry['commit']}`, on {entry['data']}:"
+        f"- Recipe `{entry['recipe']}`, seed {entry['seed']}, commit `{entry['commit']}`, on {entry['data']}:"
         f" {entry['rotated_images']:,} rotated images.",
-        f"- Compute: {minutes:.0f} minutes on {run['threads']} threads of {run['device']} (torch {versions['torch']},"
-        f" timm {versions['timm']}).",
-        f"- Budget: {entry['rotated_images'] / PAPER_ROTATED_IMAGES:.1%} of the paper's"
-        f" {PAPER_ROTATED_IMAGES / 1e6:.0f} million rotated images"
-        " (100 epochs of 4 x 50,000). These are small-budget weights: expect less of them than of the paper's.",
+        f"- Budget: {share:.1%} of the paper's {PAPER_ROTATED_IMAGES / 1e6:.0f} million rotated images (100 epochs of"
+        " 4 x 50,000). These are small-budget weights: expect less of them than of the paper's.",
+        "",
+        *_figures(name, {"curve": "Training loss", "filters": "Filters of the first layer"}),
+    ]
+
+
+def _evaluation(name: str, entry: dict[str, Any], rows: Sequence[Row]) -> list[str]:
+    model = name.split(".", 1)[0]
+    own, random = select(rows, name), select(rows, f"{model}.random")
+    titles = {
+        "layers": "Accuracy by block",
+        "few-labels": "Accuracy with few labels",
+        "attention": "Attention maps of sample images",
+        "neighbours": f"Nearest test images of sample images by {entry['recommended_layer']}",
+    }
+    return [
+        f"### `{name}`",
         "",
         *_rotation_lines(own, random, select(rows, f"{model}.paper", measured=False)),
         "",
         *_probe_table(name, model, rows),
         *_few_labels_table(name, model, rows),
-        *_figure_lines(name),
-        "",
-        *_origin_lines([*own, *random]),
+        *_figures(name, titles),
     ]
-    return "\n".join(lines)
+
+
+def _compute(name: str, entry: dict[str, Any], rows: Sequence[Row]) -> list[str]:
+    run = json.loads((RESULTS_DIR / f"{name}.run.json").read_text())
+    versions = run["versions"]
+    measured = [*select(rows, name), *select(rows, f"{name.split('.', 1)[0]}.random")]
+    return [
+        f"- `{name}` was pretrained in {run['seconds'] / 60:.0f} minutes on {run['threads']} threads of {run['device']}"
+        f" (torch {versions['torch']}, timm {versions['timm']}).",
+        *_origin_lines(measured),
+    ]
 
 
 def _rotation_lines(own: Sequence[Row], random: Sequence[Row], quoted: Sequence[Row]) -> list[str]:
@@ -180,30 +197,19 @@ def _few_labels_table(name: str, model: str, rows: Sequence[Row]) -> list[str]:
         f"| protocol | weights | {' | '.join(map(str, labels))} |",
         f"|---|---|{'---|' * len(labels)}",
     ]
-    keys = dict.fromkeys((r.protocol, r.cost, r.draw, r.weights, r.source) for r in (*own, *quoted))
-    for protocol, cost, draw, weights, source in keys:
-        chosen = [
-            row
-            for row in (*own, *quoted)
-            if (row.protocol, row.cost, row.draw, row.weights, row.source) == (protocol, cost, draw, weights, source)
-        ]
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in (*own, *quoted):
+        groups.setdefault((row.protocol, row.cost, row.layer, row.draw, row.weights, row.source), []).append(row)
+    for (protocol, cost, layer, draw, weights, source), chosen in groups.items():
         texts = [spread_text([row for row in chosen if row.labels_per_class == count]) for count in labels]
-        title, label = f"{protocol} ({cost}), {draw} images", f"`{weights}`"
+        title, label = f"{protocol} ({cost}) on {layer}, {draw} images", f"`{weights}`"
         if source != "measured":
             title, label, texts = f"_{title}_", f"_{source}_", [f"_{text}_" if text else "" for text in texts]
         lines.append(f"| {title} | {label} | {' | '.join(texts)} |")
     return [*lines, ""]
 
 
-def _figure_lines(name: str) -> list[str]:
-    titles = {
-        "curve": "Training loss",
-        "layers": "Accuracy by block",
-        "few-labels": "Accuracy with few labels",
-        "filters": "Filters of the first layer",
-        "attention": "Attention maps of sample images",
-        "neighbours": "Nearest neighbours of sample images among the test images",
-    }
+def _figures(name: str, titles: dict[str, str]) -> list[str]:
     return [
         f"![{title} of {name}]({FIGURES}/{name}.{kind}.png)"
         for kind, title in titles.items()
@@ -217,8 +223,8 @@ def _origin_lines(rows: Sequence[Row]) -> list[str]:
         key = row.device, row.threads, row.versions.get("torch"), row.commit
         origins[key] = origins.get(key, 0.0) + (row.seconds or 0.0)
     return [
-        f"Measured on {device}, {threads} threads, torch {torch}, commit `{commit}`"
-        f" ({seconds / 60:.0f} minutes, feature passes not counted)."
+        f"- Its numbers, and those of random weights, took {seconds / 60:.0f} minutes, feature passes not counted, on"
+        f" {threads} threads of {device} (torch {torch}), at commit `{commit}`."
         for (device, threads, torch, commit), seconds in sorted(origins.items())
     ]
 

@@ -72,6 +72,17 @@ def load_images(
     return Images(f"{name} test", train, test)
 
 
+def check_whole_cifar10(images: Images) -> None:
+    """Refuse a part of CIFAR-10 where the whole is meant; training images that were not read are none.
+
+    Raises:
+        ValueError: not 10,000 test and 50,000 (or no) training images.
+    """
+    counts = len(images.train), len(images.test)
+    if counts not in ((50_000, 10_000), (0, 10_000)):
+        raise ValueError(f"this is not the whole of CIFAR-10: {counts[0]:,} training and {counts[1]:,} test images")
+
+
 def labels_subset(
     data: LabelledImages, labels_per_class: int, generator: torch.Generator | None = None
 ) -> LabelledImages:
@@ -138,7 +149,8 @@ def load_split(dataset: str, data_dir: Path, split: str, size: int, download: bo
     Args:
         dataset: one of :data:`DATASETS`.
         data_dir: where it is.
-        split: 'train' or 'test'; a folder's test images may be in ``val/``.
+        split: 'train' or 'test'; a folder's test images may be in ``val/``, its training images are shuffled, always
+            in the same way.
         size: side of a folder's images; CIFAR-10 keeps its 32 pixels.
         download: let torchvision fetch CIFAR-10.
 
@@ -150,7 +162,11 @@ def load_split(dataset: str, data_dir: Path, split: str, size: int, download: bo
     if dataset != "folder":
         raise ValueError(f"no data set {dataset!r}; there are {', '.join(DATASETS)}")
     instead = split == "test" and not (data_dir / "test").is_dir() and (data_dir / "val").is_dir()
-    return load_folder(data_dir / ("val" if instead else split), size)
+    data = load_folder(data_dir / ("val" if instead else split), size)
+    if split == "test":
+        return data
+    # file names often go with the class: the last images, which choose settings, must be of all classes
+    return data.subset(torch.randperm(len(data), generator=torch.Generator().manual_seed(0)))
 
 
 def check_same_classes(train: LabelledImages, test: LabelledImages) -> None:

@@ -38,7 +38,7 @@ from rotation_ssl.probes import (
 )
 from rotation_ssl.rotations import count_correct_rotations
 from training.allocator import keep_large_blocks
-from training.data import DATASETS, Images, LabelledImages, crop_and_flip, load_images
+from training.data import DATASETS, Images, LabelledImages, check_whole_cifar10, crop_and_flip, load_images
 from training.recipes import PROBES, ProbeRecipe
 from training.report import write_report
 from training.results import PARTS, Row, check_device, write_rows
@@ -53,6 +53,7 @@ PROTOCOLS = {
 }
 MAX_VALUES = 192 * 8 * 8  # of block2, the paper's best layer
 LINEAR_GRID = 4
+NEIGHBOURS = 20
 BATCH = 64
 
 
@@ -115,12 +116,16 @@ def measure_features(
 ) -> Iterator[Row]:
     """The numbers that are measured on frozen features, layer by layer, each as soon as it is there.
 
-    Features of the training images are taken as bfloat16, in one pass for all layers and all measurements that want
-    maps of the same size: k-NN, linear and non-linear probe share one, the convolutional probe has its own.
+    Features of the training images are computed in float32 and kept as bfloat16, in one pass for all layers and all
+    measurements that want maps of the same size: k-NN, linear and non-linear probe share one, the convolutional probe
+    has its own.
 
     Raises:
-        ValueError: a layer or protocol that does not exist, or what the probes refuse.
+        ValueError: a layer or protocol that does not exist, fewer training images than neighbours, features that do not
+            fit into memory, or what the probes refuse.
     """
+    if any(m.protocol == "k-NN" for m in measurements) and len(images.train) < NEIGHBOURS:
+        raise ValueError(f"k-NN asks {NEIGHBOURS} neighbours, there are {len(images.train)} training images")
     tenths = torch.arange(len(images.test)).tensor_split(PARTS)
     test = images.test.subset(torch.cat([tenths[part] for part in test_parts]))
     for grid in dict.fromkeys(_inputs(m)[1] for m in measurements):
@@ -133,16 +138,20 @@ def measure_features(
                 subject, images.train, test, layers, grid, max(_inputs(m)[0] for m in own), device
             )
         for layer in layers:
-            maps, layer_test = [view.pop(layer) for view in views], test_maps.pop(layer, None)
             for measurement in (m for m in own if m.layer == layer):
                 started = time.monotonic()
-                if layer_test is None:
+                if grid is None:
                     predictions, settings = _fresh_probe(subject, images, test, measurement, device)
                 else:
-                    predictions, settings = _cached_probe(images.train, maps, layer_test, measurement, device)
+                    maps = [view[layer] for view in views]
+                    predictions, settings = _cached_probe(images.train, maps, test_maps[layer], measurement, device)
+                    del maps
                 right = (predictions == test.labels).split([len(tenths[part]) for part in test_parts])
                 counts = [int(part.sum()) for part in right]
                 yield _row(subject, measurement, counts, len(test), images.name, settings, started)
+            # gigabytes: not kept for the layers to come
+            for features in (*views, test_maps):
+                features.pop(layer, None)
 
 
 def _cache(
@@ -156,10 +165,26 @@ def _cache(
 ) -> tuple[list[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
     """Pooled maps by layer, (N, C, g, g) bfloat16, of each view of the training images and of the test images."""
     grids = map_grids(subject, test.images[:1], layers, grid, device)
+    one = _maps(subject.backbone, test.images[:1], grids, preparation(subject.backbone, subject.size))
+    needed = sum(m.nbytes for m in one.values()) * (views * len(train) + len(test))
+    available = available_memory()
+    if available is not None and needed > available:
+        raise ValueError(
+            f"the features of {', '.join(layers)} need {needed / 2**30:.1f} GiB of memory, {available / 2**30:.1f} are "
+            "available: take fewer layers at a time with --layers"
+        )
     with _bar("features", views * len(train) + len(test)) as bar:
         prepare = preparation(subject.backbone, subject.size, bar)
         cached = [_maps(subject.backbone, _view(train.images, view), grids, prepare) for view in range(views)]
         return cached, _maps(subject.backbone, test.images, grids, prepare)
+
+
+def available_memory() -> int | None:
+    """Bytes that can be had without swapping, as Linux says; None elsewhere."""
+    file = Path("/proc/meminfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(found[0]) * 1024 if found else None
 
 
 def images_to_run(measurements: Sequence[Measurement], train: int, test: int) -> int:
@@ -224,10 +249,10 @@ def _cached_probe(
 ) -> tuple[torch.Tensor, str]:
     classes, side = len(train.classes), test.shape[-1]
     if measurement.protocol == "k-NN":
-        # cells of the grid are of equal size: their mean is the global average
+        # where the cells are of equal size, as those of maps of 8, 16 or 32, this is the global average
         pooled = [m.float().mean((2, 3)) for m in (maps[0], test)]
-        predictions = knn_predict(pooled[0], train.labels, pooled[1], classes)
-        return predictions, "k = 20, cosine, global average pooling"
+        predictions = knn_predict(pooled[0], train.labels, pooled[1], classes, k=NEIGHBOURS)
+        return predictions, f"k = {NEIGHBOURS}, cosine, mean of the {side} x {side} average-pooled cells"
     if measurement.protocol == "linear probe":
         predictions, strength = linear_predict(
             maps[0].flatten(1).float(), train.labels, test.flatten(1).float(), classes, max(1, len(train) // 10)
@@ -264,7 +289,7 @@ def _fresh_probe(
     def features(batch: torch.Tensor) -> torch.Tensor:
         layer = measurement.layer
         maps = extract_features(subject.backbone, batch, [layer], pool=None, prepare=prepare, batch_size=BATCH)
-        return maps[layer].to(device)
+        return (maps[layer][:, :, None, None] if maps[layer].ndim == 2 else maps[layer]).to(device)
 
     probe = _new_probe(measurement, features(test.images[:1]), len(train.classes), device)
     with _bar(f"{measurement.layer} {recipe.protocol}", recipe.epochs * len(train)) as bar:
@@ -367,6 +392,12 @@ def main(arguments: list[str] | None = None) -> int:
             args.dataset, args.data_dir, subject.size, args.download, args.holdout, test_only=not measurements
         )
         rows = []
+        if args.size:
+            images = dataclasses.replace(images, name=f"{images.name} at {args.size} pixels")
+        if measurements:
+            map_grids(subject, images.test.images[:1], layers, LINEAR_GRID, args.device)
+        if args.record:
+            check_whole_cifar10(images)
         if "rotation" in wanted:
             rows.append(measure_rotation(subject, images.test, images.name, args.device))
             _report(rows[-1], file)

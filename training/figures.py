@@ -179,13 +179,15 @@ def draw_few_labels(rows: Iterable[Row], name: str, file: Path, data: str = "CIF
     if not shown:
         return False
     figure, axes = _plot((8.0, 4.8))
-    curves = _grouped(shown, lambda r: (_is_measured(r), r.source, r.weights, r.protocol, r.layer, r.cost))
+    curves = _grouped(shown, lambda r: (_is_measured(r), r.source, r.weights, r.protocol, r.layer, r.cost, r.draw))
     # ours first, in the legend as well
-    for (measured, source, _, protocol, layer, cost), group in sorted(curves.items(), key=lambda item: not item[0][0]):
+    for (measured, source, _, protocol, layer, cost, draw), group in sorted(
+        curves.items(), key=lambda item: not item[0][0]
+    ):
         points = curve_points(group, lambda row: row.labels_per_class or 0)
         ours = {FEW_LABELS: f"{name}, convolutional probe", SUPERVISED: "supervised, from random weights"}
         what = ours[protocol] if measured else protocol
-        details = ", ".join(filter(None, (layer, cost, "" if measured else source)))
+        details = ", ".join(filter(None, (layer, cost, draw if measured else source)))
         look: dict[str, Any] = {"linewidth": 2.0} if measured else {"linestyle": ":", "markerfacecolor": "white"}
         color = FEW_COLORS.get(protocol, "0.4")
         label = f"{what} ({details})" if details else what

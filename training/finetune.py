@@ -31,7 +31,15 @@ from rotation_ssl import zoo
 from rotation_ssl.features import layer_modules
 from rotation_ssl.probes import convolutional_probe, nonlinear_probe
 from training.allocator import keep_large_blocks
-from training.data import DATASETS, Images, LabelledImages, crop_and_flip, labels_subset, load_images
+from training.data import (
+    DATASETS,
+    Images,
+    LabelledImages,
+    check_whole_cifar10,
+    crop_and_flip,
+    labels_subset,
+    load_images,
+)
 from training.optimizers import create_scheduler
 from training.recipes import TRANSFERS, TransferRecipe
 from training.report import write_report
@@ -64,9 +72,12 @@ def measure_transfer(
         precision: 'fp32', or 'bf16' for autocast.
 
     Raises:
-        ValueError: no such layer, a class with fewer images than asked for, or a loss that is no longer finite.
+        ValueError: no such layer, a class with fewer images than asked for, less than a batch of images to see, or a
+            loss or logits that are not finite.
     """
     started = time.monotonic()
+    if recipe.images < recipe.batch_size:
+        raise ValueError(f"{recipe.name} takes {recipe.batch_size} images a step, {recipe.images} are less than one")
     train = images.train
     if labels_per_class is not None:
         generator = None if draw == "first" else torch.Generator().manual_seed(seed)
@@ -77,7 +88,8 @@ def measure_transfer(
     autocast = torch.autocast(device.split(":")[0], torch.bfloat16, enabled=precision == "bf16")
     train_network(recipe, network, train, prepare, seed, device, autocast)
     right = predict(network, images.test, prepare, device, autocast) == images.test.labels
-    settings = f"{recipe.images:,} crops seen, {recipe.classifier} classifier, {recipe.start} backbone, {precision}"
+    crops = recipe.images // recipe.batch_size * recipe.batch_size
+    settings = f"{crops:,} crops seen, {recipe.classifier} classifier, {recipe.start} backbone, {precision}"
     return measured_row(
         subject,
         [int(part.sum()) for part in right.tensor_split(PARTS)],
@@ -131,12 +143,12 @@ def build_network(
         ValueError: the backbone has no such layer, or cannot be cut there.
     """
     backbone: Any = subject.backbone
-    layers = list(layer_modules(backbone))
+    layers = layer_modules(backbone)
     if layer not in layers:
         raise ValueError(f"no layer {layer} in this backbone; it has {', '.join(layers)}")
     if not hasattr(backbone, "forward_intermediates") or not hasattr(backbone, "prune_intermediate_layers"):
         raise ValueError(f"{subject.name} cannot be cut at a layer: timm gives it no forward_intermediates")
-    index = layers.index(layer)
+    index = [entry["module"] for entry in backbone.feature_info].index(layers[layer])
     (index,) = backbone.prune_intermediate_layers([index]) or [index]
     torch.manual_seed(seed)
     frozen = recipe.start == "frozen"
@@ -162,7 +174,7 @@ def train_network(recipe, network, train, prepare, seed, device, autocast) -> No
     optimizer = torch.optim.SGD(
         groups, recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, nesterov=True
     )
-    steps = max(1, recipe.images // recipe.batch_size)
+    steps = recipe.images // recipe.batch_size
     scheduler = create_scheduler(recipe.schedule, steps, optimizer)
     generator = torch.Generator().manual_seed(seed)
     network.train()
@@ -210,7 +222,10 @@ def sample_stream(count: int, size: int, generator: torch.Generator) -> Iterator
 def predict(network, test: LabelledImages, prepare, device: str, autocast) -> torch.Tensor:  # type: ignore[no-untyped-def]
     """The classes that the network names for the test images: (M,) int64."""
     with torch.inference_mode(), autocast:
-        return torch.cat([network(prepare(part.to(device))).argmax(1).cpu() for part in test.images.split(250)])
+        logits = torch.cat([network(prepare(part.to(device))).cpu() for part in test.images.split(250)])
+    if not logits.isfinite().all():
+        raise ValueError("the network's logits are not finite: check the weights and the images")
+    return logits.argmax(1)
 
 
 def recommended_layer(subject: Subject) -> str:
@@ -230,6 +245,8 @@ def transfer_subject(recipe: TransferRecipe, model: str, seed: int, **options: A
     """The backbone that a recipe starts from; recipes that start from random weights take those of the seed."""
     if recipe.start != "random":
         return load_subject(model, **options)
+    if options.get("weights"):
+        raise ValueError(f"{recipe.name} starts from random weights: leave the weights file out")
     architecture = model.split(".", 1)[0]
     subject = load_subject(architecture, random=True, seed=seed, size=options.get("size"))
     return dataclasses.replace(subject, name=f"{architecture}.random")
@@ -273,9 +290,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         subject = transfer_subject(recipe, args.model, 0, **options)
         layer = args.layer or recommended_layer(subject)
         output = args.output or Path("runs") / "finetune" / subject.name
-        own = any((args.dataset != "cifar10", args.holdout, args.size, args.images, args.precision != "fp32"))
+        cifar10 = args.dataset == "cifar10" and not args.holdout and not args.size
+        own = not cifar10 or args.images is not None or args.precision != "fp32"
         file = record_file(subject, own) if args.record else output / "rows.jsonl"
+        build_network(recipe, subject, layer, num_classes=2)
         images = load_images(args.dataset, args.data_dir, subject.size, args.download, args.holdout)
+        if args.size:
+            images = dataclasses.replace(images, name=f"{images.name} at {args.size} pixels")
+        if args.record:
+            check_whole_cifar10(images)
+        for labels in args.labels_per_class or []:
+            labels_subset(images.train, labels)
         for labels in args.labels_per_class or [None]:
             for seed in range(args.seeds):
                 # a training uses its backbone up: each takes a new one

@@ -41,7 +41,7 @@ from training.figures import (
     stamp_of,
 )
 from training.recipes import RECIPES, Recipe
-from training.results import RESULTS_DIR, Row, missing_rows, read_rows
+from training.results import RESULTS_DIR, Row, complaints, read_rows
 
 FIGURES_DIR = ROOT / "docs" / "figures"
 GOLDEN_DIR = ROOT / "tests" / "data"
@@ -126,7 +126,10 @@ def render(check: bool = False) -> list[Path]:
     """
     rows = read_rows()
     entries = _read_manifest()
-    check_rows(rows, entries)
+    layers = {name: list(layer_modules(timm.create_model(_model(name), device="meta"))) for name in entries}
+    found = complaints(rows, entries, layers)
+    if found:
+        raise ValueError(found[0] + (f" (and {len(found) - 1} more such)" if len(found) > 1 else ""))
     for name, entry in entries.items():
         entry["metrics"] = metrics(select(rows, name))
     wanted = {
@@ -192,30 +195,8 @@ def metrics(rows: list[Row]) -> dict[str, float]:
     return {name: round(statistics.mean(numbers), 6) for name, numbers in values.items()}
 
 
-def check_rows(rows: list[Row], entries: dict[str, Any]) -> None:
-    """Refuse to render numbers of weights that are not published, of other bytes, or a part of what is reported.
-
-    Raises:
-        ValueError: such a row, or a missing one; the error names it.
-    """
-    for row in rows:
-        if row.source != "measured":
-            continue
-        if row.weights not in entries and not row.weights.endswith(".random"):
-            raise ValueError(f"{row.number} is of weights that have no entry in the manifest: publish them first")
-        if row.weights in entries and row.sha256 != entries[row.weights]["sha256"]:
-            raise ValueError(
-                f"the row of {row.number} is of other bytes (sha256 {row.sha256}) than the manifest's: measure the "
-                "weights again with `python -m training.evaluate --record`"
-            )
-    for name in entries:
-        layers = list(layer_modules(timm.create_model(name.split(".", 1)[0], device="meta")))
-        missing = missing_rows(rows, name, layers)
-        if missing:
-            raise ValueError(
-                f"{len(missing)} reported numbers of {name} have no row, {missing[0]} first: measure them with "
-                "`python -m training.evaluate --record`"
-            )
+def _model(name: str) -> str:
+    return name.split(".", 1)[0]
 
 
 def _departures(recipe: dict[str, Any]) -> list[str]:

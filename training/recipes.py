@@ -306,6 +306,7 @@ FINETUNE_NONLINEAR_CPU = dataclasses.replace(
     name="finetune-nonlinear-cpu",
     protocol="fine-tuned, non-linear probe",
     classifier="non-linear",
+    schedule=NONLINEAR_SCHEDULE,
 )
 _CPU_TRANSFERS = (FEW_LABELS_CPU, SUPERVISED_CPU, FINETUNE_CONVOLUTIONAL_CPU, FINETUNE_NONLINEAR_CPU)
 _PAPER_TRANSFERS = tuple(
@@ -314,9 +315,7 @@ _PAPER_TRANSFERS = tuple(
         name=recipe.name.replace("-cpu", "-paper"),
         cost="paper",
         images=PAPER_IMAGES,
-        schedule=NONLINEAR_SCHEDULE if recipe.classifier == "non-linear" else CONVOLUTIONAL_SCHEDULE,
     )
     for recipe in _CPU_TRANSFERS
 )
 TRANSFERS = {recipe.name: recipe for recipe in (*_CPU_TRANSFERS, *_PAPER_TRANSFERS)}
-FEW_LABELS = (20, 100, 400, 1000, 5000)  # figure 5b of the paper

@@ -34,14 +34,12 @@ def report_text(rows: list[Row]) -> str:
         layers = list(dict.fromkeys(row.layer for row in own if row.layer))
         lines = [f"# {weights} on {data}", "", f"sha256 `{own[0].sha256}`", ""]
         lines += [f"{row.protocol}: {100 * row.value:.2f} %" for row in own if not row.layer]
-        protocols = list(dict.fromkeys((row.protocol, row.cost) for row in own if row.layer))
-        if protocols:
+        if layers:
             lines += ["", f"| protocol | {' | '.join(layers)} |", f"|---|{'---|' * len(layers)}"]
-        for protocol, cost in protocols:
-            cells = [
-                spread_text([r for r in own if (r.protocol, r.cost, r.layer) == (protocol, cost, x)]) for x in layers
-            ]
-            lines.append(f"| {protocol}{f' ({cost})' if cost else ''} | {' | '.join(cells)} |")
+        for series in dict.fromkeys(series_name(row) for row in own if row.layer):
+            chosen = [row for row in own if series_name(row) == series]
+            cells = [spread_text([row for row in chosen if row.layer == layer]) for layer in layers]
+            lines.append(f"| {series} | {' | '.join(cells)} |")
         settings = dict.fromkeys((row.protocol, row.settings) for row in own)
         lines += ["", *(f"- {protocol}: {text}." for protocol, text in settings)]
         sections.append("\n".join(lines) + "\n")
@@ -56,24 +54,40 @@ def spread_text(rows: list[Row]) -> str:
     return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} %"
 
 
+def series_name(row: Row) -> str:
+    """What rows have in common that differ by layer and seed alone: protocol, cost, and the labels of each class."""
+    cost = f" ({row.cost})" if row.cost else ""
+    labels = f", {row.draw} {row.labels_per_class} of each class" if row.labels_per_class else ""
+    return f"{row.protocol}{cost}{labels}"
+
+
 def draw_report(rows: list[Row], file: Path) -> None:
-    """Accuracy over layers, a line for each weights and protocol; without layers a bar for each number."""
-    probed = [row for row in rows if row.layer]
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    """Accuracy over layers, a line for each weights, data set and protocol; without layers a bar for each number."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
+    probed = [row for row in rows if row.layer]
     layers = list(dict.fromkeys(row.layer for row in probed))
-    for weights, protocol in dict.fromkeys((row.weights, row.protocol) for row in probed):
-        points = {
-            x: [100 * r.value for r in probed if (r.weights, r.protocol, r.layer) == (weights, protocol, x)]
-            for x in layers
-        }
-        measured = [x for x in layers if points[x]]
-        axes.plot(measured, [statistics.mean(points[x]) for x in measured], marker="o", label=f"{weights}, {protocol}")
-    if not probed:
-        axes.bar([row.protocol for row in rows], [100 * row.value for row in rows], width=0.4)
-    else:
+    several = len({row.data for row in rows}) > 1
+    for weights, data, series in dict.fromkeys((row.weights, row.data, series_name(row)) for row in probed):
+        values: dict[str, list[float]] = {}
+        for row in probed:
+            if (row.weights, row.data, series_name(row)) == (weights, data, series):
+                values.setdefault(row.layer, []).append(100 * row.value)
+        measured = [layer for layer in layers if layer in values]
+        label = f"{weights}, {series}{f', {data}' if several else ''}"
+        # positions, not names: a series that lacks a layer must not reorder the others
+        axes.plot(
+            [layers.index(layer) for layer in measured],
+            [statistics.mean(values[layer]) for layer in measured],
+            marker="o",
+            label=label,
+        )
+    if probed:
+        axes.set_xticks(range(len(layers)), layers)
         axes.legend(fontsize="small")
-    axes.set(ylabel="accuracy, percent", title=rows[0].data)
+    else:
+        axes.bar([f"{row.weights}\n{row.protocol}" for row in rows], [100 * row.value for row in rows], width=0.4)
+    axes.set(ylabel="accuracy, percent", title="" if several else rows[0].data)
     axes.grid(alpha=0.3)
     figure.savefig(file, dpi=120)

@@ -7,13 +7,16 @@ shown as ours.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import platform
+import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -140,6 +143,34 @@ def write_rows(file: Path, new: list[Row]) -> None:
     unfinished.replace(file)
 
 
+def complaints(
+    rows: Sequence[Row], entries: Mapping[str, Mapping[str, Any]], layers: Mapping[str, Sequence[str]]
+) -> list[str]:
+    """What keeps rows from being reported, one line each; none is good.
+
+    Args:
+        rows: all rows; quoted ones are passed over.
+        entries: the manifest: published ``model.tag`` -> its entry.
+        layers: of the network of each published name.
+    """
+    found = []
+    for row in rows:
+        if row.source != "measured":
+            continue
+        if row.weights not in entries and not row.weights.endswith(".random"):
+            found.append(f"{row.number} is of weights that have no entry in the manifest: publish them first")
+        elif row.weights in entries and row.sha256 != entries[row.weights]["sha256"]:
+            found.append(
+                f"{row.number} is of other bytes (sha256 {row.sha256[:12]}) than the manifest's: measure it again with "
+                "`python -m training.evaluate --record`"
+            )
+        elif not re.fullmatch("[0-9a-f]{40}", row.commit):
+            found.append(f"{row.number} was measured by code that is not committed ({row.commit}): measure it again")
+    for name in entries:
+        found += [f"{number} has no row: measure it" for number in missing_rows(rows, name, layers[name])]
+    return found
+
+
 def missing_rows(rows: Sequence[Row], weights: str, layers: Sequence[str]) -> list[str]:
     """The numbers of :data:`REPORTED` that published weights ``model.tag``, or random ones beside them, have no row of.
 
@@ -158,14 +189,20 @@ def missing_rows(rows: Sequence[Row], weights: str, layers: Sequence[str]) -> li
     return [" ".join(part for part in number if part) for number in wanted if number not in have]
 
 
+@functools.cache
 def current_commit() -> str:
-    """The commit of this clone, marked when tracked files differ from it; 'unknown' outside of one."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    """The commit of this clone as the process began, '-dirty' where tracked files differ; 'unknown' outside of one.
+
+    Result rows do not count: a command that measures several numbers writes them as it goes.
+    """
+    git = ["git", "-C", str(Path(__file__).parent)]
+    changes = ["status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)training/results"]
     try:
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*git, *changes], capture_output=True, text=True, check=True)
+    except (FileNotFoundError, subprocess.CalledProcessError):
         return "unknown"
-    return result.stdout.strip() if result.returncode == 0 else "unknown"
+    return commit.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")
 
 
 def library_versions() -> dict[str, str]:

@@ -81,7 +81,15 @@ def load_subject(
     elif (tagged := f"{architecture}.{backbone.pretrained_cfg.get('tag')}") in zoo.manifest():
         name, digest = tagged, zoo.manifest()[tagged]["sha256"]
     size = size or resolve_model_data_config(backbone)["input_size"][-1]
-    return Subject(name, architecture, backbone.eval(), digest, size)
+    try:
+        with torch.inference_mode():
+            backbone.eval()(torch.zeros(1, 3, size, size))
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"{architecture} does not take images of {size} pixels ({reason}): give another size"
+        ) from error
+    return Subject(name, architecture, backbone, digest, size)
 
 
 def subject_of_row(weights: str) -> Subject:
@@ -137,7 +145,7 @@ def measured_row(
 
 
 def record_file(subject: Subject, own_settings: bool) -> Path:
-    """The project's own results file of a subject, for numbers that the card reports.
+    """The project's own results file of a subject, for numbers that the card reports; nothing is written yet.
 
     Raises:
         ValueError: the number is not one that the project reports: other weights, ``own_settings`` of the user (data,
@@ -164,6 +172,13 @@ def _with_file(architecture: str, file: Path) -> nn.Module:
     except SafetensorError as error:
         raise ValueError(f"{file} is not a safetensors file ({error}): convert the weights first") from error
     backbone = timm.create_model(architecture, num_classes=0)
+    broken = [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
+    if broken:
+        raise ValueError(f"{file} holds values that are not finite in {', '.join(broken[:3])}")
+    expected = backbone.state_dict()
+    wrong = [key for key, value in state.items() if key in expected and value.shape != expected[key].shape]
+    if wrong:
+        raise ValueError(f"{file} does not fit {architecture}: it has other shapes of {', '.join(wrong[:3])}")
     classifier = backbone.pretrained_cfg.get("classifier") or ()
     heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     missing, unknown = backbone.load_state_dict(state, strict=False)
