@@ -40,8 +40,8 @@ from rotation_ssl.rotations import count_correct_rotations
 from training.allocator import keep_large_blocks
 from training.data import DATASETS, Images, LabelledImages, check_whole_cifar10, crop_and_flip, load_images
 from training.recipes import PROBES, ProbeRecipe
-from training.report import write_report
-from training.results import PARTS, Row, check_device, write_rows
+from training.report import keep_row, write_report
+from training.results import PARTS, Row, check_device
 from training.subject import Subject, load_subject, measured_row, preparation, record_file
 
 PROTOCOLS = {
@@ -391,7 +391,6 @@ def main(arguments: list[str] | None = None) -> int:
         images = load_images(
             args.dataset, args.data_dir, subject.size, args.download, args.holdout, test_only=not measurements
         )
-        rows = []
         if args.size:
             images = dataclasses.replace(images, name=f"{images.name} at {args.size} pixels")
         if measurements:
@@ -399,12 +398,10 @@ def main(arguments: list[str] | None = None) -> int:
         if args.record:
             check_whole_cifar10(images)
         if "rotation" in wanted:
-            rows.append(measure_rotation(subject, images.test, images.name, args.device))
-            _report(rows[-1], file)
+            keep_row(measure_rotation(subject, images.test, images.name, args.device), file)
         if measurements:
             for row in measure_features(subject, images, measurements, args.device):
-                rows.append(row)
-                _report(row, file)
+                keep_row(row, file)
         if not args.record:
             write_report(output, file)
     except (ValueError, OSError) as error:
@@ -412,11 +409,6 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     print(f"rows are in {file}" + ("" if args.record else "; report.md, report.json and report.png beside it"))
     return 0
-
-
-def _report(row: Row, file: Path) -> None:
-    write_rows(file, [row])
-    tqdm.write(f"  {row.number}: {100 * row.value:.2f} % ({row.correct:,} of {row.n:,}, {row.seconds:.0f} s)")
 
 
 if __name__ == "__main__":

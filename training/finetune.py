@@ -42,8 +42,8 @@ from training.data import (
 )
 from training.optimizers import create_scheduler
 from training.recipes import TRANSFERS, TransferRecipe
-from training.report import write_report
-from training.results import PARTS, Row, check_device, write_rows
+from training.report import keep_row, write_report
+from training.results import PARTS, Row, check_device
 from training.subject import Subject, load_subject, measured_row, preparation, record_file
 
 
@@ -308,10 +308,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 row = measure_transfer(
                     recipe, subject, layer, images, labels, args.draw, seed, args.device, args.precision
                 )
-                write_rows(file, [row])
-                tqdm.write(
-                    f"  {row.number}: {100 * row.value:.2f} % ({row.correct:,} of {row.n:,}, {row.seconds:.0f} s)"
-                )
+                keep_row(row, file)
         if not args.record:
             write_report(output, file)
     except (ValueError, OSError) as error:

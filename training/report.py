@@ -7,8 +7,15 @@ from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from tqdm import tqdm
 
-from training.results import Row, read_file
+from training.results import Row, read_file, write_rows
+
+
+def keep_row(row: Row, file: Path) -> None:
+    """Write a number to its results file as soon as it is measured, and print it, past any progress bar."""
+    write_rows(file, [row])
+    tqdm.write(f"  {row.number}: {100 * row.value:.2f} % ({row.correct:,} of {row.n:,}, {row.seconds:.0f} s)")
 
 
 def write_report(folder: Path, rows_file: Path) -> None:
