@@ -1,13 +1,26 @@
-"""Other people's checkpoints -> state dicts of this package's models.
+"""Other people's checkpoints -> weights of this package's and timm's models, told by what they hold.
 
-The authors' checkpoints (https://github.com/gidariss/FeatureLearningRotNet) hold ``{'epoch': int, 'network': ...}``,
-the network as modules numbered in the order of their definition, without ``num_batches_tracked``.
+Known are the authors' release (https://github.com/gidariss/FeatureLearningRotNet: Network-in-Network of 3 to 5 blocks
+and AlexNet), VISSL (https://github.com/facebookresearch/vissl: AlexNet, and ResNets in torchvision's names), mmselfsup
+(https://github.com/open-mmlab/mmselfsup, rotation_pred) and ResNets in torchvision's names from elsewhere.
+
+Class k of a head means turned k x 90 degrees counter-clockwise, in all of them but mmselfsup, whose rotations run
+clockwise: its classes 1 and 3 change places.
 """
 
+import hashlib
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
+import timm
 import torch
+from safetensors.torch import save
+from timm.models._hub import save_config_for_hf
 
+_PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.")
 _ALEXNET_CONVS = {"0": "conv1", "2": "conv2", "4": "conv3", "5": "conv4", "6": "conv5"}
 _ALEXNET_FCS = {"1": "fc6.0", "2": "fc6.1", "4": "fc7.0", "5": "fc7.1"}
 _NIN_CONV = re.compile(r"_feature_blocks\.\d+\.Block(\d)_ConvB(\d)\.layers\.(Conv|BatchNorm)\.(\w+)")
@@ -15,9 +28,60 @@ _NIN_HEAD = re.compile(r"_feature_blocks\.\d+\.Classifier\.(weight|bias)")
 _ALEXNET_CONV = re.compile(r"_feature_blocks\.([02456])\.([01])\.(\w+)")
 _ALEXNET_FC = re.compile(r"_feature_blocks\.8\.([1245])\.(\w+)")
 _ALEXNET_HEAD = re.compile(r"_feature_blocks\.9\.0\.(weight|bias)")
+_BLOCK = re.compile(r"layer([1-4])\.(\d+)\.conv\d\.weight")
+# blocks of layer1..layer4, and whether they are bottlenecks
+_RESNETS: dict[tuple[tuple[int, ...], bool], str] = {
+    ((2, 2, 2, 2), False): "rotnet_resnet18",
+    ((3, 4, 6, 3), False): "resnet34",
+    ((3, 4, 6, 3), True): "rotnet_resnet50",
+    ((3, 4, 23, 3), True): "resnet101",
+    ((3, 8, 36, 3), True): "resnet152",
+}
 
 
-def convert_authors(network: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+@dataclass(frozen=True)
+class Converted:
+    """Weights that fit a timm model.
+
+    ``model`` is its name, ``num_classes`` the width of the head (0: the checkpoint has none that fits), ``model_args``
+    what else ``timm.create_model`` needs; ``origin`` says whose form it was, ``left_out`` which keys were not taken.
+    """
+
+    model: str
+    num_classes: int
+    state_dict: dict[str, torch.Tensor]
+    origin: str
+    model_args: dict[str, Any] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+
+
+def convert(checkpoint: Any) -> Converted:
+    """Weights of a checkpoint, whoever made it.
+
+    Args:
+        checkpoint: what :func:`rotation_ssl.checkpoints.read_checkpoint` gives: nested dicts with tensors.
+
+    Raises:
+        ValueError: none of the known forms, keys or shapes that do not fit the network that it seems to be (the error
+            lists them), or values that are not finite.
+    """
+    if not isinstance(checkpoint, Mapping):
+        raise ValueError(f"the checkpoint holds {type(checkpoint).__name__}, not a dict of tensors")
+    if "classy_state_dict" in checkpoint:
+        found = _from_vissl(checkpoint)
+    else:
+        tensors = _tensors(checkpoint)
+        if any(key.startswith("_feature_blocks.") for key in tensors):
+            found = _from_authors(tensors)
+        elif any(key.startswith("head.fc_cls.") for key in tensors):
+            found = _from_mmselfsup(tensors)
+        else:
+            found = _from_resnet(tensors, "torchvision-style")
+    _check(found)
+    return found
+
+
+def convert_authors(network: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """State dict of the authors' Network-in-Network (3 to 5 blocks) or AlexNet -> that of ours.
 
     Args:
@@ -35,10 +99,174 @@ def convert_authors(network: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
         if name is None:
             raise ValueError(f"{key} is a key of neither network of the authors' release; give checkpoint['network']")
         converted[name] = value
-        if name.endswith(".running_mean"):
-            counter = f"{name.removesuffix('running_mean')}num_batches_tracked"
-            converted.setdefault(counter, torch.zeros((), dtype=torch.int64))
-    return converted
+    return _with_counters(converted)
+
+
+def write_folder(converted: Converted, folder: Path, tag: str, provenance: Mapping[str, Any]) -> None:
+    """Write weights as the folder that ``timm.create_model('local-dir:FOLDER', pretrained=True)`` takes.
+
+    It holds model.safetensors and config.json, timm's with three more entries: 'sha256' and 'size' of the weights,
+    which every load compares, and 'provenance'.
+
+    Args:
+        converted: the weights.
+        folder: new, or empty.
+        tag: of the weights, as in ``model.tag``.
+        provenance: where they come from, as JSON.
+
+    Raises:
+        ValueError: a folder that has something in it.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is not an empty folder: give another")
+    content = save({key: tensor.contiguous() for key, tensor in converted.state_dict.items()})
+    model = timm.create_model(converted.model, num_classes=converted.num_classes, device="meta", **converted.model_args)
+    described = {
+        "pretrained_cfg": {"tag": tag},
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "size": len(content),
+        "provenance": {"origin": converted.origin, **provenance},
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    # without config.json the folder is none that timm takes: it comes last, and whole
+    (folder / "model.safetensors").write_bytes(content)
+    save_config_for_hf(model, str(folder / "config.json.tmp"), model_config=described)
+    (folder / "config.json.tmp").replace(folder / "config.json")
+
+
+def _tensors(checkpoint: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The state dict of a checkpoint, without the names that training code wraps around it."""
+    for name in ("network", "state_dict", "model"):
+        if isinstance(checkpoint.get(name), Mapping):
+            checkpoint = checkpoint[name]
+    state = {key: value for key, value in checkpoint.items() if isinstance(value, torch.Tensor)}
+    if not state:
+        raise ValueError(f"the checkpoint holds no tensors; its keys are {_some(sorted(map(str, checkpoint)))}")
+    while prefix := next((p for p in _PREFIXES if any(key.startswith(p) for key in state)), None):
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
+
+
+def _from_authors(network: dict[str, torch.Tensor]) -> Converted:
+    unknown = [key for key in network if _authors_key(key) is None]
+    if unknown:
+        raise ValueError(f"keys of neither network of the authors' release: {_some(unknown)}")
+    state = convert_authors(network)
+    if "features.conv1.conv.weight" in state:
+        return _alexnet(state, "the authors' release")
+    blocks = {key.split(".")[1] for key in state if key.startswith("blocks.")}
+    if len(blocks) not in (3, 4, 5):
+        raise ValueError(f"a Network-in-Network has 3 to 5 blocks, the checkpoint has {_some(sorted(blocks))}")
+    model = "rotnet_nin" if len(blocks) == 4 else f"rotnet_nin{len(blocks)}"
+    return Converted(model, _classes(state, "head.fc"), state, "the authors' release")
+
+
+def _from_vissl(checkpoint: Mapping[str, Any]) -> Converted:
+    try:
+        model = checkpoint["classy_state_dict"]["base_model"]["model"]
+        trunk, heads = dict(model["trunk"]), dict(model.get("heads") or {})
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError("a checkpoint of VISSL without classy_state_dict.base_model.model.trunk") from error
+    trunk = {key.removeprefix("base_model."): value for key, value in trunk.items()}
+    if any(_ALEXNET_CONV.fullmatch(key) for key in trunk):
+        unknown = [key for key in trunk if not _ALEXNET_CONV.fullmatch(key)]
+        if unknown:
+            raise ValueError(f"keys that VISSL's AlexNet of RotNet does not have: {_some(unknown)}")
+        fcs = _vissl_fcs(heads)
+        left_out = () if fcs else tuple(f"heads.{key}" for key in heads)
+        return _alexnet(_with_counters({**convert_authors(trunk), **fcs}), "VISSL", left_out)
+    state = {key.removeprefix("_feature_blocks."): value for key, value in trunk.items()}
+    left_out = tuple(f"heads.{key}" for key in heads)
+    if heads.keys() == {"0.clf.0.weight", "0.clf.0.bias"}:
+        state |= {"fc.weight": heads["0.clf.0.weight"], "fc.bias": heads["0.clf.0.bias"]}
+        left_out = ()
+    return _from_resnet(state, "VISSL", left_out)
+
+
+def _vissl_fcs(heads: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """fc6, fc7 and classifier of VISSL's MLP head, {} when it is another.
+
+    Its linear layers before a batch norm have a bias, ours have none: it moves into the running mean.
+    """
+    layers = sorted({int(match[1]) for key in heads if (match := re.fullmatch(r"0\.clf\.(\d+)\.\w+", key))})
+    shapes = [tuple(heads[f"0.clf.{layer}.weight"].shape) for layer in layers]
+    if [len(shape) for shape in shapes] != [2, 1, 2, 1, 2] or shapes[0] != (4096, 9216) or shapes[2] != (4096, 4096):
+        return {}
+    state = {}
+    for name, linear, norm in (("head.fc6", *layers[:2]), ("head.fc7", *layers[2:4])):
+        state[f"{name}.0.weight"] = heads[f"0.clf.{linear}.weight"]
+        for key in ("weight", "bias", "running_mean", "running_var"):
+            state[f"{name}.1.{key}"] = heads[f"0.clf.{norm}.{key}"]
+        if (bias := heads.get(f"0.clf.{linear}.bias")) is not None:
+            state[f"{name}.1.running_mean"] = state[f"{name}.1.running_mean"] - bias
+    return state | {f"head.fc.{key}": heads[f"0.clf.{layers[4]}.{key}"] for key in ("weight", "bias")}
+
+
+def _from_mmselfsup(tensors: dict[str, torch.Tensor]) -> Converted:
+    state = {key: value for key, value in tensors.items() if not key.startswith("head.")}
+    for key in ("weight", "bias"):
+        value = tensors.get(f"head.fc_cls.{key}")
+        if value is None or len(value) != 4:
+            raise ValueError(f"a head of mmselfsup without four rows in head.fc_cls.{key}")
+        state[f"fc.{key}"] = value[[0, 3, 2, 1]]
+    left_out = tuple(key for key in tensors if key.startswith("head.") and not key.startswith("head.fc_cls."))
+    return _from_resnet(state, "mmselfsup", left_out)
+
+
+def _from_resnet(state: dict[str, torch.Tensor], origin: str, left_out: tuple[str, ...] = ()) -> Converted:
+    depths = [0, 0, 0, 0]
+    for key in state:
+        if match := _BLOCK.fullmatch(key):
+            depths[int(match[1]) - 1] = max(depths[int(match[1]) - 1], int(match[2]) + 1)
+    bottleneck = "layer1.0.conv3.weight" in state
+    model = _RESNETS.get((tuple(depths), bottleneck))
+    if model is None or "conv1.weight" not in state:
+        raise ValueError(
+            f"a checkpoint of no form that is known here ({_some(sorted(state))}): known are the authors' release,"
+            " VISSL, mmselfsup's rotation_pred, and ResNets in torchvision's names"
+        )
+    return Converted(model, _classes(state, "fc"), _with_counters(state), origin, left_out=left_out)
+
+
+def _alexnet(state: dict[str, torch.Tensor], origin: str, left_out: tuple[str, ...] = ()) -> Converted:
+    args = {} if "head.fc6.0.weight" in state else {"fc_size": 0}
+    return Converted("rotnet_alexnet", _classes(state, "head.fc"), state, origin, args, left_out)
+
+
+def _with_counters(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Checkpoints of torch 0.2 lack ``num_batches_tracked``: 0 after each batch norm's mean, others as they are."""
+    complete: dict[str, torch.Tensor] = {}
+    for key, value in state.items():
+        complete[key] = value
+        if key.endswith(".running_mean"):
+            counter = f"{key.removesuffix('running_mean')}num_batches_tracked"
+            complete.setdefault(counter, state.get(counter, torch.zeros((), dtype=torch.int64)))
+    return complete
+
+
+def _classes(state: Mapping[str, torch.Tensor], classifier: str) -> int:
+    weight = state.get(f"{classifier}.weight")
+    return 0 if weight is None else len(weight)
+
+
+def _check(found: Converted) -> None:
+    model = timm.create_model(found.model, num_classes=found.num_classes, device="meta", **found.model_args)
+    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    problems = {
+        "lacks": [key for key in expected if key not in found.state_dict],
+        "does not know": [key for key in found.state_dict if key not in expected],
+        "has other shapes of": [
+            f"{key} {tuple(value.shape)} for {expected[key]}"
+            for key, value in found.state_dict.items()
+            if key in expected and tuple(value.shape) != expected[key]
+        ],
+        "has values that are not finite in": [
+            key for key, value in found.state_dict.items() if value.is_floating_point() and not value.isfinite().all()
+        ],
+    }
+    told = [f"{what} {_some(keys)}" for what, keys in problems.items() if keys]
+    if told:
+        raise ValueError(f"the checkpoint, of {found.origin}, does not fit {found.model}: it {'; it '.join(told)}")
 
 
 def _authors_key(key: str) -> str | None:
@@ -53,3 +281,7 @@ def _authors_key(key: str) -> str | None:
     if match := _NIN_HEAD.fullmatch(key) or _ALEXNET_HEAD.fullmatch(key):
         return f"head.fc.{match[1]}"
     return None
+
+
+def _some(names: list[str], most: int = 10) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -20,22 +20,10 @@ from torchvision.transforms.v2 import functional as TF
 
 import rotation_ssl  # noqa: F401  registers the models with timm
 from rotation_ssl.features import attention_map, extract_features, layer_modules
+from rotation_ssl.images import read_image
 
 SAMPLES_DIR = Path(__file__).parent / "samples"
 POWERS = {"block1": 1.0, "block2": 2.0, "block3": 4.0}
-
-
-def load_image(file: Path) -> Image.Image:
-    """An image file as RGB.
-
-    Raises:
-        ValueError: the file does not exist or does not decode.
-    """
-    try:
-        with Image.open(file) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"image {file} does not decode ({error}); give another") from error
 
 
 def square_crop(image: Image.Image) -> torch.Tensor:
@@ -110,7 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     files = args.images or sorted(p for p in SAMPLES_DIR.rglob("*") if p.suffix in (".png", ".jpg"))
     try:
-        squares = [square_crop(load_image(file)) for file in files]
+        squares = [square_crop(read_image(file)) for file in files]
         turns = [0 if args.images else i % 4 for i in range(len(files))]
         squares = [torch.rot90(square, k, (-2, -1)) for square, k in zip(squares, turns, strict=True)]
         model = timm.create_model("rotnet_nin", pretrained=True)

@@ -8,7 +8,7 @@ import timm
 from torch import nn
 
 from rotation_ssl import zoo
-from rotation_ssl.backbones import alexnet, nin
+from rotation_ssl.backbones import alexnet, nin, resnets
 
 
 def _load(name: str, pretrained: bool, weights: str | None, kwargs: dict[str, Any]) -> nn.Module:
@@ -82,12 +82,19 @@ def rotnet_alexnet(*, pretrained: bool = True, weights: str | None = None, **kwa
     return _load("rotnet_alexnet", pretrained, weights, kwargs)
 
 
+def rotnet_resnet18(*, pretrained: bool = True, weights: str | None = None, **kwargs: Any) -> nn.Module:  # noqa: D103
+    return _load("rotnet_resnet18", pretrained, weights, kwargs)
+
+
+def rotnet_resnet50(*, pretrained: bool = True, weights: str | None = None, **kwargs: Any) -> nn.Module:  # noqa: D103
+    return _load("rotnet_resnet50", pretrained, weights, kwargs)
+
+
 _NIN_OUTPUT = "logits (N, 4), class k meaning turned k x 90 degrees counter-clockwise; features block1..block{}"
 _document(rotnet_nin, nin.rotnet_nin.__doc__ or "", _NIN_OUTPUT.format(4))
 _document(rotnet_nin3, nin.rotnet_nin3.__doc__ or "", _NIN_OUTPUT.format(3))
 _document(rotnet_nin5, nin.rotnet_nin5.__doc__ or "", _NIN_OUTPUT.format(5))
-_document(
-    rotnet_alexnet,
-    alexnet.rotnet_alexnet.__doc__ or "",
-    "logits (N, 4), class k meaning turned k x 90 degrees counter-clockwise; features conv1..conv5",
-)
+_OTHER_OUTPUT = "logits (N, 4), class k meaning turned k x 90 degrees counter-clockwise; features {}"
+_document(rotnet_alexnet, alexnet.rotnet_alexnet.__doc__ or "", _OTHER_OUTPUT.format("conv1..conv5"))
+_document(rotnet_resnet18, resnets.rotnet_resnet18.__doc__ or "", _OTHER_OUTPUT.format("layer1..layer4"))
+_document(rotnet_resnet50, resnets.rotnet_resnet50.__doc__ or "", _OTHER_OUTPUT.format("layer1..layer4"))

@@ -1,12 +1,12 @@
 """From a model's name to weights that are the measured bytes, or a clear error.
 
-The manifest (``weights/manifest.json``) has one entry for every published ``model.tag``: file, sha256, size, licence
-and where it came from. timm hashes nothing it loads, and with another number of classes it takes a file of entirely
-wrong keys without an error; :func:`build_model` closes the first hole for published tags, the second for all weights.
+The manifest (``weights/manifest.json``) has one entry for every published ``model.tag``: where it comes from, its
+sha256 and size, its licence and what it was made of. timm hashes nothing it loads, and with another number of classes
+it takes a file of entirely wrong keys without an error; :func:`build_model` closes the first hole for published tags,
+whichever way they are asked for, the second for all weights.
 """
 
 import functools
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,22 +24,80 @@ from timm.models import (
 )
 from torch import nn
 
+from rotation_ssl import sources
+
 WEIGHTS_DIR = Path(__file__).parent / "weights"
 
 
 @functools.cache
 def manifest() -> dict[str, dict[str, Any]]:
-    """The published weights: ``model.tag`` -> its entry in ``weights/manifest.json``. Not to be changed in place."""
+    """The published weights: ``model.tag`` -> its entry in ``weights/manifest.json``. Not to be changed in place.
+
+    Every entry has 'source' ('bundled', 'hub' or 'release'), 'file', 'sha256' and 'size' (of a release None until they
+    are known), 'license', 'origin', 'recipe', 'data', 'input_size', 'mean', 'std', 'recommended_layer', 'metrics'; what
+    is on the Hub also 'hub' ('repository', 'revision', 'version', 'file'), a release 'url' and 'archive_sha256'.
+    """
     entries: dict[str, dict[str, Any]] = json.loads((WEIGHTS_DIR / "manifest.json").read_text())
     return entries
 
 
-def bundled_file(name: str) -> str | None:
-    """Path of the file that the wheel carries for ``model.tag``, neither opened nor checked; None when there is none.
+def bundled() -> dict[str, dict[str, Any]]:
+    """The entries of the weights that the wheel carries: this project's own, whose numbers are reported and checked."""
+    return {name: entry for name, entry in manifest().items() if entry["source"] == "bundled"}
 
-    None, not an error: a tag is registered before its first weights are bundled by the command that needs this package.
+
+def published_cfgs(model: str) -> dict[str, dict[str, Any]]:
+    """What timm's configuration of each tag of a model takes from the manifest.
+
+    The default is the first of the bundled, or none ('model.*', timm's mark of a default, which it heeds when it comes
+    last) where none are, for a default needs no network. No tag is there before its weights are: timm would name it as
+    one that can be loaded.
     """
-    return str(WEIGHTS_DIR / manifest()[name]["file"]) if name in manifest() else None
+    own = {name: entry for name, entry in manifest().items() if name.split(".", 1)[0] == model}
+    bundled = [name for name, entry in own.items() if entry["source"] == "bundled"]
+    cfgs: dict[str, dict[str, Any]] = {}
+    for name in (*bundled, *(name for name in own if name not in bundled)):
+        entry = own[name]
+        images = {key: tuple(entry[key]) for key in ("input_size", "mean", "std")}
+        cfgs[name] = {**_location(entry), **images, "license": entry["license"]}
+    return cfgs if bundled else {**cfgs, f"{model}.*": {}}
+
+
+def weights_file(name: str, cache_dir: str | Path | None = None, accept_new_hash: bool = False) -> Path:
+    """The verified local file of ``model.tag``: in the wheel, in a cache, or downloaded now.
+
+    Args:
+        name: a name of the manifest.
+        cache_dir: of downloads, in place of the Hub client's and of torch.hub's own.
+        accept_new_hash: for weights of a release: see :func:`rotation_ssl.sources.release_file`.
+
+    Raises:
+        ValueError: no such name, or weights that are not the bytes that were published.
+        OSError: they are not here and cannot be had; the error says what is missing and what to do.
+    """
+    if name not in manifest():
+        raise ValueError(f"no published weights {name!r}; there are: {_published()}")
+    entry = manifest()[name]
+    if entry["source"] == "release":
+        return sources.release_file(name, entry, cache_dir, accept_new_hash)
+    if entry["source"] == "hub":
+        return sources.hub_file(name, entry, cache_dir)
+    file = WEIGHTS_DIR / entry["file"]
+    verify(file, name)
+    return file
+
+
+def cached_file(name: str, cache_dir: str | Path | None = None) -> Path | None:
+    """Where the weights of ``model.tag`` are on this machine, not verified; None when they are not."""
+    entry = manifest()[name]
+    if entry["source"] == "hub":
+        return sources.cached_hub_file(entry, cache_dir)
+    if entry["source"] == "release":
+        folder = Path(cache_dir) if cache_dir else sources.release_cache()
+        file = folder / f"{name}.safetensors" if sources.read_record(name, cache_dir) else None
+    else:
+        file = WEIGHTS_DIR / entry["file"]
+    return file if file and file.is_file() else None
 
 
 def verify(file: Path, name: str) -> None:
@@ -51,21 +109,9 @@ def verify(file: Path, name: str) -> None:
     entry = manifest()[name]
     if not file.is_file():
         raise ValueError(f"weights of {name} are missing: {file} does not exist; reinstall rotation-ssl")
-    size = file.stat().st_size
-    if size != entry["size"]:
-        raise ValueError(
-            f"weights of {name} are damaged: {file} has {size:,} bytes, the manifest says {entry['size']:,}; "
-            "reinstall rotation-ssl"
-        )
-    with file.open("rb") as stream:
-        digest = (
-            hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(stream)
-        )
-    if digest != entry["sha256"]:
-        raise ValueError(
-            f"weights of {name} are damaged: {file} has sha256 {digest}, the manifest says {entry['sha256']}; "
-            "reinstall rotation-ssl"
-        )
+    wrong = sources.difference(file, entry["sha256"], entry["size"])
+    if wrong:
+        raise ValueError(f"weights of {name} are damaged: {wrong} as the manifest says; reinstall rotation-ssl")
 
 
 def build_model(model_cls: type[nn.Module], variant: str, pretrained: bool, **kwargs: Any) -> Any:
@@ -82,9 +128,10 @@ def build_model(model_cls: type[nn.Module], variant: str, pretrained: bool, **kw
         ValueError: an unknown tag, no weights, or weights that are missing, damaged or do not fit the model.
     """
     cfg = _resolve_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
-    source, classes = _open_source(variant, cfg) if pretrained else ("", None)
-    if classes is not None:
-        kwargs["pretrained_cfg_overlay"] = {"num_classes": classes, **(kwargs.get("pretrained_cfg_overlay") or {})}
+    source, overlay = _open_source(variant, cfg, kwargs.get("cache_dir")) if pretrained else ("", {})
+    if overlay:
+        classes = {key: overlay.pop(key) for key in ("num_classes",) if key in overlay}
+        kwargs["pretrained_cfg_overlay"] = {**classes, **(kwargs.get("pretrained_cfg_overlay") or {}), **overlay}
     check = functools.partial(_check_state_dict, source=source)
     try:
         return build_model_with_cfg(model_cls, variant, pretrained, pretrained_filter_fn=check, **kwargs)
@@ -92,21 +139,72 @@ def build_model(model_cls: type[nn.Module], variant: str, pretrained: bool, **kw
         raise ValueError(f"{source} holds no whole safetensors file ({error}); fetch it anew") from error
 
 
-def _open_source(variant: str, cfg: PretrainedCfg) -> tuple[str, int | None]:
-    """Check where the weights come from: its name for errors, and the classes of weights that are the user's own."""
-    if cfg.source in ("hf-hub", "local-dir"):
-        return str(cfg.hf_hub_id if cfg.source == "hf-hub" else cfg.file), None
+def _open_source(variant: str, cfg: PretrainedCfg, cache_dir: str | None) -> tuple[str, dict[str, Any]]:
+    """Verify the weights: their name for errors, and what the configuration must say for timm to load that file."""
+    if cfg.source == "hf-hub":
+        return _open_hub_name(str(cfg.hf_hub_id), cache_dir)
+    if cfg.source == "local-dir":
+        return _open_folder(Path(str(cfg.file)))
     if cfg.state_dict:
-        return "the state_dict given", _classes(cfg.state_dict, cfg.classifier)
-    if cfg.file:
-        name = f"{variant}.{cfg.tag}"
-        if cfg.file != bundled_file(name):
-            return str(cfg.file), _classes_of_file(Path(cfg.file), cfg.classifier)
-        verify(Path(cfg.file), name)
-        return name, None
+        return "the state_dict given", {"num_classes": _classes(cfg.state_dict, cfg.classifier)}
+    name = f"{variant}.{cfg.tag}"
+    location = _location(manifest()[name]) if name in manifest() else {}
+    if cfg.file and cfg.file != location.get("file"):
+        return str(cfg.file), {"num_classes": _classes_of_file(Path(cfg.file), cfg.classifier)}
+    if cfg.file or (cfg.url and cfg.url == location.get("url")):
+        return name, {"file": str(weights_file(name, cache_dir))}
+    if cfg.hf_hub_id and cfg.hf_hub_id == location.get("hf_hub_id"):
+        # of bundled weights too, where the user took the wheel's file away (file=None)
+        return name, {"file": str(sources.hub_file(name, manifest()[name], cache_dir))}
     if not cfg.has_weights:
         raise ValueError(f"{variant} has no pretrained weights; use pretrained=False, or one of: {_published()}")
-    return f"the weights of {variant}", None
+    return f"the weights of {variant}", {}
+
+
+def _open_hub_name(hub_id: str, cache_dir: str | None) -> tuple[str, dict[str, Any]]:
+    """``hf-hub:REPOSITORY[@REVISION]``: the published bytes, where repository and revision are ours."""
+    repository, _, revision = hub_id.partition("@")
+    for name, entry in manifest().items():
+        hub = entry.get("hub", {})
+        if hub.get("repository") != repository or revision not in ("", "main", hub["version"], hub["revision"]):
+            continue
+        if revision == hub["revision"]:
+            return name, {"file": str(sources.hub_file(name, entry, cache_dir)), "source": ""}
+        for force in (False, True):
+            file = sources.download_from_hub(name, repository, revision or "main", hub["file"], cache_dir, force)
+            if not sources.difference(file, entry["sha256"], entry["size"]):
+                return name, {"file": str(file), "source": ""}
+        raise ValueError(
+            f"{revision or 'main'} of {repository} is not, or no longer, what this version of rotation_ssl published as"
+            f" {name}: take hf-hub:{repository}@{hub['revision']}, or upgrade rotation-ssl"
+        )
+    return hub_id, {}
+
+
+def _open_folder(folder: Path) -> tuple[str, dict[str, Any]]:
+    """``local-dir:FOLDER``: compared with the sha256 of its config.json, where it has one."""
+    described = json.loads((folder / "config.json").read_text())
+    file = folder / "model.safetensors"
+    if not isinstance(described, dict) or "sha256" not in described:
+        return str(folder), {}
+    if wrong := sources.difference(file, described["sha256"], described.get("size", -1)):
+        raise ValueError(
+            f"weights of {folder} are damaged: {wrong} as its config.json says; convert or fetch them anew"
+        )
+    return str(folder), {"file": str(file), "source": ""}
+
+
+def _location(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """timm's keys for where an entry's weights are; neither opened nor checked."""
+    location: dict[str, Any] = {}
+    if entry["source"] == "bundled":
+        location["file"] = str(WEIGHTS_DIR / entry["file"])
+    if entry["source"] == "release":
+        location["url"] = entry["url"]
+    if "hub" in entry:
+        location["hf_hub_id"] = f"{entry['hub']['repository']}@{entry['hub']['revision']}"
+        location["hf_hub_filename"] = entry["hub"]["file"]
+    return location
 
 
 def _resolve_cfg(variant: str, cfg: Any, overlay: dict[str, Any] | None) -> PretrainedCfg:
@@ -176,11 +274,3 @@ def _some(names: list[str]) -> str:
     if not names:
         return "nothing"
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _sha256(stream: Any) -> str:
-    # Python 3.10 has no hashlib.file_digest
-    digest = hashlib.sha256()
-    while block := stream.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()

@@ -1,16 +1,41 @@
-"""Fixtures shared by the tests: sample images as a small CIFAR-10, whole data sets where they are, no network."""
+"""Fixtures shared by the tests: sample images as a small CIFAR-10, whole data sets where they are, a Hub on loopback.
 
+The client of the Hub reads its environment when imported: the address of the loopback Hub and an empty home come first,
+so no test can reach the real one.
+"""
+
+import importlib
+import json
 import os
 import shutil
 import socket
+import tempfile
+import warnings
 from pathlib import Path
 
+from loopback_hub import Hub
+
+HUB = Hub()
+HUB_HOME = tempfile.TemporaryDirectory(prefix="hub-home-")
+HUB_ENVIRONMENT = {
+    "HF_ENDPOINT": HUB.url,
+    "HF_HOME": HUB_HOME.name,
+    "HF_TOKEN": "hf_loopback",
+    "HF_HUB_DISABLE_XET": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
+os.environ.update(HUB_ENVIRONMENT)
+
+import huggingface_hub
 import pytest
 import timm
 import torch
 from hypothesis import settings
 
 import rotation_ssl  # noqa: F401  registers the models with timm
+from rotation_ssl import zoo
+from rotation_ssl.backbones import alexnet, nin
 
 # a busy machine is not a failure
 settings.register_profile("no-deadline", deadline=None)
@@ -19,7 +44,7 @@ settings.load_profile("no-deadline")
 ROOT = Path(__file__).parent.parent
 DATA = Path(__file__).parent / "data"
 SAMPLES = ROOT / "rotation_ssl" / "samples"
-MODELS = ("rotnet_alexnet", "rotnet_nin", "rotnet_nin3", "rotnet_nin5")
+MODELS = ("rotnet_alexnet", "rotnet_nin", "rotnet_nin3", "rotnet_nin5", "rotnet_resnet18", "rotnet_resnet50")
 
 
 @pytest.fixture(autouse=True)
@@ -82,3 +107,42 @@ def reference():
 def nin_state():
     """State dict of a random rotnet_nin."""
     return timm.create_model("rotnet_nin").state_dict()
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """The loopback Hub, empty, and empty caches of the Hub's client and of torch.hub."""
+    HUB.repositories, HUB.large, HUB.requests, HUB.uploads = {}, {}, [], []
+    HUB.answers, HUB.corrupt, HUB.cut = [], set(), set()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "torch-hub"))
+    return HUB
+
+
+@pytest.fixture
+def set_manifest(monkeypatch):
+    """A function that gives the package another manifest, registered with timm as at import."""
+
+    def change(entries):
+        monkeypatch.setattr(zoo, "manifest", lambda: entries)
+        register()
+
+    def register():
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Overwriting rotnet_")
+            for module in (alexnet, nin):
+                importlib.reload(module)
+
+    yield change
+    monkeypatch.undo()
+    register()
+
+
+@pytest.fixture
+def go_offline(monkeypatch):
+    """A function that makes the Hub's client refuse requests, as HF_HUB_OFFLINE=1 does."""
+    return lambda: monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+def published_manifest():
+    return json.loads((zoo.WEIGHTS_DIR / "manifest.json").read_text())

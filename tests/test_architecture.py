@@ -12,40 +12,51 @@ import rotation_ssl
 
 # what each module may import of the project; a module that is not here has no place in the plan yet
 ALLOWED = {
-    "rotation_ssl": {"rotation_ssl.backbones.alexnet", "rotation_ssl.backbones.nin", "rotation_ssl.rotations"},
+    "rotation_ssl": {f"rotation_ssl.backbones.{name}" for name in ("alexnet", "nin", "resnets")}
+    | {"rotation_ssl.rotations"},
     "rotation_ssl.rotations": set(),
     "rotation_ssl.features": set(),
     "rotation_ssl.probes": set(),
+    "rotation_ssl.images": set(),
+    "rotation_ssl.checkpoints": set(),
     "rotation_ssl.convert": set(),
-    "rotation_ssl.zoo": set(),
+    "rotation_ssl.sources": {"rotation_ssl.checkpoints", "rotation_ssl.convert"},
+    "rotation_ssl.zoo": {"rotation_ssl.sources"},
+    "rotation_ssl.golden": {"rotation_ssl.zoo", "rotation_ssl.features", "rotation_ssl.images"},
     "rotation_ssl.backbones": set(),
     "rotation_ssl.backbones.nin": {"rotation_ssl.zoo"},
     "rotation_ssl.backbones.alexnet": {"rotation_ssl.zoo"},
-    "rotation_ssl.hub": {"rotation_ssl.zoo", "rotation_ssl.backbones.alexnet", "rotation_ssl.backbones.nin"},
-    "rotation_ssl.demo": {"rotation_ssl", "rotation_ssl.features"},
+    "rotation_ssl.backbones.resnets": {"rotation_ssl.zoo"},
+    "rotation_ssl.hub": {"rotation_ssl.zoo"}
+    | {f"rotation_ssl.backbones.{name}" for name in ("alexnet", "nin", "resnets")},
+    "rotation_ssl.demo": {"rotation_ssl", "rotation_ssl.features", "rotation_ssl.images"},
+    "rotation_ssl.cli": {"rotation_ssl"}
+    | {f"rotation_ssl.{n}" for n in ("checkpoints", "convert", "features", "golden", "images", "sources", "zoo")},
     "hubconf": {"rotation_ssl.hub"},
     "training": set(),
     "training.allocator": set(),
     "training.recipes": set(),
     "training.eighths": set(),
     "training.optimizers": {"training.recipes"},
-    "training.data": set(),
+    "training.data": {"rotation_ssl.images"},
     "training.benchmark": set(),
     "training.results": {"rotation_ssl"},
-    "training.pretrain": {"rotation_ssl", "rotation_ssl.rotations"}
+    "training.pretrain": {"rotation_ssl", "rotation_ssl.images", "rotation_ssl.rotations"}
     | {f"training.{name}" for name in ("allocator", "data", "eighths", "optimizers", "recipes", "results")},
-    "training.subject": {"rotation_ssl", "rotation_ssl.zoo", "training.data", "training.results"},
+    "training.subject": {"rotation_ssl", "rotation_ssl.images", "rotation_ssl.zoo", "training.results"},
     "training.report": {"training.results"},
     "training.evaluate": {f"rotation_ssl.{name}" for name in ("features", "probes", "rotations")}
     | {f"training.{name}" for name in ("allocator", "data", "recipes", "report", "results", "subject")},
     "training.finetune": {f"rotation_ssl.{name}" for name in ("zoo", "features", "probes")}
     | {f"training.{name}" for name in ("allocator", "data", "optimizers", "recipes", "report", "results", "subject")},
-    "training.check": {"rotation_ssl.zoo", "rotation_ssl.features"}
+    "training.check": {"rotation_ssl.zoo", "rotation_ssl.features", "rotation_ssl.golden"}
     | {f"training.{name}" for name in ("allocator", "data", "evaluate", "finetune", "recipes", "results", "subject")},
-    "training.figures": {"rotation_ssl.features", "training.data", "training.results"},
+    "training.figures": {"rotation_ssl.features", "rotation_ssl.images", "training.results"},
     "training.card": {"training.report", "training.results"},
-    "training.publish": {"rotation_ssl.zoo", "rotation_ssl.features"}
-    | {f"training.{name}" for name in ("card", "data", "figures", "recipes", "results")},
+    "training.publish": {f"rotation_ssl.{name}" for name in ("zoo", "features", "golden", "images")}
+    | {f"training.{name}" for name in ("card", "data", "figures", "recipes", "results", "upload")},
+    "training.upload": {"rotation_ssl", "training.card", "training.results"}
+    | {f"rotation_ssl.{name}" for name in ("features", "golden", "zoo")},
 }
 FILES = [ROOT / "hubconf.py", *(ROOT / "rotation_ssl").rglob("*.py"), *(ROOT / "training").rglob("*.py")]
 

@@ -4,10 +4,10 @@ import dataclasses
 import json
 
 import pytest
-from conftest import DATA
 from safetensors.torch import load_file, save_file
 
-from rotation_ssl import zoo
+from rotation_ssl import golden, zoo
+from rotation_ssl.golden import golden_file
 from training import check, evaluate, finetune, subject
 from training.data import load_images
 from training.recipes import PROBES, TRANSFERS
@@ -237,9 +237,9 @@ def test_expected_time_is_that_of_the_rows():
 
 
 def test_golden_outputs_that_are_not_numbers_do_not_hold(monkeypatch):
-    golden = load_file(DATA / f"{NAME}.golden.safetensors")
-    golden["block2"][0, 0] = float("nan")
-    monkeypatch.setattr(check, "load_file", lambda file: golden)
+    stored = load_file(golden_file(NAME))
+    stored["block2"][0, 0] = float("nan")
+    monkeypatch.setattr(golden, "load_file", lambda file: stored)
     assert [verdict.holds for verdict in check.check_weights(NAME)] == [True, False]
 
 
@@ -264,4 +264,4 @@ def test_quick_check_of_the_whole(whole_cifar10, capsys):
     """The published numbers themselves, on the machine that runs the tests."""
     assert check.main(["--data-dir", str(whole_cifar10), "--quick", "--only", "rotation"]) == 0
     assert "3 of 3 hold" in capsys.readouterr().out
-    assert (DATA / f"{NAME}.golden.safetensors").exists()
+    assert golden_file(NAME).exists()

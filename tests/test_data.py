@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from training.data import CIFAR10_CLASSES, crop_and_flip, load_cifar10, load_folder, normalize, read_image
+from rotation_ssl.images import normalize, read_image
+from training.data import CIFAR10_CLASSES, crop_and_flip, load_cifar10, load_folder
 
 
 def generator(seed=0):

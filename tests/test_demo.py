@@ -5,6 +5,7 @@ from conftest import SAMPLES
 from PIL import Image
 
 from rotation_ssl import demo
+from rotation_ssl.images import read_image
 
 
 def test_demo_on_the_samples(tmp_path, capsys):
@@ -49,7 +50,7 @@ def test_every_sample_has_a_licence():
     assert len(photos) >= 3
     for photo in photos:
         assert f"photos/{photo.name}" in text
-        assert demo.load_image(photo).size != (32, 32)
+        assert read_image(photo).size != (32, 32)
 
 
 def test_prediction_is_the_softmax():

@@ -7,15 +7,17 @@ import os
 import pytest
 import timm
 import torch
-from conftest import DATA, SAMPLES
+from conftest import SAMPLES
 from safetensors.torch import save_file
 
 from rotation_ssl import zoo
 from rotation_ssl.features import extract_features
+from rotation_ssl.golden import golden_file
+from rotation_ssl.images import normalize
 from rotation_ssl.probes import knn_predict, linear_predict
 from rotation_ssl.rotations import rotate_all
 from training import evaluate, subject
-from training.data import Images, load_cifar10, load_images, normalize
+from training.data import Images, load_cifar10, load_images
 from training.recipes import PROBES
 from training.results import RESULTS_DIR, read_file, read_rows
 
@@ -235,7 +237,7 @@ def test_weights_that_have_no_entry_are_not_recorded(small_cifar10, tmp_path, ni
 
 
 def test_damaged_weights_of_another_network_are_refused(small_cifar10, tmp_path, capsys):
-    (tmp_path / "half.safetensors").write_bytes((DATA / f"{NAME}.golden.safetensors").read_bytes()[:1000])
+    (tmp_path / "half.safetensors").write_bytes(golden_file(NAME).read_bytes()[:1000])
     save_file(timm.create_model("resnet18").state_dict(), tmp_path / "other.safetensors")
     for model, file, message in (
         ("resnet34", "half.safetensors", "is not a safetensors file"),

@@ -10,8 +10,8 @@ from conftest import SAMPLES
 from PIL import Image
 from torch import nn
 
+from rotation_ssl.images import read_images
 from training import figures
-from training.data import read_images
 from training.results import Row
 
 NAME, RANDOM, PAPER = "rotnet_nin.cifar10", "rotnet_nin.random", "rotnet_nin.paper"

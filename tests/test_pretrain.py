@@ -14,9 +14,9 @@ import torch
 from conftest import ROOT, SAMPLES
 from safetensors.torch import load_file
 
+from rotation_ssl.images import normalize, read_images
 from rotation_ssl.rotations import count_correct_rotations
 from training import pretrain as command
-from training.data import normalize, read_images
 from training.eighths import count_correct_eighths
 from training.optimizers import create_optimizers
 from training.pretrain import augmented_batch, load_checkpoint, pretrain
@@ -109,7 +109,7 @@ KILLED = """
     sys.path[:0] = [{tests!r}, {root!r}]
     from test_pretrain import TINY
     from training import pretrain as command
-    from training.data import read_images
+    from rotation_ssl.images import read_images
     from conftest import SAMPLES
 
     steps = 0

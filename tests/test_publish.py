@@ -49,7 +49,7 @@ def test_every_measured_number_is_in_the_card():
 
 def test_published_weights_have_their_numbers_and_random_weights_beside():
     measured = {(r.weights, r.protocol, r.layer) for r in read_rows() if r.source == "measured"}
-    for name in zoo.manifest():
+    for name in zoo.bundled():
         model = name.split(".", 1)[0]
         layers = layer_modules(timm.create_model(model, device="meta"))
         for weights in (name, f"{model}.random"):
@@ -71,7 +71,6 @@ def test_quoted_numbers_are_the_papers():
 @pytest.fixture
 def copied(monkeypatch, tmp_path):
     """The files that publishing writes, in a folder of the test's own."""
-    (tmp_path / "data").mkdir()
     shutil.copytree(publish.FIGURES_DIR, tmp_path / "docs" / "figures")
     shutil.copytree(zoo.WEIGHTS_DIR, tmp_path / "weights")
     shutil.copytree(zoo.WEIGHTS_DIR.parent / "samples", tmp_path / "samples")
@@ -83,7 +82,6 @@ def copied(monkeypatch, tmp_path):
     monkeypatch.setattr(publish, "FIGURES_DIR", tmp_path / "docs" / "figures")
     monkeypatch.setattr(card, "RESULTS_DIR", tmp_path / "results")
     monkeypatch.setattr(card, "ROOT", tmp_path)
-    monkeypatch.setattr(publish, "GOLDEN_DIR", tmp_path / "data")
     monkeypatch.setattr(publish, "ROOT", tmp_path)
     monkeypatch.setattr(publish, "read_rows", lambda: read_rows(tmp_path / "results"))
     return tmp_path
@@ -103,11 +101,13 @@ def run_dir(tmp_path):
 def test_bundling_makes_the_manifest_again(copied, run_dir):
     wanted = json.loads((copied / "weights" / "manifest.json").read_text())
     (copied / "weights" / f"{NAME}.safetensors").unlink()
-    (copied / "weights" / "manifest.json").write_text("{}")
+    (copied / "weights" / f"{NAME}.golden.safetensors").unlink()
+    others = {name: entry for name, entry in wanted.items() if name != NAME}
+    (copied / "weights" / "manifest.json").write_text(json.dumps(others))
     publish.bundle(run_dir, NAME)
     made = json.loads((copied / "weights" / "manifest.json").read_text())
     assert made[NAME] == wanted[NAME] | {"metrics": {}}
-    assert (copied / "data" / f"{NAME}.golden.safetensors").exists()
+    assert (copied / "weights" / f"{NAME}.golden.safetensors").exists()
     assert copied / "weights" / "manifest.json" in publish.render()
     assert json.loads((copied / "weights" / "manifest.json").read_text()) == wanted
     assert publish.render(check=True) == []
@@ -115,6 +115,7 @@ def test_bundling_makes_the_manifest_again(copied, run_dir):
 
 def test_what_is_no_finished_run_is_refused(copied, run_dir):
     before = (copied / "weights" / "manifest.json").read_bytes()
+    golden = (copied / "weights" / f"{NAME}.golden.safetensors").read_bytes()
     figures = {f.name: f.read_bytes() for f in (copied / "docs" / "figures").iterdir()}
     run = json.loads((run_dir / "run.json").read_text())
     with pytest.raises(ValueError, match="is a run of rotnet_nin, not of rotnet_nin5"):
@@ -145,7 +146,7 @@ def test_what_is_no_finished_run_is_refused(copied, run_dir):
         publish.bundle(run_dir, NAME)
     assert (copied / "weights" / "manifest.json").read_bytes() == before
     assert figures == {f.name: f.read_bytes() for f in (copied / "docs" / "figures").iterdir()}
-    assert not list((copied / "data").iterdir())
+    assert golden == (copied / "weights" / f"{NAME}.golden.safetensors").read_bytes()
 
 
 def test_rows_of_other_bytes_are_refused(copied):

@@ -9,10 +9,11 @@ import zipfile
 import pytest
 import timm
 import torch
-from conftest import DATA, ROOT
+from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
 from rotation_ssl import zoo
+from rotation_ssl.golden import golden_file
 
 BUNDLED = "rotnet_nin.cifar10"
 
@@ -74,7 +75,7 @@ def test_adapted_models_carry_the_bundled_backbone(offline, kwargs):
 
 
 def test_golden_outputs_of_the_bundled_weights():
-    golden = load_file(DATA / f"{BUNDLED}.golden.safetensors")
+    golden = load_file(golden_file(BUNDLED))
     model = timm.create_model(BUNDLED, pretrained=True).eval()
     with torch.inference_mode():
         final, maps = model.forward_intermediates(golden["input"])

@@ -20,7 +20,8 @@ PAPER_ROTATED_IMAGES = 100 * 4 * 50_000  # 100 epochs of all four rotations of C
 
 def render_card(rows: Sequence[Row], entries: dict[str, Any]) -> str:
     """The text of MODEL_CARD.md."""
-    values = {"repository": REPOSITORY, "weights": weights_table(rows, entries)}
+    values = {"repository": REPOSITORY, "weights": weights_table(rows, entries), "elsewhere": elsewhere(entries)}
+    entries = {name: entry for name, entry in entries.items() if entry["source"] == "bundled"}
     for heading, section in (("training", _training), ("evaluation", _evaluation), ("compute", _compute)):
         values[heading] = "\n\n".join("\n".join(section(name, entry, rows)) for name, entry in entries.items())
     return Template(CARD_TEMPLATE.read_text()).substitute(values)
@@ -51,11 +52,12 @@ def weights_table(rows: Sequence[Row], entries: dict[str, Any]) -> str:
     ]
     for name, entry in entries.items():
         own, layer = select(rows, name), entry["recommended_layer"]
+        images = entry.get("rotated_images")
         cells = [
             f"`{name}`",
             entry["data"],
-            f"{entry['rotated_images']:,}",
-            f"{entry['size'] / 1e6:.1f} MB",
+            f"{images:,}" if images else entry["recipe"],
+            f"{entry['size'] / 1e6:.1f} MB" if entry["size"] else entry["source"],
             _cell(own, "rotation accuracy", "", ""),
             f"`{layer}`",
             _cell(own, "non-linear probe", "cached", layer),
@@ -64,6 +66,15 @@ def weights_table(rows: Sequence[Row], entries: dict[str, Any]) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def elsewhere(entries: dict[str, Any]) -> str:
+    """One line for each of the weights that are not in the wheel."""
+    return "\n".join(
+        f"- `{name}`: {entry['origin']}; {entry['data']}; {_address(entry)}; licence {entry['license']}."
+        for name, entry in entries.items()
+        if entry["source"] != "bundled"
+    )
 
 
 def select(rows: Iterable[Row], weights: str, measured: bool = True) -> list[Row]:
@@ -99,9 +110,9 @@ def _evaluation(name: str, entry: dict[str, Any], rows: Sequence[Row]) -> list[s
     return [
         f"### `{name}`",
         "",
-        *_rotation_lines(own, random, select(rows, f"{model}.paper", measured=False)),
+        *rotation_lines(own, random, select(rows, f"{model}.paper", measured=False)),
         "",
-        *_probe_table(name, model, rows),
+        *probe_table(name, model, rows),
         *_few_labels_table(name, model, rows),
         *_figures(name, titles),
     ]
@@ -118,7 +129,8 @@ def _compute(name: str, entry: dict[str, Any], rows: Sequence[Row]) -> list[str]
     ]
 
 
-def _rotation_lines(own: Sequence[Row], random: Sequence[Row], quoted: Sequence[Row]) -> list[str]:
+def rotation_lines(own: Sequence[Row], random: Sequence[Row], quoted: Sequence[Row]) -> list[str]:
+    """Rotation accuracy of some weights, of random ones and of others."""
     lines = ["Rotation accuracy, all four rotations of each image of the CIFAR-10 test set (chance is 25 %):", ""]
     for label, group in (("these weights", own), ("random weights", random)):
         lines += [
@@ -130,7 +142,8 @@ def _rotation_lines(own: Sequence[Row], random: Sequence[Row], quoted: Sequence[
     return lines
 
 
-def _probe_table(name: str, model: str, rows: Sequence[Row]) -> list[str]:
+def probe_table(name: str, model: str, rows: Sequence[Row]) -> list[str]:
+    """Every probe of every layer of published weights, random weights and the paper beside, and what was set how."""
     groups = {
         f"`{name}`": select(rows, name),
         "random weights": select(rows, f"{model}.random"),
@@ -233,6 +246,12 @@ def _hub_snippet() -> str:
     # a pinned commit, not a branch that moves under whoever loads it
     call = f'model = torch.hub.load("{REPOSITORY}:COMMIT", "rotnet_nin", trust_repo=True).eval()'
     return f"```python\nimport torch\n\n{call}\n```"
+
+
+def _address(entry: dict[str, Any]) -> str:
+    if entry["source"] == "release":
+        return str(entry["url"])
+    return f"https://huggingface.co/{entry['hub']['repository']}, sha256 `{entry['sha256']}`"
 
 
 def _gap(ours: Sequence[Row], theirs: Sequence[Row]) -> str:

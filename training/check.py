@@ -24,11 +24,11 @@ from pathlib import Path
 
 import timm
 import torch
-from safetensors.torch import load_file
 from tqdm import tqdm
 
 from rotation_ssl import zoo
-from rotation_ssl.features import extract_features, layer_modules
+from rotation_ssl.features import layer_modules
+from rotation_ssl.golden import GOLDEN_TOLERANCE, golden_difference
 from training.allocator import keep_large_blocks
 from training.data import Images, load_images
 from training.evaluate import PROTOCOLS, Measurement, images_to_run, measure_features, measure_rotation
@@ -37,8 +37,6 @@ from training.recipes import TRANSFERS
 from training.results import PARTS, RESULTS_DIR, Row, check_device, complaints, read_rows
 from training.subject import subject_of_row
 
-GOLDEN_DIR = Path(__file__).parent.parent / "tests" / "data"
-GOLDEN_TOLERANCE = 1e-3  # of logits and pooled features, both of the order of 1
 QUICK_PARTS = (0, 1)
 QUICK_PROTOCOLS = ("rotation accuracy", "k-NN")
 FLIPS = 1e-3
@@ -65,21 +63,14 @@ class Verdict:
 
 def check_weights(name: str) -> Iterator[Verdict]:
     """Whether a published file is the manifest's and gives the golden outputs."""
-    entry = zoo.manifest()[name]
-    file = zoo.WEIGHTS_DIR / entry["file"]
+    entry = zoo.bundled()[name]
     try:
-        zoo.verify(file, name)
+        zoo.weights_file(name)
         yield Verdict(f"{name} sha256", entry["sha256"][:8], entry["sha256"][:8], "none", True)
     except ValueError as error:
         yield Verdict(f"{name} sha256", entry["sha256"][:8], "other", f"none ({error})", False)
         return
-    model = timm.create_model(name, pretrained=True).eval()
-    golden = load_file(GOLDEN_DIR / f"{name}.golden.safetensors")
-    with torch.inference_mode():
-        logits = model(golden["input"])
-    outputs = {"logits": logits, **extract_features(model, golden["input"], list(layer_modules(model)))}
-    # torch's maximum, unlike Python's, is nan where any of them is
-    furthest = float(torch.stack([(outputs[key] - golden[key]).abs().max() for key in outputs]).max())
+    furthest = golden_difference(name)
     yield Verdict(
         f"{name} golden outputs", "0", f"{furthest:.1e}", f"{GOLDEN_TOLERANCE:g}", furthest < GOLDEN_TOLERANCE
     )
@@ -87,9 +78,9 @@ def check_weights(name: str) -> Iterator[Verdict]:
 
 def check_rows(rows: Sequence[Row]) -> Iterator[Verdict]:
     """What keeps the rows from being reported: other bytes, weights that are not published, missing numbers."""
-    models = {name: timm.create_model(name.split(".", 1)[0], device="meta") for name in zoo.manifest()}
+    models = {name: timm.create_model(name.split(".", 1)[0], device="meta") for name in zoo.bundled()}
     layers = {name: list(layer_modules(model)) for name, model in models.items()}
-    for complaint in complaints(rows, zoo.manifest(), layers):
+    for complaint in complaints(rows, zoo.bundled(), layers):
         yield Verdict(complaint, "", "", "none", False)
 
 
@@ -199,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    verdicts = [*(v for name in zoo.manifest() for v in check_weights(name)), *check_rows(every)]
+    verdicts = [*(v for name in zoo.bundled() for v in check_weights(name)), *check_rows(every)]
     print(*verdicts, sep="\n")
     if any(not verdict.holds for verdict in verdicts):
         print("error: the weights or rows above are not what was reported: nothing was measured", file=sys.stderr)
@@ -208,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = [row for row in every if wanted is None or row.protocol in wanted]
     rows = [row for row in rows if args.weights is None or row.weights in args.weights]
     if args.quick:
-        rows = [row for row in rows if row.protocol in QUICK_PROTOCOLS and row.weights in zoo.manifest()]
+        rows = [row for row in rows if row.protocol in QUICK_PROTOCOLS and row.weights in zoo.bundled()]
     try:
         check_device(args.device)
         if not rows:

@@ -1,15 +1,12 @@
 """Labelled images as one uint8 tensor, and augmentation as batched tensor code on whatever device they are."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
-from tqdm import tqdm
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
+from rotation_ssl.images import IMAGE_SUFFIXES, read_images
+
 DATASETS = ("cifar10", "folder")
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -208,27 +205,6 @@ def load_folder(folder: Path, size: int) -> LabelledImages:
     return LabelledImages(images, torch.tensor([label for _, label in files]), tuple(p.name for p in class_folders))
 
 
-def read_images(files: Sequence[Path], size: int) -> torch.Tensor:
-    """Decode files: (N, 3, size, size) uint8 in the order of ``files``; many of them with a progress bar."""
-    images = np.empty((len(files), size, size, 3), dtype=np.uint8)
-    for i, file in enumerate(
-        tqdm(files, desc="reading images", unit="image", disable=len(files) < 5000, mininterval=0.5)
-    ):
-        images[i] = np.asarray(_square(read_image(file), size))
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-
-
-def read_image(file: Path) -> Image.Image:
-    """One image as RGB, whatever its mode; an unreadable one is a ValueError that names the file."""
-    try:
-        with Image.open(file) as image:
-            return _to_rgb(image)
-    except FileNotFoundError as error:
-        raise ValueError(f"image {file} does not exist") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"image {file} does not decode ({error}); replace or remove it") from error
-
-
 def crop_and_flip(
     images: torch.Tensor,
     crop: int,
@@ -272,34 +248,6 @@ def crop_and_flip(
         inside = ((rows >= 0) & (rows < size))[:, :, None] & ((cols >= 0) & (cols < size))[:, None, :]
         crops = crops * inside[..., None].to(crops.dtype)
     return crops.permute(0, 3, 1, 2)
-
-
-def normalize(images: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
-    """uint8 (N, C, H, W) in 0..255 -> float32 of the given mean and deviation (both of values in 0..1, by channel)."""
-    scale = torch.tensor(std, device=images.device).mul(255).view(1, -1, 1, 1)
-    shift = torch.tensor(mean, device=images.device).mul(255).view(1, -1, 1, 1)
-    return (images.float() - shift) / scale
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        # what is transparent has no colour worth learning: show it on white, as viewers do
-        image = image.convert("RGBA")
-        background = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(background, image)
-    return image.convert("RGB")
-
-
-def _square(image: Image.Image, size: int) -> Image.Image:
-    if image.size == (size, size):
-        return image
-    width, height = image.size
-    scale = size / min(width, height)
-    resized = image.resize(
-        (max(size, round(width * scale)), max(size, round(height * scale))), Image.Resampling.BICUBIC
-    )
-    left, top = (resized.width - size) // 2, (resized.height - size) // 2
-    return resized.crop((left, top, left + size, top + size))
 
 
 def _reflect(index: torch.Tensor, size: int) -> torch.Tensor:

@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from rotation_ssl.features import attention_map, extract_features, layer_modules
-from training.data import normalize
+from rotation_ssl.images import normalize
 from training.results import Row
 
 # the palette of Okabe and Ito, which the colour-blind tell apart

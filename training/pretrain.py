@@ -26,9 +26,10 @@ from torch import nn
 from tqdm import tqdm
 
 import rotation_ssl  # noqa: F401  registers the models with timm
+from rotation_ssl.images import normalize
 from rotation_ssl.rotations import count_correct_rotations, rotation_loss
 from training.allocator import keep_large_blocks
-from training.data import LabelledImages, crop_and_flip, load_cifar10, normalize
+from training.data import LabelledImages, crop_and_flip, load_cifar10
 from training.eighths import count_correct_eighths, eighths_loss
 from training.optimizers import create_optimizers, create_scheduler, renormalize_filters
 from training.recipes import RECIPES, Muon, Recipe, shortened

@@ -1,13 +1,17 @@
-"""Put a finished run into the package, and the measured numbers into the card.
+"""Put a finished run into the package, the measured numbers into the card, and the weights on the Hub.
 
     python -m training.publish bundle runs/nin rotnet_nin.cifar10
     python -m training.publish figures --data-dir DIR
     python -m training.publish render [--check]
+    python -m training.publish --namespace ORG [--weights NAME|FOLDER ...] [--dry-run]
 
 `bundle` copies the run's weights, run.json and curve into place, writes their manifest entry and golden outputs.
 `figures` draws the card's figures from the result rows, the weights and CIFAR-10's test images (DIR).
 `render` rewrites MODEL_CARD.md, the rendered parts of README.md and the manifest's metrics from the result rows; with
 --check it writes nothing and fails when something would change, or when a figure was drawn from other rows or weights.
+With --namespace weights go to the Hugging Face Hub as ORG/model.tag, with their card, golden outputs, recipe and curve,
+are downloaded again, compared and tagged, and the revision is written into the manifest: commit that. Run again, it
+uploads nothing that is there, and finishes what was interrupted. --dry-run says what a repository would hold.
 """
 
 import argparse
@@ -17,18 +21,20 @@ import json
 import re
 import statistics
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from safetensors.torch import save
 from timm.data import resolve_model_data_config
 
 from rotation_ssl import zoo
-from rotation_ssl.features import extract_features, layer_modules
+from rotation_ssl.features import layer_modules
+from rotation_ssl.golden import golden_file, golden_outputs
+from rotation_ssl.images import read_images
 from training.card import ROOT, render_card, render_readme, select
-from training.data import load_cifar10, normalize, read_images
+from training.data import load_cifar10
 from training.figures import (
     draw_accuracy_by_layer,
     draw_attention,
@@ -42,9 +48,9 @@ from training.figures import (
 )
 from training.recipes import RECIPES, Recipe
 from training.results import RESULTS_DIR, Row, complaints, read_rows
+from training.upload import Upload, current_version, hub_files, publish, upload_of, upload_of_folder
 
 FIGURES_DIR = ROOT / "docs" / "figures"
-GOLDEN_DIR = ROOT / "tests" / "data"
 RECOMMENDED_LAYERS = {"rotnet_nin": "block2", "rotnet_nin3": "block2", "rotnet_nin5": "block2"}  # table 1 of the paper
 DATA_NAMES = {"cifar10": "CIFAR-10, 50,000 training images without labels"}
 
@@ -77,7 +83,9 @@ def bundle(run_dir: Path, name: str) -> None:
         )
     if not re.fullmatch("[0-9a-f]{40}", run["commit"]):
         raise ValueError(f"{run_dir} was trained by commit {run['commit']!r}: commit, then train what is published")
-    content, golden = weights.read_bytes(), golden_outputs(weights, recipe["model"])
+    content = weights.read_bytes()
+    model = timm.create_model(recipe["model"], pretrained=True, pretrained_cfg_overlay={"file": str(weights)})
+    cfg = resolve_model_data_config(model)
     entry = {
         "source": "bundled",
         "file": f"{name}.safetensors",
@@ -91,29 +99,15 @@ def bundle(run_dir: Path, name: str) -> None:
         "seed": recipe["seed"],
         "commit": run["commit"],
         "recommended_layer": RECOMMENDED_LAYERS[recipe["model"]],
+        **{key: list(cfg[key]) for key in ("input_size", "mean", "std")},
         "metrics": {},
     }
     FIGURES_DIR.mkdir(parents=True, exist_ok=True)
     _replace(FIGURES_DIR / f"{name}.curve.png", curve.read_bytes())
-    _replace(GOLDEN_DIR / f"{name}.golden.safetensors", save(golden))
+    _replace(golden_file(name), save(golden_outputs(model)))
     _replace(RESULTS_DIR / f"{name}.run.json", run_file.read_bytes())
     _replace(zoo.WEIGHTS_DIR / entry["file"], content)
     _replace(zoo.WEIGHTS_DIR / "manifest.json", _json({**_read_manifest(), name: entry}).encode())
-
-
-def golden_outputs(weights: Path, model_name: str) -> dict[str, torch.Tensor]:
-    """What the weights give for every fifth sample image: logits (N, 4) and each layer's global average (N, C).
-
-    Raises:
-        ValueError: the weights are damaged or do not fit the model.
-    """
-    model = timm.create_model(model_name, pretrained=True, pretrained_cfg_overlay={"file": str(weights)})
-    files = sorted((zoo.WEIGHTS_DIR.parent / "samples" / "cifar10").glob("*.png"))[::5]
-    cfg = resolve_model_data_config(model)
-    batch = normalize(read_images(files, cfg["input_size"][-1]), cfg["mean"], cfg["std"])
-    with torch.inference_mode():
-        logits = model.eval()(batch)
-    return {"input": batch, "logits": logits, **extract_features(model, batch, list(layer_modules(model)))}
 
 
 def render(check: bool = False) -> list[Path]:
@@ -125,17 +119,18 @@ def render(check: bool = False) -> list[Path]:
         ValueError: rows that cannot be read, are missing, or are of other bytes or weights than the manifest's.
     """
     rows = read_rows()
-    entries = _read_manifest()
+    every = _read_manifest()
+    entries = {name: entry for name, entry in every.items() if entry["source"] == "bundled"}
     layers = {name: list(layer_modules(timm.create_model(_model(name), device="meta"))) for name in entries}
-    found = complaints(rows, entries, layers)
+    found = complaints(rows, every, layers)
     if found:
         raise ValueError(found[0] + (f" (and {len(found) - 1} more such)" if len(found) > 1 else ""))
     for name, entry in entries.items():
         entry["metrics"] = metrics(select(rows, name))
     wanted = {
-        zoo.WEIGHTS_DIR / "manifest.json": _json(entries),
-        ROOT / "MODEL_CARD.md": render_card(rows, entries),
-        ROOT / "README.md": render_readme((ROOT / "README.md").read_text(), rows, entries),
+        zoo.WEIGHTS_DIR / "manifest.json": _json(every),
+        ROOT / "MODEL_CARD.md": render_card(rows, every),
+        ROOT / "README.md": render_readme((ROOT / "README.md").read_text(), rows, every),
     }
     different = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
     if not check:
@@ -156,7 +151,7 @@ def draw_figures(data_dir: Path, download: bool = False) -> list[Path]:
     samples = sorted((zoo.WEIGHTS_DIR.parent / "samples" / "cifar10").glob("*.png"))
     queries = read_images(samples[::4], gallery.shape[-1])  # four of each class, in its order
     written: list[Path] = []
-    for name, entry in _read_manifest().items():
+    for name, entry in zoo.bundled().items():
         backbone, stamp = timm.create_model(name, pretrained=True).eval(), entry["sha256"]
         kinds = ("layers", "few-labels", "filters", "attention", "neighbours")
         files = {kind: FIGURES_DIR / f"{name}.{kind}.png" for kind in kinds}
@@ -186,6 +181,21 @@ def stale_figures(rows: list[Row], entries: dict[str, Any]) -> list[Path]:
     return stale
 
 
+def publish_to_hub(uploads: list[Upload], namespace: str, version: str) -> Iterator[tuple[str, str]]:
+    """Publish weights one after the other; yields each name with its revision, once the manifest has it.
+
+    Raises:
+        OSError: the Hub cannot be reached or refuses.
+        ValueError: it serves other bytes than were uploaded, or the version is at another revision.
+    """
+    rows = read_rows()
+    for upload in uploads:
+        hub = publish(upload, namespace, version, rows)
+        entry = {**upload.entry, "hub": hub}
+        _replace(zoo.WEIGHTS_DIR / "manifest.json", _json({**_read_manifest(), upload.name: entry}).encode())
+        yield upload.name, hub["revision"]
+
+
 def metrics(rows: list[Row]) -> dict[str, float]:
     """Accuracy of each protocol, cost and layer of one published weight, the mean over seeds, for the manifest."""
     values: dict[str, list[float]] = {}
@@ -209,6 +219,14 @@ def _departures(recipe: dict[str, Any]) -> list[str]:
     return [f"{field} {named[field]} -> {value}" for field, value in run.items() if value != named[field]]
 
 
+def _print_uploads(uploads: list[Upload], namespace: str, version: str) -> None:
+    for upload in uploads:
+        repository = f"{namespace}/{upload.name}"
+        print(f"{repository}, version {version}, would hold")
+        for path, content in hub_files(upload, repository, version, read_rows()).items():
+            print(f"  {path:24s} {len(content):>12,} bytes  sha256 {hashlib.sha256(content).hexdigest()}")
+
+
 def _read_manifest() -> dict[str, Any]:
     return json.loads((zoo.WEIGHTS_DIR / "manifest.json").read_text())
 
@@ -228,7 +246,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m training.publish", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser.add_argument("--namespace", metavar="ORG", help="publish on the Hub, under this user or organisation")
+    parser.add_argument(
+        "--weights", nargs="+", metavar="NAME|FOLDER", help="names, or folders of rotation-ssl convert [all bundled]"
+    )
+    parser.add_argument("--version", default=current_version(), help="the Hub's tag of this upload [%(default)s]")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be there, and upload nothing")
+    parser.add_argument("--license", default="", help="of a folder's weights, as the Hub names licences")
+    parser.add_argument("--data", default="", help="what a folder's weights were trained on")
+    parser.add_argument("--layer", default="", help="recommended layer of a folder's weights")
+    commands = parser.add_subparsers(dest="command", metavar="{bundle,figures,render}")
     bundling = commands.add_parser("bundle", help="copy a finished run into the package and the manifest")
     bundling.add_argument("run", type=Path, metavar="RUN", help="output folder of training.pretrain")
     bundling.add_argument("name", metavar="MODEL.TAG", help="the name the weights are published under")
@@ -238,7 +265,22 @@ def main(arguments: list[str] | None = None) -> int:
     rendering = commands.add_parser("render", help="write card, README parts and metrics from the result rows")
     rendering.add_argument("--check", action="store_true", help="write nothing; fail when something would change")
     args = parser.parse_args(arguments)
+    if (args.command is None) == (args.namespace is None):
+        parser.error("give one of the commands, or --namespace")
     try:
+        if args.namespace:
+            uploads = [
+                upload_of_folder(Path(name), args.license, args.data, args.layer)
+                if Path(name).is_dir()
+                else upload_of(name)
+                for name in args.weights or zoo.bundled()
+            ]
+            if args.dry_run:
+                _print_uploads(uploads, args.namespace, args.version)
+                return 0
+            for name, revision in publish_to_hub(uploads, args.namespace, args.version):
+                print(f"{args.namespace}/{name}@{revision} is verified, {args.version}, and in the manifest: commit it")
+            return 0
         if args.command == "bundle":
             bundle(args.run, args.name)
             print(f"bundled {args.name}; now measure it: python -m training.evaluate {args.name}")

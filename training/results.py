@@ -151,7 +151,7 @@ def complaints(
     Args:
         rows: all rows; quoted ones are passed over.
         entries: the manifest: published ``model.tag`` -> its entry.
-        layers: of the network of each published name.
+        layers: of the network of each published name that must have its numbers.
     """
     found = []
     for row in rows:
@@ -166,7 +166,7 @@ def complaints(
             )
         elif not re.fullmatch("[0-9a-f]{40}", row.commit):
             found.append(f"{row.number} was measured by code that is not committed ({row.commit}): measure it again")
-    for name in entries:
+    for name in layers:
         found += [f"{number} has no row: measure it" for number in missing_rows(rows, name, layers[name])]
     return found
 

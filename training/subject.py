@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import rotation_ssl  # noqa: F401  registers the models with timm
 from rotation_ssl import zoo
-from training.data import normalize
+from rotation_ssl.images import normalize
 from training.results import RESULTS_DIR, Row, current_commit, device_name, library_versions
 
 
@@ -35,7 +35,7 @@ class Subject:
     @property
     def published(self) -> bool:
         """Whether the name is one of the manifest's."""
-        return self.name in zoo.manifest()
+        return self.name in zoo.bundled()
 
 
 def load_subject(
@@ -78,8 +78,8 @@ def load_subject(
     elif weights:
         digest = hashlib.sha256(weights.read_bytes()).hexdigest()
         name = f"{architecture}@{digest[:12]}"
-    elif (tagged := f"{architecture}.{backbone.pretrained_cfg.get('tag')}") in zoo.manifest():
-        name, digest = tagged, zoo.manifest()[tagged]["sha256"]
+    elif (tagged := f"{architecture}.{backbone.pretrained_cfg.get('tag')}") in zoo.bundled():
+        name, digest = tagged, zoo.bundled()[tagged]["sha256"]
     size = size or resolve_model_data_config(backbone)["input_size"][-1]
     try:
         with torch.inference_mode():
@@ -99,7 +99,7 @@ def subject_of_row(weights: str) -> Subject:
         ValueError: neither.
     """
     architecture, _, tag = weights.partition(".")
-    if weights in zoo.manifest():
+    if weights in zoo.bundled():
         return load_subject(weights)
     if tag.startswith("random") and tag[6:].isdigit() | (tag == "random"):
         return load_subject(architecture, random=True, seed=int(tag[6:] or 0))

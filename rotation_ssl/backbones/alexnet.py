@@ -257,7 +257,9 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
-default_cfgs = generate_default_cfgs({"rotnet_alexnet": _cfg()})
+default_cfgs = generate_default_cfgs(
+    {name: _cfg(**published) for name, published in zoo.published_cfgs("rotnet_alexnet").items()}
+)
 
 
 @register_model

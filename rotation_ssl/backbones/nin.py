@@ -196,9 +196,9 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
 
 default_cfgs = generate_default_cfgs(
     {
-        "rotnet_nin.cifar10": _cfg(file=zoo.bundled_file("rotnet_nin.cifar10")),
-        "rotnet_nin3": _cfg(),
-        "rotnet_nin5": _cfg(),
+        name: _cfg(**published)
+        for model in ("rotnet_nin", "rotnet_nin3", "rotnet_nin5")
+        for name, published in zoo.published_cfgs(model).items()
     }
 )
 

@@ -1,0 +1,54 @@
+"""timm's ResNets under names of our own, with the head of the four rotations: to be trained, or filled by `convert`.
+
+VISSL and mmselfsup published ResNet-50s pretrained by rotation. They are no tags here: neither says under which licence
+the weights, which learned from ImageNet, are; the licences in their repositories speak of the code. Who has such a file
+converts it: ``rotation-ssl convert FILE -o FOLDER``, then ``timm.create_model('local-dir:FOLDER', pretrained=True)``.
+The keys are those of timm's ``resnet18`` and ``resnet50``, which load the same folder's weights.
+"""
+
+from typing import Any
+
+from timm.models import generate_default_cfgs, register_model
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+
+from rotation_ssl import zoo
+
+__all__ = ["rotnet_resnet18", "rotnet_resnet50"]
+
+
+def _cfg(**kwargs: Any) -> dict[str, Any]:
+    return {
+        "num_classes": 4,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+        "first_conv": "conv1",
+        "classifier": "fc",
+        "license": "mit",
+        "paper_ids": "arXiv:1803.07728",
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        name: _cfg(**published)
+        for model in ("rotnet_resnet18", "rotnet_resnet50")
+        for name, published in zoo.published_cfgs(model).items()
+    }
+)
+
+
+@register_model
+def rotnet_resnet18(pretrained: bool = False, **kwargs: Any) -> ResNet:
+    """ResNet-18 with RotNet's head of four rotations, 11.2 M parameters."""
+    return zoo.build_model(ResNet, "rotnet_resnet18", pretrained, block=BasicBlock, layers=(2, 2, 2, 2), **kwargs)
+
+
+@register_model
+def rotnet_resnet50(pretrained: bool = False, **kwargs: Any) -> ResNet:
+    """ResNet-50 with RotNet's head of four rotations, 23.5 M parameters."""
+    return zoo.build_model(ResNet, "rotnet_resnet50", pretrained, block=Bottleneck, layers=(3, 4, 6, 3), **kwargs)

@@ -1,0 +1,52 @@
+"""What published weights give for a few sample images, kept beside them: whether a machine computes the same."""
+
+from pathlib import Path
+
+import timm
+import torch
+from safetensors.torch import load_file
+from timm.data import resolve_model_data_config
+from torch import nn
+
+from rotation_ssl import zoo
+from rotation_ssl.features import extract_features, layer_modules
+from rotation_ssl.images import normalize, read_images
+
+GOLDEN_TOLERANCE = 1e-3  # of logits and pooled features, both of the order of 1
+SAMPLES_DIR = Path(__file__).parent / "samples"
+
+
+def golden_file(name: str) -> Path:
+    """Where the golden outputs of ``model.tag`` are in the package."""
+    return zoo.WEIGHTS_DIR / f"{name}.golden.safetensors"
+
+
+def golden_outputs(model: nn.Module) -> dict[str, torch.Tensor]:
+    """'input' (N, 3, H, H), every fifth sample image, 'logits' (N, K), and each layer's global average (N, C)."""
+    files = sorted((SAMPLES_DIR / "cifar10").glob("*.png"))[::5]
+    cfg = resolve_model_data_config(model)
+    batch = normalize(read_images(files, cfg["input_size"][-1]), cfg["mean"], cfg["std"])
+    return {"input": batch, **_outputs(model, batch)}
+
+
+def golden_difference(name: str) -> float:
+    """How far the outputs of published weights, as loaded and computed here, are from the golden ones, at most.
+
+    nan where any of them is not a number. Compare with :data:`GOLDEN_TOLERANCE`.
+
+    Raises:
+        ValueError: no such weights, or they cannot be loaded, or have no golden outputs.
+    """
+    file = golden_file(name)
+    if not file.is_file():
+        raise ValueError(f"{name} has no golden outputs: {file} does not exist")
+    golden = load_file(file)
+    outputs = _outputs(timm.create_model(name, pretrained=True), golden["input"])
+    # torch's maximum, unlike Python's, is nan where any of them is
+    return float(torch.stack([(outputs[key] - golden[key]).abs().max() for key in outputs]).max())
+
+
+def _outputs(model: nn.Module, batch: torch.Tensor) -> dict[str, torch.Tensor]:
+    with torch.inference_mode():
+        logits = model.eval()(batch)
+    return {"logits": logits, **extract_features(model, batch, list(layer_modules(model)))}

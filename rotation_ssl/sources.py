@@ -1,0 +1,318 @@
+"""Where weights come from when they are not in the wheel: the Hugging Face Hub, or the authors' release.
+
+Files of the Hub lie in its client's cache (HF_HUB_CACHE), weights converted from a release in ``rotation_ssl`` of
+torch.hub's (TORCH_HOME). Whatever is there is hashed at every load: neither client nor timm looks at the bytes of a
+file it has. Nothing half-written has a final name: a file is written beside its place and moved there whole.
+"""
+
+import datetime
+import hashlib
+import json
+import os
+import urllib.error
+import urllib.request
+import warnings
+from collections.abc import Callable
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors.torch import save
+from tqdm import tqdm
+
+from rotation_ssl.checkpoints import MAX_BYTES, read_checkpoint
+from rotation_ssl.convert import convert
+
+SECONDS_WITHOUT_DATA = 60.0
+BLOCK = 1 << 20
+
+
+def sha256_of(file: Path) -> str:
+    """sha256 of a file, as 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        # Python 3.10 has no hashlib.file_digest
+        while block := stream.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def difference(file: Path, sha256: str, size: int) -> str:
+    """What tells a file from the one that has this size and sha256, for an error; '' when it is that one."""
+    if not file.is_file():
+        return f"{file} does not exist"
+    if file.stat().st_size != size:
+        return f"{file} has {file.stat().st_size:,} bytes, not {size:,}"
+    digest = sha256_of(file)
+    return "" if digest == sha256 else f"{file} has sha256 {digest}, not {sha256}"
+
+
+def release_cache() -> Path:
+    """The folder of weights converted from a release."""
+    return Path(torch.hub.get_dir()) / "rotation_ssl"
+
+
+def hub_file(name: str, entry: dict[str, Any], cache_dir: str | Path | None = None) -> Path:
+    """A published file of the Hub at its pinned revision, verified: from the cache without a request, or downloaded.
+
+    A cached file of other bytes is fetched anew, once.
+
+    Args:
+        name: ``model.tag``, for errors.
+        entry: of the manifest: 'hub' with 'repository', 'revision' and 'file', and 'sha256' and 'size'.
+        cache_dir: in place of the client's own cache.
+
+    Raises:
+        OSError: not cached and not to be had: offline, no such repository, no permission, no space.
+        ValueError: the Hub serves other bytes than the manifest says.
+    """
+    hub = entry["hub"]
+    where = f"{hub['file']} of {hub['repository']}@{hub['revision']}"
+    file = download_from_hub(name, hub["repository"], hub["revision"], hub["file"], cache_dir)
+    wrong = difference(file, entry["sha256"], entry["size"])
+    if not wrong:
+        return file
+    try:
+        file = download_from_hub(name, hub["repository"], hub["revision"], hub["file"], cache_dir, force=True)
+    except OSError as error:
+        raise OSError(f"the cached weights of {name} are damaged ({wrong}), and fetching failed: {error}") from error
+    wrong = difference(file, entry["sha256"], entry["size"])
+    if wrong:
+        # of no use to anyone: the next load would only find it damaged again
+        file.resolve().unlink(missing_ok=True)
+        file.unlink(missing_ok=True)
+        raise ValueError(f"{where} is not what rotation_ssl published as {name}: {wrong}; nothing was loaded")
+    return file
+
+
+def cached_hub_file(entry: dict[str, Any], cache_dir: str | Path | None = None) -> Path | None:
+    """The cached file of a manifest's entry, not verified; None when there is none. No request is made."""
+    hub = entry["hub"]
+    try:
+        path = hf_hub_download(
+            hub["repository"], hub["file"], revision=hub["revision"], cache_dir=cache_dir, local_files_only=True
+        )
+    except (LocalEntryNotFoundError, OSError):
+        return None
+    return Path(path)
+
+
+def download_from_hub(
+    name: str,
+    repository: str,
+    revision: str,
+    file: str,
+    cache_dir: str | Path | None = None,
+    force: bool = False,
+) -> Path:
+    """A file of a Hub repository in the client's cache, as it is served; its bytes are not looked at.
+
+    Raises:
+        OSError: it cannot be had; the error says which file of which repository and revision, and what to do.
+    """
+    where = f"{file} of {repository}@{revision}"
+    try:
+        return Path(hf_hub_download(repository, file, revision=revision, cache_dir=cache_dir, force_download=force))
+    except LocalEntryNotFoundError as error:
+        if isinstance(error.__cause__, HfHubHTTPError):
+            raise ConnectionError(f"{name} cannot be fetched: {where}: {_first_line(error.__cause__)}") from error
+        raise FileNotFoundError(_missing(name, where)) from error
+    except RepositoryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{name} cannot be fetched: the Hub knows no repository {repository}, or it is private: log in with `hf"
+            " auth login`, or set HF_TOKEN"
+        ) from error
+    except (RevisionNotFoundError, EntryNotFoundError) as error:
+        raise FileNotFoundError(f"{name} cannot be fetched: the Hub has no {where}") from error
+    except HfHubHTTPError as error:
+        if error.response is not None and error.response.status_code == 401:
+            raise PermissionError(
+                f"{name} cannot be fetched: the Hub wants a login for {repository}: `hf auth login`, or set HF_TOKEN"
+            ) from error
+        raise ConnectionError(f"{name} cannot be fetched: {where}: {_first_line(error)}") from error
+    except OSError as error:
+        if constants.HF_HUB_OFFLINE:
+            raise FileNotFoundError(_missing(name, where)) from error
+        raise OSError(f"{name} cannot be fetched: {where}: {_first_line(error)}") from error
+    except ValueError as error:
+        # force_download while offline
+        raise FileNotFoundError(f"{_missing(name, where)} ({_first_line(error)})") from error
+    except Exception as error:
+        # the client lets its HTTP library's errors through: a cut connection, a timeout
+        if "httpx" not in type(error).__module__ and "requests" not in type(error).__module__:
+            raise
+        raise ConnectionError(f"{name} cannot be fetched: {where}: the connection failed ({error})") from error
+
+
+def release_file(
+    name: str, entry: dict[str, Any], cache_dir: str | Path | None = None, accept_new_hash: bool = False
+) -> Path:
+    """Weights of the authors' release, converted and verified: from the cache, or downloaded and converted now.
+
+    The authors publish no hash. Where the manifest has none either, the first download is trusted: a warning says so,
+    and its sha256 and that of the converted file are kept beside it. Later loads and downloads have to match them.
+
+    Args:
+        name: ``model.tag``.
+        entry: of the manifest: 'url' of the archive, and its 'archive_sha256' where it is known.
+        cache_dir: in place of :func:`release_cache`.
+        accept_new_hash: download again, and take and remember whatever hash the archive has now.
+
+    Raises:
+        OSError: not cached and not to be had: offline, a failing or cut connection, no space, a read-only cache.
+        ValueError: an archive of another hash than before, one that is not safe to read, or other weights in it.
+    """
+    folder = Path(cache_dir) if cache_dir else release_cache()
+    file, record = folder / f"{name}.safetensors", folder / f"{name}.json"
+    if not accept_new_hash and not _recorded_difference(file, record, entry):
+        return file
+    if constants.HF_HUB_OFFLINE:
+        raise FileNotFoundError(_missing(name, f"{entry['url']} (converted, {file})"))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / f"{name}.lock"):
+            # another process may have fetched it meanwhile
+            if accept_new_hash or _recorded_difference(file, record, entry):
+                _fetch_release(name, entry, file, record, accept_new_hash)
+    except (ConnectionError, FileNotFoundError, TimeoutError):
+        raise
+    except OSError as error:
+        raise OSError(
+            f"the cache {folder} cannot be written ({error}): make room, or set TORCH_HOME to another folder"
+        ) from error
+    return file
+
+
+def read_record(name: str, cache_dir: str | Path | None = None) -> dict[str, Any] | None:
+    """Where cached weights of a release came from, as recorded when they were fetched: None when they were not.
+
+    'url', 'archive_sha256' and 'archive_size' of what was downloaded, 'sha256' and 'size' of the converted file.
+    """
+    return _read_record((Path(cache_dir) if cache_dir else release_cache()) / f"{name}.json")
+
+
+def download(url: str, file: Path, max_bytes: int = MAX_BYTES, what: str = "") -> None:
+    """Download a URL into a file, with a progress bar; the file is there whole, or an error is raised and it is not.
+
+    Raises:
+        ConnectionError: no connection, a status other than 200, or one cut before the end.
+        ValueError: more than ``max_bytes``.
+    """
+    request = urllib.request.Request(url, headers={"User-Agent": "rotation_ssl"})
+    try:
+        with urllib.request.urlopen(request, timeout=SECONDS_WITHOUT_DATA) as response, file.open("wb") as target:
+            length = response.headers.get("Content-Length")
+            total = int(length) if length else None
+            if total and total > max_bytes:
+                raise ValueError(f"{url} has {total:,} bytes, more than the {max_bytes:,} allowed")
+            with tqdm(total=total, desc=what or file.name, unit="B", unit_scale=True, mininterval=0.5) as bar:
+                while block := response.read(BLOCK):
+                    target.write(block)
+                    bar.update(len(block))
+                    if bar.n > max_bytes:
+                        raise ValueError(f"{url} has more than the {max_bytes:,} bytes allowed")
+                # read() ends without an error where the connection is cut
+                if total is not None and bar.n != total:
+                    raise ConnectionError(f"{url} broke off after {bar.n:,} of {total:,} bytes: try again")
+    except BaseException as error:
+        file.unlink(missing_ok=True)
+        if isinstance(error, urllib.error.HTTPError):
+            raise ConnectionError(f"{url} answers {error.code} {error.reason}") from error
+        if isinstance(error, (urllib.error.URLError, HTTPException, TimeoutError)):
+            reason = getattr(error, "reason", None) or error
+            raise ConnectionError(f"{url} cannot be reached ({reason}): try again with a network") from error
+        raise
+
+
+def replace_file(file: Path, write: Callable[[Path], object]) -> None:
+    """Write a file beside its place and move it there whole; a kill leaves what was there before."""
+    unfinished = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    try:
+        write(unfinished)
+        # a crash of the machine must not leave a moved file without its bytes
+        with unfinished.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        unfinished.replace(file)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _fetch_release(name: str, entry: dict[str, Any], file: Path, record: Path, accept_new_hash: bool) -> None:
+    archive = file.with_name(f"{name}.archive")  # one name: what a killed process left is written over
+    for left in file.parent.glob(f"{name}.*.tmp"):
+        left.unlink(missing_ok=True)
+    try:
+        download(entry["url"], archive, what=name)
+        before = _read_record(record) or {}
+        pinned, known = entry.get("archive_sha256"), before.get("archive_sha256")
+        digest = sha256_of(archive)
+        if pinned and digest != pinned:
+            raise ValueError(f"{entry['url']} has sha256 {digest}, not the {pinned} of the manifest; nothing was kept")
+        if known and digest != known and not pinned and not accept_new_hash:
+            raise ValueError(
+                f"{entry['url']} has sha256 {digest}, it was {known}: the release changed; nothing was kept. If that is"
+                f" right: rotation-ssl fetch {name} --accept-new-hash"
+            )
+        converted = convert(read_checkpoint(archive))
+        if converted.model != name.split(".", 1)[0]:
+            raise ValueError(f"{entry['url']} holds a {converted.model}, not {name}; nothing was kept")
+        content = save({key: tensor.contiguous() for key, tensor in converted.state_dict.items()})
+        provenance = {
+            "name": name,
+            "url": entry["url"],
+            "archive_sha256": digest,
+            "archive_size": archive.stat().st_size,
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "size": len(content),
+            "fetched": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        }
+        # the record last: a file without one counts as not fetched
+        replace_file(file, lambda path: path.write_bytes(content))
+        replace_file(record, lambda path: path.write_text(json.dumps(provenance, indent=1) + "\n"))
+    finally:
+        archive.unlink(missing_ok=True)
+    if not pinned and digest != known:
+        warnings.warn(
+            f"no published hash tells whether {name} is what the authors uploaded: the archive just fetched has sha256"
+            f" {digest}, remembered in {record}; later loads have to match it",
+            stacklevel=2,
+        )
+
+
+def _recorded_difference(file: Path, record: Path, entry: dict[str, Any]) -> str:
+    known = _read_record(record)
+    if known is None:
+        return f"{record} does not exist"
+    if entry.get("archive_sha256") not in (None, known["archive_sha256"]):
+        return f"{record} is of another archive than the manifest's"
+    return difference(file, known["sha256"], known["size"])
+
+
+def _read_record(record: Path) -> dict[str, Any] | None:
+    try:
+        known = json.loads(record.read_text())
+        wanted = {"url": str, "archive_sha256": str, "sha256": str, "size": int}
+        return known if all(isinstance(known.get(key), kind) for key, kind in wanted.items()) else None
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _missing(name: str, where: str) -> str:
+    return (
+        f"weights of {name} are not cached, and there is no network or HF_HUB_OFFLINE is set: missing is {where}; fetch"
+        f" it with a network: rotation-ssl fetch {name}"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

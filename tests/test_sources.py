@@ -1,0 +1,498 @@
+"""Every door x every source x every state of the cache: the published bytes, or a clear error."""
+
+import hashlib
+import json
+import subprocess
+import sys
+import threading
+import urllib.request
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+import huggingface_hub
+import pytest
+import timm
+import torch
+from conftest import DATA, HUB_ENVIRONMENT, ROOT, published_manifest
+from safetensors.torch import load_file, save
+
+from rotation_ssl import sources, zoo
+from rotation_ssl.backbones import nin
+from rotation_ssl.checkpoints import read_checkpoint
+from rotation_ssl.convert import convert, write_folder
+
+BUNDLED = "rotnet_nin.cifar10"
+HUBBED = "rotnet_nin.hubbed"
+RELEASED = "rotnet_nin.gidaris_cifar10"
+REPOSITORY = "ORG/rotnet_nin.hubbed"
+ARCHIVE = "CIFAR10_RotNet_NIN4blocks.tar.gz"
+
+# The table of the documentation, cell by cell: what each door gives for each source and state.
+DOORS = ("timm", "torch.hub", "hf-hub", "local-dir", "weights_file")
+SOURCES = ("bundled", "hub", "release")
+STATES = ("fresh", "cached", "offline", "corrupted")
+LOADS = "the published bytes"
+NO_REQUEST = "the published bytes, no request"
+MISSING = "error: what is missing, and the command that fetches it"
+REFETCHED = "fetched anew, once"
+DAMAGED = "error: damaged"
+NONE = "-"
+TABLE = {
+    **{
+        (door, "bundled", state): DAMAGED if state == "corrupted" else NO_REQUEST
+        for door in ("timm", "torch.hub", "weights_file")
+        for state in STATES
+    },
+    **{
+        (door, source, state): told
+        for door in ("timm", "torch.hub", "weights_file")
+        for source in ("hub", "release")
+        for state, told in zip(STATES, (LOADS, NO_REQUEST, MISSING, REFETCHED), strict=True)
+    },
+    # a name of the Hub needs the Hub, and the client looks for config.json first: its error, and its cache
+    ("hf-hub", "hub", "fresh"): LOADS,
+    ("hf-hub", "hub", "cached"): NO_REQUEST,
+    ("hf-hub", "hub", "offline"): "error of the Hub's client",
+    ("hf-hub", "hub", "corrupted"): REFETCHED,
+    **{("hf-hub", source, state): NONE for source in ("bundled", "release") for state in STATES},
+    # a folder is whatever was put there: a download of the Hub, or what `convert` wrote; it needs no network
+    **{
+        ("local-dir", source, state): DAMAGED if state == "corrupted" else NO_REQUEST
+        for source in ("hub", "release")
+        for state in STATES
+    },
+    **{("local-dir", "bundled", state): NONE for state in STATES},
+}
+
+
+class Release(ThreadingHTTPServer):
+    """The authors' release on loopback: files of a folder, requests counted."""
+
+    def __init__(self, folder):
+        super().__init__(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
+        self.folder, self.requests, self.cut = folder, [], False
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.daemon_threads = True
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+class Handler(SimpleHTTPRequestHandler):
+    def do_GET(self):
+        self.server.requests.append(self.path)
+        if not self.server.cut:
+            return super().do_GET()
+        content = (self.server.folder / self.path[1:]).read_bytes()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content[: len(content) // 2])
+        return None
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def release(tmp_path):
+    folder = tmp_path / "release"
+    folder.mkdir()
+    (folder / ARCHIVE).write_bytes((DATA / ARCHIVE).read_bytes())
+    server = Release(folder)
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def served(hub, release, set_manifest):
+    """All three sources on loopback, in the manifest."""
+    content = hub_weights()
+    hub.create(REPOSITORY)
+    revision = hub.commit(REPOSITORY, {"model.safetensors": content, "config.json": hub_config(content)})
+    entries = published_manifest()
+    entries[RELEASED]["url"] = f"{release.url}/{ARCHIVE}"
+    entries[HUBBED] = entries[BUNDLED] | {
+        "source": "hub",
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "size": len(content),
+        "hub": {"repository": REPOSITORY, "revision": revision, "version": "v0.1", "file": "model.safetensors"},
+    }
+    set_manifest(entries)
+    return entries
+
+
+def hub_weights():
+    torch.manual_seed(7)
+    return save({k: v.contiguous() for k, v in timm.create_model("rotnet_nin").state_dict().items()})
+
+
+def hub_config(content):
+    cfg = {"tag": "hubbed", "num_classes": 4, "input_size": [3, 32, 32], "classifier": "head.fc"}
+    cfg |= {"first_conv": "blocks.block1.0.conv"}
+    described = {"architecture": "rotnet_nin", "num_classes": 4, "pretrained_cfg": cfg}
+    described |= {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
+    return json.dumps(described).encode()
+
+
+@pytest.fixture
+def first_download(recwarn):
+    """Weights of a release warn that nobody vouches for them, once: these tests expect it."""
+    with pytest.warns() as caught:
+        yield caught
+        # so that the context has one to catch where nothing is downloaded
+        import warnings
+
+        warnings.warn("no download", stacklevel=1)
+
+
+def name_of(source):
+    return {"bundled": BUNDLED, "hub": HUBBED, "release": RELEASED}[source]
+
+
+def expected_state(source):
+    if source == "bundled":
+        return load_file(zoo.WEIGHTS_DIR / f"{BUNDLED}.safetensors")
+    if source == "hub":
+        from safetensors.torch import load
+
+        return load(hub_weights())
+    return convert(read_checkpoint(DATA / ARCHIVE)).state_dict
+
+
+def go_through(door, source, folder):
+    """Load through a door: the state dict, or the error."""
+    name = name_of(source)
+    if door == "timm":
+        return timm.create_model(name, pretrained=True).state_dict()
+    if door == "torch.hub":
+        tag = name.split(".", 1)[1]
+        return torch.hub.load(str(ROOT), "rotnet_nin", source="local", weights=tag).state_dict()
+    if door == "hf-hub":
+        return timm.create_model(f"hf-hub:{REPOSITORY}", pretrained=True).state_dict()
+    if door == "local-dir":
+        return timm.create_model(f"local-dir:{folder}", pretrained=True).state_dict()
+    return load_file(zoo.weights_file(name))
+
+
+def make_folder(source, folder):
+    if source == "hub":
+        huggingface_hub.snapshot_download(REPOSITORY, local_dir=folder)
+    else:
+        write_folder(convert(read_checkpoint(DATA / ARCHIVE)), folder, "gidaris", {})
+
+
+def corrupt(file):
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.chmod(0o644)
+    file.write_bytes(content)
+
+
+def cached(source, folder, door):
+    if door == "local-dir":
+        return folder / "model.safetensors"
+    if source == "hub":
+        return zoo.cached_file(HUBBED).resolve()
+    return zoo.cached_file(name_of(source))
+
+
+@pytest.fixture
+def wheel_copy(monkeypatch, tmp_path, set_manifest, served):
+    """The bundled weights where a test may damage them."""
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    for file in zoo.WEIGHTS_DIR.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    monkeypatch.setattr(zoo, "WEIGHTS_DIR", folder)
+    set_manifest(served)
+    return folder
+
+
+def test_the_table_is_whole():
+    assert set(TABLE) == {(door, source, state) for door in DOORS for source in SOURCES for state in STATES}
+
+
+CELLS = [(*cell, told) for cell, told in TABLE.items() if told != NONE]
+
+
+@pytest.mark.parametrize(("door", "source", "state", "told"), CELLS, ids=lambda value: value.split(":")[0])
+def test_door(door, source, state, told, hub, release, wheel_copy, go_offline, tmp_path, first_download):
+    folder = tmp_path / "folder"
+    if door == "local-dir":
+        make_folder(source, folder)
+    if state in ("cached", "corrupted") and door != "local-dir":
+        go_through(door, source, folder)
+    if state == "corrupted":
+        corrupt(cached(source, folder, door))
+    if state == "offline" or told == NO_REQUEST:
+        go_offline()
+    hub.requests.clear()
+    release.requests.clear()
+    if told in (LOADS, NO_REQUEST, REFETCHED):
+        state_dict, expected = go_through(door, source, folder), expected_state(source)
+        assert state_dict.keys() == expected.keys()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in state_dict.items())
+        asked = [r for r in (*hub.requests, *release.requests) if r.startswith(("GET", "/"))]
+        if told == NO_REQUEST:
+            assert not hub.requests and not release.requests
+        else:
+            weights = [r for r in asked if "model.safetensors" in r or ARCHIVE in r]
+            assert len(weights) == 1
+        if told == REFETCHED:
+            hub.requests.clear()
+            release.requests.clear()
+            go_offline()
+            go_through(door, source, folder)
+            assert not hub.requests and not release.requests
+    elif told == MISSING:
+        with pytest.raises(FileNotFoundError, match=rf"not cached.*missing is .*rotation-ssl fetch {name_of(source)}"):
+            go_through(door, source, folder)
+        what = REPOSITORY + "@" + zoo.manifest()[HUBBED]["hub"]["revision"] if source == "hub" else ARCHIVE
+        with pytest.raises(FileNotFoundError, match=what):
+            go_through(door, source, folder)
+    elif told == DAMAGED:
+        with pytest.raises(ValueError, match=r"are damaged: .* has sha256"):
+            go_through(door, source, folder)
+    else:
+        with pytest.raises(huggingface_hub.errors.LocalEntryNotFoundError):
+            go_through(door, source, folder)
+
+
+def test_a_model_with_classes_of_its_own_gets_the_verified_backbone(served):
+    model = timm.create_model(HUBBED, pretrained=True, num_classes=10)
+    assert torch.equal(model.blocks.block2[0].conv.weight, expected_state("hub")["blocks.block2.0.conv.weight"])
+    maps = timm.create_model(HUBBED, pretrained=True, features_only=True)
+    assert torch.equal(maps.blocks_block2[0].conv.weight, model.blocks.block2[0].conv.weight)
+
+
+def test_the_hub_serves_other_bytes_of_the_same_size(hub, served):
+    """Over plain HTTP the client checks the size alone."""
+    hub.corrupt.add("model.safetensors")
+    with pytest.raises(ValueError, match=r"is not what rotation_ssl published as rotnet_nin\.hubbed: .* has sha256"):
+        timm.create_model(HUBBED, pretrained=True)
+    assert len([r for r in hub.requests if r.startswith("GET") and "model.safetensors" in r]) == 2, "refetched once"
+    assert zoo.cached_file(HUBBED) is None, "what is damaged is not left behind"
+    hub.corrupt.clear()
+    timm.create_model(HUBBED, pretrained=True)
+
+
+def test_a_moved_main_changes_nothing_for_pinned_weights(hub, served):
+    other = hub_weights()[:-4] + b"\0\0\0\0"
+    hub.commit(REPOSITORY, {"model.safetensors": other})
+    state = timm.create_model(HUBBED, pretrained=True).state_dict()
+    assert torch.equal(state["head.fc.weight"], expected_state("hub")["head.fc.weight"])
+    with pytest.raises(ValueError, match=r"main of ORG/rotnet_nin\.hubbed is not, or no longer.*upgrade"):
+        timm.create_model(f"hf-hub:{REPOSITORY}", pretrained=True)
+    pinned = served[HUBBED]["hub"]["revision"]
+    timm.create_model(f"hf-hub:{REPOSITORY}@{pinned}", pretrained=True)
+
+
+def test_another_repository_is_loaded_unverified_but_checked(hub, served):
+    hub.create("SOMEONE/tuned")
+    hub.commit("SOMEONE/tuned", {"model.safetensors": hub_weights(), "config.json": hub_config(hub_weights())})
+    model = timm.create_model("hf-hub:SOMEONE/tuned", pretrained=True)
+    assert torch.equal(model.head.fc.weight, expected_state("hub")["head.fc.weight"])
+    hub.commit("SOMEONE/tuned", {"model.safetensors": save({"wrong": torch.zeros(3000)})})
+    with pytest.raises(ValueError, match="SOMEONE/tuned does not fit"):
+        timm.create_model("hf-hub:SOMEONE/tuned", pretrained=True, num_classes=10)
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "message"),
+    [
+        (401, "", r"the Hub wants a login for ORG/rotnet_nin\.hubbed: `hf auth login`"),
+        (404, "RepoNotFound", "knows no repository ORG/rotnet_nin.hubbed"),
+        (404, "RevisionNotFound", r"the Hub has no model\.safetensors of ORG/rotnet_nin\.hubbed@"),
+        (404, "EntryNotFound", r"the Hub has no model\.safetensors of ORG/rotnet_nin\.hubbed@"),
+        (403, "", "cannot be fetched"),
+    ],
+)
+def test_the_hub_refuses(hub, served, status, code, message):
+    hub.answer("HEAD", "model.safetensors", status, 9, code)
+    hub.answer("GET", "model.safetensors", status, 9, code)
+    with pytest.raises(OSError, match=message) as error:
+        timm.create_model(HUBBED, pretrained=True)
+    assert "\n" not in str(error.value)
+
+
+def test_a_download_from_the_hub_that_breaks_off(hub, served, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    hub.cut.add("model.safetensors")
+    with pytest.raises(OSError, match=r"rotnet_nin\.hubbed cannot be fetched"):
+        timm.create_model(HUBBED, pretrained=True)
+    assert zoo.cached_file(HUBBED) is None
+    hub.cut.clear()
+    timm.create_model(HUBBED, pretrained=True)
+
+
+def test_a_release_is_recorded_and_its_change_noticed(release, served):
+    with pytest.warns(UserWarning, match=r"no published hash tells .* sha256 [0-9a-f]{64}, remembered in"):
+        file = zoo.weights_file(RELEASED)
+    record = sources.read_record(RELEASED)
+    assert record["archive_sha256"] == hashlib.sha256((DATA / ARCHIVE).read_bytes()).hexdigest()
+    assert record["sha256"] == sources.sha256_of(file) and record["url"] == served[RELEASED]["url"]
+    # the release is replaced: who has the weights keeps them, who fetches them anew is told
+    content = (release.folder / ARCHIVE).read_bytes()
+    (release.folder / ARCHIVE).write_bytes(content + b"\0" * 512)
+    assert zoo.weights_file(RELEASED) == file
+    corrupt(file)
+    with pytest.raises(ValueError, match=r"the release changed; nothing was kept.*--accept-new-hash"):
+        zoo.weights_file(RELEASED)
+    with pytest.warns(UserWarning, match="no published hash"):
+        zoo.weights_file(RELEASED, accept_new_hash=True)
+    assert sources.read_record(RELEASED)["archive_sha256"] == hashlib.sha256(content + b"\0" * 512).hexdigest()
+    assert zoo.weights_file(RELEASED) == file
+
+
+def test_a_hash_of_the_manifest_is_not_overruled(release, served, set_manifest):
+    served[RELEASED]["archive_sha256"] = "0" * 64
+    set_manifest(served)
+    for accept in (False, True):
+        with pytest.raises(ValueError, match=r"not the 0{64} of the manifest; nothing was kept"):
+            zoo.weights_file(RELEASED, accept_new_hash=accept)
+    served[RELEASED]["archive_sha256"] = hashlib.sha256((DATA / ARCHIVE).read_bytes()).hexdigest()
+    zoo.weights_file(RELEASED)
+
+
+def left_in(folder):
+    return sorted(file.name for file in folder.iterdir() if not file.name.endswith(".lock"))
+
+
+def test_a_release_that_breaks_off_leaves_nothing(release, served):
+    release.cut = True
+    with pytest.raises(ConnectionError, match=r"broke off after [\d,]+ of [\d,]+ bytes: try again"):
+        zoo.weights_file(RELEASED)
+    assert left_in(sources.release_cache()) == []
+
+
+@pytest.mark.parametrize(("url", "message"), [("/nothing.tar.gz", "answers 404"), (None, "cannot be reached")])
+def test_a_release_that_is_not_there(release, served, set_manifest, url, message):
+    served[RELEASED]["url"] = f"{release.url}{url}" if url else "http://127.0.0.1:9/x.tar.gz"
+    set_manifest(served)
+    with pytest.raises(ConnectionError, match=message):
+        zoo.weights_file(RELEASED)
+    assert left_in(sources.release_cache()) == []
+
+
+def test_a_release_that_is_too_large_is_not_downloaded(tmp_path, release):
+    with pytest.raises(ValueError, match=r"more than the 1,000 allowed"):
+        sources.download(f"{release.url}/{ARCHIVE}", tmp_path / "archive", max_bytes=1000)
+    assert not (tmp_path / "archive").exists()
+
+
+def test_an_archive_of_another_model_is_refused(release, served, set_manifest):
+    served["rotnet_alexnet.gidaris_in1k"]["url"] = served[RELEASED]["url"]
+    set_manifest(served)
+    with pytest.raises(ValueError, match=r"holds a rotnet_nin, not rotnet_alexnet\.gidaris_in1k; nothing was kept"):
+        timm.create_model("rotnet_alexnet.gidaris_in1k", pretrained=True)
+    assert left_in(sources.release_cache()) == []
+
+
+PROLOGUE = """
+import json, resource, signal, sys, warnings
+import torch, rotation_ssl
+from rotation_ssl import sources, zoo
+folder, url = sys.argv[1:3]
+torch.hub.get_dir = lambda: folder
+entries = json.loads((zoo.WEIGHTS_DIR / "manifest.json").read_text())
+entries["rotnet_nin.gidaris_cifar10"]["url"] = url
+zoo.manifest = lambda: entries
+warnings.simplefilter("ignore")
+"""
+FETCH = "print(zoo.weights_file('rotnet_nin.gidaris_cifar10'))"
+
+
+def start(code, *arguments):
+    command = [sys.executable, "-c", PROLOGUE + code, *map(str, arguments)]
+    environment = {**__import__("os").environ, **HUB_ENVIRONMENT, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_first_loads_of_many_processes_at_once(release, tmp_path):
+    processes = [start(FETCH, tmp_path / "cache", f"{release.url}/{ARCHIVE}") for _ in range(4)]
+    results = [process.communicate() for process in processes]
+    assert [process.returncode for process in processes] == [0] * 4, results
+    assert len({out for out, _ in results}) == 1
+    assert release.requests.count(f"/{ARCHIVE}") == 1, "one downloads, the others wait for it"
+    (file, record) = (tmp_path / "cache" / "rotation_ssl" / f"{RELEASED}.{end}" for end in ("safetensors", "json"))
+    assert sources.sha256_of(file) == json.loads(record.read_text())["sha256"]
+
+
+def test_killed_while_writing_and_fetched_again(release, tmp_path):
+    """SIGKILL at the worst moments: after the download, and between the weights and their record."""
+    for moment in ("read_checkpoint", "replace_file"):
+        kill = (
+            f"import os\ntold = sources.{moment}\n"
+            "calls = []\n"
+            "def killed(*args):\n"
+            "    calls.append(args)\n"
+            f"    if len(calls) == {2 if moment == 'replace_file' else 1}: os.kill(os.getpid(), signal.SIGKILL)\n"
+            "    return told(*args)\n"
+            f"sources.{moment} = killed\n"
+        )
+        process = start(kill + FETCH, tmp_path / moment, f"{release.url}/{ARCHIVE}")
+        assert process.communicate() and process.returncode == -9
+        folder = tmp_path / moment / "rotation_ssl"
+        assert not (folder / f"{RELEASED}.json").exists() and left_in(folder)
+        process = start(FETCH, tmp_path / moment, f"{release.url}/{ARCHIVE}")
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+        assert left_in(folder) == [f"{RELEASED}.json", f"{RELEASED}.safetensors"]
+
+
+def test_a_full_disk(release, tmp_path):
+    """The system refuses to write more than 1 MB to any file."""
+    limit = "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))\n"
+    caught = f"try:\n    {FETCH}\nexcept OSError as error:\n    print(error)\n"
+    out, errors = start(limit + caught, tmp_path / "cache", f"{release.url}/{ARCHIVE}").communicate()
+    assert "rotation_ssl cannot be written" in out and "TORCH_HOME" in out, out + errors
+    assert left_in(tmp_path / "cache" / "rotation_ssl") == []
+
+
+def test_a_cache_that_cannot_be_written(release, served, tmp_path, monkeypatch):
+    (tmp_path / "torch-hub").write_text("a file where the cache should be")
+    with pytest.raises(OSError, match=r"torch-hub.* cannot be written .*TORCH_HOME"):
+        zoo.weights_file(RELEASED)
+
+
+def test_a_filled_read_only_cache_is_only_read(release, served, monkeypatch):
+    with pytest.warns(UserWarning, match="no published hash"):
+        file = zoo.weights_file(RELEASED)
+    folder = file.parent
+    before = {entry.name: entry.stat().st_mtime_ns for entry in (folder, *folder.iterdir())}
+    monkeypatch.setattr(sources, "FileLock", None)
+    monkeypatch.setattr(sources.Path, "mkdir", None)
+    assert zoo.weights_file(RELEASED) == file
+    assert before == {entry.name: entry.stat().st_mtime_ns for entry in (folder, *folder.iterdir())}
+
+
+def test_the_manifest_says_what_timm_is_told():
+    for name, entry in published_manifest().items():
+        cfg = timm.get_pretrained_cfg(name)
+        assert cfg.has_weights and cfg.license == entry["license"]
+        assert (cfg.input_size, cfg.mean, cfg.std) == tuple(tuple(entry[key]) for key in ("input_size", "mean", "std"))
+        wanted = {"license", "origin", "recipe", "data", "recommended_layer", "metrics", "file", "sha256", "size"}
+        assert wanted <= set(entry)
+        if entry["source"] == "release":
+            assert entry["url"].startswith("https://github.com/gidariss/FeatureLearningRotNet/releases/download/v1/")
+
+
+def test_no_default_needs_the_network():
+    for model in timm.list_models("rotnet_*"):
+        cfg = timm.get_pretrained_cfg(model)
+        assert not cfg.url and not cfg.hf_hub_id, f"{model} has a default tag that is not in the wheel"
+
+
+def test_a_wrong_hash_in_the_manifest_is_noticed(set_manifest, offline):
+    entries = published_manifest()
+    entries[BUNDLED]["sha256"] = "0" * 64
+    set_manifest(entries)
+    with pytest.raises(ValueError, match=rf"weights of {BUNDLED} are damaged: .* has sha256 .*, not 0000"):
+        timm.create_model(BUNDLED, pretrained=True)
+
+
+def test_the_release_of_the_tests_is_reached_as_any_other(release):
+    assert urllib.request.urlopen(f"{release.url}/{ARCHIVE}").status == 200
+    assert nin.rotnet_nin is timm.model_entrypoint("rotnet_nin")

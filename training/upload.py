@@ -1,0 +1,306 @@
+"""Published weights on the Hugging Face Hub: what a repository holds, and how it gets there whole.
+
+A revision exists only after the upload, so the order is: create, upload what differs, read the revision, download it
+again and compare, tag it, and only then write it into the manifest. Each step finds out what is done already: run
+again, it goes on where it was interrupted, and uploads nothing that is there.
+"""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import timm
+import torch
+from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCardData, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.hf_api import RepoFile
+from safetensors.torch import load, save
+from timm.models._hub import save_config_for_hf
+from torch import nn
+
+import rotation_ssl
+from rotation_ssl import zoo
+from rotation_ssl.features import layer_modules
+from rotation_ssl.golden import golden_outputs
+from training.card import FIGURES, REPOSITORY, ROOT, probe_table, rotation_lines, select
+from training.results import RESULTS_DIR, Row
+
+CARD_TEMPLATE = Path(__file__).parent / "hub_card.md"
+WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Upload:
+    """Weights to be published as ``model.tag``: the manifest's entry of them, and the file's content."""
+
+    name: str
+    entry: dict[str, Any]
+    content: bytes
+
+
+def upload_of(name: str) -> Upload:
+    """Weights of the manifest, from the package or their cache.
+
+    Raises:
+        ValueError: no such weights, or ones whose bytes the manifest does not know.
+    """
+    if not zoo.manifest().get(name, {}).get("sha256"):
+        raise ValueError(f"{name} cannot be published: there are {', '.join(zoo.bundled())}, and folders of `convert`")
+    return Upload(name, zoo.manifest()[name], zoo.weights_file(name).read_bytes())
+
+
+def upload_of_folder(folder: Path, license_name: str, data: str, layer: str) -> Upload:
+    """Weights of a folder that ``rotation-ssl convert`` wrote, with the manifest's entry that they are to get.
+
+    Args:
+        folder: with config.json and model.safetensors.
+        license_name: of the weights, as the Hub names licences.
+        data: what they were trained on.
+        layer: recommended for features.
+
+    Raises:
+        ValueError: not such a folder, weights that do not fit, a model that this package does not have, or no licence,
+            data or layer.
+    """
+    model = _model_of_folder(folder)
+    config = json.loads((folder / "config.json").read_text())
+    architecture, tag = config["architecture"], config["pretrained_cfg"].get("tag")
+    if architecture not in timm.list_models("rotnet_*") or not tag:
+        known = ", ".join(timm.list_models("rotnet_*"))
+        raise ValueError(f"{folder} holds {architecture} (tag {tag}): published are {known}, with a tag")
+    if not (license_name and data and layer):
+        raise ValueError(f"publishing {folder} needs --license, --data and --layer: the folder does not say them")
+    if layer not in layer_modules(model):
+        raise ValueError(f"{architecture} has no layer {layer}; it has {', '.join(layer_modules(model))}")
+    content = (folder / WEIGHTS).read_bytes()
+    cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    provenance = config.get("provenance", {})
+    name = f"{architecture}.{tag}"
+    entry = {
+        "source": "hub",
+        "file": f"{name}.safetensors",
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "size": len(content),
+        "license": license_name,
+        "origin": f"converted from {provenance.get('origin', 'a checkpoint')}"
+        + (f", sha256 {provenance['file_sha256']}" if "file_sha256" in provenance else ""),
+        "recipe": "not this project's",
+        "data": data,
+        "recommended_layer": layer,
+        **{key: list(cfg[key]) for key in ("input_size", "mean", "std")},
+        "metrics": {},
+    }
+    return Upload(name, entry, content)
+
+
+def hub_files(upload: Upload, repository: str, version: str, rows: Sequence[Row]) -> dict[str, bytes]:
+    """What the Hub repository of some weights holds: file name -> content. The same weights and rows give the same.
+
+    Raises:
+        ValueError: weights that do not fit their model.
+    """
+    name, entry, state = upload.name, upload.entry, load(upload.content)
+    architecture, tag = name.split(".", 1)
+    config, model = _config(name, entry, state)
+    files = {
+        WEIGHTS: upload.content,
+        "config.json": config,
+        "golden.safetensors": save(golden_outputs(model)),
+    }
+    classifier = f"{model.pretrained_cfg['classifier']}."
+    backbone = {key: value for key, value in state.items() if not key.startswith(classifier)}
+    if len(backbone) < len(state):
+        files["backbone.safetensors"] = save(backbone)
+    run, curve = RESULTS_DIR / f"{name}.run.json", ROOT / FIGURES / f"{name}.curve.png"
+    if run.exists():
+        files["training.json"] = run.read_bytes()
+    if curve.exists():
+        files["curve.png"] = curve.read_bytes()
+    text = Template(CARD_TEMPLATE.read_text()).substitute(
+        name=name,
+        model=architecture,
+        tag=tag,
+        repository=repository,
+        version=version,
+        code=REPOSITORY,
+        sha256=entry["sha256"],
+        size=f"{entry['size']:,}",
+        head=", with the head of the four rotations; `backbone.safetensors` is without"
+        if "backbone.safetensors" in files
+        else "",
+        data=entry["data"],
+        origin=entry["origin"],
+        input=" x ".join(map(str, entry["input_size"][1:])),
+        mean=", ".join(f"{value:.4f}" for value in entry["mean"]),
+        std=", ".join(f"{value:.4f}" for value in entry["std"]),
+        layer=entry["recommended_layer"],
+        training="\n".join(_training(entry, files)),
+        evaluation="\n".join(_evaluation(name, rows)),
+    )
+    files["README.md"] = f"---\n{_card_data(name, entry, rows)}\n---\n\n{text}".encode()
+    return files
+
+
+def publish(upload: Upload, namespace: str, version: str, rows: Sequence[Row]) -> dict[str, str]:
+    """Bring weights to the Hub and verify them there; returns what the manifest is to say of it.
+
+    Nothing is uploaded that is there already; the version's tag is set once and never moved.
+
+    Raises:
+        OSError: the Hub cannot be reached, or refuses (no login, no permission, a commit in between).
+        ValueError: it serves other bytes than were uploaded, or the version's tag is at another revision.
+    """
+    repository = f"{namespace}/{upload.name}"
+    files, api = hub_files(upload, repository, version, rows), HfApi()
+    try:
+        api.create_repo(repository, exist_ok=True)
+        head = _head(api, repository)
+        there = _digests(api, repository, head) if head else {}
+        changed = [path for path, content in files.items() if there.get(path) not in _digests_of(content)]
+        revision = head
+        if changed:
+            commit = api.create_commit(
+                repository,
+                [CommitOperationAdd(path, files[path]) for path in changed],
+                commit_message=f"{upload.name} {version}",
+                parent_commit=head,
+            )
+            revision = commit.oid
+        assert revision is not None
+        _verify(repository, revision, files)
+        api.create_tag(repository, tag=version, revision=revision, exist_ok=True)
+        tagged = api.model_info(repository, revision=version).sha
+    except HfHubHTTPError as error:
+        raise ConnectionError(f"publishing {repository} failed: {_reason(error)}; run it again") from error
+    if tagged != revision:
+        raise ValueError(
+            f"{version} of {repository} is revision {tagged}, what was uploaded now is {revision}: a version"
+            " never moves, raise it (--version)"
+        )
+    return {"repository": repository, "revision": revision, "version": version, "file": WEIGHTS}
+
+
+def current_version() -> str:
+    """The Hub tag of this version of the package: 'v0.1' for 0.1.2."""
+    return "v" + ".".join(rotation_ssl.__version__.split(".")[:2])
+
+
+def _config(name: str, entry: dict[str, Any], state: dict[str, torch.Tensor]) -> tuple[bytes, Any]:
+    """config.json as timm's hf-hub: takes it, without the package's registry, and the model."""
+    architecture, tag = name.split(".", 1)
+    overlay = {"state_dict": state, **{key: tuple(entry[key]) for key in ("input_size", "mean", "std")}}
+    args = {"fc_size": 0} if architecture == "rotnet_alexnet" and "head.fc6.0.weight" not in state else {}
+    model = timm.create_model(architecture, pretrained=True, pretrained_cfg_overlay=overlay, **args).eval()
+    described = {
+        "pretrained_cfg": {"tag": tag, "license": entry["license"]},
+        "sha256": entry["sha256"],
+        "size": entry["size"],
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "config.json"
+        save_config_for_hf(model, str(file), model_config=described)
+        return file.read_bytes(), model
+
+
+def _card_data(name: str, entry: dict[str, Any], rows: Sequence[Row]) -> str:
+    results = [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type="cifar10",
+            dataset_name="CIFAR-10",
+            dataset_split="test",
+            metric_type="accuracy",
+            # the Hub keeps one result of a task and data set for each name: protocol and layer belong into it
+            metric_name=metric,
+            metric_value=round(100 * value, 2),
+        )
+        for metric, value in entry["metrics"].items()
+    ]
+    data = ModelCardData(
+        license=entry["license"],
+        library_name="timm",
+        pipeline_tag="image-feature-extraction",
+        tags=["self-supervised", "rotation-prediction"],
+        datasets=["cifar10"] if "CIFAR-10" in entry["data"] else None,
+        model_name=name if results else None,
+        eval_results=results or None,
+    )
+    return data.to_yaml()
+
+
+def _training(entry: dict[str, Any], files: dict[str, bytes]) -> list[str]:
+    lines = [f"Recipe: {entry['recipe']}."]
+    if "rotated_images" in entry:
+        lines = [
+            f"Recipe `{entry['recipe']}` of https://github.com/{REPOSITORY}, seed {entry['seed']}, commit"
+            f" `{entry['commit']}`: {entry['rotated_images']:,} rotated images. `training.json` has the recipe and the"
+            " loss of every step."
+        ]
+    return [*lines, "", "![Training loss](curve.png)"] if "curve.png" in files else lines
+
+
+def _evaluation(name: str, rows: Sequence[Row]) -> list[str]:
+    architecture = name.split(".", 1)[0]
+    own = select(rows, name)
+    if not own:
+        return ["Not measured by this project."]
+    quoted = select(rows, f"{architecture}.paper", measured=False)
+    return [
+        *rotation_lines(own, select(rows, f"{architecture}.random"), quoted),
+        "",
+        *probe_table(name, architecture, rows),
+    ]
+
+
+def _head(api: HfApi, repository: str) -> str | None:
+    try:
+        return api.model_info(repository, revision="main").sha
+    except RevisionNotFoundError:
+        return None
+
+
+def _digests(api: HfApi, repository: str, revision: str) -> dict[str, str]:
+    """sha256 of each large file of a repository, git's hash of each small one."""
+    entries = api.list_repo_tree(repository, revision=revision, recursive=True)
+    found = [entry for entry in entries if isinstance(entry, RepoFile)]
+    return {entry.path: entry.lfs.sha256 if entry.lfs else entry.blob_id for entry in found}
+
+
+def _digests_of(content: bytes) -> tuple[str, str]:
+    # git's hash of a file, not a protection of anything
+    blob = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False)
+    return hashlib.sha256(content).hexdigest(), blob.hexdigest()
+
+
+def _verify(repository: str, revision: str, files: dict[str, bytes]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        for path, content in files.items():
+            served = Path(hf_hub_download(repository, path, revision=revision, cache_dir=folder)).read_bytes()
+            if served != content:
+                raise ValueError(f"{path} of {repository}@{revision} is not what was uploaded: nothing was published")
+
+
+def _reason(error: HfHubHTTPError) -> str:
+    status = error.response.status_code if error.response is not None else None
+    told = {
+        401: "the Hub wants a login: `hf auth login`, or HF_TOKEN",
+        403: "no permission to write there",
+        412: "someone else committed meanwhile",
+    }
+    if isinstance(error, RepositoryNotFoundError) and status != 404:
+        return told[401]
+    return told.get(status or 0) or (str(error).splitlines() or ["no answer"])[0]
+
+
+def _model_of_folder(folder: Path) -> nn.Module:
+    if not (folder / "config.json").is_file() or not (folder / WEIGHTS).is_file():
+        raise ValueError(f"{folder} holds no config.json and {WEIGHTS}: rotation-ssl convert writes such folders")
+    try:
+        return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    except (RuntimeError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder} cannot be loaded ({error}): convert it anew") from error
