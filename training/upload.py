@@ -177,6 +177,11 @@ def publish(upload: Upload, namespace: str, version: str, rows: Sequence[Row]) -
         tagged = api.model_info(repository, revision=version).sha
     except HfHubHTTPError as error:
         raise ConnectionError(f"publishing {repository} failed: {_reason(error)}; run it again") from error
+    except RuntimeError as error:
+        # an upload of a large file that failed
+        cause = error.__cause__
+        reason = _reason(cause) if isinstance(cause, HfHubHTTPError) else str(cause or error).splitlines()[0]
+        raise ConnectionError(f"publishing {repository} failed: {reason}; run it again") from error
     if tagged != revision:
         raise ValueError(
             f"{version} of {repository} is revision {tagged}, what was uploaded now is {revision}: a version"

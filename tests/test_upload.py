@@ -1,0 +1,249 @@
+"""Publication against a Hub on loopback, by the real client: what gets there, and that it is what loads."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import huggingface_hub
+import pytest
+import timm
+import torch
+from conftest import DATA, HUB_ENVIRONMENT, ROOT, published_manifest
+from safetensors.torch import load, load_file
+
+from rotation_ssl import zoo
+from rotation_ssl.checkpoints import read_checkpoint
+from rotation_ssl.convert import convert, write_folder
+from training import publish, upload
+from training.results import read_rows
+
+# the Hub's client, with its own HTTP library
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+
+NAME = "rotnet_nin.cifar10"
+REPOSITORY = f"ORG/{NAME}"
+
+
+@pytest.fixture
+def weights_dir(monkeypatch, tmp_path):
+    """The package's weights and manifest where publishing may write them."""
+    shutil.copytree(zoo.WEIGHTS_DIR, tmp_path / "weights")
+    monkeypatch.setattr(zoo, "WEIGHTS_DIR", tmp_path / "weights")
+    return tmp_path / "weights"
+
+
+def run(*arguments):
+    return publish.main([str(argument) for argument in arguments])
+
+
+def manifest_of(folder):
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def test_published_pinned_and_loaded(hub, weights_dir, set_manifest, go_offline, capsys):
+    assert run("--namespace", "ORG") == 0
+    told = manifest_of(weights_dir)[NAME]["hub"]
+    revision = hub.repositories[REPOSITORY]["main"]
+    assert told == {"repository": REPOSITORY, "revision": revision, "version": "v0.1", "file": "model.safetensors"}
+    assert hub.repositories[REPOSITORY]["tags"] == {"v0.1": revision}
+    assert revision in capsys.readouterr().out
+    # every other door now gives the bytes of the Hub, of the pinned revision
+    set_manifest(manifest_of(weights_dir))
+    expected = load_file(weights_dir / f"{NAME}.safetensors")
+    doors = {
+        "timm": lambda: timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay={"file": None}),
+        "hub": lambda: torch.hub.load(
+            str(ROOT), "rotnet_nin", source="local", pretrained_cfg_overlay={"file": None}, weights="cifar10"
+        ),
+        "main": lambda: timm.create_model(f"hf-hub:{REPOSITORY}", pretrained=True),
+        "version": lambda: timm.create_model(f"hf-hub:{REPOSITORY}@v0.1", pretrained=True),
+        "revision": lambda: timm.create_model(f"hf-hub:{REPOSITORY}@{revision}", pretrained=True),
+    }
+    for door in doors.values():
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in door().state_dict().items())
+    go_offline()
+    hub.requests.clear()
+    for door in doors.values():
+        door()
+    assert hub.requests == []
+
+
+def test_what_a_repository_holds(hub, weights_dir, tmp_path):
+    assert run("--namespace", "ORG", "--weights", NAME) == 0
+    files = hub.repositories[REPOSITORY]["commits"][hub.repositories[REPOSITORY]["main"]]
+    names = {".gitattributes", "README.md", "config.json", "model.safetensors", "backbone.safetensors"}
+    assert set(files) == names | {"golden.safetensors", "training.json", "curve.png"}
+    assert files["model.safetensors"] == (weights_dir / f"{NAME}.safetensors").read_bytes()
+    backbone = load(files["backbone.safetensors"])
+    assert not [key for key in backbone if key.startswith("head.")] and len(backbone) == len(
+        load(files["model.safetensors"])
+    ) - len(("head.fc.weight", "head.fc.bias"))
+    golden = load(files["golden.safetensors"])
+    model = timm.create_model(f"hf-hub:{REPOSITORY}", pretrained=True).eval()
+    with torch.inference_mode():
+        torch.testing.assert_close(model(golden["input"]), golden["logits"], rtol=1e-3, atol=1e-3)
+    run_record = json.loads(files["training.json"])
+    assert run_record["recipe"]["name"] == zoo.manifest()[NAME]["recipe"]
+    (tmp_path / "README.md").write_bytes(files["README.md"])
+    card = huggingface_hub.ModelCard.load(tmp_path / "README.md")
+    assert (card.data.license, card.data.library_name, card.data.model_name) == ("mit", "timm", NAME)
+    published = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    assert published == {key: round(100 * value, 2) for key, value in zoo.manifest()[NAME]["metrics"].items()}
+    assert len(published) > 10
+    for snippet in ('create_model("rotnet_nin.cifar10"', f'"hf-hub:{REPOSITORY}@v0.1"', "torch.hub.load("):
+        assert snippet in card.text
+    assert f"{100 * published_manifest()[NAME]['metrics']['rotation accuracy']:.2f} %" in card.text
+
+
+def test_config_is_enough_without_the_registrys_help(hub, weights_dir, monkeypatch):
+    """timm takes input size, normalisation and classes from config.json alone."""
+    run("--namespace", "ORG", "--weights", NAME)
+    config = json.loads(hub.repositories[REPOSITORY]["commits"][hub.repositories[REPOSITORY]["main"]]["config.json"])
+    cfg = config["pretrained_cfg"]
+    entry = published_manifest()[NAME]
+    assert config["architecture"] == "rotnet_nin" and config["num_classes"] == 4
+    assert (cfg["input_size"], cfg["license"], cfg["tag"]) == ([3, 32, 32], "mit", "cifar10")
+    assert cfg["mean"] == entry["mean"] and cfg["std"] == entry["std"]
+    assert not {"file", "url", "hf_hub_id", "state_dict"} & set(cfg)
+    assert config["sha256"] == entry["sha256"]
+
+
+def test_twice_uploads_nothing_new(hub, weights_dir):
+    assert run("--namespace", "ORG") == 0
+    first, revision = list(hub.uploads), hub.repositories[REPOSITORY]["main"]
+    told = manifest_of(weights_dir)
+    assert run("--namespace", "ORG") == 0
+    assert hub.uploads == first and hub.repositories[REPOSITORY]["main"] == revision
+    assert manifest_of(weights_dir) == told
+
+
+@pytest.mark.parametrize("step", ["preupload", "objects/batch", "/commit/", "resolve/.*golden", "/tag/"])
+def test_interrupted_anywhere_and_run_again(hub, weights_dir, step, capsys):
+    before = (weights_dir / "manifest.json").read_bytes()
+    for method in ("POST", "GET", "HEAD"):
+        hub.answer(method, step, 403, times=3)
+    assert run("--namespace", "ORG") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert (weights_dir / "manifest.json").read_bytes() == before, "nothing is pinned before it is verified"
+    hub.answers.clear()
+    assert run("--namespace", "ORG") == 0
+    revision = hub.repositories[REPOSITORY]["main"]
+    assert manifest_of(weights_dir)[NAME]["hub"]["revision"] == revision
+    assert hub.repositories[REPOSITORY]["tags"] == {"v0.1": revision}
+    assert len(hub.uploads) == len(set(hub.uploads)), "no large file goes up twice"
+
+
+def test_killed_after_the_upload_and_run_again(hub, weights_dir, tmp_path):
+    """SIGKILL between the commit and everything that comes after it, in a process of its own."""
+    code = (
+        "import os, pathlib, signal, sys\n"
+        "from rotation_ssl import zoo\n"
+        "zoo.WEIGHTS_DIR = pathlib.Path(sys.argv[1])\n"
+        "from training import publish, upload\n"
+        "upload._verify = lambda *args: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "publish.main(['--namespace', 'ORG'])\n"
+    )
+    environment = {**__import__("os").environ, **HUB_ENVIRONMENT, "HF_HOME": str(tmp_path / "home")}
+    command = [sys.executable, "-c", code, str(weights_dir)]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == -9, result.stderr
+    uploaded, revision = list(hub.uploads), hub.repositories[REPOSITORY]["main"]
+    assert uploaded and "hub" not in manifest_of(weights_dir)[NAME]
+    assert run("--namespace", "ORG") == 0
+    assert hub.uploads == uploaded and manifest_of(weights_dir)[NAME]["hub"]["revision"] == revision
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [(401, "wants a login"), (403, "no permission"), (412, "someone else committed meanwhile")],
+)
+def test_refused_by_the_hub(hub, weights_dir, status, message, capsys):
+    hub.answer("POST", "/commit/", status, times=9)
+    assert run("--namespace", "ORG") == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert "hub" not in manifest_of(weights_dir)[NAME]
+
+
+def test_a_commit_in_between_is_noticed(hub, weights_dir, monkeypatch, capsys):
+    run("--namespace", "ORG")
+    hub.commit(REPOSITORY, {"README.md": b"edited by hand"})
+    told = upload._digests
+
+    def commit_meanwhile(*args):
+        found = told(*args)
+        hub.commit(REPOSITORY, {"note.txt": b"meanwhile"})
+        return found
+
+    monkeypatch.setattr(upload, "_digests", commit_meanwhile)
+    assert run("--namespace", "ORG") == 2
+    assert "someone else committed meanwhile" in capsys.readouterr().err
+
+
+def test_a_hub_that_serves_other_bytes_is_not_pinned(hub, weights_dir, capsys):
+    hub.corrupt.add("model.safetensors")
+    assert run("--namespace", "ORG") == 2
+    assert "is not what was uploaded: nothing was published" in capsys.readouterr().err
+    assert "hub" not in manifest_of(weights_dir)[NAME] and hub.repositories[REPOSITORY]["tags"] == {}
+
+
+def test_a_version_never_moves(hub, weights_dir, capsys):
+    assert run("--namespace", "ORG") == 0
+    first = hub.repositories[REPOSITORY]["main"]
+    hub.commit(REPOSITORY, {"README.md": b"edited by hand"})
+    assert run("--namespace", "ORG") == 2
+    assert "a version never moves" in capsys.readouterr().err
+    assert hub.repositories[REPOSITORY]["tags"] == {"v0.1": first}
+    assert run("--namespace", "ORG", "--version", "v0.2") == 0
+    assert manifest_of(weights_dir)[NAME]["hub"]["version"] == "v0.2"
+
+
+def test_a_dry_run_asks_nothing_of_the_hub(hub, weights_dir, capsys):
+    before = (weights_dir / "manifest.json").read_bytes()
+    assert run("--namespace", "ORG", "--dry-run") == 0
+    out = capsys.readouterr().out
+    assert hub.requests == [] and (weights_dir / "manifest.json").read_bytes() == before
+    assert REPOSITORY in out and "backbone.safetensors" in out and published_manifest()[NAME]["sha256"] in out
+
+
+@pytest.fixture
+def converted(tmp_path):
+    write_folder(convert(read_checkpoint(DATA / "CIFAR10_RotNet_NIN4blocks.tar.gz")), tmp_path / "theirs", "mine", {})
+    return tmp_path / "theirs"
+
+
+def test_a_converted_folder_becomes_a_tag(hub, weights_dir, converted, set_manifest, go_offline):
+    options = ("--license", "mit", "--data", "CIFAR-10", "--layer", "block2")
+    assert run("--namespace", "ORG", "--weights", converted, *options) == 0
+    entries = manifest_of(weights_dir)
+    assert entries["rotnet_nin.mine"]["source"] == "hub" and set(entries) == {*published_manifest(), "rotnet_nin.mine"}
+    set_manifest(entries)
+    model = timm.create_model("rotnet_nin.mine", pretrained=True)
+    expected = load_file(converted / "model.safetensors")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+    assert timm.get_pretrained_cfg("rotnet_nin").tag == "cifar10", "the default stays in the wheel"
+    go_offline()
+    timm.create_model("rotnet_nin.mine", pretrained=True)
+
+
+def test_a_folder_that_does_not_say_enough_is_refused(hub, weights_dir, converted, tmp_path, capsys):
+    for options, message in (
+        ((), "needs --license, --data and --layer"),
+        (("--license", "mit", "--data", "x", "--layer", "block9"), "rotnet_nin has no layer block9; it has block1"),
+    ):
+        assert run("--namespace", "ORG", "--weights", converted, *options) == 2
+        assert message in capsys.readouterr().err
+    assert run("--namespace", "ORG", "--weights", tmp_path) == 2
+    assert "holds no config.json and model.safetensors" in capsys.readouterr().err
+    assert run("--namespace", "ORG", "--weights", "rotnet_nin.nope") == 2
+    assert "rotnet_nin.nope cannot be published" in capsys.readouterr().err
+    assert hub.requests == []
+
+
+def test_rows_decide_what_the_card_says(weights_dir):
+    name, entry = "rotnet_nin.unmeasured", zoo.manifest()[NAME] | {"metrics": {}}
+    unmeasured = upload.Upload(name, entry, (weights_dir / f"{NAME}.safetensors").read_bytes())
+    text = upload.hub_files(unmeasured, "ORG/x", "v0.1", read_rows())["README.md"].decode()
+    assert "Not measured by this project." in text and "model-index" not in text
