@@ -208,6 +208,15 @@ def wheel_copy(monkeypatch, tmp_path, set_manifest, served):
     return folder
 
 
+def test_the_documented_table_is_this_one():
+    text = (ROOT / "docs" / "loading.md").read_text()
+    rows = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in text.splitlines() if "|" in line]
+    head, _, *rows = rows
+    assert head == ["door", "source", *STATES]
+    documented = {(row[0], row[1], state): cell for row in rows for state, cell in zip(STATES, row[2:], strict=True)}
+    assert documented == TABLE
+
+
 def test_the_table_is_whole():
     assert set(TABLE) == {(door, source, state) for door in DOORS for source in SOURCES for state in STATES}
 
