@@ -39,7 +39,7 @@ ALLOWED = {
     "training.eighths": set(),
     "training.optimizers": {"training.recipes"},
     "training.data": {"rotation_ssl.images"},
-    "training.benchmark": set(),
+    "training.benchmark": {"rotation_ssl.zoo", "rotation_ssl.backbones.nin"},
     "training.results": {"rotation_ssl"},
     "training.pretrain": {"rotation_ssl", "rotation_ssl.images", "rotation_ssl.rotations"}
     | {f"training.{name}" for name in ("allocator", "data", "eighths", "optimizers", "recipes", "results")},

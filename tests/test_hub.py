@@ -86,14 +86,14 @@ def test_weights_from_a_file(nin_state, tmp_path):
     assert model.num_classes == 10
 
 
-@pytest.mark.parametrize("name", ["rotnet_alexnet", "rotnet_nin3", "rotnet_nin5"])
+@pytest.mark.parametrize("name", ["rotnet_alexnet", "rotnet_nin3", "rotnet_nin5", "rotnet_resnet18", "rotnet_resnet50"])
 def test_no_weights_yet(name):
     with pytest.raises(ValueError, match="pretrained=False"):
         load(name)
 
 
 def test_unknown_weights_are_named():
-    with pytest.raises(ValueError, match=r"'nope' is neither a tag of rotnet_nin \(there are: cifar10\) nor a file"):
+    with pytest.raises(ValueError, match=r"'nope' is neither a tag of rotnet_nin \(there are: cifar10, gidaris_cifar10\) nor a file"):
         load("rotnet_nin", weights="nope")
     with pytest.raises(ValueError, match="needs pretrained=True"):
         load("rotnet_nin", weights="cifar10", pretrained=False)

@@ -237,7 +237,7 @@ def test_gap_and_spread_are_written_out():
     theirs = row(
         weights="rotnet_nin.paper", protocol="non-linear probe", cost="paper", layer="block2", value=0.6, source="paper"
     )
-    table = card._probe_table(name, "rotnet_nin", [*ours, theirs])
+    table = card.probe_table(name, "rotnet_nin", [*ours, theirs])
     assert f"| non-linear probe (cached) | `{name}` | 51.00 ± 1.41 % |" in table
     assert "| _non-linear probe (paper)_ | _paper_ | _60.00 %_ |" in table
     assert "| gap | paper | -9.00 |" in table

@@ -1,9 +1,13 @@
 """What things cost, as ratios measured in one run.
 
     python -m training.benchmark import
+    python -m training.benchmark load
 
-`import`: wall time of `import timm, rotation_ssl` against `import timm`, each in fresh processes taken in turns, so
-that what else the machine does falls on both alike.
+`import`: wall time of `import timm, rotation_ssl` against `import timm`, each in fresh processes.
+`load`: wall time of `timm.create_model('rotnet_nin', pretrained=True)`, verification included, against timm loading the
+same file into the same network by itself, in one process.
+
+The two are taken in turns, so that what else the machine does falls on both alike; medians are compared.
 """
 
 import argparse
@@ -11,30 +15,58 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import timm
+from timm.models import build_model_with_cfg
 from tqdm import tqdm
 
+from rotation_ssl import zoo
+from rotation_ssl.backbones.nin import RotNetNIN
+
 ROOT = Path(__file__).parent.parent
+ROUNDS = {"import": 15, "load": 100}
 
 
-def import_seconds(statement: str) -> float:
-    """Wall time of a fresh Python that runs one statement."""
-    started = time.perf_counter()
-    subprocess.run([sys.executable, "-c", statement], check=True, cwd=ROOT)
-    return time.perf_counter() - started
-
-
-def compare_imports(rounds: int) -> tuple[float, float]:
-    """Median seconds of `import timm` and of `import timm, rotation_ssl` over so many rounds, after one to warm up."""
-    statements = ("import timm", "import timm, rotation_ssl")
-    seconds: dict[str, list[float]] = {statement: [] for statement in statements}
+def compare(base: Callable[[], object], ours: Callable[[], object], rounds: int) -> tuple[float, float]:
+    """Median seconds of two calls over so many rounds, after one to warm up."""
+    seconds: dict[Callable[[], object], list[float]] = {base: [], ours: []}
     for i in tqdm(range(rounds + 1), desc="rounds", unit="round"):
-        for statement in statements if i % 2 else reversed(statements):
-            taken = import_seconds(statement)
+        for call in (base, ours) if i % 2 else (ours, base):
+            started = time.perf_counter()
+            call()
             if i:
-                seconds[statement].append(taken)
-    return statistics.median(seconds[statements[0]]), statistics.median(seconds[statements[1]])
+                seconds[call].append(time.perf_counter() - started)
+    return statistics.median(seconds[base]), statistics.median(seconds[ours])
+
+
+def import_timm() -> None:
+    """`import timm` in a fresh process."""
+    _run("import timm")
+
+
+def import_ours() -> None:
+    """`import timm, rotation_ssl` in a fresh process."""
+    _run("import timm, rotation_ssl")
+
+
+def load_by_timm() -> RotNetNIN:
+    """The bundled weights as timm would load them: no hash, no look at keys, shapes or values but its own."""
+    name = "rotnet_nin.cifar10"
+    overlay = {"file": str(zoo.WEIGHTS_DIR / zoo.manifest()[name]["file"])}
+    model: RotNetNIN = build_model_with_cfg(RotNetNIN, "rotnet_nin", True, pretrained_cfg_overlay=overlay)
+    return model
+
+
+def load_ours() -> RotNetNIN:
+    """The bundled weights, verified."""
+    model: RotNetNIN = timm.create_model("rotnet_nin.cifar10", pretrained=True)
+    return model
+
+
+def _run(statement: str) -> None:
+    subprocess.run([sys.executable, "-c", statement], check=True, cwd=ROOT)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -42,11 +74,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m training.benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("import",), help="what to measure")
-    parser.add_argument("--rounds", type=int, default=15, help="fresh processes of each [%(default)s]")
+    parser.add_argument("what", choices=ROUNDS, help="what to measure")
+    parser.add_argument("--rounds", type=int, help="of each [import 15, load 100]")
     args = parser.parse_args(arguments)
-    base, ours = compare_imports(args.rounds)
-    print(f"import timm {base:.2f} s, import timm and rotation_ssl {ours:.2f} s: ratio {ours / base:.3f}")
+    calls = {"import": (import_timm, import_ours), "load": (load_by_timm, load_ours)}
+    titles = {
+        "import": ("import timm", "import timm and rotation_ssl"),
+        "load": ("timm by itself", "verified by rotation_ssl"),
+    }
+    base, ours = compare(*calls[args.what], args.rounds or ROUNDS[args.what])
+    first, second = titles[args.what]
+    print(f"{first} {base:.4f} s, {second} {ours:.4f} s: ratio {ours / base:.3f}")
     return 0
 
 
