@@ -185,9 +185,9 @@ def _open_folder(folder: Path) -> tuple[str, dict[str, Any]]:
     """``local-dir:FOLDER``: compared with the sha256 of its config.json, where it has one."""
     described = json.loads((folder / "config.json").read_text())
     file = folder / "model.safetensors"
-    if not isinstance(described, dict) or "sha256" not in described:
+    if not isinstance(described, dict) or not {"sha256", "size"} <= set(described):
         return str(folder), {}
-    if wrong := sources.difference(file, described["sha256"], described.get("size", -1)):
+    if wrong := sources.difference(file, described["sha256"], described["size"]):
         raise ValueError(
             f"weights of {folder} are damaged: {wrong} as its config.json says; convert or fetch them anew"
         )

@@ -2,22 +2,22 @@
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import threading
-import urllib.request
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import huggingface_hub
 import pytest
 import timm
 import torch
 from conftest import DATA, HUB_ENVIRONMENT, ROOT, published_manifest
-from safetensors.torch import load_file, save
+from safetensors.torch import load, load_file, save
 
 from rotation_ssl import sources, zoo
-from rotation_ssl.backbones import nin
 from rotation_ssl.checkpoints import read_checkpoint
 from rotation_ssl.convert import convert, write_folder
 
@@ -134,17 +134,6 @@ def hub_config(content):
     return json.dumps(described).encode()
 
 
-@pytest.fixture
-def first_download(recwarn):
-    """Weights of a release warn that nobody vouches for them, once: these tests expect it."""
-    with pytest.warns() as caught:
-        yield caught
-        # so that the context has one to catch where nothing is downloaded
-        import warnings
-
-        warnings.warn("no download", stacklevel=1)
-
-
 def name_of(source):
     return {"bundled": BUNDLED, "hub": HUBBED, "release": RELEASED}[source]
 
@@ -153,8 +142,6 @@ def expected_state(source):
     if source == "bundled":
         return load_file(zoo.WEIGHTS_DIR / f"{BUNDLED}.safetensors")
     if source == "hub":
-        from safetensors.torch import load
-
         return load(hub_weights())
     return convert(read_checkpoint(DATA / ARCHIVE)).state_dict
 
@@ -224,8 +211,10 @@ def test_the_table_is_whole():
 CELLS = [(*cell, told) for cell, told in TABLE.items() if told != NONE]
 
 
+# that nobody vouches for a release is told once, and tested below
+@pytest.mark.filterwarnings("ignore:no published hash")
 @pytest.mark.parametrize(("door", "source", "state", "told"), CELLS, ids=lambda value: value.split(":")[0])
-def test_door(door, source, state, told, hub, release, wheel_copy, go_offline, tmp_path, first_download):
+def test_door(door, source, state, told, hub, release, wheel_copy, go_offline, tmp_path):
     folder = tmp_path / "folder"
     if door == "local-dir":
         make_folder(source, folder)
@@ -398,38 +387,41 @@ def test_an_archive_of_another_model_is_refused(release, served, set_manifest):
 
 
 PROLOGUE = """
-import json, resource, signal, sys, warnings
-import torch, rotation_ssl
+import json, pathlib, resource, signal, sys, warnings
+import huggingface_hub, torch, rotation_ssl
 from rotation_ssl import sources, zoo
-folder, url = sys.argv[1:3]
+folder, entries = sys.argv[1], json.loads(sys.argv[2])
 torch.hub.get_dir = lambda: folder
-entries = json.loads((zoo.WEIGHTS_DIR / "manifest.json").read_text())
-entries["rotnet_nin.gidaris_cifar10"]["url"] = url
+huggingface_hub.constants.HF_HUB_CACHE = folder + "/hub"
 zoo.manifest = lambda: entries
 warnings.simplefilter("ignore")
 """
 FETCH = "print(zoo.weights_file('rotnet_nin.gidaris_cifar10'))"
+FETCH_BOTH = FETCH + "; print(zoo.weights_file('rotnet_nin.hubbed'))"
 
 
-def start(code, *arguments):
-    command = [sys.executable, "-c", PROLOGUE + code, *map(str, arguments)]
-    environment = {**__import__("os").environ, **HUB_ENVIRONMENT, "OMP_NUM_THREADS": "1"}
+def start(code, folder, entries):
+    command = [sys.executable, "-c", PROLOGUE + code, str(folder), json.dumps(entries)]
+    environment = {**os.environ, **HUB_ENVIRONMENT, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
-def test_first_loads_of_many_processes_at_once(release, tmp_path):
-    processes = [start(FETCH, tmp_path / "cache", f"{release.url}/{ARCHIVE}") for _ in range(4)]
+def test_first_loads_of_many_processes_at_once(hub, release, served, tmp_path):
+    hub.requests.clear()
+    processes = [start(FETCH_BOTH, tmp_path / "cache", served) for _ in range(4)]
     results = [process.communicate() for process in processes]
     assert [process.returncode for process in processes] == [0] * 4, results
     assert len({out for out, _ in results}) == 1
     assert release.requests.count(f"/{ARCHIVE}") == 1, "one downloads, the others wait for it"
+    assert len([r for r in hub.requests if r.startswith("GET") and "model.safetensors" in r]) == 1
+    assert sources.sha256_of(Path(results[0][0].split()[1])) == served[HUBBED]["sha256"]
     (file, record) = (tmp_path / "cache" / "rotation_ssl" / f"{RELEASED}.{end}" for end in ("safetensors", "json"))
     assert sources.sha256_of(file) == json.loads(record.read_text())["sha256"]
 
 
-def test_killed_while_writing_and_fetched_again(release, tmp_path):
+def test_killed_while_writing_and_fetched_again(served, tmp_path):
     """SIGKILL at the worst moments: after the download, and between the weights and their record."""
     for moment in ("read_checkpoint", "replace_file"):
         kill = (
@@ -441,21 +433,21 @@ def test_killed_while_writing_and_fetched_again(release, tmp_path):
             "    return told(*args)\n"
             f"sources.{moment} = killed\n"
         )
-        process = start(kill + FETCH, tmp_path / moment, f"{release.url}/{ARCHIVE}")
+        process = start(kill + FETCH, tmp_path / moment, served)
         assert process.communicate() and process.returncode == -9
         folder = tmp_path / moment / "rotation_ssl"
         assert not (folder / f"{RELEASED}.json").exists() and left_in(folder)
-        process = start(FETCH, tmp_path / moment, f"{release.url}/{ARCHIVE}")
+        process = start(FETCH, tmp_path / moment, served)
         _, errors = process.communicate()
         assert process.returncode == 0, errors
         assert left_in(folder) == [f"{RELEASED}.json", f"{RELEASED}.safetensors"]
 
 
-def test_a_full_disk(release, tmp_path):
+def test_a_full_disk(served, tmp_path):
     """The system refuses to write more than 1 MB to any file."""
     limit = "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))\n"
     caught = f"try:\n    {FETCH}\nexcept OSError as error:\n    print(error)\n"
-    out, errors = start(limit + caught, tmp_path / "cache", f"{release.url}/{ARCHIVE}").communicate()
+    out, errors = start(limit + caught, tmp_path / "cache", served).communicate()
     assert "rotation_ssl cannot be written" in out and "TORCH_HOME" in out, out + errors
     assert left_in(tmp_path / "cache" / "rotation_ssl") == []
 
@@ -500,8 +492,3 @@ def test_a_wrong_hash_in_the_manifest_is_noticed(set_manifest, offline):
     set_manifest(entries)
     with pytest.raises(ValueError, match=rf"weights of {BUNDLED} are damaged: .* has sha256 .*, not 0000"):
         timm.create_model(BUNDLED, pretrained=True)
-
-
-def test_the_release_of_the_tests_is_reached_as_any_other(release):
-    assert urllib.request.urlopen(f"{release.url}/{ARCHIVE}").status == 200
-    assert nin.rotnet_nin is timm.model_entrypoint("rotnet_nin")

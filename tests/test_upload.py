@@ -1,6 +1,7 @@
 """Publication against a Hub on loopback, by the real client: what gets there, and that it is what loads."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -145,7 +146,7 @@ def test_killed_after_the_upload_and_run_again(hub, weights_dir, tmp_path):
         "upload._verify = lambda *args: os.kill(os.getpid(), signal.SIGKILL)\n"
         "publish.main(['--namespace', 'ORG'])\n"
     )
-    environment = {**__import__("os").environ, **HUB_ENVIRONMENT, "HF_HOME": str(tmp_path / "home")}
+    environment = {**os.environ, **HUB_ENVIRONMENT, "HF_HOME": str(tmp_path / "home")}
     command = [sys.executable, "-c", code, str(weights_dir)]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == -9, result.stderr
