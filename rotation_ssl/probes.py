@@ -93,8 +93,8 @@ def linear_predict(
         strength = _choose_strength(train, train_labels, num_classes, validation, strengths, iterations)
     else:
         strength = strengths[0]
-    weight = fit_logistic(train, train_labels, num_classes, strength, iterations)
-    return _affine(test, weight).argmax(1), strength
+    fitted = fit_logistic(train, train_labels, num_classes, strength, iterations)
+    return F.linear(test, *fitted).argmax(1), strength
 
 
 def fit_logistic(
@@ -103,24 +103,26 @@ def fit_logistic(
     num_classes: int,
     strength: float,
     iterations: int = 100,
-    start: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Multinomial logistic regression by L-BFGS: (D + 1, K) float32, the last row the bias.
+    start: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Multinomial logistic regression by L-BFGS: weight (K, D) and bias (K,), float32, of a linear layer.
 
-    Minimises the mean cross-entropy plus ``strength`` / 2 times the squared norm of all rows but the last.
+    Minimises the mean cross-entropy plus ``strength`` / 2 times the squared norm of the weight, from zero or ``start``.
     """
-    weight = torch.zeros(features.shape[1] + 1, num_classes, device=features.device) if start is None else start.clone()
-    weight.requires_grad_(True)
-    optimizer = torch.optim.LBFGS([weight], max_iter=iterations, history_size=10, line_search_fn="strong_wolfe")
+    # a row for each class: with (D, K) CPUs take the gradient, a product with ten columns, several times as long
+    if start is None:
+        start = torch.zeros(num_classes, features.shape[1], device=features.device), features.new_zeros(num_classes)
+    weight, bias = (part.clone().requires_grad_(True) for part in start)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=iterations, history_size=10, line_search_fn="strong_wolfe")
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
-        loss = F.cross_entropy(_affine(features, weight), labels) + strength / 2 * weight[:-1].square().sum()
+        loss = F.cross_entropy(F.linear(features, weight, bias), labels) + strength / 2 * weight.square().sum()
         loss.backward()
         return loss
 
     optimizer.step(closure)
-    return weight.detach()
+    return weight.detach(), bias.detach()
 
 
 def nonlinear_probe(in_features: int, num_classes: int, hidden: int = 200) -> nn.Sequential:
@@ -222,16 +224,12 @@ def _choose_strength(
     iterations: int,
 ) -> float:
     fitted, held = train[:-validation], train[-validation:]
-    weight, best = None, (-1, 0.0)
+    solution, best = None, (-1, 0.0)
     for strength in sorted(strengths, reverse=True):
-        weight = fit_logistic(fitted, labels[:-validation], num_classes, strength, iterations, weight)
-        correct = int((_affine(held, weight).argmax(1) == labels[-validation:]).sum())
+        solution = fit_logistic(fitted, labels[:-validation], num_classes, strength, iterations, solution)
+        correct = int((F.linear(held, *solution).argmax(1) == labels[-validation:]).sum())
         best = max(best, (correct, strength))
     return best[1]
-
-
-def _affine(features: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return torch.addmm(weight[-1], features, weight[:-1])
 
 
 def _check(train: torch.Tensor, labels: torch.Tensor, test: torch.Tensor, num_classes: int) -> None:
