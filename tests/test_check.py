@@ -146,6 +146,16 @@ def test_changed_weights_with_a_changed_manifest_are_caught_by_golden_outputs(on
     assert [verdict.holds for verdict in verdicts] == [True, False] and "golden" in verdicts[1].number
 
 
+def test_a_linear_probe_is_measured_again_with_the_penalty_it_chose(reported, small_module, monkeypatch):
+    rows = [r for r in read_file(reported / f"{NAME}.jsonl") if r.protocol == "linear probe"]
+    assert len(rows) == 4 and all(row.strength in evaluate.LINEAR_STRENGTHS for row in rows)
+    other = [dataclasses.replace(row, strength=7.0) for row in rows]
+    monkeypatch.setattr(check, "measure_rotation", None)
+    again = list(check.measure_again(other, load_images("cifar10", small_module, 32)))
+    assert {(new.layer, new.strength) for _, new in again} == {(row.layer, 7.0) for row in rows}
+    assert all("L2 7, chosen of" in new.settings for _, new in again)
+
+
 def test_rows_of_other_bytes_are_caught(results, small_cifar10, capsys):
     file = results / f"{NAME}.jsonl"
     write_rows(file, [dataclasses.replace(read_file(file)[0], sha256="0" * 64)])

@@ -59,12 +59,16 @@ BATCH = 64
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """One number to measure: a protocol at its cost, of a layer, with the seed of what is trained for it."""
+    """One number to measure: a protocol at its cost, of a layer, with the seed of what is trained for it.
+
+    ``strength`` is the linear probe's L2 penalty; None: it is chosen, on the last tenth of the training images.
+    """
 
     protocol: str
     cost: str = ""
     layer: str = ""
     seed: int | None = None
+    strength: float | None = None
 
 
 def plan(layers: Sequence[str], protocols: Iterable[str], cost: str, seeds: Iterable[int]) -> list[Measurement]:
@@ -142,6 +146,11 @@ def measure_features(
                 started = time.monotonic()
                 if grid is None:
                     predictions, settings = _fresh_probe(subject, images, test, measurement, device)
+                elif measurement.protocol == "linear probe":
+                    predictions, settings, strength = _linear_probe(
+                        images.train, views[0][layer], test_maps[layer], measurement.strength
+                    )
+                    measurement = dataclasses.replace(measurement, strength=strength)
                 else:
                     maps = [view[layer] for view in views]
                     predictions, settings = _cached_probe(images.train, maps, test_maps[layer], measurement, device)
@@ -244,6 +253,19 @@ def _maps(
     return {layer: f.unflatten(1, (-1, grids[layer], grids[layer])) for layer, f in taken.items()}
 
 
+def _linear_probe(
+    train: LabelledImages, features: torch.Tensor, test: torch.Tensor, strength: float | None
+) -> tuple[torch.Tensor, str, float]:
+    strengths = LINEAR_STRENGTHS if strength is None else (strength,)
+    classes, tenth, side = len(train.classes), max(1, len(train) // 10), test.shape[-1]
+    predictions, strength = linear_predict(
+        features.flatten(1).float(), train.labels, test.flatten(1).float(), classes, tenth, strengths
+    )
+    candidates = ", ".join(f"{s:g}" for s in LINEAR_STRENGTHS)
+    settings = f"logistic regression, {side} x {side} average pooling, L2 {strength:g}, chosen of {candidates}"
+    return predictions, settings, strength
+
+
 def _cached_probe(
     train: LabelledImages, maps: list[torch.Tensor], test: torch.Tensor, measurement: Measurement, device: str
 ) -> tuple[torch.Tensor, str]:
@@ -253,13 +275,6 @@ def _cached_probe(
         pooled = [m.float().mean((2, 3)) for m in (maps[0], test)]
         predictions = knn_predict(pooled[0], train.labels, pooled[1], classes, k=NEIGHBOURS)
         return predictions, f"k = {NEIGHBOURS}, cosine, mean of the {side} x {side} average-pooled cells"
-    if measurement.protocol == "linear probe":
-        predictions, strength = linear_predict(
-            maps[0].flatten(1).float(), train.labels, test.flatten(1).float(), classes, max(1, len(train) // 10)
-        )
-        candidates = ", ".join(f"{s:g}" for s in LINEAR_STRENGTHS)
-        print(f"  L2 strength chosen for {measurement.layer}: {strength:g}")
-        return predictions, f"logistic regression, {side} x {side} average pooling, L2 chosen of {candidates}"
     recipe = _recipe(measurement)
     probe = _new_probe(measurement, test[:1], classes, device)
     views = maps[: recipe.views]

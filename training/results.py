@@ -41,6 +41,8 @@ class Row:
     'paper' (fresh augmentation every epoch, the authors' epochs), 'cached' (a frozen pass over a few views, probes
     trained from them), 'cpu' (a fixed budget of images), or '' where nothing is trained. ``counts`` are the right
     answers in each tenth of the test images, in their order. ``settings`` says what the protocol's name leaves open.
+    ``strength`` is the L2 penalty that a linear probe chose: two candidates may be so close that the next machine would
+    choose the other, so that a number is measured again with the one it was measured with.
     """
 
     weights: str
@@ -54,6 +56,7 @@ class Row:
     labels_per_class: int | None = None
     draw: str = ""
     seed: int | None = None
+    strength: float | None = None
     correct: int | None = None
     n: int | None = None
     counts: tuple[int, ...] = ()
@@ -89,7 +92,11 @@ class Row:
     @property
     def digest(self) -> str:
         """sha256 of all fields, as canonical JSON."""
-        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()
+        fields = dataclasses.asdict(self)
+        if self.strength is None:
+            # rows were written before there was this field
+            del fields["strength"]
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def read_rows(folder: Path = RESULTS_DIR) -> list[Row]:
