@@ -10,16 +10,21 @@ import pickle
 import re
 import tarfile
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load
 
 MAX_BYTES = 2**30  # of a file as unpacked: the largest known, the authors' AlexNet, has 228 MB
 MAX_MEMBERS = 1000
+_BLOCK = 1 << 20
 _CHECKPOINT = re.compile(r"model_net_epoch(\d+)")  # as the authors' code names them
+
+
+class _Refused(ValueError):
+    """A file that could be read further, but is not; what it says follows the name of the file."""
 
 
 def read_checkpoint(file: Path, epoch: int | None = None, max_bytes: int = MAX_BYTES) -> Any:
@@ -31,46 +36,84 @@ def read_checkpoint(file: Path, epoch: int | None = None, max_bytes: int = MAX_B
         max_bytes: refuse what unpacks to more.
 
     Raises:
-        ValueError: no such file, none of the three, one that would run code or unpack to more than ``max_bytes``, or an
-            archive with members outside of it, links, or no checkpoint that can be told from the others.
+        ValueError: no such file, none of the three, a damaged one, one that would run code or unpack to more than
+            ``max_bytes``, tensors without plain values (sparse, quantized), or an archive with members outside of it,
+            links, or no checkpoint that can be told from the others.
     """
     if not file.is_file():
-        raise ValueError(f"checkpoint {file} does not exist")
+        raise ValueError(f"there is no checkpoint file {file}")
     with file.open("rb") as stream:
         start = stream.read(9)
-    if start[:2] == b"\x1f\x8b":
-        return _read_pickle(_read_archive(file, epoch, max_bytes), file, max_bytes)
-    if file.stat().st_size > max_bytes:
-        raise ValueError(f"checkpoint {file} has {file.stat().st_size:,} bytes, more than the {max_bytes:,} allowed")
-    if start[8:] == b"{":
-        try:
-            return load(file.read_bytes())
-        except SafetensorError as error:
-            raise ValueError(f"{file} is not a whole safetensors file ({error}); fetch it anew") from error
-    return _read_pickle(file.read_bytes(), file, max_bytes)
+    try:
+        if start[:2] == b"\x1f\x8b":
+            checkpoint = _read_pickle(_read_archive(file, epoch, max_bytes), max_bytes)
+        elif (size := file.stat().st_size) > max_bytes:
+            raise _Refused(f"has {size:,} bytes, more than the {max_bytes:,} allowed")
+        else:
+            checkpoint = load(file.read_bytes()) if start[8:] == b"{" else _read_pickle(file.read_bytes(), max_bytes)
+        _check_tensors(checkpoint, max_bytes)
+    except _Refused as error:
+        raise ValueError(f"checkpoint {file} {error}") from error
+    except Exception as error:
+        # damaged bytes make these readers raise nearly anything
+        what = (str(error).splitlines() or [""])[0][:200]
+        raise ValueError(
+            f"{file} is damaged or not a checkpoint, which is safetensors, a pickle of torch.save or a .tar.gz archive"
+            f" of one ({type(error).__name__}: {what})"
+        ) from error
+    return checkpoint
 
 
-def _read_pickle(content: bytes, file: Path, max_bytes: int) -> Any:
-    stream = io.BytesIO(content)
-    if zipfile.is_zipfile(stream):
-        # entries may be compressed: what they claim to unpack to is what torch would allocate
-        with zipfile.ZipFile(stream) as archive:
-            unpacked = sum(entry.file_size for entry in archive.infolist())
-        if unpacked > max_bytes:
-            raise ValueError(f"checkpoint {file} unpacks to {unpacked:,} bytes, more than the {max_bytes:,} allowed")
-    stream.seek(0)
+def _read_pickle(content: bytes, max_bytes: int) -> Any:
+    is_zip = content.startswith(b"PK\x03\x04")  # torch's own test
+    stream = _rewrite_zip(content, max_bytes) if is_zip else io.BytesIO(content)
     try:
         return torch.load(stream, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if unsafe := re.search(r"Unsupported (?:global|class)[^\n]*?GLOBAL (\S+)|Unsupported \w+ (\S+)", str(error)):
-            what = next(name for name in unsafe.groups() if name)
-            raise ValueError(f"{file} is not read: its pickle asks for {what}, which could run code") from error
-        raise ValueError(f"{file} is not a checkpoint that can be read safely ({_first_line(error)})") from error
-    except (RuntimeError, EOFError, LookupError, TypeError, ValueError, AttributeError, AssertionError) as error:
-        raise ValueError(
-            f"{file} is not a checkpoint: neither safetensors, nor a pickle of torch.save, nor a .tar.gz archive of one"
-            f" ({_first_line(error)})"
-        ) from error
+        if unsafe := re.search(r"GLOBAL (\S+)", str(error)):
+            raise _Refused(f"is not read: its pickle asks for {unsafe[1][:100]}, which could run code") from error
+        # torch's own words advise to try again without safety
+        raise _Refused("is damaged, not a checkpoint, or holds more than tensors, dicts and lists") from error
+
+
+def _rewrite_zip(content: bytes, max_bytes: int) -> io.BytesIO:
+    """The same entries, none of them compressed, in an archive that every reader reads alike.
+
+    torch's reader can be made to find other entries in a crafted archive than Python's, which counts them here.
+    """
+    rewritten = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as archive, zipfile.ZipFile(rewritten, "w") as stored:
+        unpacked = sum(entry.file_size for entry in archive.infolist())
+        if unpacked > max_bytes:
+            raise _Refused(f"unpacks to {unpacked:,} bytes, more than the {max_bytes:,} allowed")
+        for entry in archive.infolist():
+            if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise _Refused(f"is a zip archive compressed by method {entry.compress_type}, which torch never reads")
+            with archive.open(entry) as stream:
+                # without a size, it unpacks first and cuts to the size that the entry claims afterwards
+                stored.writestr(entry.filename, stream.read(entry.file_size))
+    rewritten.seek(0)
+    return rewritten
+
+
+def _check_tensors(checkpoint: Any, max_bytes: int) -> None:
+    """A pickle of a few bytes can describe tensors of any size: expanded ones, or ones without values."""
+    left, seen, total = [checkpoint], set(), 0
+    while left:
+        value = left.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Mapping):
+            left += value.values()
+        elif isinstance(value, (list, tuple)):
+            left += value
+        elif isinstance(value, torch.Tensor):
+            if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+                raise _Refused("holds a tensor that is sparse, quantized or without values")
+            total += value.numel() * value.element_size()
+    if total > max_bytes:
+        raise _Refused(f"holds tensors of {total:,} bytes, more than the {max_bytes:,} allowed")
 
 
 def _read_archive(file: Path, epoch: int | None, max_bytes: int) -> bytes:
@@ -78,12 +121,13 @@ def _read_archive(file: Path, epoch: int | None, max_bytes: int) -> bytes:
     found: dict[str, bytes] = {}
     names: list[str] = []
     wanted = -1
-    try:
-        with gzip.open(file) as unpacked, tarfile.open(fileobj=_Bounded(unpacked, max_bytes), mode="r|") as archive:
-            for member in archive:
-                _check_member(member, file)
-                if len(names) > MAX_MEMBERS:
-                    raise ValueError(f"archive {file} has more than {MAX_MEMBERS} members")
+    with gzip.open(file) as unpacked:
+        bounded = _Bounded(unpacked, max_bytes)
+        with tarfile.open(fileobj=bounded, mode="r|") as archive:
+            for count, member in enumerate(archive, 1):
+                if count > MAX_MEMBERS:
+                    raise _Refused(f"is an archive of more than {MAX_MEMBERS} members")
+                _check_member(member)
                 if not member.isfile() or PurePosixPath(member.name).name.startswith("."):
                     continue
                 names.append(member.name)
@@ -96,23 +140,23 @@ def _read_archive(file: Path, epoch: int | None, max_bytes: int) -> bytes:
                 if number > wanted:
                     found, wanted = {}, number
                 found[member.name] = content.read()
-    except (tarfile.TarError, gzip.BadGzipFile, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"archive {file} is damaged ({error}); fetch it anew") from error
-    except OSError as error:
-        raise ValueError(f"archive {file} cannot be read ({error})") from error
+        # gzip compares its checksum at the end, which lies behind that of the tar archive
+        while bounded.read(_BLOCK):
+            pass
     if epoch is not None and wanted != epoch:
-        raise ValueError(f"archive {file} has no checkpoint of epoch {epoch}; it has {', '.join(names) or 'no files'}")
+        raise _Refused(f"is an archive that has no checkpoint of epoch {epoch}; it has {_some(names)}")
     if len(found) != 1:
-        raise ValueError(f"archive {file} has no one checkpoint; it has {', '.join(names[:10]) or 'no files'}")
+        raise _Refused(f"is an archive that has no one checkpoint; it has {_some(names)}")
     return next(iter(found.values()))
 
 
-def _check_member(member: tarfile.TarInfo, file: Path) -> None:
+def _check_member(member: tarfile.TarInfo) -> None:
     path = PurePosixPath(member.name)
     if path.is_absolute() or ".." in path.parts or "\\" in member.name:
-        raise ValueError(f"archive {file} is refused: member {member.name!r} lies outside of it")
-    if not (member.isfile() or member.isdir()):
-        raise ValueError(f"archive {file} is refused: member {member.name!r} is neither file nor folder")
+        raise _Refused(f"is an archive whose member {_some([member.name])} lies outside of it")
+    # the holes of a sparse file take no room in the archive: nothing would bound them
+    if not (member.isfile() or member.isdir()) or member.issparse():
+        raise _Refused(f"is an archive whose member {_some([member.name])} is neither a plain file nor a folder")
 
 
 class _Bounded(io.RawIOBase):
@@ -128,9 +172,11 @@ class _Bounded(io.RawIOBase):
         block = self._stream.read(min(size, self._left + 1) if size >= 0 else self._left + 1)
         self._left -= len(block)
         if self._left < 0:
-            raise ValueError(f"the archive unpacks to more than the {self._limit:,} bytes allowed")
+            raise _Refused(f"is an archive that unpacks to more than the {self._limit:,} bytes allowed")
         return block
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _some(names: list[str], most: int = 10) -> str:
+    # names are as untrusted as the rest: in one line, and not a page of it
+    told = ", ".join((name if name.isprintable() else repr(name))[:100] for name in names[:most])
+    return (told or "no files") + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -11,7 +11,7 @@ clockwise: its classes 1 and 3 change places.
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,11 @@ _NIN_HEAD = re.compile(r"_feature_blocks\.\d+\.Classifier\.(weight|bias)")
 _ALEXNET_CONV = re.compile(r"_feature_blocks\.([02456])\.([01])\.(\w+)")
 _ALEXNET_FC = re.compile(r"_feature_blocks\.8\.([1245])\.(\w+)")
 _ALEXNET_HEAD = re.compile(r"_feature_blocks\.9\.0\.(weight|bias)")
+# VISSL's MLP head: Linear, batch norm, ReLU (and perhaps dropout), twice, then Linear; numbers of those with weights
+_VISSL_FC = re.compile(r"0\.clf\.(\d+)\.(\w+)")
+_VISSL_FCS = ((0, 1, 3, 4, 6), (0, 1, 4, 5, 8))
+_FCS = ("head.fc6.0", "head.fc6.1", "head.fc7.0", "head.fc7.1", "head.fc")
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _BLOCK = re.compile(r"layer([1-4])\.(\d+)\.conv\d\.weight")
 # blocks of layer1..layer4, and whether they are bottlenecks
 _RESNETS: dict[tuple[tuple[int, ...], bool], str] = {
@@ -45,6 +50,7 @@ class Converted:
 
     ``model`` is its name, ``num_classes`` the width of the head (0: the checkpoint has none that fits), ``model_args``
     what else ``timm.create_model`` needs; ``origin`` says whose form it was, ``left_out`` which keys were not taken.
+    The tensors of ``state_dict`` are contiguous and share no memory, as safetensors wants them.
     """
 
     model: str
@@ -62,8 +68,8 @@ def convert(checkpoint: Any) -> Converted:
         checkpoint: what :func:`rotation_ssl.checkpoints.read_checkpoint` gives: nested dicts with tensors.
 
     Raises:
-        ValueError: none of the known forms, keys or shapes that do not fit the network that it seems to be (the error
-            lists them), or values that are not finite.
+        ValueError: none of the known forms, keys, shapes or types that do not fit the network that it seems to be (the
+            error lists them), or values that are not finite.
     """
     if not isinstance(checkpoint, Mapping):
         raise ValueError(f"the checkpoint holds {type(checkpoint).__name__}, not a dict of tensors")
@@ -78,7 +84,8 @@ def convert(checkpoint: Any) -> Converted:
         else:
             found = _from_resnet(tensors, "torchvision-style")
     _check(found)
-    return found
+    own = {key: value.detach().clone(memory_format=torch.contiguous_format) for key, value in found.state_dict.items()}
+    return replace(found, state_dict=own)
 
 
 def convert_authors(network: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -91,13 +98,15 @@ def convert_authors(network: Mapping[str, torch.Tensor]) -> dict[str, torch.Tens
         Keys of :class:`RotNetNIN` or :class:`RotNetAlexNet`; ``num_batches_tracked`` of each batch norm is 0.
 
     Raises:
-        ValueError: a key that belongs to neither network; the error names it.
+        ValueError: a key that belongs to neither network, or two for the same tensor; the error names it.
     """
     converted: dict[str, torch.Tensor] = {}
     for key, value in network.items():
         name = _authors_key(key)
         if name is None:
             raise ValueError(f"{key} is a key of neither network of the authors' release; give checkpoint['network']")
+        if name in converted:
+            raise ValueError(f"{key} is a second key for {name}")
         converted[name] = value
     return _with_counters(converted)
 
@@ -106,7 +115,7 @@ def write_folder(converted: Converted, folder: Path, tag: str, provenance: Mappi
     """Write weights as the folder that ``timm.create_model('local-dir:FOLDER', pretrained=True)`` takes.
 
     It holds model.safetensors and config.json, timm's with three more entries: 'sha256' and 'size' of the weights,
-    which every load compares, and 'provenance'.
+    which every load of a ``rotnet_*`` model compares, and 'provenance'.
 
     Args:
         converted: the weights.
@@ -119,7 +128,7 @@ def write_folder(converted: Converted, folder: Path, tag: str, provenance: Mappi
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is not an empty folder: give another")
-    content = save({key: tensor.contiguous() for key, tensor in converted.state_dict.items()})
+    content = save(converted.state_dict)
     model = timm.create_model(converted.model, num_classes=converted.num_classes, device="meta", **converted.model_args)
     described = {
         "pretrained_cfg": {"tag": tag},
@@ -139,12 +148,20 @@ def _tensors(checkpoint: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     for name in ("network", "state_dict", "model"):
         if isinstance(checkpoint.get(name), Mapping):
             checkpoint = checkpoint[name]
-    state = {key: value for key, value in checkpoint.items() if isinstance(value, torch.Tensor)}
+    state = _named(checkpoint)
     if not state:
         raise ValueError(f"the checkpoint holds no tensors; its keys are {_some(sorted(map(str, checkpoint)))}")
     while prefix := next((p for p in _PREFIXES if any(key.startswith(p) for key in state)), None):
-        state = {key.removeprefix(prefix): value for key, value in state.items()}
+        stripped = {key.removeprefix(prefix): value for key, value in state.items()}
+        if len(stripped) < len(state):
+            twice = [key for key in state if f"{prefix}{key}" in state]
+            raise ValueError(f"the checkpoint has keys both with and without {prefix!r}: {_some(twice)}")
+        state = stripped
     return state
+
+
+def _named(entries: Mapping[Any, Any]) -> dict[str, torch.Tensor]:
+    return {key: value for key, value in entries.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}
 
 
 def _from_authors(network: dict[str, torch.Tensor]) -> Converted:
@@ -164,8 +181,8 @@ def _from_authors(network: dict[str, torch.Tensor]) -> Converted:
 def _from_vissl(checkpoint: Mapping[str, Any]) -> Converted:
     try:
         model = checkpoint["classy_state_dict"]["base_model"]["model"]
-        trunk, heads = dict(model["trunk"]), dict(model.get("heads") or {})
-    except (KeyError, TypeError, ValueError) as error:
+        trunk, heads = _named(model["trunk"]), _named(model.get("heads") or {})
+    except (LookupError, TypeError, AttributeError) as error:
         raise ValueError("a checkpoint of VISSL without classy_state_dict.base_model.model.trunk") from error
     trunk = {key.removeprefix("base_model."): value for key, value in trunk.items()}
     if any(_ALEXNET_CONV.fullmatch(key) for key in trunk):
@@ -188,25 +205,26 @@ def _vissl_fcs(heads: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
     Its linear layers before a batch norm have a bias, ours have none: it moves into the running mean.
     """
-    layers = sorted({int(match[1]) for key in heads if (match := re.fullmatch(r"0\.clf\.(\d+)\.\w+", key))})
-    shapes = [tuple(heads[f"0.clf.{layer}.weight"].shape) for layer in layers]
-    if [len(shape) for shape in shapes] != [2, 1, 2, 1, 2] or shapes[0] != (4096, 9216) or shapes[2] != (4096, 4096):
+    parts = {key: match for key in heads if (match := _VISSL_FC.fullmatch(key))}
+    layers = tuple(sorted({int(match[1]) for match in parts.values()}))
+    if len(parts) < len(heads) or layers not in _VISSL_FCS:
         return {}
-    state = {}
-    for name, linear, norm in (("head.fc6", *layers[:2]), ("head.fc7", *layers[2:4])):
-        state[f"{name}.0.weight"] = heads[f"0.clf.{linear}.weight"]
-        for key in ("weight", "bias", "running_mean", "running_var"):
-            state[f"{name}.1.{key}"] = heads[f"0.clf.{norm}.{key}"]
-        if (bias := heads.get(f"0.clf.{linear}.bias")) is not None:
-            state[f"{name}.1.running_mean"] = state[f"{name}.1.running_mean"] - bias
-    return state | {f"head.fc.{key}": heads[f"0.clf.{layers[4]}.{key}"] for key in ("weight", "bias")}
+    names = dict(zip(layers, _FCS, strict=True))
+    state = {f"{names[int(match[1])]}.{match[2]}": heads[key] for key, match in parts.items()}
+    for name, shape in (("head.fc6", (4096, 9216)), ("head.fc7", (4096, 4096))):
+        weight, bias, mean = (state.get(f"{name}.{key}") for key in ("0.weight", "0.bias", "1.running_mean"))
+        if weight is None or weight.shape != shape:
+            return {}
+        if bias is not None and mean is not None and bias.shape == mean.shape:
+            state[f"{name}.1.running_mean"] = mean - state.pop(f"{name}.0.bias")
+    return state
 
 
 def _from_mmselfsup(tensors: dict[str, torch.Tensor]) -> Converted:
     state = {key: value for key, value in tensors.items() if not key.startswith("head.")}
     for key in ("weight", "bias"):
         value = tensors.get(f"head.fc_cls.{key}")
-        if value is None or len(value) != 4:
+        if value is None or value.shape[:1] != (4,):
             raise ValueError(f"a head of mmselfsup without four rows in head.fc_cls.{key}")
         state[f"fc.{key}"] = value[[0, 3, 2, 1]]
     left_out = tuple(key for key in tensors if key.startswith("head.") and not key.startswith("head.fc_cls."))
@@ -246,22 +264,31 @@ def _with_counters(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def _classes(state: Mapping[str, torch.Tensor], classifier: str) -> int:
     weight = state.get(f"{classifier}.weight")
-    return 0 if weight is None else len(weight)
+    return 0 if weight is None or weight.ndim == 0 else len(weight)
 
 
 def _check(found: Converted) -> None:
     model = timm.create_model(found.model, num_classes=found.num_classes, device="meta", **found.model_args)
-    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    expected = model.state_dict()
+    both = [(key, value, expected[key]) for key, value in found.state_dict.items() if key in expected]
     problems = {
         "lacks": [key for key in expected if key not in found.state_dict],
-        "does not know": [key for key in found.state_dict if key not in expected],
+        "has unknown": [key for key in found.state_dict if key not in expected],
         "has other shapes of": [
-            f"{key} {tuple(value.shape)} for {expected[key]}"
-            for key, value in found.state_dict.items()
-            if key in expected and tuple(value.shape) != expected[key]
+            f"{key} {tuple(value.shape)} for {tuple(wanted.shape)}"
+            for key, value, wanted in both
+            if value.shape != wanted.shape
+        ],
+        "has other types of": [
+            f"{key} {value.dtype} for {wanted.dtype}"
+            for key, value, wanted in both
+            if value.dtype not in (_FLOATS if wanted.is_floating_point() else (wanted.dtype,))
         ],
         "has values that are not finite in": [
-            key for key, value in found.state_dict.items() if value.is_floating_point() and not value.isfinite().all()
+            # as float32, the type of the model: a larger double is none there
+            key
+            for key, value, wanted in both
+            if value.dtype in _FLOATS and value.shape == wanted.shape and not value.float().isfinite().all()
         ],
     }
     told = [f"{what} {_some(keys)}" for what, keys in problems.items() if keys]
@@ -284,4 +311,6 @@ def _authors_key(key: str) -> str | None:
 
 
 def _some(names: list[str], most: int = 10) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    # keys are other people's too: an error is one line of them
+    told = ", ".join(name if name.isprintable() else repr(name) for name in names[:most])
+    return told + (f" and {len(names) - most} more" if len(names) > most else "")
