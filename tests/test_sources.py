@@ -492,3 +492,24 @@ def test_a_wrong_hash_in_the_manifest_is_noticed(set_manifest, offline):
     set_manifest(entries)
     with pytest.raises(ValueError, match=rf"weights of {BUNDLED} are damaged: .* has sha256 .*, not 0000"):
         timm.create_model(BUNDLED, pretrained=True)
+
+
+@pytest.mark.filterwarnings("ignore:no published hash")
+def test_the_authors_alexnet_from_its_release(reference, hub, set_manifest):
+    """An archive of the size and form of the real one, served over loopback, gives every layer's expected output."""
+    server = Release(reference)
+    entries = published_manifest()
+    entries["rotnet_alexnet.gidaris_in1k"]["url"] = f"{server.url}/ImageNet_RotNet_AlexNet.tar.gz"
+    set_manifest(entries)
+    model = timm.create_model("rotnet_alexnet.gidaris_in1k", pretrained=True).eval()
+    server.shutdown()
+    server.server_close()
+    expected = load_file(reference / "expected.safetensors")
+    with torch.inference_mode():
+        _, maps = model.forward_intermediates(expected["alexnet.input"])
+        logits = model(expected["alexnet.input"])
+    for name, output in (*((f"conv{i}", feature_map) for i, feature_map in enumerate(maps, 1)), ("classifier", logits)):
+        torch.testing.assert_close(output, expected[f"alexnet.{name}"], rtol=1e-4, atol=1e-4)
+    # and with a head of one's own, from the cache
+    tuned = timm.create_model("rotnet_alexnet.gidaris_in1k", pretrained=True, num_classes=20)
+    assert torch.equal(tuned.head.fc6[0].weight, model.head.fc6[0].weight) and tuned.head.fc.out_features == 20
