@@ -14,20 +14,20 @@ something does not verify, 2 for bad input and for what cannot be had.
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from timm.data import resolve_model_data_config
 from tqdm import tqdm
 
 import rotation_ssl
 from rotation_ssl import sources, zoo
 from rotation_ssl.checkpoints import read_checkpoint
-from rotation_ssl.convert import convert, write_folder
+from rotation_ssl.convert import AUTHORS, convert, write_folder
 from rotation_ssl.features import POOLS, extract_features, layer_modules
 from rotation_ssl.golden import GOLDEN_TOLERANCE, golden_difference, golden_file
 from rotation_ssl.images import find_images, normalize, read_images
@@ -84,14 +84,19 @@ def verify_file(path: Path) -> dict[str, Any]:
         raise ValueError(f"{file} does not exist")
     digest = sources.sha256_of(file)
     for name, entry in zoo.manifest().items():
-        record = sources.read_record(name) or {} if entry["source"] == "release" else entry
+        release = entry["source"] == "release"
+        record = sources.read_record(name) or {} if release else entry
         if record.get("sha256") == digest:
-            return {"name": name, "file": str(file), "holds": True, "why": f"sha256 {digest}, as published"}
-    expected = json.loads(folder_config.read_text()).get("sha256") if folder_config.is_file() else None
+            told = "as recorded when it was fetched" if release else "as published"
+            return {"name": name, "file": str(file), "holds": True, "why": f"sha256 {digest}, {told}"}
+    config = json.loads(folder_config.read_text()) if path.is_dir() and folder_config.is_file() else {}
+    expected = config.get("sha256") if isinstance(config, dict) else None
     if expected and expected != digest:
         return {"name": None, "file": str(file), "holds": False, "why": f"sha256 {digest}, config.json has {expected}"}
-    state = read_checkpoint(file)
-    broken = [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
+    tensors = dict(_tensors(read_checkpoint(file)))
+    if not tensors:
+        raise ValueError(f"{file} holds no tensors")
+    broken = [key for key, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
     if broken:
         raise ValueError(f"{file} holds values that are not finite in {', '.join(broken[:3])}")
     why = f"sha256 {digest}, as its config.json says; not published" if expected else f"sha256 {digest}; not published"
@@ -113,9 +118,12 @@ def folder_features(
     The file's metadata has 'files' (JSON, relative to the folder), 'model', 'pool' and 'grid'.
 
     Raises:
-        ValueError: no images, one that does not decode, no such model, weights, layer or device.
+        ValueError: no images, one that does not decode, no such model, weights, layer or device, or no folder to write
+            the output to.
     """
     files = find_images(folder)
+    if not output.parent.is_dir():
+        raise ValueError(f"{output} cannot be written: {output.parent} is not a folder")
     model = _create(model_name)
     try:
         model.to(device)
@@ -141,9 +149,21 @@ def folder_features(
         "pool": pool,
         "grid": str(grid),
     }
-    sources.replace_file(output, lambda path: save_file(features, path, metadata))
+    sources.replace_file(output, lambda path: path.write_bytes(save(features, metadata)))
     shapes = {layer: list(tensor.shape) for layer, tensor in features.items()}
     return {"file": str(output), "model": metadata["model"], "images": len(files), "shapes": shapes}
+
+
+def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a checkpoint, whatever is around them."""
+    if isinstance(value, torch.Tensor):
+        yield name, value
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from _tensors(part, f"{name}.{key}".lstrip("."))
+    elif isinstance(value, (list, tuple)):
+        for i, part in enumerate(value):
+            yield from _tensors(part, f"{name}[{i}]")
 
 
 def _hash_difference(name: str, file: Path | None) -> tuple[str, str]:
@@ -173,7 +193,7 @@ def _list(args: argparse.Namespace) -> int:
         print(json.dumps(described, indent=1))
         return 0
     for entry in described:
-        here = {"bundled": "in the package"}.get(entry["source"], "cached" if entry["here"] else "not here")
+        here = ("in the package" if entry["source"] == "bundled" else "cached") if entry["here"] else "not here"
         size = f"{entry['size'] / 1e6:.1f} MB" if entry["size"] else ""
         accuracy = entry["metrics"].get("rotation accuracy")
         measured = f"rotation accuracy {100 * accuracy:.2f} %" if accuracy else "not measured"
@@ -190,7 +210,8 @@ def _info(args: argparse.Namespace) -> int:
         if isinstance(value, dict):
             print(f"{key}:", *(f"{k}: {v}" for k, v in value.items()), sep="\n    ")
         else:
-            print(f"{key}: {'not known' if value is None and key != 'here' else value or 'not on this machine'}")
+            unknown = "not on this machine" if key == "here" else "not known"
+            print(f"{key}: {unknown if value is None else value}")
     return 0
 
 
@@ -221,7 +242,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _convert(args: argparse.Namespace) -> int:
     converted = convert(read_checkpoint(args.file, args.epoch))
-    tag = args.tag or {"the authors' release": "gidaris", "torchvision-style": "torchvision"}.get(
+    tag = args.tag or {AUTHORS: "gidaris", "torchvision-style": "torchvision"}.get(
         converted.origin, converted.origin.lower()
     )
     provenance = {"file": args.file.name, "file_sha256": sources.sha256_of(args.file), "converter": _version()}

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import save
 from timm.models._hub import save_config_for_hf
 
+AUTHORS = "the authors' release"
 _PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.")
 _ALEXNET_CONVS = {"0": "conv1", "2": "conv2", "4": "conv3", "5": "conv4", "6": "conv5"}
 _ALEXNET_FCS = {"1": "fc6.0", "2": "fc6.1", "4": "fc7.0", "5": "fc7.1"}
@@ -130,8 +131,13 @@ def write_folder(converted: Converted, folder: Path, tag: str, provenance: Mappi
         raise ValueError(f"{folder} is not an empty folder: give another")
     content = save(converted.state_dict)
     model = timm.create_model(converted.model, num_classes=converted.num_classes, device="meta", **converted.model_args)
+    # of the architecture's default weights in timm: of these nobody said so
+    cfg: dict[str, Any] = {"tag": tag}
+    if converted.origin != AUTHORS:
+        cfg |= dict.fromkeys(("license", "origin_url", "paper_name", "paper_ids", "description", "notes"))
+        cfg |= {"crop_pct": 0.875, "test_crop_pct": None, "test_input_size": None}
     described = {
-        "pretrained_cfg": {"tag": tag},
+        "pretrained_cfg": cfg,
         "sha256": hashlib.sha256(content).hexdigest(),
         "size": len(content),
         "provenance": {"origin": converted.origin, **provenance},
@@ -170,12 +176,12 @@ def _from_authors(network: dict[str, torch.Tensor]) -> Converted:
         raise ValueError(f"keys of neither network of the authors' release: {_some(unknown)}")
     state = convert_authors(network)
     if "features.conv1.conv.weight" in state:
-        return _alexnet(state, "the authors' release")
+        return _alexnet(state, AUTHORS)
     blocks = {key.split(".")[1] for key in state if key.startswith("blocks.")}
     if len(blocks) not in (3, 4, 5):
         raise ValueError(f"a Network-in-Network has 3 to 5 blocks, the checkpoint has {_some(sorted(blocks))}")
     model = "rotnet_nin" if len(blocks) == 4 else f"rotnet_nin{len(blocks)}"
-    return Converted(model, _classes(state, "head.fc"), state, "the authors' release")
+    return Converted(model, _classes(state, "head.fc"), state, AUTHORS)
 
 
 def _from_vissl(checkpoint: Mapping[str, Any]) -> Converted:

@@ -18,7 +18,7 @@ def read_image(file: Path) -> Image.Image:
             return _to_rgb(image)
     except FileNotFoundError as error:
         raise ValueError(f"image {file} does not exist") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"image {file} does not decode ({error}); replace or remove it") from error
 
 

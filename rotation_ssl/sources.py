@@ -5,14 +5,16 @@ torch.hub's (TORCH_HOME). Whatever is there is hashed at every load: neither cli
 file it has. Nothing half-written has a final name: a file is written beside its place and moved there whole.
 """
 
+import contextlib
 import datetime
 import hashlib
 import json
 import os
+import ssl
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -89,22 +91,19 @@ def hub_file(name: str, entry: dict[str, Any], cache_dir: str | Path | None = No
     wrong = difference(file, entry["sha256"], entry["size"])
     if wrong:
         # of no use to anyone: the next load would only find it damaged again
-        file.resolve().unlink(missing_ok=True)
-        file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            file.resolve().unlink()
+            file.unlink(missing_ok=True)
         raise ValueError(f"{where} is not what rotation_ssl published as {name}: {wrong}; nothing was loaded")
     return file
 
 
-def cached_hub_file(entry: dict[str, Any], cache_dir: str | Path | None = None) -> Path | None:
-    """The cached file of a manifest's entry, not verified; None when there is none. No request is made."""
-    hub = entry["hub"]
+def cached_hub_file(repository: str, revision: str, file: str, cache_dir: str | Path | None = None) -> Path | None:
+    """A file of a Hub repository in the client's cache, not verified; None when there is none. No request is made."""
     try:
-        path = hf_hub_download(
-            hub["repository"], hub["file"], revision=hub["revision"], cache_dir=cache_dir, local_files_only=True
-        )
-    except (LocalEntryNotFoundError, OSError):
+        return Path(hf_hub_download(repository, file, revision=revision, cache_dir=cache_dir, local_files_only=True))
+    except OSError:
         return None
-    return Path(path)
 
 
 def download_from_hub(
@@ -122,7 +121,8 @@ def download_from_hub(
     """
     where = f"{file} of {repository}@{revision}"
     try:
-        return Path(hf_hub_download(repository, file, revision=revision, cache_dir=cache_dir, force_download=force))
+        with _set_aside(repository, revision, file, cache_dir) if force else contextlib.nullcontext():
+            return Path(hf_hub_download(repository, file, revision=revision, cache_dir=cache_dir, force_download=force))
     except LocalEntryNotFoundError as error:
         if isinstance(error.__cause__, HfHubHTTPError):
             raise ConnectionError(f"{name} cannot be fetched: {where}: {_first_line(error.__cause__)}") from error
@@ -228,7 +228,7 @@ def download(url: str, file: Path, max_bytes: int = MAX_BYTES, what: str = "") -
         file.unlink(missing_ok=True)
         if isinstance(error, urllib.error.HTTPError):
             raise ConnectionError(f"{url} answers {error.code} {error.reason}") from error
-        if isinstance(error, (urllib.error.URLError, HTTPException, TimeoutError)):
+        if isinstance(error, (urllib.error.URLError, ssl.SSLError, HTTPException, TimeoutError)):
             reason = getattr(error, "reason", None) or error
             raise ConnectionError(f"{url} cannot be reached ({reason}): try again with a network") from error
         raise
@@ -245,6 +245,24 @@ def replace_file(file: Path, write: Callable[[Path], object]) -> None:
         unfinished.replace(file)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _set_aside(repository: str, revision: str, file: str, cache_dir: str | Path | None) -> Iterator[None]:
+    """Where a cache has no symbolic links the client keeps the file that is there, even if told to download it."""
+    there = cached_hub_file(repository, revision, file, cache_dir)
+    if there is None or there.is_symlink():
+        yield
+        return
+    aside = there.with_name(f"{there.name}.aside")
+    there.replace(aside)
+    try:
+        yield
+    finally:
+        if there.exists():
+            aside.unlink()
+        else:
+            aside.replace(there)
 
 
 def _fetch_release(name: str, entry: dict[str, Any], file: Path, record: Path, accept_new_hash: bool) -> None:

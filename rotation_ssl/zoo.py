@@ -91,7 +91,8 @@ def cached_file(name: str, cache_dir: str | Path | None = None) -> Path | None:
     """Where the weights of ``model.tag`` are on this machine, not verified; None when they are not."""
     entry = manifest()[name]
     if entry["source"] == "hub":
-        return sources.cached_hub_file(entry, cache_dir)
+        hub = entry["hub"]
+        return sources.cached_hub_file(hub["repository"], hub["revision"], hub["file"], cache_dir)
     if entry["source"] == "release":
         folder = Path(cache_dir) if cache_dir else sources.release_cache()
         file = folder / f"{name}.safetensors" if sources.read_record(name, cache_dir) else None

@@ -67,6 +67,7 @@ def test_info(run, released):
     for value in (entry["sha256"], entry["license"], entry["recipe"], entry["data"], "block2", "k-NN block1"):
         assert value in text
     assert run("info", NAME, "--json")[1] == {"name": NAME, **entry, "here": str(zoo.cached_file(NAME))}
+    assert "seed: 0\n" in text
     assert "archive_sha256: not known" in run("info", RELEASED)[1]
     status, error = run("info", "rotnet_nin.nope")
     assert status == 2 and "rotnet_nin.nope" in error and NAME in error
@@ -127,6 +128,10 @@ def test_verify_a_file(run, tmp_path, nin_state):
     assert status == 0 and told.startswith(f"holds    {NAME}: sha256")
     save_file(nin_state, tmp_path / "mine.safetensors")
     assert run("verify", tmp_path / "mine.safetensors", "--json")[1][0]["holds"] is None
+    torch.save({"network": nin_state, "epoch": 7}, tmp_path / "model_net_epoch7")
+    assert "not published" in run("verify", tmp_path / "model_net_epoch7")[1]
+    torch.save([1, 2], tmp_path / "numbers.pth")
+    assert "holds no tensors" in run("verify", tmp_path / "numbers.pth")[1]
     nin_state["head.fc.bias"][0] = float("nan")
     save_file(nin_state, tmp_path / "mine.safetensors")
     assert "not finite in head.fc.bias" in run("verify", tmp_path / "mine.safetensors")[1]
@@ -141,6 +146,7 @@ def test_convert_then_load_and_verify(run, tmp_path):
     assert model.num_classes == 4 and model.pretrained_cfg["tag"] == "gidaris"
     config = json.loads((tmp_path / "theirs" / "config.json").read_text())
     assert config["provenance"]["file_sha256"] == sources.sha256_of(ARCHIVE)
+    assert config["pretrained_cfg"]["license"] == "mit", "the authors' own licence"
     assert run("verify", tmp_path / "theirs")[0] == 0
     file = tmp_path / "theirs" / "model.safetensors"
     content = bytearray(file.read_bytes())
@@ -152,6 +158,16 @@ def test_convert_then_load_and_verify(run, tmp_path):
     assert "local-dir:" in run("convert", ARCHIVE, "-o", tmp_path / "again")[1]
     assert "has no checkpoint of epoch 7" in run("convert", ARCHIVE, "-o", tmp_path / "x", "--epoch", 7)[1]
     assert not (tmp_path / "x").exists()
+
+
+def test_convert_says_nothing_that_nobody_said(run, tmp_path):
+    """timm's defaults of an architecture are of other weights: their licence, origin and test size."""
+    torch.save(timm.create_model("resnet34", num_classes=4).state_dict(), tmp_path / "some.pth")
+    assert run("convert", tmp_path / "some.pth", "-o", tmp_path / "theirs", "--json")[1]["model"] == "resnet34"
+    cfg = json.loads((tmp_path / "theirs" / "config.json").read_text())["pretrained_cfg"]
+    assert {cfg.get(key) for key in ("license", "origin_url", "paper_ids", "test_input_size")} == {None}
+    assert (cfg["tag"], cfg["crop_pct"]) == ("torchvision", 0.875)
+    assert timm.create_model(f"local-dir:{tmp_path / 'theirs'}", pretrained=True).num_classes == 4
 
 
 def test_features_of_a_folder(run, tmp_path):
@@ -194,6 +210,8 @@ def test_features_names_the_broken_image_and_keeps_what_was_there(run, tmp_path)
     status, error = run("features", tmp_path / "images", "-o", tmp_path / "f.safetensors")
     assert status == 2 and "half.png does not decode" in error
     assert (tmp_path / "f.safetensors").read_bytes() == b"of yesterday"
+    status, error = run("features", SAMPLES / "cifar10", "-o", tmp_path / "nowhere" / "f.safetensors")
+    assert status == 2 and "nowhere is not a folder" in error
     (tmp_path / "images" / "half.png").unlink()
     assert "holds no images" in run("features", tmp_path / "images", "-o", tmp_path / "f.safetensors")[1]
 

@@ -33,6 +33,7 @@ SOURCES = ("bundled", "hub", "release")
 STATES = ("fresh", "cached", "offline", "corrupted")
 LOADS = "the published bytes"
 NO_REQUEST = "the published bytes, no request"
+NO_DOWNLOAD = "the published bytes, no download"
 MISSING = "error: what is missing, and the command that fetches it"
 REFETCHED = "fetched anew, once"
 DAMAGED = "error: damaged"
@@ -51,7 +52,7 @@ TABLE = {
     },
     # a name of the Hub needs the Hub, and the client looks for config.json first: its error, and its cache
     ("hf-hub", "hub", "fresh"): LOADS,
-    ("hf-hub", "hub", "cached"): NO_REQUEST,
+    ("hf-hub", "hub", "cached"): NO_DOWNLOAD,
     ("hf-hub", "hub", "offline"): "error of the Hub's client",
     ("hf-hub", "hub", "corrupted"): REFETCHED,
     **{("hf-hub", source, state): NONE for source in ("bundled", "release") for state in STATES},
@@ -222,11 +223,11 @@ def test_door(door, source, state, told, hub, release, wheel_copy, go_offline, t
         go_through(door, source, folder)
     if state == "corrupted":
         corrupt(cached(source, folder, door))
-    if state == "offline" or told == NO_REQUEST:
+    if state == "offline":
         go_offline()
     hub.requests.clear()
     release.requests.clear()
-    if told in (LOADS, NO_REQUEST, REFETCHED):
+    if told in (LOADS, NO_REQUEST, NO_DOWNLOAD, REFETCHED):
         state_dict, expected = go_through(door, source, folder), expected_state(source)
         assert state_dict.keys() == expected.keys()
         assert all(torch.equal(tensor, expected[name]) for name, tensor in state_dict.items())
@@ -234,9 +235,10 @@ def test_door(door, source, state, told, hub, release, wheel_copy, go_offline, t
         if told == NO_REQUEST:
             assert not hub.requests and not release.requests
         else:
+            # of the Hub's main branch the client asks what it is, each time
             weights = [r for r in asked if "model.safetensors" in r or ARCHIVE in r]
-            assert len(weights) == 1
-        if told == REFETCHED:
+            assert len(weights) == (0 if told == NO_DOWNLOAD else 1)
+        if told in (NO_DOWNLOAD, REFETCHED):
             hub.requests.clear()
             release.requests.clear()
             go_offline()
@@ -272,6 +274,22 @@ def test_the_hub_serves_other_bytes_of_the_same_size(hub, served):
     assert zoo.cached_file(HUBBED) is None, "what is damaged is not left behind"
     hub.corrupt.clear()
     timm.create_model(HUBBED, pretrained=True)
+
+
+def test_a_damaged_cache_without_links_is_fetched_anew(hub, served, monkeypatch, go_offline):
+    """Where there are no symbolic links the client keeps the file that is there, even if told to download it."""
+    monkeypatch.setattr(huggingface_hub.file_download, "are_symlinks_supported", lambda folder=None: False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_SYMLINKS_WARNING", True)
+    file = zoo.weights_file(HUBBED)
+    assert not file.is_symlink()
+    corrupt(file)
+    assert sources.sha256_of(zoo.weights_file(HUBBED)) == served[HUBBED]["sha256"]
+    corrupt(file)
+    damaged = file.read_bytes()
+    go_offline()
+    with pytest.raises(OSError, match=r"are damaged .* and fetching failed"):
+        zoo.weights_file(HUBBED)
+    assert file.read_bytes() == damaged, "what cannot be replaced is not taken away"
 
 
 def test_a_moved_main_changes_nothing_for_pinned_weights(hub, served):

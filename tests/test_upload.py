@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 from conftest import DATA, HUB_ENVIRONMENT, ROOT, published_manifest
-from safetensors.torch import load, load_file
+from safetensors.torch import load, load_file, save_file
 
 from rotation_ssl import zoo
 from rotation_ssl.checkpoints import read_checkpoint
@@ -169,8 +169,6 @@ def test_refused_by_the_hub(hub, weights_dir, status, message, capsys):
 
 
 def test_a_commit_in_between_is_noticed(hub, weights_dir, monkeypatch, capsys):
-    run("--namespace", "ORG")
-    hub.commit(REPOSITORY, {"README.md": b"edited by hand"})
     told = upload._digests
 
     def commit_meanwhile(*args):
@@ -190,15 +188,46 @@ def test_a_hub_that_serves_other_bytes_is_not_pinned(hub, weights_dir, capsys):
     assert "hub" not in manifest_of(weights_dir)[NAME] and hub.repositories[REPOSITORY]["tags"] == {}
 
 
-def test_a_version_never_moves(hub, weights_dir, capsys):
+def test_a_version_never_moves(hub, weights_dir, monkeypatch, capsys, tmp_path):
     assert run("--namespace", "ORG") == 0
-    first = hub.repositories[REPOSITORY]["main"]
-    hub.commit(REPOSITORY, {"README.md": b"edited by hand"})
+    first, uploaded = hub.repositories[REPOSITORY]["main"], list(hub.uploads)
+    other = tmp_path / "card.md"
+    other.write_text(upload.CARD_TEMPLATE.read_text() + "one more line\n")
+    monkeypatch.setattr(upload, "CARD_TEMPLATE", other)
     assert run("--namespace", "ORG") == 2
-    assert "a version never moves" in capsys.readouterr().err
-    assert hub.repositories[REPOSITORY]["tags"] == {"v0.1": first}
+    assert "v0.1 of ORG/rotnet_nin.cifar10 has other README.md, and a version never moves" in capsys.readouterr().err
+    assert hub.repositories[REPOSITORY] | {"commits": 0} == {"commits": 0, "main": first, "tags": {"v0.1": first}}
+    assert hub.uploads == uploaded
     assert run("--namespace", "ORG", "--version", "v0.2") == 0
     assert manifest_of(weights_dir)[NAME]["hub"]["version"] == "v0.2"
+    assert hub.uploads == [*uploaded, "README.md"]
+
+
+def test_what_others_do_to_main_does_not_matter_to_a_version(hub, weights_dir):
+    assert run("--namespace", "ORG") == 0
+    told = manifest_of(weights_dir)
+    edited = hub.commit(REPOSITORY, {"README.md": b"edited by hand"})
+    assert run("--namespace", "ORG") == 0
+    assert manifest_of(weights_dir) == told and hub.repositories[REPOSITORY]["main"] == edited
+
+
+def test_golden_outputs_of_another_machine_are_kept(hub, weights_dir, capsys):
+    assert run("--namespace", "ORG") == 0
+    uploaded, file = list(hub.uploads), weights_dir / f"{NAME}.golden.safetensors"
+    golden = load_file(file)
+    save_file(golden | {"logits": golden["logits"] + 1e-5}, file)
+    assert run("--namespace", "ORG") == 0 and hub.uploads == uploaded
+    save_file(golden | {"logits": golden["logits"] + 1e-2}, file)
+    assert run("--namespace", "ORG") == 2
+    assert "has other golden.safetensors" in capsys.readouterr().err
+
+
+def test_no_connection(hub, weights_dir, monkeypatch, capsys):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setattr(upload, "HfApi", lambda: huggingface_hub.HfApi(endpoint="http://127.0.0.1:9"))
+    assert run("--namespace", "ORG") == 2
+    error = capsys.readouterr().err
+    assert "no connection" in error and error.count("error: ") == 1
 
 
 def test_a_dry_run_asks_nothing_of_the_hub(hub, weights_dir, capsys):
@@ -235,6 +264,20 @@ def test_a_folder_that_does_not_say_enough_is_refused(hub, weights_dir, converte
         (("--license", "mit", "--data", "x", "--layer", "block9"), "rotnet_nin has no layer block9; it has block1"),
     ):
         assert run("--namespace", "ORG", "--weights", converted, *options) == 2
+        assert message in capsys.readouterr().err
+    config = json.loads((converted / "config.json").read_text())
+    unsigned = {key: value for key, value in config.items() if key not in ("sha256", "size")}
+    state = load_file(converted / "model.safetensors")
+    headless = {key: tensor for key, tensor in state.items() if not key.startswith("head.")}
+    taken = unsigned["pretrained_cfg"] | {"tag": "cifar10"}
+    for change, tensors, message in (
+        ({"num_classes": 0}, headless, "lacks the head of the four rotations"),
+        ({"pretrained_cfg": taken}, state, f"{NAME} is published already, with other bytes"),
+    ):
+        (converted / "config.json").write_text(json.dumps(unsigned | change))
+        save_file(tensors, converted / "model.safetensors")
+        good = ("--license", "mit", "--data", "x", "--layer", "block2")
+        assert run("--namespace", "ORG", "--weights", converted, *good) == 2
         assert message in capsys.readouterr().err
     assert run("--namespace", "ORG", "--weights", tmp_path) == 2
     assert "holds no config.json and model.safetensors" in capsys.readouterr().err
