@@ -21,7 +21,9 @@ def list_rotnets(filter="", module="", exclude_filters="", include_tags=None, pr
             pretrained=pretrained,
             **kwargs,
         )
-    return _list_models("rotnet_*", include_tags=include_tags, pretrained=pretrained)
+    names = _list_models("rotnet_*", include_tags=include_tags, pretrained=pretrained)
+    # what is not in the wheel would be downloaded
+    return [name for name in names if timm.get_pretrained_cfg(name).file] if pretrained else names
 
 
 timm.list_models = list_rotnets
