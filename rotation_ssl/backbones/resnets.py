@@ -1,8 +1,9 @@
 """timm's ResNets under names of our own, with the head of the four rotations: to be trained, or filled by `convert`.
 
-VISSL and mmselfsup published ResNet-50s pretrained by rotation. They are no tags here: neither says under which licence
-the weights, which learned from ImageNet, are; the licences in their repositories speak of the code. Who has such a file
-converts it: ``rotation-ssl convert FILE -o FOLDER``, then ``timm.create_model('local-dir:FOLDER', pretrained=True)``.
+VISSL and mmselfsup published ResNet-50s pretrained by rotation. They are no tags here: VISSL's model zoo does not say
+under which licence the weights, which learned from ImageNet, are (the MIT licence in its repository is the code's), and
+mmselfsup's terms were not looked into. Who has such a file converts it: ``rotation-ssl convert FILE -o FOLDER``, then
+``timm.create_model('local-dir:FOLDER', pretrained=True)``.
 The keys are those of timm's ``resnet18`` and ``resnet50``, which load the same folder's weights.
 """
 
