@@ -56,13 +56,16 @@ def rotation_labels(
     return torch.arange(len(rotations), device=device).repeat_interleave(num_images)
 
 
-def rotation_loss(model: nn.Module, images: torch.Tensor, rotations: Sequence[int] = ROTATIONS) -> torch.Tensor:
+def rotation_loss(
+    model: nn.Module, images: torch.Tensor, rotations: Sequence[int] = ROTATIONS, label_smoothing: float = 0.0
+) -> torch.Tensor:
     """Cross-entropy of the model's guess which way each image was turned: the whole pretext task.
 
     Args:
         model: maps (R * N, C, H, H) to logits (R * N, R).
         images: (N, C, H, H), augmented and normalised, upright.
         rotations: as in :func:`rotate_all`.
+        label_smoothing: of the target's probability, shared by all rotations alike; the paper has none.
 
     Returns:
         Scalar, the mean over the R * N rotated images, computed in float32; differentiable.
@@ -76,7 +79,8 @@ def rotation_loss(model: nn.Module, images: torch.Tensor, rotations: Sequence[in
             f"the model must give {len(rotations)} logits an image, one for each rotation, got shape "
             f"{tuple(logits.shape)}: create it with num_classes={len(rotations)}"
         )
-    return F.cross_entropy(logits.float(), rotation_labels(len(images), rotations, logits.device))
+    labels = rotation_labels(len(images), rotations, logits.device)
+    return F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
 
 
 def count_correct_rotations(

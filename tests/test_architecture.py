@@ -51,6 +51,10 @@ ALLOWED = {
     | {f"training.{name}" for name in ("allocator", "data", "optimizers", "recipes", "report", "results", "subject")},
     "training.check": {"rotation_ssl.zoo", "rotation_ssl.features", "rotation_ssl.golden"}
     | {f"training.{name}" for name in ("allocator", "data", "evaluate", "finetune", "recipes", "results", "subject")},
+    "training.study": {
+        f"training.{n}"
+        for n in ("allocator", "data", "evaluate", "pretrain", "recipes", "report", "results", "subject")
+    },
     "training.figures": {"rotation_ssl.features", "rotation_ssl.images", "training.results"},
     "training.card": {"training.report", "training.results"},
     "training.publish": {f"rotation_ssl.{name}" for name in ("zoo", "features", "golden", "images")}

@@ -53,7 +53,7 @@ def same(one, other):
 
 def test_it_learns_a_handful_of_images(images, tmp_path):
     recipe = dataclasses.replace(
-        TINY, model="rotnet_nin3", stages=(Stage(60, 16),), padding=0, flip=False, images_per_step=8
+        TINY, model="rotnet_nin3", stages=(Stage(60, 16),), padding=0, flip="none", images_per_step=8
     )
     pretrain(recipe, images[:8], tmp_path)
     model = timm.create_model("rotnet_nin3")
@@ -217,7 +217,7 @@ def test_held_out_images_are_never_trained_on(images, tmp_path):
 
 @pytest.mark.parametrize("holdout", [-1, 40])
 def test_holdout_is_checked(images, tmp_path, holdout):
-    with pytest.raises(ValueError, match=rf"holdout must be 0 to 39 .* got {holdout}"):
+    with pytest.raises(ValueError, match=rf"holdout must be 0 .* got {holdout}"):
         pretrain(dataclasses.replace(TINY, holdout=holdout), images, tmp_path / "new")
 
 
@@ -257,7 +257,7 @@ def test_recipes_are_complete_values():
     assert [NIN_CIFAR10_CPU.crop_at(s) for s in (0, 1349, 1350, 1949)] == [24, 24, 32, 32]
     assert NIN_CIFAR10_CPU.rotated_images == NIN_CIFAR10_CPU.steps * 64 * 4
     for recipe in RECIPES.values():
-        assert timm.is_model(recipe.model) and isinstance(recipe.schedule, (LinearSchedule, StepSchedule))
+        assert timm.is_model(recipe.model) and recipe.steps > 0
 
 
 def test_ablations_have_the_same_budget():
@@ -311,7 +311,7 @@ def test_the_command_shortens_and_records_it(small_cifar10, tmp_path, monkeypatc
 
 def test_it_learns_the_eight_rotations_of_a_handful_of_images(images, tmp_path):
     recipe = dataclasses.replace(
-        NIN_CIFAR10_CPU_R8, model="test_resnet", stages=(Stage(150, 16),), padding=0, flip=False, images_per_step=4,
+        NIN_CIFAR10_CPU_R8, model="test_resnet", stages=(Stage(150, 16),), padding=0, flip="none", images_per_step=4,
         holdout=36,
     )  # fmt: skip
     file = pretrain(recipe, images.flip(0), tmp_path)

@@ -210,10 +210,10 @@ def crop_and_flip(
     crop: int,
     padding: int,
     padding_mode: str,
-    flip: bool,
+    flip: bool | torch.Tensor,
     generator: torch.Generator,
 ) -> torch.Tensor:
-    """A random square crop of each image, half of them mirrored, in one gather.
+    """A random square crop of each image, some of them mirrored, in one gather.
 
     Args:
         images: (N, C, H, H), any dtype.
@@ -221,7 +221,7 @@ def crop_and_flip(
         padding: pixels added on all four sides before cropping (the same on each: one-sided padding would tell the
             orientation).
         padding_mode: 'reflect' mirrors the image at its border, 'constant' pads with zeros.
-        flip: mirror each crop left to right with probability 1/2.
+        flip: mirror each crop left to right with probability 1/2, or not; or (N,) bool that says which.
         generator: on the CPU, so that every device draws the same numbers.
 
     Returns:
@@ -237,7 +237,8 @@ def crop_and_flip(
         raise ValueError(f"padding_mode must be 'reflect' or 'constant', got {padding_mode!r}")
     count = len(images)
     offsets = torch.randint(-padding, size + padding - crop + 1, (2, count, 1), generator=generator)
-    mirrored = torch.rand(count, 1, generator=generator) < (0.5 if flip else 0.0)
+    drawn = torch.rand(count, 1, generator=generator)
+    mirrored = flip[:, None] if isinstance(flip, torch.Tensor) else drawn < (0.5 if flip else 0.0)
     steps = torch.arange(crop)
     rows = (offsets[0] + steps).to(images.device)
     cols = (offsets[1] + torch.where(mirrored, steps.flip(0), steps)).to(images.device)

@@ -67,12 +67,13 @@ def rotate_eighths(images: torch.Tensor) -> torch.Tensor:
     return torch.cat(views).to(images.dtype).contiguous(memory_format=keep)
 
 
-def eighths_loss(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+def eighths_loss(model: nn.Module, images: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
     """Cross-entropy of the model's guess by which eighth of a turn each image was turned.
 
     Args:
         model: maps (8 * N, C, H, H) to logits (8 * N, 8).
         images: as in :func:`rotate_eighths`, augmented, upright.
+        label_smoothing: of the target's probability, shared by all rotations alike.
 
     Returns:
         Scalar, the mean over the 8 * N views, computed in float32; differentiable.
@@ -86,7 +87,7 @@ def eighths_loss(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
             f"the model must give {len(EIGHTHS)} logits an image, one for each rotation, got shape "
             f"{tuple(logits.shape)}: create it with num_classes={len(EIGHTHS)}"
         )
-    return F.cross_entropy(logits.float(), _labels(len(images), logits.device))
+    return F.cross_entropy(logits.float(), _labels(len(images), logits.device), label_smoothing=label_smoothing)
 
 
 def count_correct_eighths(model: nn.Module, batches: Iterable[torch.Tensor]) -> tuple[int, int]:

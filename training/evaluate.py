@@ -117,12 +117,13 @@ def measure_features(
     measurements: Sequence[Measurement],
     device: str = "cpu",
     test_parts: Sequence[int] = range(PARTS),
+    autocast: torch.dtype | None = None,
 ) -> Iterator[Row]:
     """The numbers that are measured on frozen features, layer by layer, each as soon as it is there.
 
-    Features of the training images are computed in float32 and kept as bfloat16, in one pass for all layers and all
-    measurements that want maps of the same size: k-NN, linear and non-linear probe share one, the convolutional probe
-    has its own.
+    Features of the training images are computed in float32, or in ``autocast``'s type where one is given, and kept as
+    bfloat16, in one pass for all layers and all measurements that want maps of the same size: k-NN, linear and
+    non-linear probe share one, the convolutional probe has its own.
 
     Raises:
         ValueError: a layer or protocol that does not exist, fewer training images than neighbours, features that do not
@@ -139,7 +140,7 @@ def measure_features(
         test_maps: dict[str, torch.Tensor] = {}
         if grid is not None:
             views, test_maps = _cache(
-                subject, images.train, test, layers, grid, max(_inputs(m)[0] for m in own), device
+                subject, images.train, test, layers, grid, max(_inputs(m)[0] for m in own), device, autocast
             )
         for layer in layers:
             for measurement in (m for m in own if m.layer == layer):
@@ -171,6 +172,7 @@ def _cache(
     grid: int,
     views: int,
     device: str,
+    autocast: torch.dtype | None,
 ) -> tuple[list[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
     """Pooled maps by layer, (N, C, g, g) bfloat16, of each view of the training images and of the test images."""
     grids = map_grids(subject, test.images[:1], layers, grid, device)
@@ -184,8 +186,8 @@ def _cache(
         )
     with _bar("features", views * len(train) + len(test)) as bar:
         prepare = preparation(subject.backbone, subject.size, bar)
-        cached = [_maps(subject.backbone, _view(train.images, view), grids, prepare) for view in range(views)]
-        return cached, _maps(subject.backbone, test.images, grids, prepare)
+        cached = [_maps(subject.backbone, _view(train.images, view), grids, prepare, autocast) for view in range(views)]
+        return cached, _maps(subject.backbone, test.images, grids, prepare, autocast)
 
 
 def available_memory() -> int | None:
@@ -245,10 +247,18 @@ def _maps(
     images: torch.Tensor,
     grids: dict[str, int],
     prepare: Callable[[torch.Tensor], torch.Tensor],
+    autocast: torch.dtype | None = None,
 ) -> dict[str, torch.Tensor]:
     """bfloat16 maps (N, C, g, g) by layer; vectors as (N, D, 1, 1)."""
     taken = extract_features(
-        backbone, images, list(grids), grid=grids, prepare=prepare, batch_size=BATCH, dtype=torch.bfloat16
+        backbone,
+        images,
+        list(grids),
+        grid=grids,
+        prepare=prepare,
+        batch_size=BATCH,
+        dtype=torch.bfloat16,
+        autocast=autocast,
     )
     return {layer: f.unflatten(1, (-1, grids[layer], grids[layer])) for layer, f in taken.items()}
 

@@ -40,7 +40,7 @@ from training.data import (
     labels_subset,
     load_images,
 )
-from training.optimizers import create_scheduler
+from training.optimizers import learning_rate_factor, set_learning_rates
 from training.recipes import TRANSFERS, TransferRecipe
 from training.report import keep_row, write_report
 from training.results import PARTS, Row, check_device
@@ -175,7 +175,6 @@ def train_network(recipe, network, train, prepare, seed, device, autocast) -> No
         groups, recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, nesterov=True
     )
     steps = recipe.images // recipe.batch_size
-    scheduler = create_scheduler(recipe.schedule, steps, optimizer)
     generator = torch.Generator().manual_seed(seed)
     network.train()
     losses: list[torch.Tensor] = []
@@ -186,7 +185,7 @@ def train_network(recipe, network, train, prepare, seed, device, autocast) -> No
         mininterval=0.5 if sys.stderr.isatty() else 30.0,
     ) as bar:
         for step, chosen in zip(range(steps), sample_stream(len(train), recipe.batch_size, generator), strict=False):
-            scheduler.step_update(step)
+            set_learning_rates([optimizer], learning_rate_factor(recipe.schedule, step, steps))
             crops = crop_and_flip(
                 train.images[chosen], train.images.shape[-1], recipe.padding, recipe.padding_mode, True, generator
             )

@@ -1,14 +1,15 @@
 """Optimisers and schedules from their settings: the recipes say which numbers, this module which classes."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 
 import torch
 from timm.optim import Muon as TimmMuon
-from timm.scheduler import MultiStepLRScheduler, PolyLRScheduler
-from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
-from training.recipes import LinearSchedule, Muon, Sgd, StepSchedule
+from training.recipes import CosineSchedule, LinearSchedule, Muon, Sgd, StepSchedule
+
+Schedule = LinearSchedule | CosineSchedule | StepSchedule
 
 
 def create_sgd(settings: Sgd, parameters: Iterable[nn.Parameter]) -> torch.optim.SGD:
@@ -35,18 +36,25 @@ def create_optimizers(settings: Sgd | Muon, model: nn.Module) -> list[torch.opti
     return [muon, create_sgd(settings.rest, [p for p in model.parameters() if p.ndim != 4])]
 
 
-def create_scheduler(
-    schedule: LinearSchedule | StepSchedule, steps: int, optimizer: torch.optim.Optimizer
-) -> Scheduler:
-    """timm's scheduler for a run of ``steps`` optimiser steps; call its ``step_update`` before each, from 0."""
-    if isinstance(schedule, LinearSchedule):
-        warmup = round(schedule.warmup * steps)
-        return PolyLRScheduler(
-            optimizer, steps - warmup, power=1.0, warmup_t=warmup, warmup_prefix=True, t_in_epochs=False
-        )
-    # timm applies a milestone one index early, see MultiStepLRScheduler
-    milestones = [round(fraction * steps) + 1 for fraction in schedule.milestones]
-    return MultiStepLRScheduler(optimizer, milestones, decay_rate=schedule.factor, t_in_epochs=False)
+def learning_rate_factor(schedule: Schedule, step: int, steps: int) -> float:
+    """The part of its peak that the learning rate has in step ``step``, from 0, of a run of ``steps``."""
+    if isinstance(schedule, StepSchedule):
+        passed = sum(step >= round(milestone * steps) for milestone in schedule.milestones)
+        return schedule.factor**passed
+    warmup = round(schedule.warmup * steps)
+    if step < warmup:
+        return step / warmup
+    if isinstance(schedule, CosineSchedule):
+        return (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+    held = warmup + round(schedule.hold * steps)
+    return min(1.0, (steps - step) / max(1, steps - held))
+
+
+def set_learning_rates(optimizers: Sequence[torch.optim.Optimizer], factor: float) -> None:
+    """Give every group of the optimisers that part of the learning rate it was created with."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = factor * group.setdefault("peak_lr", group["lr"])
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import save_file
 from timm.data import resolve_model_data_config
 from torch import nn
+from torch.optim import swa_utils
 from tqdm import tqdm
 
 import rotation_ssl  # noqa: F401  registers the models with timm
@@ -31,11 +32,12 @@ from rotation_ssl.rotations import count_correct_rotations, rotation_loss
 from training.allocator import keep_large_blocks
 from training.data import LabelledImages, crop_and_flip, load_cifar10
 from training.eighths import count_correct_eighths, eighths_loss
-from training.optimizers import create_optimizers, create_scheduler, renormalize_filters
+from training.optimizers import create_optimizers, learning_rate_factor, renormalize_filters, set_learning_rates
 from training.recipes import RECIPES, Muon, Recipe, shortened
 from training.results import check_device, current_commit, device_name, library_versions
 
 CURVE_EVERY = 10  # steps averaged into one point of the curve
+STATISTICS_STEPS = 50  # whose images give averaged weights their batch norm's statistics
 
 
 def pretrain(
@@ -78,12 +80,14 @@ def pretrain(
     model = timm.create_model(recipe.model, num_classes=len(recipe.rotations))
     model.to(device, memory_format=torch.channels_last).train()
     optimizers = create_optimizers(recipe.optimizer, model)
-    schedulers = [create_scheduler(recipe.schedule, recipe.steps, optimizer) for optimizer in optimizers]
+    average = None
+    if recipe.average:
+        average = swa_utils.AveragedModel(model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(recipe.average))
     identity = {**_fields(recipe), "number of images": repr(len(train_images))}
     step, seconds = 0, 0.0
     curve: list[dict[str, Any]] = []
     if resume:
-        step, curve, commit = load_checkpoint(checkpoint_file, identity, model, optimizers)
+        step, curve, commit = load_checkpoint(checkpoint_file, identity, model, optimizers, average)
         seconds = curve[-1]["seconds"] if curve else 0.0
     output.mkdir(parents=True, exist_ok=True)
 
@@ -91,8 +95,7 @@ def pretrain(
         started = saved = time.monotonic()
         losses: list[torch.Tensor] = []
         while step < recipe.steps and not stop.requested:
-            for scheduler in schedulers:
-                scheduler.step_update(step)
+            set_learning_rates(optimizers, learning_rate_factor(recipe.schedule, step, recipe.steps))
             batch = augmented_batch(recipe, model, train_images, step)
             if isinstance(recipe.optimizer, Muon):
                 renormalize_filters(model)
@@ -102,6 +105,8 @@ def pretrain(
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
+            if average is not None:
+                average.update_parameters(model)
             losses.append(loss.detach())
             step += 1
             bar.update(len(batch) * len(recipe.rotations))
@@ -116,12 +121,15 @@ def pretrain(
                 bar.set_postfix(loss=f"{mean_loss:.3f}", crop=recipe.crop_at(step - 1))
                 losses.clear()
             if time.monotonic() - saved > checkpoint_seconds and not losses:
-                save_checkpoint(checkpoint_file, identity, model, optimizers, step, curve, commit)
+                save_checkpoint(checkpoint_file, identity, model, optimizers, average, step, curve, commit)
                 saved = time.monotonic()
     if step < recipe.steps:
-        save_checkpoint(checkpoint_file, identity, model, optimizers, step, curve, commit)
+        save_checkpoint(checkpoint_file, identity, model, optimizers, average, step, curve, commit)
         return checkpoint_file
 
+    if average is not None:
+        model.load_state_dict(average.module.state_dict())
+        renew_statistics(recipe, model, train_images)
     run = describe_run(recipe, curve, device, commit)
     if recipe.holdout:
         correct, total = holdout_accuracy(recipe, model, images[-recipe.holdout :].to(device))
@@ -137,12 +145,16 @@ def augmented_batch(recipe: Recipe, model: nn.Module, images: torch.Tensor, step
     epoch, position = divmod(step, steps_per_epoch)
     order = torch.randperm(len(images), generator=_generator(recipe.seed, 0, epoch))
     chosen = order[position * recipe.images_per_step : (position + 1) * recipe.images_per_step].to(images.device)
+    mirrored: bool | torch.Tensor = recipe.flip == "random"
+    if recipe.flip == "alternate":
+        first = torch.rand(len(images), generator=_generator(recipe.seed, 2, 0)) < 0.5
+        mirrored = (first ^ bool(epoch % 2))[chosen.cpu()]
     crops = crop_and_flip(
         images[chosen],
         recipe.crop_at(step),
         recipe.padding,
         recipe.padding_mode,
-        recipe.flip,
+        mirrored,
         _generator(recipe.seed, 1, step),
     )
     cfg = resolve_model_data_config(model)
@@ -152,17 +164,34 @@ def augmented_batch(recipe: Recipe, model: nn.Module, images: torch.Tensor, step
 def pretext_loss(recipe: Recipe, model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
     """The recipe's pretext task on a batch of upright images: rotations by quarters or by eighths of a turn."""
     if recipe.rotation_unit == 45:
-        return eighths_loss(model, batch)
-    return rotation_loss(model, batch, recipe.rotations)
+        return eighths_loss(model, batch, recipe.label_smoothing)
+    return rotation_loss(model, batch, recipe.rotations, recipe.label_smoothing)
+
+
+@torch.no_grad()
+def renew_statistics(recipe: Recipe, model: nn.Module, images: torch.Tensor) -> None:
+    """Take batch norm's statistics anew, of averaged weights, on augmented images of the last stage."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the plain mean over all batches
+    for step in range(max(0, recipe.steps - STATISTICS_STEPS), recipe.steps):
+        batch = augmented_batch(recipe, model, images, step)
+        with torch.autocast(batch.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+            pretext_loss(recipe, model, batch)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
 
 
 def holdout_accuracy(recipe: Recipe, model: nn.Module, images: torch.Tensor) -> tuple[int, int]:
     """Right guesses and their number on held-out training images, uncropped."""
     cfg = resolve_model_data_config(model)
     batches = (normalize(part, cfg["mean"], cfg["std"]) for part in images.split(128))
-    if recipe.rotation_unit == 45:
-        return count_correct_eighths(model, batches)
-    return count_correct_rotations(model, batches, recipe.rotations)
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+        if recipe.rotation_unit == 45:
+            return count_correct_eighths(model, batches)
+        return count_correct_rotations(model, batches, recipe.rotations)
 
 
 def save_checkpoint(
@@ -170,6 +199,7 @@ def save_checkpoint(
     identity: dict[str, str],
     model: nn.Module,
     optimizers: list[torch.optim.Optimizer],
+    average: nn.Module | None,
     step: int,
     curve: list[Any],
     commit: str,
@@ -182,6 +212,7 @@ def save_checkpoint(
         "commit": commit,
         "model": model.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "average": average.state_dict() if average is not None else {},
     }
     unfinished = file.with_suffix(".tmp")
     torch.save(state, unfinished)
@@ -189,7 +220,11 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    file: Path, identity: dict[str, str], model: nn.Module, optimizers: list[torch.optim.Optimizer]
+    file: Path,
+    identity: dict[str, str],
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    average: nn.Module | None = None,
 ) -> tuple[int, list[dict[str, Any]], str]:
     """Restore model and optimizers; returns the step to go on from, the curve and the commit that began the run.
 
@@ -209,6 +244,8 @@ def load_checkpoint(
     model.load_state_dict(state["model"])
     for optimizer, optimizer_state in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(optimizer_state)
+    if average is not None:
+        average.load_state_dict(state["average"])
     return progress
 
 

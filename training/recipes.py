@@ -6,6 +6,19 @@ Change one with ``dataclasses.replace``.
 import dataclasses
 from dataclasses import dataclass
 
+FLIPS = ("none", "random", "alternate")
+PADDING_MODES = ("reflect", "constant")
+PRECISIONS = ("fp32", "bf16")
+
+
+def _check(good: bool, field: str, expected: str, value: object) -> None:
+    if not good:
+        raise ValueError(f"{field} must be {expected}, got {value!r}")
+
+
+def _one_of(choices: tuple[str, ...]) -> str:
+    return " or ".join(map(repr, choices))
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -13,6 +26,10 @@ class Stage:
 
     steps: int
     crop: int
+
+    def __post_init__(self) -> None:
+        _check(self.steps >= 1, "steps of a stage", "at least 1", self.steps)
+        _check(self.crop >= 1, "crop of a stage", "at least 1 pixel", self.crop)
 
 
 @dataclass(frozen=True)
@@ -22,6 +39,11 @@ class Sgd:
     lr: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-4
+
+    def __post_init__(self) -> None:
+        _check(self.lr > 0, "lr", "above 0", self.lr)
+        _check(0 < self.momentum < 1, "momentum", "between 0 and 1 (Nesterov's needs some)", self.momentum)
+        _check(self.weight_decay >= 0, "weight_decay", "0 or more", self.weight_decay)
 
 
 @dataclass(frozen=True)
@@ -37,12 +59,33 @@ class Muon:
     momentum: float = 0.6
     rest: Sgd = Sgd()
 
+    def __post_init__(self) -> None:
+        _check(self.lr > 0, "lr", "above 0", self.lr)
+        _check(0 <= self.momentum < 1, "momentum", "0 up to 1", self.momentum)
+
 
 @dataclass(frozen=True)
 class LinearSchedule:
-    """Learning rate from 0 up to its peak during the first ``warmup`` of the steps, then linearly down to 0."""
+    """Learning rate from 0 up to its peak during the first ``warmup`` of the steps, there for the next ``hold`` of
+    them, then linearly down to 0; with ``warmup`` and ``hold`` 1 together it never comes down.
+    """
 
     warmup: float
+    hold: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check(min(self.warmup, self.hold) >= 0, "warmup and hold", "0 or more", (self.warmup, self.hold))
+        _check(self.warmup + self.hold <= 1, "warmup and hold together", "at most 1", self.warmup + self.hold)
+
+
+@dataclass(frozen=True)
+class CosineSchedule:
+    """Learning rate from 0 up to its peak during the first ``warmup`` of the steps, then down to 0 by half a cosine."""
+
+    warmup: float
+
+    def __post_init__(self) -> None:
+        _check(0 <= self.warmup < 1, "warmup", "0 up to 1", self.warmup)
 
 
 @dataclass(frozen=True)
@@ -52,6 +95,11 @@ class StepSchedule:
     milestones: tuple[float, ...]
     factor: float
 
+    def __post_init__(self) -> None:
+        inside = all(0 < milestone < 1 for milestone in self.milestones)
+        _check(inside, "milestones", "fractions of the steps, between 0 and 1", self.milestones)
+        _check(self.factor > 0, "factor", "above 0", self.factor)
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -60,11 +108,14 @@ class Recipe:
     ``images_per_step`` upright images make a batch of ``images_per_step * len(rotations)`` turned ones. Crops are taken
     at random positions of the image padded by ``padding`` pixels on all sides; then half of them are mirrored; then all
     are turned, by ``rotations`` steps of ``rotation_unit`` degrees: 90, exact quarter turns, or 45, all eight of them,
-    resampled and masked to the inscribed circle. An epoch is a permutation of the training images, its incomplete last
-    batch dropped. ``holdout`` keeps that many of the training images, the last ones, out of training: tune on them,
-    never on the test set. ``precision`` is 'fp32', or 'bf16' for autocast: faster where the processor multiplies
-    bfloat16 itself (``avx512_bf16`` or ``amx_bf16`` in /proc/cpuinfo, or a GPU), several times slower where it does
-    not.
+    resampled and masked to the inscribed circle. ``flip`` is 'none', 'random' (each crop with probability 1/2) or
+    'alternate' (an image is mirrored in every other of its epochs, the first one at random). An epoch is a permutation
+    of the training images, its incomplete last batch dropped. ``label_smoothing`` of the rotation's probability goes to
+    all rotations alike. With ``average`` above 0 the published weights are an exponential average of the run's, that
+    factor of the old kept at every step, with batch norm's statistics taken anew. ``holdout`` keeps that many of the
+    training images, the last ones, out of training: tune on them, never on the test set. ``precision`` is 'fp32', or
+    'bf16' for autocast: faster where the processor multiplies bfloat16 itself (``avx512_bf16`` or ``amx_bf16`` in
+    /proc/cpuinfo, or a GPU), several times slower where it does not.
     """
 
     name: str
@@ -72,21 +123,32 @@ class Recipe:
     data: str
     stages: tuple[Stage, ...]
     optimizer: Sgd | Muon
-    schedule: LinearSchedule | StepSchedule
+    schedule: LinearSchedule | CosineSchedule | StepSchedule
     images_per_step: int = 128
     rotations: tuple[int, ...] = (0, 1, 2, 3)
     rotation_unit: int = 90
     padding: int = 4
     padding_mode: str = "reflect"
-    flip: bool = True
+    flip: str = "random"
+    label_smoothing: float = 0.0
+    average: float = 0.0
     precision: str = "fp32"
     holdout: int = 0
     seed: int = 0
     note: str = ""
 
     def __post_init__(self) -> None:
-        if self.rotation_unit not in (45, 90):
-            raise ValueError(f"rotation_unit must be 90 or 45 degrees, got {self.rotation_unit}")
+        _check(len(self.stages) > 0, "stages", "at least one", self.stages)
+        _check(self.images_per_step >= 1, "images_per_step", "at least 1", self.images_per_step)
+        _check(self.padding >= 0, "padding", "0 or more pixels", self.padding)
+        _check(self.padding_mode in PADDING_MODES, "padding_mode", _one_of(PADDING_MODES), self.padding_mode)
+        _check(self.flip in FLIPS, "flip", _one_of(FLIPS), self.flip)
+        _check(0 <= self.label_smoothing < 1, "label_smoothing", "0 up to 1", self.label_smoothing)
+        _check(0 <= self.average < 1, "average", "0 up to 1", self.average)
+        _check(self.precision in PRECISIONS, "precision", _one_of(PRECISIONS), self.precision)
+        _check(self.holdout >= 0, "holdout", "0 or more images", self.holdout)
+        _check(self.seed >= 0, "seed", "0 or more", self.seed)
+        _check(self.rotation_unit in (45, 90), "rotation_unit", "90 or 45 degrees", self.rotation_unit)
         if self.rotation_unit == 45 and self.rotations != tuple(range(8)):
             raise ValueError(f"steps of 45 degrees are taken all eight, 0 to 7 in order, got {self.rotations}")
 

@@ -42,7 +42,8 @@ class Row:
     trained from them), 'cpu' (a fixed budget of images), or '' where nothing is trained. ``counts`` are the right
     answers in each tenth of the test images, in their order. ``settings`` says what the protocol's name leaves open.
     ``strength`` is the L2 penalty that a linear probe chose: two candidates may be so close that the next machine would
-    choose the other, so that a number is measured again with the one it was measured with.
+    choose the other, so that a number is measured again with the one it was measured with. ``recipe`` names what made
+    weights that are not published: a variant of ``training/study.py``.
     """
 
     weights: str
@@ -66,6 +67,7 @@ class Row:
     device: str = ""
     threads: int | None = None
     seconds: float | None = None
+    recipe: str = ""
 
     def __post_init__(self) -> None:
         if self.cost not in COSTS:
@@ -93,9 +95,10 @@ class Row:
     def digest(self) -> str:
         """sha256 of all fields, as canonical JSON."""
         fields = dataclasses.asdict(self)
-        if self.strength is None:
-            # rows were written before there was this field
-            del fields["strength"]
+        # rows were written before there were these fields
+        for later, empty in (("strength", None), ("recipe", "")):
+            if fields[later] == empty:
+                del fields[later]
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 

@@ -1,0 +1,177 @@
+"""The study behind the recipe `nin-cifar10-cpu`: one setting changed at a time, each run of as many rotated images.
+
+    python -m training.study run --data-dir DIR
+    python -m training.study run --data-dir DIR --only base muon-lr-0.2
+    python -m training.study render
+
+Every variant pretrains on the first 45,000 training images of CIFAR-10 (`--data-dir DIR`) and is judged on the last
+5,000 by linear and non-linear probes of block2, trained on the first 10,000; the test images are not read. Numbers are
+result rows in training/results/study/, written as they are measured; a variant that has its rows is passed over, a
+stopped one goes on where it was. `render` writes them into training/STUDY.md and draws its figure.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from training.allocator import keep_large_blocks
+from training.data import Images, load_images
+from training.evaluate import measure_features, plan
+from training.pretrain import pretrain
+from training.recipes import CosineSchedule, LinearSchedule, Muon, Recipe, Sgd, Stage
+from training.report import keep_row
+from training.results import RESULTS_DIR, read_file
+from training.subject import load_subject, measured_row
+
+ROWS = RESULTS_DIR / "study" / "runs.jsonl"
+BUDGET = 102_400  # rotated images a run
+HOLDOUT = 5_000
+PROBE_IMAGES = 10_000
+LAYER = "block2"
+
+BASE = Recipe(
+    name="base",
+    model="rotnet_nin",
+    data="cifar10",
+    stages=(Stage(280, 24), Stage(120, 32)),
+    optimizer=Muon(lr=0.1),
+    schedule=LinearSchedule(warmup=0.1),
+    images_per_step=64,
+    precision="bf16",
+    holdout=HOLDOUT,
+)
+
+
+def variant(name: str, crops: Sequence[tuple[float, int]] = ((0.7, 24), (0.3, 32)), **changes: object) -> Recipe:
+    """The base with some settings changed, at its number of rotated images.
+
+    Args:
+        name: of the variant.
+        crops: the stages: part of the steps, and crop in pixels.
+        changes: fields of the recipe.
+    """
+    recipe = dataclasses.replace(BASE, name=name, **changes)  # type: ignore[arg-type]
+    steps = BUDGET // (recipe.images_per_step * len(recipe.rotations))
+    return dataclasses.replace(recipe, stages=tuple(Stage(round(part * steps), crop) for part, crop in crops))
+
+
+QUESTIONS: dict[str, tuple[Recipe, ...]] = {
+    "Chance: the same settings, other seeds": (BASE, variant("seed-1", seed=1)),
+    "Learning rate of Muon (0.1)": (
+        variant("muon-lr-0.05", optimizer=Muon(lr=0.05)),
+        variant("muon-lr-0.2", optimizer=Muon(lr=0.2)),
+    ),
+    "SGD with Nesterov momentum, linear warm-up over a fifth (Muon)": (
+        variant("sgd-lr-0.1", optimizer=Sgd(lr=0.1), schedule=LinearSchedule(warmup=0.2)),
+        variant("sgd-lr-0.4", optimizer=Sgd(lr=0.4), schedule=LinearSchedule(warmup=0.2)),
+    ),
+    "Batch, rotated images (256)": (
+        variant("batch-128", images_per_step=32, optimizer=Muon(lr=0.07)),
+        variant("batch-512", images_per_step=128, optimizer=Muon(lr=0.14)),
+    ),
+    "Crops (24 pixels for 70 % of the steps, then 32)": (
+        variant("crop-32", crops=((1.0, 32),)),
+        variant("crop-16-24-32", crops=((0.3, 16), (0.4, 24), (0.3, 32))),
+        variant("crop-24-32-short", crops=((0.9, 24), (0.1, 32))),
+    ),
+    "Schedule (warm-up over a tenth, then linearly to 0)": (
+        variant("hold", schedule=LinearSchedule(warmup=0.1, hold=0.6)),
+        variant("constant-average", schedule=LinearSchedule(warmup=0.1, hold=0.9), average=0.98),
+        variant("cosine", schedule=CosineSchedule(warmup=0.1)),
+    ),
+    "Label smoothing (0)": (variant("smoothing-0.1", label_smoothing=0.1),),
+    "Padding of the crops (4 pixels, mirrored)": (
+        variant("padding-0", padding=0),
+        variant("padding-8", padding=8),
+    ),
+    "Momentum of Muon (0.6)": (
+        variant("momentum-0.3", optimizer=Muon(lr=0.1, momentum=0.3)),
+        variant("momentum-0.9", optimizer=Muon(lr=0.1, momentum=0.9)),
+    ),
+    "Mirroring (random)": (variant("flip-none", flip="none"),),
+}
+VARIANTS = {recipe.name: recipe for recipes in QUESTIONS.values() for recipe in recipes}
+
+
+def measured(file: Path) -> set[str]:
+    """The variants that have all of their numbers."""
+    rows = read_file(file) if file.exists() else []
+    names = [row.recipe for row in rows]
+    return {name for name in names if names.count(name) == 3}
+
+
+def run_variant(recipe: Recipe, images: Images, output: Path, file: Path, device: str = "cpu") -> None:
+    """Pretrain a variant, or go on with it, and measure it: three rows.
+
+    Args:
+        recipe: the variant, with a holdout.
+        images: the training images, and those held out as test images.
+        output: folder of the run.
+        file: of the rows.
+        device: where to work.
+    """
+    weights = output / "weights.safetensors"
+    if not weights.exists():
+        everything = torch.cat([images.train.images, images.test.images])
+        pretrain(recipe, everything, output, device, resume=(output / "checkpoint.pt").exists())
+        if not weights.exists():
+            raise KeyboardInterrupt
+    subject = load_subject(recipe.model, weights=weights)
+    subject.backbone.to(device).to(memory_format=torch.channels_last)
+    run = json.loads((output / "run.json").read_text())
+    accuracy = run["holdout_rotation_accuracy"]
+    row = measured_row(
+        subject,
+        [accuracy["correct"]],
+        accuracy["n"],
+        images.name,
+        "4 rotations of each image",
+        time.monotonic() - run["seconds"],
+        protocol="rotation accuracy",
+    )
+    # the run's own: it may have been made by an earlier commit than the one that measures
+    keep_row(dataclasses.replace(row, recipe=recipe.name, commit=run["commit"]), file)
+    few = dataclasses.replace(images, train=images.train.subset(torch.arange(min(PROBE_IMAGES, len(images.train)))))
+    autocast = torch.bfloat16 if recipe.precision == "bf16" else None
+    for row in measure_features(
+        subject, few, plan([LAYER], ["linear", "nonlinear"], "cached", [0]), device, autocast=autocast
+    ):
+        settings = f"{row.settings}; {len(few.train):,} labelled images"
+        keep_row(dataclasses.replace(row, recipe=recipe.name, settings=settings), file)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m training.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("action", choices=("run",), help="run the variants, or write the page")
+    parser.add_argument("--data-dir", type=Path, default=Path("data/cifar10"), help="where CIFAR-10 is [%(default)s]")
+    parser.add_argument("--output", type=Path, default=Path("runs/study"), help="folder of the runs [%(default)s]")
+    parser.add_argument("--rows", type=Path, default=ROWS, help="file of the rows [training/results/study/runs.jsonl]")
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, metavar="VARIANT", help=", ".join(VARIANTS))
+    parser.add_argument("--device", default="cpu", help="[%(default)s]")
+    args = parser.parse_args(arguments)
+    keep_large_blocks()
+    try:
+        images = load_images("cifar10", args.data_dir, 32, holdout=HOLDOUT)
+        for name in args.only or VARIANTS:
+            if name not in measured(args.rows):
+                run_variant(VARIANTS[name], images, args.output / name, args.rows, args.device)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
