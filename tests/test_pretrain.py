@@ -24,10 +24,8 @@ from training.recipes import (
     NIN_CIFAR10_CPU,
     NIN_CIFAR10_CPU_R8,
     RECIPES,
-    LinearSchedule,
     Sgd,
     Stage,
-    StepSchedule,
     shortened,
 )
 from training.results import current_commit

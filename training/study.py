@@ -134,6 +134,7 @@ def run_variant(recipe: Recipe, images: Images, output: Path, file: Path, device
         "4 rotations of each image",
         time.monotonic() - run["seconds"],
         protocol="rotation accuracy",
+        layer="",
     )
     # the run's own: it may have been made by an earlier commit than the one that measures
     keep_row(dataclasses.replace(row, recipe=recipe.name, commit=run["commit"]), file)
