@@ -2,23 +2,32 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 
 
-def read_image(file: Path) -> Image.Image:
-    """One image as RGB, whatever its mode; an unreadable one is a ValueError that names the file."""
+def read_image(file: Path | IO[bytes] | Image.Image) -> Image.Image:
+    """One image as RGB, whatever its mode, upright as its EXIF orientation says.
+
+    Args:
+        file: a path, an open file, or an image that was opened already.
+
+    Raises:
+        ValueError: it does not exist, or does not decode; the error names the file.
+    """
     try:
-        with Image.open(file) as image:
-            return _to_rgb(image)
+        with file if isinstance(file, Image.Image) else Image.open(file) as image:
+            return _to_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError as error:
         raise ValueError(f"image {file} does not exist") from error
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+    except Exception as error:
+        # what Pillow's many readers raise on damaged files is not one family
         raise ValueError(f"image {file} does not decode ({error}); replace or remove it") from error
 
 
@@ -42,7 +51,7 @@ def read_images(files: Sequence[Path], size: int) -> torch.Tensor:
     for i, file in enumerate(
         tqdm(files, desc="reading images", unit="image", disable=len(files) < 5000, mininterval=0.5)
     ):
-        images[i] = np.asarray(_square(read_image(file), size))
+        images[i] = np.asarray(square(read_image(file), size))
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
 
@@ -53,16 +62,8 @@ def normalize(images: torch.Tensor, mean: Sequence[float], std: Sequence[float])
     return (images.float() - shift) / scale
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        # what is transparent has no colour worth learning: show it on white, as viewers do
-        image = image.convert("RGBA")
-        background = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(background, image)
-    return image.convert("RGB")
-
-
-def _square(image: Image.Image, size: int) -> Image.Image:
+def square(image: Image.Image, size: int) -> Image.Image:
+    """The image's centre square: its shorter side resized (bicubic) to ``size`` pixels, an image of that size as is."""
     if image.size == (size, size):
         return image
     width, height = image.size
@@ -72,3 +73,12 @@ def _square(image: Image.Image, size: int) -> Image.Image:
     )
     left, top = (resized.width - size) // 2, (resized.height - size) // 2
     return resized.crop((left, top, left + size, top + size))
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        # what is transparent has no colour worth learning: show it on white, as viewers do
+        image = image.convert("RGBA")
+        background = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(background, image)
+    return image.convert("RGB")

@@ -34,26 +34,38 @@ ALLOWED = {
     | {f"rotation_ssl.{n}" for n in ("checkpoints", "convert", "features", "golden", "images", "sources", "zoo")},
     "hubconf": {"rotation_ssl.hub"},
     "training": set(),
-    "training.allocator": set(),
+    "training.memory": set(),
     "training.recipes": set(),
     "training.eighths": set(),
     "training.optimizers": {"training.recipes"},
     "training.data": {"rotation_ssl.images"},
+    "training.augment": set(),
+    "training.unlabelled": {"rotation_ssl.images", "training.data", "training.memory"},
+    "training.checkpoint": set(),
+    "training.batches": {"rotation_ssl.images", "training.augment", "training.recipes", "training.unlabelled"},
+    "training.outputs": {"training.checkpoint", "training.recipes", "training.results"},
     "training.benchmark": {"rotation_ssl.zoo", "rotation_ssl.backbones.nin"},
     "training.results": {"rotation_ssl"},
     "training.pretrain": {"rotation_ssl", "rotation_ssl.images", "rotation_ssl.rotations"}
-    | {f"training.{name}" for name in ("allocator", "data", "eighths", "optimizers", "recipes", "results")},
+    | {
+        f"training.{name}"
+        for name in ("batches", "checkpoint", "eighths", "memory", "optimizers", "outputs", "recipes", "results")
+    }
+    | {"training.unlabelled"},
     "training.subject": {"rotation_ssl", "rotation_ssl.images", "rotation_ssl.zoo", "training.results"},
     "training.report": {"training.results"},
     "training.evaluate": {f"rotation_ssl.{name}" for name in ("features", "probes", "rotations")}
-    | {f"training.{name}" for name in ("allocator", "data", "recipes", "report", "results", "subject")},
+    | {f"training.{name}" for name in ("augment", "memory", "data", "recipes", "report", "results", "subject")},
     "training.finetune": {f"rotation_ssl.{name}" for name in ("zoo", "features", "probes")}
-    | {f"training.{name}" for name in ("allocator", "data", "optimizers", "recipes", "report", "results", "subject")},
+    | {
+        f"training.{name}"
+        for name in ("augment", "memory", "data", "optimizers", "recipes", "report", "results", "subject")
+    },
     "training.check": {"rotation_ssl.zoo", "rotation_ssl.features", "rotation_ssl.golden"}
-    | {f"training.{name}" for name in ("allocator", "data", "evaluate", "finetune", "recipes", "results", "subject")},
+    | {f"training.{name}" for name in ("memory", "data", "evaluate", "finetune", "recipes", "results", "subject")},
     "training.study": {
         f"training.{n}"
-        for n in ("allocator", "data", "evaluate", "pretrain", "recipes", "report", "results", "subject")
+        for n in ("checkpoint", "memory", "data", "evaluate", "pretrain", "recipes", "report", "results", "subject")
     },
     "training.figures": {"rotation_ssl.features", "rotation_ssl.images", "training.results"},
     "training.card": {"training.report", "training.results"},

@@ -7,7 +7,7 @@ import timm
 import torch
 
 from training.optimizers import create_optimizers, learning_rate_factor, renormalize_filters, set_learning_rates
-from training.recipes import NIN_CIFAR10_AUTHORS, NIN_CIFAR10_PAPER, LinearSchedule, Muon, Sgd
+from training.recipes import NIN_CIFAR10_AUTHORS, NIN_CIFAR10_PAPER, CosineSchedule, LinearSchedule, Muon, Sgd
 
 
 def learning_rates(schedule, steps, at):
@@ -22,6 +22,17 @@ def learning_rates(schedule, steps, at):
 def test_linear_schedule_by_hand():
     assert learning_rates(LinearSchedule(warmup=0.2), 100, [0, 10, 20, 60, 99]) == pytest.approx(
         [0, 0.5, 1, 0.5, 1 / 80]
+    )
+
+
+def test_held_and_cosine_schedules_by_hand():
+    held = learning_rates(LinearSchedule(warmup=0.2, hold=0.3), 100, [0, 10, 20, 49, 50, 75, 99])
+    assert held == pytest.approx([0, 0.5, 1, 1, 1, 0.5, 1 / 50])
+    assert learning_rates(LinearSchedule(warmup=0.2, hold=0.8), 100, [20, 99]) == [1, 1]
+    assert learning_rates(LinearSchedule(warmup=0.0, hold=1.0), 1, [0]) == [1]
+    assert learning_rates(CosineSchedule(warmup=0.2), 100, [0, 10, 20, 60]) == pytest.approx([0, 0.5, 1, 0.5])
+    assert learning_rates(CosineSchedule(warmup=0.0), 4, range(4)) == pytest.approx(
+        [1, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5]
     )
 
 

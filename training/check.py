@@ -30,10 +30,10 @@ from tqdm import tqdm
 from rotation_ssl import zoo
 from rotation_ssl.features import layer_modules
 from rotation_ssl.golden import GOLDEN_TOLERANCE, golden_difference
-from training.allocator import keep_large_blocks
 from training.data import Images, load_images
 from training.evaluate import PROTOCOLS, Measurement, images_to_run, measure_features, measure_rotation
 from training.finetune import measure_transfer, transfer_subject
+from training.memory import keep_large_blocks
 from training.recipes import TRANSFERS
 from training.results import PARTS, RESULTS_DIR, Row, check_device, complaints, read_rows
 from training.subject import subject_of_row

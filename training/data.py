@@ -1,4 +1,4 @@
-"""Labelled images as one uint8 tensor, and augmentation as batched tensor code on whatever device they are."""
+"""Labelled images as one uint8 tensor."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,54 +203,3 @@ def load_folder(folder: Path, size: int) -> LabelledImages:
     files.sort(key=lambda item: (item[0].name, item[0]))
     images = read_images([path for path, _ in files], size)
     return LabelledImages(images, torch.tensor([label for _, label in files]), tuple(p.name for p in class_folders))
-
-
-def crop_and_flip(
-    images: torch.Tensor,
-    crop: int,
-    padding: int,
-    padding_mode: str,
-    flip: bool | torch.Tensor,
-    generator: torch.Generator,
-) -> torch.Tensor:
-    """A random square crop of each image, some of them mirrored, in one gather.
-
-    Args:
-        images: (N, C, H, H), any dtype.
-        crop: side of the crop, at most H + 2 * padding.
-        padding: pixels added on all four sides before cropping (the same on each: one-sided padding would tell the
-            orientation).
-        padding_mode: 'reflect' mirrors the image at its border, 'constant' pads with zeros.
-        flip: mirror each crop left to right with probability 1/2, or not; or (N,) bool that says which.
-        generator: on the CPU, so that every device draws the same numbers.
-
-    Returns:
-        (N, C, crop, crop), channels_last in memory, same dtype and device.
-
-    Raises:
-        ValueError: the crop is larger than the padded image, or the mode is unknown.
-    """
-    size = images.shape[-1]
-    if crop > size + 2 * padding or crop < 1:
-        raise ValueError(f"crop {crop} does not fit images of {size} pixels padded by {padding}")
-    if padding_mode not in ("reflect", "constant"):
-        raise ValueError(f"padding_mode must be 'reflect' or 'constant', got {padding_mode!r}")
-    count = len(images)
-    offsets = torch.randint(-padding, size + padding - crop + 1, (2, count, 1), generator=generator)
-    drawn = torch.rand(count, 1, generator=generator)
-    mirrored = flip[:, None] if isinstance(flip, torch.Tensor) else drawn < (0.5 if flip else 0.0)
-    steps = torch.arange(crop)
-    rows = (offsets[0] + steps).to(images.device)
-    cols = (offsets[1] + torch.where(mirrored, steps.flip(0), steps)).to(images.device)
-    batch = torch.arange(count, device=images.device)[:, None, None]
-    # the sliced channel axis goes last: the result is channels_last without a copy
-    crops = images[batch, :, _reflect(rows, size)[:, :, None], _reflect(cols, size)[:, None, :]]
-    if padding_mode == "constant":
-        inside = ((rows >= 0) & (rows < size))[:, :, None] & ((cols >= 0) & (cols < size))[:, None, :]
-        crops = crops * inside[..., None].to(crops.dtype)
-    return crops.permute(0, 3, 1, 2)
-
-
-def _reflect(index: torch.Tensor, size: int) -> torch.Tensor:
-    index = index.abs()
-    return torch.where(index >= size, 2 * (size - 1) - index, index)

@@ -37,8 +37,9 @@ from rotation_ssl.probes import (
     train_probe,
 )
 from rotation_ssl.rotations import count_correct_rotations
-from training.allocator import keep_large_blocks
-from training.data import DATASETS, Images, LabelledImages, check_whole_cifar10, crop_and_flip, load_images
+from training.augment import crop_and_flip
+from training.data import DATASETS, Images, LabelledImages, check_whole_cifar10, load_images
+from training.memory import available_memory, keep_large_blocks
 from training.recipes import PROBES, ProbeRecipe
 from training.report import keep_row, write_report
 from training.results import PARTS, Row, check_device
@@ -188,14 +189,6 @@ def _cache(
         prepare = preparation(subject.backbone, subject.size, bar)
         cached = [_maps(subject.backbone, _view(train.images, view), grids, prepare, autocast) for view in range(views)]
         return cached, _maps(subject.backbone, test.images, grids, prepare, autocast)
-
-
-def available_memory() -> int | None:
-    """Bytes that can be had without swapping, as Linux says; None elsewhere."""
-    file = Path("/proc/meminfo")
-    lines = file.read_text().splitlines() if file.exists() else []
-    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return int(found[0]) * 1024 if found else None
 
 
 def images_to_run(measurements: Sequence[Measurement], train: int, test: int) -> int:

@@ -30,16 +30,16 @@ from tqdm import tqdm
 from rotation_ssl import zoo
 from rotation_ssl.features import layer_modules
 from rotation_ssl.probes import convolutional_probe, nonlinear_probe
-from training.allocator import keep_large_blocks
+from training.augment import crop_and_flip
 from training.data import (
     DATASETS,
     Images,
     LabelledImages,
     check_whole_cifar10,
-    crop_and_flip,
     labels_subset,
     load_images,
 )
+from training.memory import keep_large_blocks
 from training.optimizers import learning_rate_factor, set_learning_rates
 from training.recipes import TRANSFERS, TransferRecipe
 from training.report import keep_row, write_report

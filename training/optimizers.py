@@ -7,7 +7,7 @@ import torch
 from timm.optim import Muon as TimmMuon
 from torch import nn
 
-from training.recipes import CosineSchedule, LinearSchedule, Muon, Sgd, StepSchedule
+from training.recipes import AdamW, CosineSchedule, LinearSchedule, Muon, Sgd, StepSchedule
 
 Schedule = LinearSchedule | CosineSchedule | StepSchedule
 
@@ -19,10 +19,23 @@ def create_sgd(settings: Sgd, parameters: Iterable[nn.Parameter]) -> torch.optim
     )
 
 
-def create_optimizers(settings: Sgd | Muon, model: nn.Module) -> list[torch.optim.Optimizer]:
-    """SGD for all parameters, or Muon for the filters of the convolutions and SGD for the others."""
+def create_optimizers(settings: Sgd | Muon | AdamW, model: nn.Module) -> list[torch.optim.Optimizer]:
+    """SGD or AdamW for all parameters, or Muon for the filters of the convolutions and SGD for the others.
+
+    Raises:
+        ValueError: Muon, which rescales the filters, for a model whose outputs depend on their scale.
+    """
     if isinstance(settings, Sgd):
         return [create_sgd(settings, model.parameters())]
+    if isinstance(settings, AdamW):
+        return [torch.optim.AdamW(model.parameters(), settings.lr, settings.betas, weight_decay=settings.weight_decay)]
+    convolutions = sum(isinstance(module, nn.Conv2d) for module in model.modules())
+    norms = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    if not 0 < convolutions <= norms:
+        raise ValueError(
+            f"Muon rescales filters, which needs batch norm after every convolution: {type(model).__name__} has "
+            f"{convolutions} convolutions and {norms} batch norms; take a recipe with SGD or AdamW"
+        )
     filters = [p for p in model.parameters() if p.ndim == 4]
     muon = TimmMuon(
         filters,

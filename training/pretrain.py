@@ -1,26 +1,36 @@
 """Pretrain a backbone by predicting rotations: a recipe in, weights and their curve out.
 
     python -m training.pretrain nin-cifar10-cpu --data-dir DIR --output runs/nin
+    python -m training.pretrain folder --model resnet18 --data-dir MY_IMAGES --output runs/mine
+    torchrun --nproc_per_node 2 -m training.pretrain RECIPE ...
 
-DIR holds CIFAR-10 as train/<class>/*.png, or --download fetches it there. The output folder gets a checkpoint every few
-minutes, and at the end weights.safetensors, run.json (recipe, curve, commit, versions) and curve.png. Ctrl-C saves a
-checkpoint and stops; --resume goes on from the last one, to the same weights as without the stop.
+DIR holds CIFAR-10 as train/<class>/*.png, or --download fetches it there; MY_IMAGES holds images, in any folders below
+it. Images that fit into memory are read once, others are decoded by --workers as they come (--stream); broken ones are
+passed over, counted and named. The device is the GPU where there is one, several processes share a step's images.
+
+The output folder gets a checkpoint every few minutes, and at the end weights.safetensors, run.json (recipe, curve,
+commit, versions) and curve.png. Ctrl-C saves a checkpoint and stops; --resume goes on from the last one, to the same
+weights as without the stop. TensorBoard shows the curve while it runs: tensorboard --logdir OUTPUT.
 """
 
 import argparse
 import dataclasses
 import json
+import math
+import os
 import signal
 import sys
 import time
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-import numpy as np
 import timm
 import torch
-from safetensors.torch import save_file
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
+from accelerate.utils import gather_object
 from timm.data import resolve_model_data_config
 from torch import nn
 from torch.optim import swa_utils
@@ -29,136 +39,241 @@ from tqdm import tqdm
 import rotation_ssl  # noqa: F401  registers the models with timm
 from rotation_ssl.images import normalize
 from rotation_ssl.rotations import count_correct_rotations, rotation_loss
-from training.allocator import keep_large_blocks
-from training.data import LabelledImages, crop_and_flip, load_cifar10
+from training.batches import augmented_batches
+from training.checkpoint import (
+    Progress,
+    find_checkpoint,
+    load_checkpoint,
+    read_progress,
+    remove_checkpoints,
+    save_checkpoint,
+)
 from training.eighths import count_correct_eighths, eighths_loss
+from training.memory import keep_large_blocks
 from training.optimizers import create_optimizers, learning_rate_factor, renormalize_filters, set_learning_rates
-from training.recipes import RECIPES, Muon, Recipe, shortened
-from training.results import check_device, current_commit, device_name, library_versions
+from training.outputs import describe_run, write_run
+from training.recipes import PRECISIONS, RECIPES, Muon, Recipe, with_image_size, with_steps
+from training.results import current_commit
+from training.unlabelled import UnlabelledImages, open_images, stream
 
 CURVE_EVERY = 10  # steps averaged into one point of the curve
 STATISTICS_STEPS = 50  # whose images give averaged weights their batch norm's statistics
+EVALUATION_BATCH = 128
+
+
+def create_accelerator(
+    recipe: Recipe, cpu: bool = False, accumulate: int = 1, trackers: str | None = None, output: Path | None = None
+) -> Accelerator:
+    """Devices and processes as accelerate finds them, in the recipe's precision.
+
+    Args:
+        recipe: gives the precision.
+        cpu: take the CPU even where there is a GPU.
+        accumulate: parts that a step's images are taken in, one after the other.
+        trackers: name of accelerate's tracker, 'tensorboard' or another; None for none.
+        output: where trackers write.
+
+    Raises:
+        ValueError: a precision that the device does not have, or a tracker whose package is not installed.
+    """
+    # one process may train several recipes, one after the other, in different precisions
+    AcceleratorState._reset_state()
+    try:
+        with warnings.catch_warnings():
+            # a tracker that is not installed is refused below, in our own words
+            warnings.filterwarnings("ignore", message="`log_with=")
+            accelerator = Accelerator(
+                cpu=cpu,
+                mixed_precision="no" if recipe.precision == "fp32" else recipe.precision,
+                gradient_accumulation_steps=accumulate,
+                log_with=trackers,
+                project_dir=output,
+                # each process keeps its own batch norm statistics; the first one's are saved
+                kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+            )
+    except (ValueError, ImportError) as error:
+        raise ValueError(f"training cannot be set up: {str(error).splitlines()[0]}") from error
+    if recipe.precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("precision fp16 needs a GPU: take bf16 or fp32 on the CPU")
+    if trackers and not accelerator.log_with:
+        raise ValueError(f"tracker {trackers!r} is not installed: pip install it, or --tracker none")
+    return accelerator
+
+
+def create_model(recipe: Recipe) -> nn.Module:
+    """The recipe's backbone with an output for each rotation.
+
+    Raises:
+        ValueError: no such model, one whose head cannot be resized, or one that does not take the recipe's crops.
+    """
+    outputs, crops = len(recipe.rotations), sorted({stage.crop for stage in recipe.stages})
+    try:
+        options = {}
+        cfg = timm.get_pretrained_cfg(recipe.model) if timm.is_model(recipe.model) else None
+        if cfg is not None and cfg.fixed_input_size:
+            options["img_size"] = crops[-1]
+        model = timm.create_model(recipe.model, num_classes=outputs, **options)
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        raise ValueError(
+            f"model {recipe.model!r} cannot be made ({_first_line(error)}); see timm.list_models()"
+        ) from error
+    model.eval()
+    for crop in crops:
+        try:
+            with torch.inference_mode():
+                shape = tuple(model(torch.zeros(2, 3, crop, crop)).shape)
+        except (RuntimeError, AssertionError, ValueError) as error:
+            raise ValueError(f"{recipe.model} does not take crops of {crop} pixels ({_first_line(error)})") from error
+        if shape != (2, outputs):
+            raise ValueError(
+                f"{recipe.model} gives {shape} for two images, not (2, {outputs}): it has no head that can be resized "
+                "to the rotations; take another model"
+            )
+    return model.train()
 
 
 def pretrain(
     recipe: Recipe,
-    images: torch.Tensor,
+    images: torch.Tensor | UnlabelledImages,
     output: Path,
-    device: torch.device | str = "cpu",
+    accelerator: Accelerator | None = None,
     resume: bool = False,
     checkpoint_seconds: float = 180.0,
+    workers: int = 0,
+    sync_batchnorm: bool = False,
 ) -> Path:
-    """Train ``recipe`` on ``images`` (N, 3, H, H) uint8 and write the weights.
+    """Train ``recipe`` on ``images`` and write the weights.
 
     Args:
         recipe: all of the training's settings.
-        images: the training images, upright; their labels are not needed.
-        output: folder for checkpoint, weights, run.json and curve.png; made if missing.
-        device: where to train; the images are moved there.
-        resume: go on from ``output``'s checkpoint.
-        checkpoint_seconds: time between checkpoints; a kill loses that much and the steps to the curve's next point.
+        images: the training images, upright: (N, 3, H, H) uint8, or to be decoded as they come.
+        output: folder for checkpoints, weights, run.json and curve.png; made if missing.
+        accelerator: devices, processes, precision and parts of a step; None: this process, on the CPU.
+        resume: go on from ``output``'s last checkpoint.
+        checkpoint_seconds: time between checkpoints.
+        workers: processes that decode images, for each process that trains.
+        sync_batchnorm: batch norm over the images of all processes, on GPUs.
 
     Returns:
         The weights file, or the checkpoint when the run was stopped by Ctrl-C or SIGTERM.
 
     Raises:
-        ValueError: too few images, nothing to resume, a checkpoint of another recipe, or a finished run in the way.
+        ValueError: what does not fit: images, recipe, processes, checkpoint; a finished run in the way; or a loss that
+            is not finite.
+        OSError: a checkpoint or the weights cannot be written; the last checkpoint is kept.
     """
-    weights_file, checkpoint_file = output / "weights.safetensors", output / "checkpoint.pt"
-    if not 0 <= recipe.holdout < len(images):
-        raise ValueError(f"holdout must be 0 to {len(images) - 1} of the training images, got {recipe.holdout}")
-    commit = current_commit()
-    train_images = images[: len(images) - recipe.holdout].to(device)
-    if len(train_images) < recipe.images_per_step:
-        raise ValueError(f"{recipe.name} takes {recipe.images_per_step} images a step, there are {len(train_images)}")
-    if weights_file.exists() or (checkpoint_file.exists() and not resume):
+    accelerator = accelerator or create_accelerator(recipe, cpu=True)
+    processes, parts = accelerator.num_processes, accelerator.gradient_accumulation_steps
+    count = _count_training_images(recipe, images, processes * parts)
+    weights_file, checkpoint = output / "weights.safetensors", find_checkpoint(output)
+    if weights_file.exists() and checkpoint and resume:
+        # killed after the last thing that mattered
+        remove_checkpoints(output)
+        return weights_file
+    if weights_file.exists() or (checkpoint and not resume):
         raise ValueError(f"{output} holds a run already: --resume an unfinished one, or give another --output")
-    if resume and not checkpoint_file.exists():
-        raise ValueError(f"nothing to resume: {checkpoint_file} does not exist; start without --resume")
+    if resume and not checkpoint:
+        raise ValueError(f"nothing to resume: there is no checkpoint in {output}; start without --resume")
+    if sync_batchnorm and accelerator.device.type == "cpu":
+        raise ValueError("SyncBatchNorm runs on GPUs alone: leave --sync-batchnorm out, each process keeps its own")
+    identity = {
+        **{f.name: repr(getattr(recipe, f.name)) for f in dataclasses.fields(recipe) if f.name != "note"},
+        "number of images": repr(count),
+        "processes": repr(processes),
+        "parts of a step": repr(parts),
+        "sync_batchnorm": repr(sync_batchnorm),
+    }
+    progress = Progress(identity, current_commit())
+    if checkpoint:
+        progress = read_progress(checkpoint, identity)
 
     torch.manual_seed(recipe.seed)
-    model = timm.create_model(recipe.model, num_classes=len(recipe.rotations))
-    model.to(device, memory_format=torch.channels_last).train()
-    optimizers = create_optimizers(recipe.optimizer, model)
+    raw_model = create_model(recipe)
+    if sync_batchnorm:
+        raw_model = nn.SyncBatchNorm.convert_sync_batchnorm(raw_model)
+    raw_model.to(accelerator.device).to(memory_format=torch.channels_last)
     average = None
     if recipe.average:
-        average = swa_utils.AveragedModel(model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(recipe.average))
-    identity = {**_fields(recipe), "number of images": repr(len(train_images))}
-    step, seconds = 0, 0.0
-    curve: list[dict[str, Any]] = []
-    if resume:
-        step, curve, commit = load_checkpoint(checkpoint_file, identity, model, optimizers, average)
-        seconds = curve[-1]["seconds"] if curve else 0.0
-    output.mkdir(parents=True, exist_ok=True)
+        average = swa_utils.AveragedModel(raw_model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(recipe.average))
+    model = accelerator.prepare(raw_model)
+    optimizers = [accelerator.prepare(o) for o in create_optimizers(recipe.optimizer, raw_model)]
+    if checkpoint:
+        load_checkpoint(accelerator, checkpoint, average)
+    if isinstance(images, torch.Tensor):
+        images = images.to(accelerator.device)
+    broken = set(progress.broken) | (images.broken if isinstance(images, UnlabelledImages) else set())
+    batches = augmented_batches(recipe, raw_model, images, count, accelerator, progress.step, broken, workers)
+    if accelerator.is_main_process:
+        output.mkdir(parents=True, exist_ok=True)
+    if accelerator.log_with:
+        accelerator.init_trackers("tensorboard", config=_tracked(recipe))
+    losses: list[torch.Tensor] = [torch.tensor(loss, device=accelerator.device) for loss in progress.losses]
 
-    with StopRequest() as stop, progress_bar(recipe, step) as bar:
-        started = saved = time.monotonic()
-        losses: list[torch.Tensor] = []
-        while step < recipe.steps and not stop.requested:
-            set_learning_rates(optimizers, learning_rate_factor(recipe.schedule, step, recipe.steps))
-            batch = augmented_batch(recipe, model, train_images, step)
+    with StopRequest() as stop, progress_bar(recipe, progress.step, accelerator.is_main_process) as bar:
+        began = saved = time.monotonic()
+        seconds, stopping = progress.seconds, False
+        while progress.step < recipe.steps and not stopping:
+            factor = learning_rate_factor(recipe.schedule, progress.step, recipe.steps)
+            set_learning_rates(optimizers, factor)
             if isinstance(recipe.optimizer, Muon):
-                renormalize_filters(model)
-            with torch.autocast(batch.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
-                loss = pretext_loss(recipe, model, batch)
-            loss.backward()
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
+                renormalize_filters(raw_model)
+            step_losses = []
+            for _ in range(parts):
+                batch = next(batches)
+                with accelerator.accumulate(model):
+                    loss = pretext_loss(recipe, model, batch)
+                    accelerator.backward(loss)
+                    for optimizer in optimizers:
+                        optimizer.step()
+                        optimizer.zero_grad()
+                step_losses.append(loss.detach())
             if average is not None:
-                average.update_parameters(model)
-            losses.append(loss.detach())
-            step += 1
-            bar.update(len(batch) * len(recipe.rotations))
-            if step % CURVE_EVERY == 0 or step == recipe.steps:
-                mean_loss = torch.stack(losses).mean().item()
-                if not np.isfinite(mean_loss):
-                    raise ValueError(
-                        f"the loss became {mean_loss} by step {step}; lower the learning rate of {recipe.name}"
-                    )
-                now = seconds + time.monotonic() - started
-                curve.append({"step": step, "loss": mean_loss, "seconds": round(now, 1)})
-                bar.set_postfix(loss=f"{mean_loss:.3f}", crop=recipe.crop_at(step - 1))
+                average.update_parameters(raw_model)
+            losses.append(torch.stack(step_losses).mean())
+            progress.step += 1
+            bar.update(recipe.images_per_step * len(recipe.rotations))
+            if progress.step % CURVE_EVERY == 0 or progress.step == recipe.steps:
+                values = accelerator.reduce(torch.stack(losses), "mean").tolist()
+                rate = factor * recipe.optimizer.lr
+                _check_finite(recipe, values, progress.step, rate, output)
+                progress.seconds = round(seconds + time.monotonic() - began, 1)
+                loss_now, crop = sum(values) / len(values), recipe.crop_at(progress.step - 1)
+                progress.curve.append({"step": progress.step, "loss": loss_now, "seconds": progress.seconds})
+                bar.set_postfix(_postfix(loss_now, crop, len(broken)))
+                accelerator.log({"loss": loss_now, "learning rate": rate, "crop": crop}, step=progress.step)
                 losses.clear()
-            if time.monotonic() - saved > checkpoint_seconds and not losses:
-                save_checkpoint(checkpoint_file, identity, model, optimizers, average, step, curve, commit)
+            due = time.monotonic() - saved > checkpoint_seconds
+            stopping, due = _agreed(accelerator, stop.requested, due)
+            if (due or stopping) and progress.step < recipe.steps:
+                progress.losses = accelerator.reduce(torch.stack(losses), "mean").tolist() if losses else []
+                progress.seconds = round(seconds + time.monotonic() - began, 1)
+                progress.broken = _all_broken(accelerator, broken)
+                _check_finite(recipe, progress.losses, progress.step, factor * recipe.optimizer.lr, output)
+                _check_weights(recipe, raw_model, progress.step, factor * recipe.optimizer.lr, output)
+                checkpoint = save_checkpoint(accelerator, output, progress, average)
                 saved = time.monotonic()
-    if step < recipe.steps:
-        save_checkpoint(checkpoint_file, identity, model, optimizers, average, step, curve, commit)
-        return checkpoint_file
-
+    batches.close()
+    if progress.step < recipe.steps and checkpoint:
+        accelerator.end_training()
+        return checkpoint
+    _check_weights(recipe, raw_model, progress.step, 0.0, output)
+    progress.broken = _all_broken(accelerator, broken)
     if average is not None:
-        model.load_state_dict(average.module.state_dict())
-        renew_statistics(recipe, model, train_images)
-    run = describe_run(recipe, curve, device, commit)
-    if recipe.holdout:
-        correct, total = holdout_accuracy(recipe, model, images[-recipe.holdout :].to(device))
-        run["holdout_rotation_accuracy"] = {"correct": correct, "n": total}
-    write_run(output, run, model)
-    checkpoint_file.unlink(missing_ok=True)
+        raw_model.load_state_dict(average.module.state_dict())
+        last = max(0, recipe.steps - STATISTICS_STEPS)
+        again = augmented_batches(recipe, raw_model, images, count, accelerator, last, broken, workers)
+        renew_statistics(recipe, raw_model, again)
+    if accelerator.is_main_process:
+        run = describe_run(recipe, progress, accelerator)
+        if isinstance(images, UnlabelledImages):
+            run["broken_images"] = [images.label(index) for index in progress.broken]
+        if recipe.holdout:
+            correct, total = holdout_accuracy(recipe, raw_model, images, accelerator.device)
+            run["holdout_rotation_accuracy"] = {"correct": correct, "n": total}
+        write_run(output, run, raw_model)
+        remove_checkpoints(output)
+    accelerator.end_training()
     return weights_file
-
-
-def augmented_batch(recipe: Recipe, model: nn.Module, images: torch.Tensor, step: int) -> torch.Tensor:
-    """The normalised upright crops of step ``step``: a function of recipe and step alone, so that resuming is exact."""
-    steps_per_epoch = len(images) // recipe.images_per_step
-    epoch, position = divmod(step, steps_per_epoch)
-    order = torch.randperm(len(images), generator=_generator(recipe.seed, 0, epoch))
-    chosen = order[position * recipe.images_per_step : (position + 1) * recipe.images_per_step].to(images.device)
-    mirrored: bool | torch.Tensor = recipe.flip == "random"
-    if recipe.flip == "alternate":
-        first = torch.rand(len(images), generator=_generator(recipe.seed, 2, 0)) < 0.5
-        mirrored = (first ^ bool(epoch % 2))[chosen.cpu()]
-    crops = crop_and_flip(
-        images[chosen],
-        recipe.crop_at(step),
-        recipe.padding,
-        recipe.padding_mode,
-        mirrored,
-        _generator(recipe.seed, 1, step),
-    )
-    cfg = resolve_model_data_config(model)
-    return normalize(crops, cfg["mean"], cfg["std"])
 
 
 def pretext_loss(recipe: Recipe, model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
@@ -169,127 +284,29 @@ def pretext_loss(recipe: Recipe, model: nn.Module, batch: torch.Tensor) -> torch
 
 
 @torch.no_grad()
-def renew_statistics(recipe: Recipe, model: nn.Module, images: torch.Tensor) -> None:
-    """Take batch norm's statistics anew, of averaged weights, on augmented images of the last stage."""
+def renew_statistics(recipe: Recipe, model: nn.Module, batches: Iterator[torch.Tensor]) -> None:
+    """Take batch norm's statistics anew, of averaged weights, on augmented images."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # the plain mean over all batches
-    for step in range(max(0, recipe.steps - STATISTICS_STEPS), recipe.steps):
-        batch = augmented_batch(recipe, model, images, step)
-        with torch.autocast(batch.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
-            pretext_loss(recipe, model, batch)
+    for batch in batches:
+        pretext_loss(recipe, model, batch)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
 
 
-def holdout_accuracy(recipe: Recipe, model: nn.Module, images: torch.Tensor) -> tuple[int, int]:
-    """Right guesses and their number on held-out training images, uncropped."""
+def holdout_accuracy(
+    recipe: Recipe, model: nn.Module, images: torch.Tensor | UnlabelledImages, device: torch.device | str = "cpu"
+) -> tuple[int, int]:
+    """Right guesses and their number on the held-out images, the last ones, uncropped."""
     cfg = resolve_model_data_config(model)
-    batches = (normalize(part, cfg["mean"], cfg["std"]) for part in images.split(128))
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
-        if recipe.rotation_unit == 45:
-            return count_correct_eighths(model, batches)
-        return count_correct_rotations(model, batches, recipe.rotations)
-
-
-def save_checkpoint(
-    file: Path,
-    identity: dict[str, str],
-    model: nn.Module,
-    optimizers: list[torch.optim.Optimizer],
-    average: nn.Module | None,
-    step: int,
-    curve: list[Any],
-    commit: str,
-) -> None:
-    """Write all that resuming needs; a kill while writing leaves the previous checkpoint whole."""
-    state = {
-        "recipe": identity,
-        "step": step,
-        "curve": curve,
-        "commit": commit,
-        "model": model.state_dict(),
-        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-        "average": average.state_dict() if average is not None else {},
-    }
-    unfinished = file.with_suffix(".tmp")
-    torch.save(state, unfinished)
-    unfinished.replace(file)
-
-
-def load_checkpoint(
-    file: Path,
-    identity: dict[str, str],
-    model: nn.Module,
-    optimizers: list[torch.optim.Optimizer],
-    average: nn.Module | None = None,
-) -> tuple[int, list[dict[str, Any]], str]:
-    """Restore model and optimizers; returns the step to go on from, the curve and the commit that began the run.
-
-    Raises:
-        ValueError: the file is not a checkpoint, or one of another recipe or other images.
-    """
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        saved, progress = state["recipe"], (state["step"], state["curve"], state["commit"])
-    except Exception as error:
-        # torch's own text is a page long
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{file} is not a checkpoint of this program ({reason}); remove it to start anew") from error
-    different = [f"{name} {saved.get(name)} -> {ours}" for name, ours in identity.items() if saved.get(name) != ours]
-    if different:
-        raise ValueError(f"{file} is of another recipe ({'; '.join(different)}): resume with that one, or start anew")
-    model.load_state_dict(state["model"])
-    for optimizer, optimizer_state in zip(optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(optimizer_state)
-    if average is not None:
-        average.load_state_dict(state["average"])
-    return progress
-
-
-def describe_run(
-    recipe: Recipe, curve: list[dict[str, Any]], device: torch.device | str, commit: str
-) -> dict[str, Any]:
-    """What made the weights, as plain values for run.json."""
-    return {
-        "recipe": dataclasses.asdict(recipe),
-        "optimizer": type(recipe.optimizer).__name__,
-        "schedule": type(recipe.schedule).__name__,
-        "rotated_images": recipe.rotated_images,
-        "seconds": curve[-1]["seconds"],
-        "commit": commit,
-        "versions": library_versions(),
-        "device": device_name(device),
-        "threads": torch.get_num_threads(),
-        "curve": curve,
-    }
-
-
-def write_run(output: Path, run: dict[str, Any], model: nn.Module) -> None:
-    """Write run.json, curve.png and, last, weights.safetensors (fp32): where it is, the run is finished."""
-    (output / "run.json").write_text(json.dumps(run, indent=1) + "\n")
-    draw_curve(run, output / "curve.png")
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    unfinished = output / "weights.tmp"
-    save_file(state, unfinished, metadata={"format": "pt"})
-    unfinished.chmod(0o644)
-    unfinished.replace(output / "weights.safetensors")
-
-
-def draw_curve(run: dict[str, Any], file: Path) -> None:
-    """The loss over rotated images seen, as a png."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    per_step = run["rotated_images"] / run["curve"][-1]["step"]
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    axes.plot([point["step"] * per_step for point in run["curve"]], [point["loss"] for point in run["curve"]], lw=1)
-    axes.set(xlabel="rotated images seen", ylabel="rotation loss (cross-entropy)", title=run["recipe"]["name"])
-    axes.grid(alpha=0.3)
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
+    indices = torch.arange(len(images) - recipe.holdout, len(images)).split(EVALUATION_BATCH)
+    batches = (normalize(pixels.to(device), cfg["mean"], cfg["std"]) for pixels, _ in stream(images, indices))
+    if recipe.rotation_unit == 45:
+        return count_correct_eighths(model, batches)
+    return count_correct_rotations(model, batches, recipe.rotations)
 
 
 class StopRequest:
@@ -308,7 +325,7 @@ class StopRequest:
         self.requested = True
 
 
-def progress_bar(recipe: Recipe, step: int) -> tqdm:
+def progress_bar(recipe: Recipe, step: int, shown: bool) -> tqdm:
     """Rotated images done, their rate and the time left."""
     per_step = recipe.images_per_step * len(recipe.rotations)
     return tqdm(
@@ -317,20 +334,73 @@ def progress_bar(recipe: Recipe, step: int) -> tqdm:
         unit="img",
         desc=recipe.name,
         mininterval=0.5 if sys.stderr.isatty() else 30.0,
+        disable=not shown,
     )
 
 
-def _generator(seed: int, stream: int, index: int) -> torch.Generator:
-    state = np.random.SeedSequence([seed, stream, index]).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+def _count_training_images(recipe: Recipe, images: torch.Tensor | UnlabelledImages, shares: int) -> int:
+    """How many images are trained on, after a look at whether recipe, images and processes fit."""
+    if not 0 <= recipe.holdout < len(images):
+        raise ValueError(f"holdout must be 0 to {len(images) - 1} of the training images, got {recipe.holdout}")
+    size = images.shape[-1] if isinstance(images, torch.Tensor) else images.size
+    if size != recipe.image_size:
+        raise ValueError(f"{recipe.name} takes images of {recipe.image_size} pixels, these are of {size}")
+    count = len(images) - recipe.holdout
+    if count < recipe.images_per_step:
+        raise ValueError(f"{recipe.name} takes {recipe.images_per_step} images a step, there are {count}")
+    if recipe.images_per_step % shares:
+        raise ValueError(
+            f"{recipe.images_per_step} images a step cannot be shared by {shares} (processes x parts of a step): give "
+            "another --images-per-step"
+        )
+    return count
 
 
-def _fields(recipe: Recipe) -> dict[str, str]:
-    return {f.name: repr(getattr(recipe, f.name)) for f in dataclasses.fields(recipe) if f.name != "note"}
+def _check_finite(recipe: Recipe, losses: list[float], step: int, rate: float, output: Path) -> None:
+    """Refuse losses, of the steps up to ``step``, that are not finite."""
+    for loss, at in zip(losses, range(step - len(losses) + 1, step + 1), strict=True):
+        if not math.isfinite(loss):
+            raise ValueError(f"the loss became {loss} in step {at} of {recipe.name}, {_advice(rate, output)}")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
+def _check_weights(recipe: Recipe, model: nn.Module, step: int, rate: float, output: Path) -> None:
+    if not all(bool(p.isfinite().all()) for p in model.parameters()):
+        raise ValueError(f"the weights became infinite by step {step} of {recipe.name}, {_advice(rate, output)}")
+
+
+def _advice(rate: float, output: Path) -> str:
+    kept = find_checkpoint(output)
+    left = f"the last good checkpoint is {kept}" if kept else "no checkpoint was due yet"
+    return f"at a learning rate of {rate:.3g}: lower it; {left}"
+
+
+def _agreed(accelerator: Accelerator, stop: bool, due: bool) -> tuple[bool, bool]:
+    """Whether any process was asked to stop, or the first one's checkpoint is due: the same answer in all."""
+    if accelerator.num_processes == 1:
+        return stop, due
+    asked = torch.tensor([stop, due and accelerator.is_main_process], dtype=torch.float32, device=accelerator.device)
+    stop, due = (accelerator.reduce(asked) > 0).tolist()
+    return stop, due
+
+
+def _postfix(loss: float, crop: int, broken: int) -> dict[str, Any]:
+    return {"loss": f"{loss:.3f}", "crop": crop} | ({"broken": broken} if broken else {})
+
+
+def _all_broken(accelerator: Accelerator, broken: set[int]) -> list[int]:
+    return sorted({index for found in gather_object([sorted(broken)]) for index in found})
+
+
+def _tracked(recipe: Recipe) -> dict[str, str]:
+    return {field.name: str(getattr(recipe, field.name)) for field in dataclasses.fields(recipe)}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0] or type(error).__name__
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's options."""
     recipes = "\n".join(
         f"  {r.name:24s} {r.model}, {r.rotated_images:,} rotated images of {r.data}{'; ' + r.note if r.note else ''}"
         for r in RECIPES.values()
@@ -343,34 +413,77 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("recipe", choices=sorted(RECIPES), metavar="RECIPE", help="one of the recipes below")
-    parser.add_argument("--data-dir", type=Path, default=Path("data/cifar10"), help="where CIFAR-10 is [%(default)s]")
-    parser.add_argument("--download", action="store_true", help="let torchvision fetch CIFAR-10 into --data-dir")
-    parser.add_argument("--output", type=Path, help="folder for checkpoint, weights and curve [runs/RECIPE]")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps [%(default)s]")
-    parser.add_argument("--resume", action="store_true", help="go on from the output folder's checkpoint")
-    parser.add_argument("--checkpoint-seconds", type=float, default=180.0, help="between checkpoints [%(default)s]")
-    parser.add_argument("--seed", type=int, help="instead of the recipe's")
-    parser.add_argument("--steps", type=int, help="fewer than the recipe's, each stage in proportion: to try it out")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), help="instead of the recipe's")
-    parser.add_argument("--holdout", type=int, help="training images kept out, to tune on, instead of the recipe's")
-    args = parser.parse_args(arguments)
-    overrides = {name: getattr(args, name) for name in ("seed", "precision", "holdout")}
-    recipe = dataclasses.replace(RECIPES[args.recipe], **{k: v for k, v in overrides.items() if v is not None})
-    output = args.output or Path("runs") / recipe.name
+    where = parser.add_argument_group("where things are")
+    where.add_argument("--data-dir", type=Path, default=Path("data/cifar10"), help="where the images are [%(default)s]")
+    where.add_argument("--download", action="store_true", help="let torchvision fetch them into --data-dir")
+    where.add_argument("--output", type=Path, help="folder for checkpoints, weights and curve [runs/RECIPE]")
+    where.add_argument("--resume", action="store_true", help="go on from the output folder's last checkpoint")
+    where.add_argument("--checkpoint-seconds", type=float, default=180.0, help="between checkpoints [%(default)s]")
+    where.add_argument("--tracker", default="tensorboard", help="one of accelerate's, or none [%(default)s]")
+    how = parser.add_argument_group("how it is computed")
+    how.add_argument("--cpu", action="store_true", help="on the CPU, even where there is a GPU")
+    how.add_argument("--accumulate", type=int, default=1, metavar="N", help="take a step's images in N parts [1]")
+    how.add_argument("--sync-batchnorm", action="store_true", help="batch norm over all processes' images (GPUs)")
+    how.add_argument("--stream", action="store_true", help="decode images as they come, even where they fit in memory")
+    how.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="that decode [%(default)s]")
+    instead = parser.add_argument_group("in place of the recipe's")
+    instead.add_argument("--model", help="any model of timm")
+    instead.add_argument("--data", help="cifar10, folder, or a name of timm's create_dataset (torch/..., hfds/...)")
+    instead.add_argument("--image-size", type=int, help="side of the squares, crops and padding in proportion")
+    instead.add_argument("--images-per-step", type=int, help="upright ones; each is turned by every rotation")
+    instead.add_argument("--steps", type=int, help="each stage in proportion")
+    instead.add_argument("--precision", choices=PRECISIONS, help="bf16 wants avx512_bf16, amx_bf16 or a GPU")
+    instead.add_argument("--holdout", type=int, help="training images kept out, the last ones, to tune on")
+    instead.add_argument("--seed", type=int)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    args = build_parser().parse_args(arguments)
     keep_large_blocks()
     try:
+        recipe = RECIPES[args.recipe]
+        names = ("model", "data", "images_per_step", "precision", "holdout", "seed")
+        given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+        if args.image_size is not None:
+            recipe = with_image_size(recipe, args.image_size)
         if args.steps is not None:
-            recipe = shortened(recipe, args.steps)
-        check_device(args.device)
-        data: LabelledImages = load_cifar10(args.data_dir, "train", args.download)
-        result = pretrain(recipe, data.images, output, args.device, args.resume, args.checkpoint_seconds)
+            recipe = with_steps(recipe, args.steps)
+        recipe = dataclasses.replace(recipe, **given)
+        if args.accumulate < 1 or args.workers < 0:
+            raise ValueError("--accumulate must be at least 1, --workers at least 0")
+        output = args.output or Path("runs") / recipe.name
+        tracker = None if args.tracker == "none" else args.tracker
+        accelerator = create_accelerator(recipe, args.cpu, args.accumulate, tracker, output)
+        images = open_images(recipe.data, args.data_dir, recipe.image_size, args.download)
+        if isinstance(images, UnlabelledImages) and not args.stream and images.fits_memory(accelerator.num_processes):
+            images.read_all(args.workers, quiet=not accelerator.is_main_process)
+        result = pretrain(
+            recipe,
+            images,
+            output,
+            accelerator,
+            args.resume,
+            args.checkpoint_seconds,
+            args.workers,
+            args.sync_batchnorm,
+        )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if result.suffix == ".pt":
+    if result.name != "weights.safetensors":
         print(f"stopped; go on with --resume --output {output}", file=sys.stderr)
         return 130
-    print(f"wrote {result}, run.json and curve.png beside it")
+    if accelerator.is_main_process:
+        broken = json.loads((output / "run.json").read_text()).get("broken_images", [])
+        if broken:
+            named = ", ".join(broken[:3]) + (", ..." if len(broken) > 3 else "")
+            print(
+                f"{len(broken)} images do not decode, others took their places: {named} (run.json has all)",
+                file=sys.stderr,
+            )
+        print(f"wrote {result}, run.json and curve.png beside it")
     return 0
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 FLIPS = ("none", "random", "alternate")
 PADDING_MODES = ("reflect", "constant")
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "bf16", "fp16")
 
 
 def _check(good: bool, field: str, expected: str, value: object) -> None:
@@ -65,6 +65,20 @@ class Muon:
 
 
 @dataclass(frozen=True)
+class AdamW:
+    """AdamW on all parameters: for backbones whose right rate nobody has looked for."""
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.05
+
+    def __post_init__(self) -> None:
+        _check(self.lr > 0, "lr", "above 0", self.lr)
+        _check(all(0 <= beta < 1 for beta in self.betas), "betas", "0 up to 1", self.betas)
+        _check(self.weight_decay >= 0, "weight_decay", "0 or more", self.weight_decay)
+
+
+@dataclass(frozen=True)
 class LinearSchedule:
     """Learning rate from 0 up to its peak during the first ``warmup`` of the steps, there for the next ``hold`` of
     them, then linearly down to 0; with ``warmup`` and ``hold`` 1 together it never comes down.
@@ -105,6 +119,7 @@ class StepSchedule:
 class Recipe:
     """How a weight was pretrained: all that decides its bytes but machine, thread count and library versions.
 
+    ``data`` is a name of ``training.unlabelled.open_images``, whose images are squares of ``image_size`` pixels.
     ``images_per_step`` upright images make a batch of ``images_per_step * len(rotations)`` turned ones. Crops are taken
     at random positions of the image padded by ``padding`` pixels on all sides; then half of them are mirrored; then all
     are turned, by ``rotations`` steps of ``rotation_unit`` degrees: 90, exact quarter turns, or 45, all eight of them,
@@ -122,7 +137,7 @@ class Recipe:
     model: str
     data: str
     stages: tuple[Stage, ...]
-    optimizer: Sgd | Muon
+    optimizer: Sgd | Muon | AdamW
     schedule: LinearSchedule | CosineSchedule | StepSchedule
     images_per_step: int = 128
     rotations: tuple[int, ...] = (0, 1, 2, 3)
@@ -136,11 +151,16 @@ class Recipe:
     holdout: int = 0
     seed: int = 0
     note: str = ""
+    image_size: int = 32
 
     def __post_init__(self) -> None:
         _check(len(self.stages) > 0, "stages", "at least one", self.stages)
         _check(self.images_per_step >= 1, "images_per_step", "at least 1", self.images_per_step)
-        _check(self.padding >= 0, "padding", "0 or more pixels", self.padding)
+        _check(self.image_size >= 1, "image_size", "at least 1 pixel", self.image_size)
+        _check(0 <= self.padding < self.image_size, "padding", "0 up to the image's pixels", self.padding)
+        widest = self.image_size + 2 * self.padding
+        for stage in self.stages:
+            _check(stage.crop <= widest, "crop of a stage", f"at most {widest}, image and padding", stage.crop)
         _check(self.padding_mode in PADDING_MODES, "padding_mode", _one_of(PADDING_MODES), self.padding_mode)
         _check(self.flip in FLIPS, "flip", _one_of(FLIPS), self.flip)
         _check(0 <= self.label_smoothing < 1, "label_smoothing", "0 up to 1", self.label_smoothing)
@@ -149,6 +169,9 @@ class Recipe:
         _check(self.holdout >= 0, "holdout", "0 or more images", self.holdout)
         _check(self.seed >= 0, "seed", "0 or more", self.seed)
         _check(self.rotation_unit in (45, 90), "rotation_unit", "90 or 45 degrees", self.rotation_unit)
+        quarters = len(set(self.rotations)) == len(self.rotations) > 0 and set(self.rotations) <= {0, 1, 2, 3}
+        if self.rotation_unit == 90:
+            _check(quarters, "rotations", "distinct quarter turns of 0, 1, 2, 3", self.rotations)
         if self.rotation_unit == 45 and self.rotations != tuple(range(8)):
             raise ValueError(f"steps of 45 degrees are taken all eight, 0 to 7 in order, got {self.rotations}")
 
@@ -171,14 +194,14 @@ class Recipe:
         return self.stages[-1].crop
 
 
-def shortened(recipe: Recipe, steps: int) -> Recipe:
-    """The recipe in ``steps`` steps, each stage in proportion and at least one: to try it out, not to publish.
+def with_steps(recipe: Recipe, steps: int) -> Recipe:
+    """The recipe in ``steps`` steps, each stage in proportion and at least one.
 
     Raises:
-        ValueError: fewer steps than stages, or more than the recipe has.
+        ValueError: fewer steps than stages.
     """
-    if not len(recipe.stages) <= steps <= recipe.steps:
-        raise ValueError(f"{recipe.name} can have {len(recipe.stages)} to {recipe.steps} steps, got {steps}")
+    if steps < len(recipe.stages):
+        raise ValueError(f"{recipe.name} has {len(recipe.stages)} stages, a step each at least, got {steps} steps")
     stages: list[Stage] = []
     done = planned = 0
     for position, stage in enumerate(recipe.stages, 1):
@@ -188,6 +211,20 @@ def shortened(recipe: Recipe, steps: int) -> Recipe:
         stages.append(dataclasses.replace(stage, steps=end - done))
         done = end
     return dataclasses.replace(recipe, stages=tuple(stages))
+
+
+def with_image_size(recipe: Recipe, size: int) -> Recipe:
+    """The recipe on images of ``size`` pixels, crops and padding in proportion.
+
+    Raises:
+        ValueError: no size of an image.
+    """
+    _check(size >= 1, "image_size", "at least 1 pixel", size)
+    scale = size / recipe.image_size
+    stages = tuple(dataclasses.replace(stage, crop=max(1, round(stage.crop * scale))) for stage in recipe.stages)
+    padding = min(round(recipe.padding * scale), size - 1)
+    stages = tuple(dataclasses.replace(stage, crop=min(stage.crop, size + 2 * padding)) for stage in stages)
+    return dataclasses.replace(recipe, image_size=size, padding=padding, stages=stages)
 
 
 CIFAR10_STEPS_PER_EPOCH = 50_000 // 128
@@ -257,6 +294,20 @@ NIN5_CIFAR10_CPU = dataclasses.replace(
     NIN_CIFAR10_CPU, name="nin5-cifar10-cpu", model="rotnet_nin5", note="table 1 of the paper: 5 blocks"
 )
 
+# A start for images of one's own: of no paper, its settings are untuned.
+FOLDER = Recipe(
+    name="folder",
+    model="resnet18",
+    data="folder",
+    image_size=128,
+    stages=(Stage(steps=10_000, crop=112),),
+    optimizer=AdamW(),
+    schedule=CosineSchedule(warmup=0.1),
+    images_per_step=64,
+    padding=0,
+    note="a start for images of your own: change --model, --image-size and --steps",
+)
+
 RECIPES = {
     recipe.name: recipe
     for recipe in (
@@ -268,6 +319,7 @@ RECIPES = {
         NIN_CIFAR10_CPU_R8,
         NIN3_CIFAR10_CPU,
         NIN5_CIFAR10_CPU,
+        FOLDER,
     )
 }
 

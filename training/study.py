@@ -20,10 +20,11 @@ from pathlib import Path
 
 import torch
 
-from training.allocator import keep_large_blocks
+from training.checkpoint import find_checkpoint
 from training.data import Images, load_images
 from training.evaluate import measure_features, plan
-from training.pretrain import pretrain
+from training.memory import keep_large_blocks
+from training.pretrain import create_accelerator, pretrain
 from training.recipes import CosineSchedule, LinearSchedule, Muon, Recipe, Sgd, Stage
 from training.report import keep_row
 from training.results import RESULTS_DIR, read_file
@@ -119,7 +120,8 @@ def run_variant(recipe: Recipe, images: Images, output: Path, file: Path, device
     weights = output / "weights.safetensors"
     if not weights.exists():
         everything = torch.cat([images.train.images, images.test.images])
-        pretrain(recipe, everything, output, device, resume=(output / "checkpoint.pt").exists())
+        accelerator = create_accelerator(recipe, cpu=device == "cpu")
+        pretrain(recipe, everything, output, accelerator, resume=find_checkpoint(output) is not None)
         if not weights.exists():
             raise KeyboardInterrupt
     subject = load_subject(recipe.model, weights=weights)

@@ -1,4 +1,6 @@
-"""glibc's allocator, told to keep large blocks: the one process setting that the training commands change.
+"""Memory: glibc's allocator told to keep large blocks, and how much is left.
+
+The first is the one process setting that the training commands change.
 
 As it stands glibc maps every large activation anew and gives it back at once, so each step faults in gigabytes of fresh
 pages. Importing ``rotation_ssl`` never does this; set ``ROTATION_SSL_MALLOPT=0`` to keep the training commands from it.
@@ -7,6 +9,7 @@ pages. Importing ``rotation_ssl`` never does this; set ``ROTATION_SSL_MALLOPT=0`
 import ctypes
 import os
 import sys
+from pathlib import Path
 
 # parameters of mallopt(3), from malloc.h
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
@@ -21,3 +24,11 @@ def keep_large_blocks() -> bool:
         return False
     settings = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 512 * 2**20))
     return all([mallopt(parameter, value) == 1 for parameter, value in settings])
+
+
+def available_memory() -> int | None:
+    """Bytes that can be had without swapping, as Linux says; None elsewhere."""
+    file = Path("/proc/meminfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(found[0]) * 1024 if found else None

@@ -1,0 +1,267 @@
+"""Runs that are stopped, killed, damaged, full or diverging: what is left of them, and that it goes on exactly."""
+
+import dataclasses
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from conftest import ROOT
+from tiny_runs import TINY, interrupt, same, sample_images, weights
+
+from training import outputs
+from training.checkpoint import find_checkpoint
+from training.pretrain import create_accelerator, pretrain
+from training.recipes import AdamW, Sgd, Stage
+
+
+@pytest.fixture(scope="module")
+def images():
+    return sample_images()
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        TINY,
+        dataclasses.replace(TINY, optimizer=Sgd(), average=0.9),
+        # drops paths at random: the random state is part of the checkpoint
+        dataclasses.replace(
+            TINY, model="test_vit", optimizer=AdamW(), image_size=16, stages=(Stage(30, 16),), padding=0
+        ),
+    ],
+    ids=["muon", "sgd and averaged", "adamw"],
+)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_request_saves_and_resumes_exactly(images, tmp_path, monkeypatch, recipe, number):
+    pretrain(recipe, images, tmp_path / "whole")
+    interrupt(monkeypatch, 14, lambda: signal.raise_signal(number))
+    checkpoint = pretrain(recipe, images, tmp_path / "parts")
+    monkeypatch.undo()
+    assert checkpoint == tmp_path / "parts" / "checkpoints" / "step-000014"
+    assert not (tmp_path / "parts" / "weights.safetensors").exists()
+    pretrain(recipe, images, tmp_path / "parts", resume=True)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    whole, parts = (json.loads((tmp_path / name / "run.json").read_text())["curve"] for name in ("whole", "parts"))
+    assert [(p["step"], p["loss"]) for p in whole] == [(p["step"], p["loss"]) for p in parts]
+    assert not (tmp_path / "parts" / "checkpoints").exists()
+
+
+KILLS = """
+    import dataclasses, itertools, os, signal, sys, traceback
+    from pathlib import Path
+    import torch
+    sys.path[:0] = [{tests!r}, {root!r}]
+    # before the first operation: a process that has threads cannot be forked
+    torch.set_num_threads(1)
+    from tiny_runs import TINY, sample_images, same, weights
+    from training.checkpoint import find_checkpoint
+    from training.pretrain import pretrain
+    from training.recipes import Stage
+
+    output = Path({output!r})
+    recipe = dataclasses.replace(TINY, stages=(Stage(3, 8), Stage(3, 12)), average=0.9)
+    images = sample_images()
+
+    def run(folder, killed_at=None):
+        # a child that writes a checkpoint at every step, killed as it does its n-th thing to files; its status
+        pid = os.fork()
+        if pid:
+            return os.waitpid(pid, 0)[1]
+        numbers = itertools.count(1)
+
+        def count(event, args):
+            if event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir") or (
+                event == "open" and str(args[0]).startswith(str(folder))
+            ):
+                number = next(numbers)
+                if number == killed_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                if killed_at is None:
+                    (output / "count").write_text(str(number)) if event != "open" else None
+
+        try:
+            sys.addaudithook(count)
+            pretrain(recipe, images, folder, resume=find_checkpoint(folder) is not None, checkpoint_seconds=0.0)
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+
+    assert run(output / "whole") == 0
+    events = int((output / "count").read_text())
+    assert events > 50, events
+    resumed = 0
+    for killed_at in range(1, events, events // {kills}):
+        folder = output / str(killed_at)
+        assert run(folder, killed_at) == signal.SIGKILL
+        resumed += find_checkpoint(folder) is not None
+        assert run(folder) == 0, killed_at
+        assert same(weights(output / "whole"), weights(folder)), killed_at
+        assert not list(folder.glob("**/*.tmp")), killed_at
+    print(resumed)
+"""
+
+
+def test_a_kill_at_any_moment_leaves_a_checkpoint_that_goes_on_exactly(tmp_path):
+    code = textwrap.dedent(KILLS).format(tests=str(ROOT / "tests"), root=str(ROOT), output=str(tmp_path), kills=8)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout.split()[-1]) >= 5, "most kills fall after the first checkpoint"
+
+
+@pytest.fixture
+def stopped(images, tmp_path, monkeypatch):
+    """A run stopped at step 11."""
+    interrupt(monkeypatch, 11, lambda: signal.raise_signal(signal.SIGTERM))
+    pretrain(TINY, images, tmp_path / "stopped")
+    monkeypatch.undo()
+    return tmp_path / "stopped"
+
+
+def contents(folder):
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_a_checkpoint_of_another_run_is_refused_and_kept(images, stopped):
+    before = contents(stopped)
+    with pytest.raises(ValueError, match="number of images 40 -> 39"):
+        pretrain(TINY, images[:39], stopped, resume=True)
+    other = dataclasses.replace(TINY, images_per_step=8, optimizer=Sgd())
+    with pytest.raises(ValueError, match=r"another run \(optimizer Muon\(.*\) -> Sgd\(.*images_per_step 4 -> 8"):
+        pretrain(other, images, stopped, resume=True)
+    with pytest.raises(ValueError, match="parts of a step 1 -> 2"):
+        pretrain(TINY, images, stopped, create_accelerator(TINY, True, accumulate=2), resume=True)
+    with pytest.raises(ValueError, match="holds a run already: --resume"):
+        pretrain(TINY, images, stopped)
+    assert contents(stopped) == before
+
+
+def test_a_checkpoint_of_another_number_of_processes_is_refused(images, stopped):
+    file = find_checkpoint(stopped) / "progress.json"
+    progress = json.loads(file.read_text())
+    assert progress["identity"]["processes"] == "1"
+    progress["identity"]["processes"] = "2"
+    file.write_text(json.dumps(progress))
+    with pytest.raises(ValueError, match=r"another run \(processes 2 -> 1\)"):
+        pretrain(TINY, images, stopped, resume=True)
+
+
+@pytest.mark.parametrize("name", ["progress.json", "model.safetensors", "optimizer.bin", "random_states_0.pkl"])
+def test_a_damaged_checkpoint_is_refused(images, stopped, name):
+    file = find_checkpoint(stopped) / name
+    whole = file.read_bytes()
+    for content in (whole[: len(whole) // 2], b"", b"some text", None):
+        if content is None:
+            file.unlink()
+        else:
+            file.write_bytes(content)
+        before = contents(stopped)
+        with pytest.raises(ValueError, match="step-000011 is not a checkpoint") as caught:
+            pretrain(TINY, images, stopped, resume=True)
+        assert "\n" not in str(caught.value)
+        assert contents(stopped) == before
+
+
+def test_a_hostile_checkpoint_runs_nothing(images, stopped, tmp_path):
+    import pickle
+
+    class Hostile:
+        def __reduce__(self):
+            return open, (str(tmp_path / "owned"), "w")
+
+    for name in ("optimizer.bin", "random_states_0.pkl"):
+        file = find_checkpoint(stopped) / name
+        whole = file.read_bytes()
+        file.write_bytes(pickle.dumps(Hostile(), protocol=2))
+        with pytest.raises(ValueError, match="is not a checkpoint"):
+            pretrain(TINY, images, stopped, resume=True)
+        file.write_bytes(whole)
+    assert not (tmp_path / "owned").exists()
+
+
+FULL = """
+    import resource, sys
+    from pathlib import Path
+    sys.path[:0] = [{tests!r}, {root!r}]
+    from tiny_runs import TINY, interrupt, sample_images
+    from training.pretrain import pretrain
+
+    class Patch:
+        setattr = staticmethod(setattr)
+
+    # no file may grow beyond this, as if the disk were full: from step 5 on
+    interrupt(Patch, 5, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})))
+    try:
+        pretrain(TINY, sample_images(), Path({output!r}), checkpoint_seconds=0.0)
+    except OSError as error:
+        print(error)
+"""
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(images, tmp_path):
+    code = textwrap.dedent(FULL).format(
+        tests=str(ROOT / "tests"), root=str(ROOT), output=str(tmp_path / "run"), limit=20_000
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.startswith("the checkpoint of step 5 cannot be written (")
+    assert "step-000004 is kept: make room, then --resume" in result.stdout
+    assert find_checkpoint(tmp_path / "run").name == "step-000004"
+    pretrain(TINY, images, tmp_path / "run", resume=True)
+
+
+def test_a_run_is_finished_only_when_its_weights_are_whole(images, tmp_path, monkeypatch):
+    """A full disk while the outputs are written leaves the checkpoint, and resuming finishes."""
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(outputs, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        pretrain(TINY, images, tmp_path / "run", checkpoint_seconds=0.0)
+    monkeypatch.undo()
+    pretrain(TINY, images, tmp_path / "run", resume=True)
+    pretrain(TINY, images, tmp_path / "whole")
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_loss_that_is_not_finite_stops_the_run(images, tmp_path, monkeypatch, kept):
+    """It names step and learning rate; the checkpoint before is kept, and is good."""
+    interrupt(monkeypatch, 8, lambda: math.nan)
+    with pytest.raises(ValueError) as caught:
+        pretrain(TINY, images, tmp_path, checkpoint_seconds=0.0 if kept else 1e9)
+    monkeypatch.undo()
+    left = f"the last good checkpoint is {tmp_path}/checkpoints/step-000007" if kept else "no checkpoint was due yet"
+    # by step 8 of 30, or at the curve's next point, 10: of Muon's rate 0.1 after a warm-up of 3 steps
+    rate = 0.1 * (30 - (7 if kept else 9)) / 27
+    assert str(caught.value) == (
+        f"the loss became nan in step 8 of nin-cifar10-cpu, at a learning rate of {rate:.3g}: lower it; {left}"
+    )
+    assert not (tmp_path / "weights.safetensors").exists()
+    if kept:
+        pretrain(TINY, images, tmp_path, resume=True)
+        pretrain(TINY, images, tmp_path / "whole")
+        assert same(weights(tmp_path), weights(tmp_path / "whole"))
+
+
+def test_a_rate_that_is_too_high_never_leaves_broken_weights(images, tmp_path):
+    recipe = dataclasses.replace(TINY, optimizer=Sgd(lr=1e30))
+    with pytest.raises(ValueError, match=r"(the loss became|the weights became infinite)"):
+        pretrain(recipe, images, tmp_path, checkpoint_seconds=0.0)
+    kept = find_checkpoint(tmp_path)
+    if kept is not None:
+        from safetensors.torch import load_file
+
+        assert all(t.isfinite().all() for t in load_file(kept / "model.safetensors").values() if t.is_floating_point())
+
+
+def test_leftovers_of_a_kill_are_not_a_checkpoint(images, stopped):
+    folder = find_checkpoint(stopped)
+    shutil.copytree(folder, folder.with_name("step-000099.tmp"))
+    (folder.parent / "step-nonsense").mkdir()
+    assert find_checkpoint(stopped) == folder

@@ -1,0 +1,167 @@
+"""Images to pretrain on: the same in memory as streamed, broken ones counted, memory flat, formats and EXIF."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from conftest import ROOT, SAMPLES
+from PIL import Image
+from tiny_runs import TINY, same, weights
+
+from rotation_ssl.images import read_image, read_images
+from training import pretrain as command
+from training.pretrain import pretrain
+from training.recipes import RECIPES
+from training.unlabelled import UnlabelledImages, open_images, stream
+
+FILES = sorted((SAMPLES / "cifar10").glob("*.png"))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """The sample images, in folders within folders, some broken, beside what is no image."""
+    for number, file in enumerate(FILES):
+        target = tmp_path / "photos" / f"{number // 20}" / f"{number // 7}" / file.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, target)
+    (tmp_path / "photos" / "notes.txt").write_text("no image")
+    return tmp_path / "photos"
+
+
+def broken_files(folder):
+    files = sorted(folder.rglob("*.png"))
+    chosen = [files[3], files[4], files[39]]
+    chosen[0].write_bytes(chosen[0].read_bytes()[:200])
+    chosen[1].write_bytes(b"")
+    chosen[2].write_text("text")
+    return chosen
+
+
+def test_folders_are_read_to_any_depth(folder):
+    images = open_images("folder", folder, 32)
+    files = sorted(folder.rglob("*.png"))
+    assert len(images) == 40 and [images.label(i) for i in range(40)] == list(map(str, files))
+    assert torch.equal(torch.stack([images[i][0] for i in range(40)]), read_images(files, 32))
+
+
+def test_of_train_and_test_images_only_train_is_read(small_cifar10):
+    images = open_images("folder", small_cifar10, 32)
+    assert len(images) == 40 and all("/train/" in images.label(i) for i in range(40))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_streamed_is_the_same_as_in_memory(folder, tmp_path, workers):
+    broken = broken_files(folder)
+    held, streamed = (open_images("folder", folder, 16) for _ in range(2))
+    held.read_all(workers)
+    assert held.broken == {3, 4, 39} and held.squares.shape == (40, 3, 16, 16)
+    for position, other in ((3, 5), (4, 5), (39, 0)):
+        assert torch.equal(held.squares[position], held.squares[other]), "the next one that decodes takes its place"
+    recipe = dataclasses.replace(TINY, holdout=4)
+    pretrain(recipe, held, tmp_path / "held", workers=workers)
+    pretrain(recipe, streamed, tmp_path / "streamed", workers=workers)
+    assert same(weights(tmp_path / "held"), weights(tmp_path / "streamed"))
+    for name in ("held", "streamed"):
+        run = json.loads((tmp_path / name / "run.json").read_text())
+        assert run["broken_images"] == list(map(str, broken))[: 3 if name == "held" else 2], "39 is held out"
+
+
+def test_batches_come_in_order_whoever_decodes(folder):
+    images = open_images("folder", folder, 8)
+    indices = torch.randperm(40, generator=torch.Generator().manual_seed(0)).split(7)
+    alone, helped = ([pixels for pixels, _ in stream(images, indices, workers)] for workers in (0, 2))
+    assert all(torch.equal(a, b) for a, b in zip(alone, helped, strict=True))
+    images.read_all()
+    assert all(torch.equal(a, b) for a, (b, _) in zip(alone, stream(images, indices), strict=True))
+
+
+def test_nothing_that_decodes(tmp_path):
+    for name in ("a.png", "b.jpg"):
+        (tmp_path / name).write_text("text")
+    images = open_images("folder", tmp_path, 32)
+    with pytest.raises(ValueError, match=r"2 images in a row do not decode; the last one: image .*b\.jpg does not"):
+        images.read_all()
+
+
+def test_what_fits_into_memory(monkeypatch):
+    from training import unlabelled
+
+    images = UnlabelledImages(10, 100, lambda index: None)  # 30,000 bytes
+    for available, copies, fits in ((60_000, 1, True), (59_999, 1, False), (60_000, 2, False), (None, 1, True)):
+        monkeypatch.setattr(unlabelled, "available_memory", lambda available=available: available)
+        assert images.fits_memory(copies) == fits
+
+
+STREAMED = """
+    import resource, sys
+    from pathlib import Path
+    sys.path[:0] = [{root!r}]
+    import torch
+    from training.unlabelled import open_images, stream
+    images = open_images("folder", Path({folder!r}), 256)
+    for batch, _ in stream(images, torch.arange(len(images)).split(8), workers={workers}):
+        pass
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
+
+
+def test_memory_stays_flat_however_many_images(folder, tmp_path):
+    """800 images of 256 pixels are 157 MB: streaming them takes no more than streaming 80 does."""
+    peaks = []
+    for copies in (2, 20):
+        many = tmp_path / str(copies)
+        for copy in range(copies):
+            shutil.copytree(folder, many / str(copy), copy_function=os.symlink)
+        code = textwrap.dedent(STREAMED).format(root=str(ROOT), folder=str(many), workers=1)
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        peaks.append([int(kilobytes) / 1024 for kilobytes in result.stdout.split()])
+    assert peaks[1][0] < peaks[0][0] + 60 and peaks[1][1] < peaks[0][1] + 60, peaks
+
+
+def test_images_are_upright_as_their_exif_says(tmp_path):
+    image = Image.open(FILES[0]).convert("RGB")
+    for orientation, turn in ((1, None), (6, Image.Transpose.ROTATE_270), (8, Image.Transpose.ROTATE_90)):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        image.save(tmp_path / "photo.png", exif=exif)
+        expected = image if turn is None else image.transpose(turn)
+        assert read_image(tmp_path / "photo.png").tobytes() == expected.tobytes()
+
+
+def test_names_of_timms_data_sets(folder, small_cifar10, tmp_path):
+    images = open_images("torch/image_folder", small_cifar10, 32)
+    assert len(images) == 40
+    images.read_all()
+    ours = open_images("folder", small_cifar10, 32)
+    assert torch.equal(images.squares, torch.stack([ours[i][0] for i in range(40)]))
+    readers = open_images("image_folder", small_cifar10, 32)
+    broken_files(small_cifar10 / "train")
+    readers.read_all()
+    assert len(readers) == 40 and len(readers.broken) == 3, "timm's own reader would not tell"
+    for name, message in (
+        ("torch/nothing", "'torch/nothing' in .* cannot be opened"),
+        ("wds/anything", "cannot be opened|from start to end"),
+    ):
+        with pytest.raises(ValueError, match=message) as caught:
+            open_images(name, tmp_path, 32)
+        assert "\n" not in str(caught.value)
+
+
+def test_one_command_on_a_folder_of_ones_own(folder, tmp_path, capsys):
+    broken = broken_files(folder)
+    arguments = [
+        *("folder", "--data-dir", str(folder), "--model", "test_resnet", "--image-size", "32", "--cpu"),
+        *("--images-per-step", "8", "--steps", "10", "--workers", "0", "--tracker", "none"),
+    ]
+    for name, more in (("held", []), ("streamed", ["--stream"])):
+        assert command.main([*arguments, "--output", str(tmp_path / name), *more]) == 0
+        told = capsys.readouterr().err
+        assert f"3 images do not decode, others took their places: {broken[0]}, {broken[1]}, " in told
+    assert same(weights(tmp_path / "held"), weights(tmp_path / "streamed"))
+    assert RECIPES["folder"].model == "resnet18"

@@ -1,0 +1,90 @@
+"""Augmentation as batched tensor code, on whatever device the images are: random crops, some of them mirrored."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Where each of N crops is taken: ``top`` and ``left`` (N,) int64 pixels, and ``mirrored`` (N,) bool."""
+
+    top: torch.Tensor
+    left: torch.Tensor
+    mirrored: torch.Tensor
+
+    def part(self, chosen: slice) -> "Windows":
+        """Those of some of the images."""
+        return Windows(self.top[chosen], self.left[chosen], self.mirrored[chosen])
+
+
+def draw_windows(
+    count: int, size: int, crop: int, padding: int, flip: bool | torch.Tensor, generator: torch.Generator
+) -> Windows:
+    """Random windows for ``count`` images, drawn on the CPU, so that every device gets the same.
+
+    Args:
+        count: N.
+        size: side of the images.
+        crop: side of the crops, at most size + 2 * padding.
+        padding: pixels added on all four sides before cropping (the same on each: one-sided padding would tell the
+            orientation).
+        flip: mirror each crop left to right with probability 1/2, or not; or (N,) bool that says which.
+        generator: on the CPU.
+
+    Raises:
+        ValueError: the crop is larger than the padded image.
+    """
+    if crop > size + 2 * padding or crop < 1:
+        raise ValueError(f"crop {crop} does not fit images of {size} pixels padded by {padding}")
+    top, left = torch.randint(-padding, size + padding - crop + 1, (2, count), generator=generator)
+    drawn = torch.rand(count, generator=generator)
+    return Windows(top, left, flip if isinstance(flip, torch.Tensor) else drawn < (0.5 if flip else 0.0))
+
+
+def take_windows(images: torch.Tensor, windows: Windows, crop: int, padding_mode: str) -> torch.Tensor:
+    """The windows' crops, in one gather.
+
+    Args:
+        images: (N, C, H, H), any dtype.
+        windows: of each image.
+        crop: side of the crops.
+        padding_mode: 'reflect' mirrors the image at its border, 'constant' pads with zeros.
+
+    Returns:
+        (N, C, crop, crop), channels_last in memory, same dtype and device.
+
+    Raises:
+        ValueError: the mode is unknown.
+    """
+    if padding_mode not in ("reflect", "constant"):
+        raise ValueError(f"padding_mode must be 'reflect' or 'constant', got {padding_mode!r}")
+    size = images.shape[-1]
+    steps = torch.arange(crop)
+    rows = (windows.top[:, None] + steps).to(images.device)
+    cols = (windows.left[:, None] + torch.where(windows.mirrored[:, None], steps.flip(0), steps)).to(images.device)
+    batch = torch.arange(len(images), device=images.device)[:, None, None]
+    # the sliced channel axis goes last: the result is channels_last without a copy
+    crops = images[batch, :, _reflect(rows, size)[:, :, None], _reflect(cols, size)[:, None, :]]
+    if padding_mode == "constant":
+        inside = ((rows >= 0) & (rows < size))[:, :, None] & ((cols >= 0) & (cols < size))[:, None, :]
+        crops = crops * inside[..., None].to(crops.dtype)
+    return crops.permute(0, 3, 1, 2)
+
+
+def crop_and_flip(
+    images: torch.Tensor,
+    crop: int,
+    padding: int,
+    padding_mode: str,
+    flip: bool | torch.Tensor,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """A random square crop of each image, some of them mirrored: :func:`draw_windows`, then :func:`take_windows`."""
+    windows = draw_windows(len(images), images.shape[-1], crop, padding, flip, generator)
+    return take_windows(images, windows, crop, padding_mode)
+
+
+def _reflect(index: torch.Tensor, size: int) -> torch.Tensor:
+    index = index.abs()
+    return torch.where(index >= size, 2 * (size - 1) - index, index)

@@ -1,0 +1,88 @@
+"""What a run trains on, step by step: which images, and where they are cropped, follow from recipe and step alone."""
+
+import functools
+from collections.abc import Generator
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from timm.data import resolve_model_data_config
+from torch import nn
+
+from rotation_ssl.images import normalize
+from training.augment import Windows, draw_windows, take_windows
+from training.recipes import Recipe
+from training.unlabelled import UnlabelledImages, stream
+
+
+def augmented_batches(
+    recipe: Recipe,
+    model: nn.Module,
+    images: torch.Tensor | UnlabelledImages,
+    count: int,
+    accelerator: Accelerator,
+    start: int,
+    broken: set[int],
+    workers: int = 0,
+) -> Generator[torch.Tensor, None, None]:
+    """This process's parts of the steps from ``start`` on: normalised upright crops (B, 3, crop, crop), channels_last.
+
+    Which images, and where they are cropped, is a function of recipe, ``count`` and step alone, so that resuming is
+    exact, and so that processes together take what one would.
+
+    Args:
+        recipe: gives all settings.
+        model: gives mean and deviation to normalise by.
+        images: the first ``count`` of them are trained on.
+        count: of the training images.
+        accelerator: device, processes, and parts of a step.
+        start: first step.
+        broken: gets the indices of images that do not decode.
+        workers: processes that decode.
+    """
+    parts, processes = accelerator.gradient_accumulation_steps, accelerator.num_processes
+    each = recipe.images_per_step // (parts * processes)
+    firsts = [(part * processes + accelerator.process_index) * each for part in range(parts)]
+    own = [slice(first, first + each) for first in firsts]
+    steps = range(start, recipe.steps)
+    indices = (step_indices(recipe, count, step)[part] for step in steps for part in own)
+    squares = stream(images, indices, workers, pin=accelerator.device.type == "cuda")
+    cfg = resolve_model_data_config(model)
+    for step in steps:
+        windows, crop = step_windows(recipe, count, step), recipe.crop_at(step)
+        for part in own:
+            pixels, found = next(squares)
+            broken |= found
+            pixels = pixels.to(accelerator.device, non_blocking=True)
+            crops = take_windows(pixels, windows.part(part), crop, recipe.padding_mode)
+            yield normalize(crops, cfg["mean"], cfg["std"])
+
+
+def step_indices(recipe: Recipe, count: int, step: int) -> torch.Tensor:
+    """The images of a step, (images_per_step,) int64: each epoch is a permutation, its incomplete last step dropped."""
+    epoch, position = divmod(step, count // recipe.images_per_step)
+    order = _epoch_order(count, recipe.seed, epoch)
+    return order[position * recipe.images_per_step : (position + 1) * recipe.images_per_step]
+
+
+def step_windows(recipe: Recipe, count: int, step: int) -> Windows:
+    """Where the images of a step are cropped, and which are mirrored."""
+    flip: bool | torch.Tensor = recipe.flip == "random"
+    if recipe.flip == "alternate":
+        first = torch.rand(count, generator=_generator(recipe.seed, 2, 0)) < 0.5
+        epoch = step // (count // recipe.images_per_step)
+        flip = first[step_indices(recipe, count, step)] ^ bool(epoch % 2)
+    generator = _generator(recipe.seed, 1, step)
+    return draw_windows(
+        recipe.images_per_step, recipe.image_size, recipe.crop_at(step), recipe.padding, flip, generator
+    )
+
+
+def _generator(seed: int, stream: int, index: int) -> torch.Generator:
+    state = np.random.SeedSequence([seed, stream, index]).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+
+
+@functools.lru_cache(maxsize=2)
+def _epoch_order(count: int, seed: int, epoch: int) -> torch.Tensor:
+    return torch.randperm(count, generator=_generator(seed, 0, epoch))

@@ -1,0 +1,135 @@
+"""Checkpoints of a training run: folders that appear whole, so that a kill at any moment leaves the last one loadable.
+
+``output/checkpoints/step-000120/`` holds what accelerate saves (model, optimisers, random states) and progress.json. It
+is written under another name and renamed; only then older ones are removed.
+"""
+
+import contextlib
+import dataclasses
+import json
+import re
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import RNG_STATE_NAME
+from accelerate.utils.other import load
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+PROGRESS = "progress.json"
+AVERAGE = "average.safetensors"
+STATE_ERRORS = (OSError, RuntimeError, ValueError, KeyError, TypeError, IndexError, AttributeError, EOFError)
+
+
+@dataclass
+class Progress:
+    """How far a run is, as JSON.
+
+    ``identity`` is all that makes it the run that it is, by name: resuming with another is refused. ``losses`` are
+    those of the steps since the curve's last point. ``commit`` began the run.
+    """
+
+    identity: dict[str, str]
+    commit: str
+    step: int = 0
+    seconds: float = 0.0
+    curve: list[dict[str, Any]] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    broken: list[int] = field(default_factory=list)
+
+
+def find_checkpoint(output: Path) -> Path | None:
+    """The last whole checkpoint of a run, or None."""
+    found = [path for path in (output / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return max(found, key=lambda path: int(path.name[5:]), default=None)
+
+
+def save_checkpoint(accelerator: Accelerator, output: Path, progress: Progress, average: nn.Module | None) -> Path:
+    """Write all that resuming needs and remove older checkpoints; called by every process.
+
+    Raises:
+        OSError: it cannot be written, the disk is full, say; the one before is kept.
+    """
+    folder = output / "checkpoints" / f"step-{progress.step:06d}"
+    unfinished = folder.with_suffix(".tmp")
+    try:
+        if accelerator.is_main_process:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(unfinished))
+        if accelerator.is_main_process:
+            if average is not None:
+                state = {name: tensor.cpu().contiguous() for name, tensor in average.state_dict().items()}
+                save_file(state, unfinished / AVERAGE)
+            (unfinished / PROGRESS).write_text(json.dumps(dataclasses.asdict(progress)) + "\n")
+    except Exception as error:
+        # torch and safetensors raise their own kinds where the disk is full
+        shutil.rmtree(unfinished, ignore_errors=True)
+        kept = find_checkpoint(output)
+        raise OSError(
+            f"the checkpoint of step {progress.step} cannot be written ({_first_line(error)}); "
+            f"{f'{kept} is kept' if kept else 'there is none before it'}: make room, then --resume"
+        ) from error
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        older = find_checkpoint(output)
+        if older == folder:
+            # resumed and stopped before a step was taken: the same state
+            shutil.rmtree(unfinished)
+        else:
+            unfinished.rename(folder)
+            if older is not None:
+                shutil.rmtree(older)
+    accelerator.wait_for_everyone()
+    return folder
+
+
+def read_progress(folder: Path, identity: dict[str, str]) -> Progress:
+    """How far a checkpoint is.
+
+    Raises:
+        ValueError: it is damaged, or of another run than ``identity``: what differs is named.
+    """
+    try:
+        progress = Progress(**json.loads((folder / PROGRESS).read_text()))
+        saved = dict(progress.identity)
+    except STATE_ERRORS as error:
+        raise ValueError(_not_a_checkpoint(folder, error)) from error
+    different = [f"{name} {saved.get(name)} -> {ours}" for name, ours in identity.items() if saved.get(name) != ours]
+    if different:
+        raise ValueError(f"{folder} is of another run ({'; '.join(different)}): resume with those settings, or anew")
+    return progress
+
+
+def load_checkpoint(accelerator: Accelerator, folder: Path, average: nn.Module | None) -> None:
+    """Restore model, optimisers and random states, in every process.
+
+    Raises:
+        ValueError: a file is damaged or missing.
+    """
+    try:
+        # accelerate goes on without random states that it cannot read: the run would not be the same
+        load(folder / f"{RNG_STATE_NAME}_{accelerator.process_index}.pkl")
+        accelerator.load_state(str(folder))
+        if average is not None:
+            average.load_state_dict(load_file(folder / AVERAGE))
+    except Exception as error:
+        raise ValueError(_not_a_checkpoint(folder, error)) from error
+
+
+def remove_checkpoints(output: Path) -> None:
+    """Remove all of a run's checkpoints, once its weights are written."""
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(output / "checkpoints")
+
+
+def _not_a_checkpoint(folder: Path, error: Exception) -> str:
+    return f"{folder} is not a checkpoint of this program ({_first_line(error)}); remove it and start anew"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0] or type(error).__name__

@@ -1,0 +1,179 @@
+"""Images to pretrain on, as squares of one size: held in memory where they fit, else decoded by workers as they come.
+
+Either way index i is the same square of the same image, so that a run does not depend on which it was. An image that
+does not decode is passed over: the next one that does takes its place, and it is counted and named.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+from tqdm import tqdm
+
+from rotation_ssl.images import find_images, read_image, square
+from training.data import load_cifar10
+from training.memory import available_memory
+
+BROKEN_IN_A_ROW = 100  # so many mean that it is not the images that are broken
+
+
+class UnlabelledImages(Dataset[tuple[torch.Tensor, list[int]]]):
+    """Squares of N images: index -> (3, size, size) uint8 and the indices of images that were found broken on the way.
+
+    Args:
+        size: side of the squares: the shorter side is resized to it (bicubic), the centre is taken.
+        count: N.
+        read: index -> RGB image; raises ValueError where it does not decode.
+        label: index -> what the image is called, for messages.
+
+    ``squares`` are those of all images once they are in memory, ``broken`` the indices of those found broken then.
+    """
+
+    def __init__(
+        self, size: int, count: int, read: Callable[[int], Image.Image], label: Callable[[int], str] = str
+    ) -> None:
+        self.size, self.count, self.read, self.label = size, count, read, label
+        self.squares: torch.Tensor | None = None
+        self.broken: set[int] = set()
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, list[int]]:
+        broken: list[int] = []
+        while True:
+            try:
+                pixels = np.asarray(square(self.read(index), self.size))
+                return torch.from_numpy(pixels.copy()).permute(2, 0, 1), broken
+            except ValueError as error:
+                broken.append(index)
+                if len(broken) == min(BROKEN_IN_A_ROW, self.count):
+                    raise ValueError(f"{len(broken)} images in a row do not decode; the last one: {error}") from error
+                index = (index + 1) % self.count
+
+    def fits_memory(self, copies: int = 1) -> bool:
+        """Whether all squares, so many times, take at most half of the available memory (4 GiB where none is told)."""
+        available = available_memory()
+        return copies * self.count * 3 * self.size**2 <= (4 * 2**30 if available is None else available / 2)
+
+    def read_all(self, workers: int = 0, quiet: bool = False) -> None:
+        """Read all squares into memory.
+
+        Args:
+            workers: processes that decode; 0: this one.
+            quiet: without a progress bar.
+
+        Raises:
+            ValueError: too many images in a row do not decode.
+        """
+        squares = torch.empty((self.count, 3, self.size, self.size), dtype=torch.uint8)
+        parts = torch.arange(self.count).split(64)
+        with tqdm(total=self.count, desc="reading images", unit="image", disable=quiet) as bar:
+            for part, (pixels, broken) in zip(parts, stream(self, parts, workers), strict=True):
+                squares[part] = pixels
+                self.broken |= broken
+                bar.update(len(part))
+        self.squares = squares
+
+
+def open_images(data: str, data_dir: Path, size: int, download: bool = False) -> torch.Tensor | UnlabelledImages:
+    """The training images of a data set, without their labels.
+
+    Args:
+        data: 'cifar10'; 'folder', all images below ``data_dir/train`` where there is such a folder, else below
+            ``data_dir``; or a name of ``timm.data.create_dataset``: 'torch/places365', 'hfds/OWNER/NAME', ...
+        data_dir: where it is.
+        size: side of the squares.
+        download: let torchvision fetch it.
+
+    Returns:
+        (N, 3, size, size) uint8 of CIFAR-10; others are opened, not read.
+
+    Raises:
+        ValueError: no such data set, nothing in it, or one that can only be read from start to end.
+    """
+    if data == "cifar10":
+        if size != 32:
+            raise ValueError(f"CIFAR-10's images are of 32 pixels, not {size}: for another size give --data folder")
+        return load_cifar10(data_dir, "train", download).images
+    if data == "folder":
+        folder = data_dir / "train" if (data_dir / "train").is_dir() else data_dir
+        # one array: a list of a million paths would be copied into every worker, object by object, as it is read
+        files = np.array([os.fsencode(file) for file in find_images(folder)])
+        return UnlabelledImages(size, len(files), partial(_read_file, files), partial(_file_name, files))
+    try:
+        dataset = create_dataset(data, root=str(data_dir), split="train", download=download)
+    except Exception as error:
+        # whatever the libraries behind the name raise: assertions, missing packages, connections
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"data set {data!r} in {data_dir} cannot be opened ({reason})") from error
+    if isinstance(dataset, IterableDataset):
+        raise ValueError(f"{data!r} can only be read from start to end: take one that is read by index (hfds/, torch/)")
+    return UnlabelledImages(size, len(dataset), partial(_read_entry, dataset))
+
+
+def stream(
+    images: torch.Tensor | UnlabelledImages, indices: Iterable[torch.Tensor], workers: int = 0, pin: bool = False
+) -> Iterator[tuple[torch.Tensor, set[int]]]:
+    """The squares at each of the ``indices`` (B,): (B, 3, size, size) uint8, and the broken images met.
+
+    Args:
+        images: in memory, or to be decoded.
+        indices: of each batch, in order; may be without end.
+        workers: processes that decode, ahead of what is asked for; 0: this one.
+        pin: into page-locked memory, for a GPU.
+
+    Raises:
+        ValueError: too many images in a row do not decode.
+    """
+    held = images if isinstance(images, torch.Tensor) else images.squares
+    if held is not None:
+        yield from ((held[index.to(held.device)], set()) for index in indices)
+        return
+    loader = DataLoader(
+        cast(UnlabelledImages, images),
+        batch_sampler=_Lists(indices),
+        num_workers=workers,
+        collate_fn=_collate,
+        pin_memory=pin,
+        # its seed for the workers would be drawn from torch's own generator: dropout would differ after a resume
+        generator=torch.Generator(),
+    )
+    yield from loader
+
+
+def _file_name(files: np.ndarray, index: int) -> str:
+    return os.fsdecode(files[index])
+
+
+def _read_file(files: np.ndarray, index: int) -> Image.Image:
+    return read_image(Path(_file_name(files, index)))
+
+
+def _read_entry(dataset: Any, index: int) -> Image.Image:
+    if not hasattr(dataset, "reader"):
+        return read_image(dataset[index][0])
+    # timm's own way passes over broken images in silence: its reader is asked itself
+    with dataset.reader[index][0] as file:
+        return read_image(file)
+
+
+class _Lists:
+    """Index batches as the lists that a DataLoader's batch_sampler gives."""
+
+    def __init__(self, indices: Iterable[torch.Tensor]) -> None:
+        self.indices = indices
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (index.tolist() for index in self.indices)
+
+
+def _collate(items: list[tuple[torch.Tensor, list[int]]]) -> tuple[torch.Tensor, set[int]]:
+    return torch.stack([pixels for pixels, _ in items]), {index for _, broken in items for index in broken}
