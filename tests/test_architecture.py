@@ -44,7 +44,11 @@ ALLOWED = {
     "training.checkpoint": set(),
     "training.batches": {"rotation_ssl.images", "training.augment", "training.recipes", "training.unlabelled"},
     "training.outputs": {"training.checkpoint", "training.recipes", "training.results"},
-    "training.benchmark": {"rotation_ssl.zoo", "rotation_ssl.backbones.nin"},
+    "training.speed": {"rotation_ssl"}
+    | {f"rotation_ssl.{name}" for name in ("features", "images", "rotations")}
+    | {f"training.{name}" for name in ("batches", "memory", "optimizers", "pretrain", "recipes", "results")},
+    "training.benchmark": {"rotation_ssl.zoo", "rotation_ssl.backbones.nin"}
+    | {f"training.{name}" for name in ("card", "results", "speed")},
     "training.results": {"rotation_ssl"},
     "training.pretrain": {"rotation_ssl", "rotation_ssl.images", "rotation_ssl.rotations"}
     | {

@@ -1,7 +1,13 @@
 """What things cost, as ratios measured in one run.
 
+    python -m training.benchmark speed
     python -m training.benchmark import
     python -m training.benchmark load
+
+`speed`: training images a second against a naive pipeline that does what the authors' code does (one image at a time
+through PIL and numpy in loader processes, fp32, NCHW, torch's default allocator); training's and feature extraction's
+FLOP/s against this machine's own bf16 matrix products; peak memory; and how each grows with image size and batch.
+About 12 minutes on 2 cores; leave the machine alone meanwhile. --record keeps the figures that README.md shows.
 
 `import`: wall time of `import timm, rotation_ssl` against `import timm`, each in fresh processes.
 `load`: wall time of `timm.create_model('rotnet_nin', pretrained=True)`, verification included, against timm loading the
@@ -11,6 +17,7 @@ The two are taken in turns, so that what else the machine does falls on both ali
 """
 
 import argparse
+import json
 import statistics
 import subprocess
 import sys
@@ -24,9 +31,12 @@ from tqdm import tqdm
 
 from rotation_ssl import zoo
 from rotation_ssl.backbones.nin import RotNetNIN
+from training.card import SPEED_FILE, speed_tables
+from training.results import current_commit
+from training.speed import measure_speed
 
 ROOT = Path(__file__).parent.parent
-ROUNDS = {"import": 15, "load": 100}
+ROUNDS = {"import": 15, "load": 100, "speed": 3}
 
 
 def compare(base: Callable[[], object], ours: Callable[[], object], rounds: int) -> tuple[float, float]:
@@ -75,8 +85,18 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m training.benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=ROUNDS, help="what to measure")
-    parser.add_argument("--rounds", type=int, help="of each [import 15, load 100]")
+    parser.add_argument("--rounds", type=int, help="of each [import 15, load 100, speed 3]")
+    parser.add_argument("--record", action="store_true", help="of speed: keep the figures for README.md")
     args = parser.parse_args(arguments)
+    if args.what == "speed":
+        if args.record and len(current_commit()) != 40:
+            print(f"error: --record needs committed code, this is {current_commit()}", file=sys.stderr)
+            return 2
+        measured = measure_speed(args.rounds or ROUNDS["speed"])
+        print(speed_tables(measured))
+        if args.record:
+            SPEED_FILE.write_text(json.dumps(measured, indent=1) + "\n")
+        return 0
     calls = {"import": (import_timm, import_ours), "load": (load_by_timm, load_ours)}
     titles = {
         "import": ("import timm", "import timm and rotation_ssl"),

@@ -13,6 +13,7 @@ from training.results import RESULTS_DIR, Row
 ROOT = Path(__file__).parent.parent
 CARD_TEMPLATE = Path(__file__).parent / "model_card.md"
 FIGURES = "docs/figures"
+SPEED_FILE = RESULTS_DIR / "speed.json"  # written by `training.benchmark speed --record`
 # the repository has no public address yet: this is the one place that names it
 REPOSITORY = "OWNER/rotation_ssl"
 PAPER_ROTATED_IMAGES = 100 * 4 * 50_000  # 100 epochs of all four rotations of CIFAR-10's training images
@@ -34,6 +35,8 @@ def render_readme(text: str, rows: Sequence[Row], entries: dict[str, Any]) -> st
         ValueError: a part that this program does not know.
     """
     parts = {"weights": weights_table(rows, entries), "repository": _hub_snippet()}
+    if SPEED_FILE.exists():
+        parts["speed"] = speed_tables(json.loads(SPEED_FILE.read_text()))
 
     def replace(match: re.Match[str]) -> str:
         if match[1] not in parts:
@@ -41,6 +44,45 @@ def render_readme(text: str, rows: Sequence[Row], entries: dict[str, Any]) -> st
         return f"<!-- rendered: {match[1]} -->\n{parts[match[1]]}\n<!-- end -->"
 
     return re.sub(r"<!-- rendered: (\w+) -->\n.*?\n?<!-- end -->", replace, text, flags=re.DOTALL)
+
+
+def speed_tables(measured: dict[str, Any]) -> str:
+    """The figures of ``training.benchmark speed`` as Markdown: ratios first, then how they grow."""
+    cases = measured["cases"]
+    flops = {name: case["images_per_second"] * case["flop"] for name, case in cases.items()}
+    products = {name: value for name, value in flops.items() if name.startswith("product")}
+    peak_fp32 = max(value for name, value in products.items() if "fp32" in name)
+    peak = max(value for name, value in products.items() if "fp32" not in name)
+    lines = [
+        f"On {measured['device']}, {measured['threads']} threads; medians of {measured['rounds']} fresh processes, "
+        f"taken in turns (commit `{measured['commit'][:7]}`). 32 pixels, 512 turned images a step, 128 a batch of "
+        f"features. Matrix products reach {peak / 1e9:.0f} GFLOP/s in bf16 and {peak_fp32 / 1e9:.0f} in fp32.",
+        "",
+        "| | images/s | ratio | of the products' peak | peak memory |",
+        "|---|---|---|---|---|",
+    ]
+    rows = (
+        ("training, naive: one image at a time, fp32, NCHW", "naive", "naive", peak_fp32),
+        ("training in fp32", "training in fp32", "naive", peak_fp32),
+        ("training in bf16, memory given back", "training without kept blocks", "naive", peak),
+        ("**training in bf16, as the commands do it**", "training", "naive", peak),
+        ("features in bf16, memory given back", "features without kept blocks", "features without kept blocks", peak),
+        ("**features in bf16, as the commands do it**", "features", "features without kept blocks", peak),
+    )
+    for title, name, base, highest in rows:
+        rate, memory = cases[name]["images_per_second"], cases[name]["peak_bytes"] / 2**30
+        ratio = rate / cases[base]["images_per_second"]
+        lines.append(f"| {title} | {rate:.0f} | {ratio:.2f} | {flops[name] / highest:.0%} | {memory:.1f} GiB |")
+    lines += [
+        "",
+        "| training: pixels | turned images a step | images/s | of the products' peak | peak memory |",
+        "|---|---|---|---|---|",
+    ]
+    for case in measured["growth"]:
+        rate, memory = case["images_per_second"], case["peak_bytes"] / 2**30
+        share = rate * case["flop"] / peak
+        lines.append(f"| {case['size']} | {case['images']} | {rate:.0f} | {share:.0%} | {memory:.1f} GiB |")
+    return "\n".join(lines)
 
 
 def weights_table(rows: Sequence[Row], entries: dict[str, Any]) -> str:

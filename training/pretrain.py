@@ -22,7 +22,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -211,30 +211,18 @@ def pretrain(
 
     with StopRequest() as stop, progress_bar(recipe, progress.step, accelerator.is_main_process) as bar:
         began = saved = time.monotonic()
-        seconds, stopping = progress.seconds, False
+        seconds, stopping, rate = progress.seconds, False, recipe.optimizer.lr
         while progress.step < recipe.steps and not stopping:
             factor = learning_rate_factor(recipe.schedule, progress.step, recipe.steps)
             set_learning_rates(optimizers, factor)
-            if isinstance(recipe.optimizer, Muon):
-                renormalize_filters(raw_model)
-            step_losses = []
-            for _ in range(parts):
-                batch = next(batches)
-                with accelerator.accumulate(model):
-                    loss = pretext_loss(recipe, model, batch)
-                    accelerator.backward(loss)
-                    for optimizer in optimizers:
-                        optimizer.step()
-                        optimizer.zero_grad()
-                step_losses.append(loss.detach())
+            rate = factor * recipe.optimizer.lr
+            losses.append(train_step(recipe, model, optimizers, batches, accelerator))
             if average is not None:
                 average.update_parameters(raw_model)
-            losses.append(torch.stack(step_losses).mean())
             progress.step += 1
             bar.update(recipe.images_per_step * len(recipe.rotations))
             if progress.step % CURVE_EVERY == 0 or progress.step == recipe.steps:
                 values = accelerator.reduce(torch.stack(losses), "mean").tolist()
-                rate = factor * recipe.optimizer.lr
                 _check_finite(recipe, values, progress.step, rate, output)
                 progress.seconds = round(seconds + time.monotonic() - began, 1)
                 loss_now, crop = sum(values) / len(values), recipe.crop_at(progress.step - 1)
@@ -248,15 +236,15 @@ def pretrain(
                 progress.losses = accelerator.reduce(torch.stack(losses), "mean").tolist() if losses else []
                 progress.seconds = round(seconds + time.monotonic() - began, 1)
                 progress.broken = _all_broken(accelerator, broken)
-                _check_finite(recipe, progress.losses, progress.step, factor * recipe.optimizer.lr, output)
-                _check_weights(recipe, raw_model, progress.step, factor * recipe.optimizer.lr, output)
+                _check_finite(recipe, progress.losses, progress.step, rate, output)
+                _check_weights(recipe, raw_model, progress.step, rate, output)
                 checkpoint = save_checkpoint(accelerator, output, progress, average)
                 saved = time.monotonic()
     batches.close()
     if progress.step < recipe.steps and checkpoint:
         accelerator.end_training()
         return checkpoint
-    _check_weights(recipe, raw_model, progress.step, 0.0, output)
+    _check_weights(recipe, raw_model, progress.step, rate, output)
     progress.broken = _all_broken(accelerator, broken)
     if average is not None:
         raw_model.load_state_dict(average.module.state_dict())
@@ -274,6 +262,30 @@ def pretrain(
         remove_checkpoints(output)
     accelerator.end_training()
     return weights_file
+
+
+def train_step(
+    recipe: Recipe,
+    model: nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    batches: Iterator[torch.Tensor],
+    accelerator: Accelerator,
+) -> torch.Tensor:
+    """One optimiser step on this process's next parts of a step's images; their mean loss, a scalar."""
+    if isinstance(recipe.optimizer, Muon):
+        renormalize_filters(accelerator.unwrap_model(model))
+    losses = []
+    for _ in range(accelerator.gradient_accumulation_steps):
+        batch = next(batches)
+        with accelerator.accumulate(model):
+            loss = pretext_loss(recipe, model, batch)
+            accelerator.backward(loss)
+            # accelerate takes the step at the last part alone
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        losses.append(loss.detach())
+    return torch.stack(losses).mean()
 
 
 def pretext_loss(recipe: Recipe, model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
