@@ -19,6 +19,7 @@ import timm
 import torch
 from safetensors.torch import save
 from timm.models._hub import save_config_for_hf
+from torch import nn
 
 AUTHORS = "the authors' release"
 _PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.")
@@ -112,6 +113,12 @@ def convert_authors(network: Mapping[str, torch.Tensor]) -> dict[str, torch.Tens
     return _with_counters(converted)
 
 
+# what timm says of an architecture's default weights, and nobody of others
+NOT_OF_THESE_WEIGHTS: dict[str, Any] = dict.fromkeys(
+    ("license", "origin_url", "paper_name", "paper_ids", "description", "notes")
+)
+
+
 def write_folder(converted: Converted, folder: Path, tag: str, provenance: Mapping[str, Any]) -> None:
     """Write weights as the folder that ``timm.create_model('local-dir:FOLDER', pretrained=True)`` takes.
 
@@ -131,22 +138,36 @@ def write_folder(converted: Converted, folder: Path, tag: str, provenance: Mappi
         raise ValueError(f"{folder} is not an empty folder: give another")
     content = save(converted.state_dict)
     model = timm.create_model(converted.model, num_classes=converted.num_classes, device="meta", **converted.model_args)
-    # of the architecture's default weights in timm: of these nobody said so
     cfg: dict[str, Any] = {"tag": tag}
     if converted.origin != AUTHORS:
-        cfg |= dict.fromkeys(("license", "origin_url", "paper_name", "paper_ids", "description", "notes"))
-        cfg |= {"crop_pct": 0.875, "test_crop_pct": None, "test_input_size": None}
-    described = {
-        "pretrained_cfg": cfg,
-        "sha256": hashlib.sha256(content).hexdigest(),
-        "size": len(content),
-        "provenance": {"origin": converted.origin, **provenance},
-    }
+        cfg |= {**NOT_OF_THESE_WEIGHTS, "crop_pct": 0.875, "test_crop_pct": None, "test_input_size": None}
     folder.mkdir(parents=True, exist_ok=True)
     # without config.json the folder is none that timm takes: it comes last, and whole
     (folder / "model.safetensors").write_bytes(content)
-    save_config_for_hf(model, str(folder / "config.json.tmp"), model_config=described)
-    (folder / "config.json.tmp").replace(folder / "config.json")
+    write_config(model, content, folder / "config.json", cfg, {"origin": converted.origin, **provenance})
+
+
+def write_config(
+    model: nn.Module, content: bytes, file: Path, cfg: Mapping[str, Any], provenance: Mapping[str, Any]
+) -> None:
+    """Write the config.json that stands beside a file of weights: see :func:`write_folder`.
+
+    Args:
+        model: as it is to be made again: its own arguments are part of the description.
+        content: of the weights' file.
+        file: to write, whole or not at all.
+        cfg: what differs from the pretrained_cfg of the architecture's default weights.
+        provenance: where the weights come from, as JSON.
+    """
+    described = {
+        "pretrained_cfg": dict(cfg),
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "size": len(content),
+        "provenance": dict(provenance),
+    }
+    unfinished = file.with_name(f"{file.name}.tmp")
+    save_config_for_hf(model, str(unfinished), model_config=described)
+    unfinished.replace(file)
 
 
 def _tensors(checkpoint: Mapping[str, Any]) -> dict[str, torch.Tensor]:

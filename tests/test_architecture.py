@@ -43,7 +43,7 @@ ALLOWED = {
     "training.unlabelled": {"rotation_ssl.images", "training.data", "training.memory"},
     "training.checkpoint": set(),
     "training.batches": {"rotation_ssl.images", "training.augment", "training.recipes", "training.unlabelled"},
-    "training.outputs": {"training.checkpoint", "training.recipes", "training.results"},
+    "training.outputs": {"rotation_ssl.convert", "training.checkpoint", "training.recipes", "training.results"},
     "training.speed": {"rotation_ssl"}
     | {f"rotation_ssl.{name}" for name in ("features", "images", "rotations")}
     | {f"training.{name}" for name in ("batches", "memory", "optimizers", "pretrain", "recipes", "results")},

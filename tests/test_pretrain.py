@@ -60,8 +60,13 @@ def test_it_learns_the_eight_rotations_of_a_handful_of_images(images, tmp_path):
 
 def test_outputs(images, tmp_path):
     file = pretrain(TINY, images, tmp_path / "run")
-    assert file == tmp_path / "run" / "weights.safetensors"
-    assert sorted(p.name for p in file.parent.iterdir()) == ["curve.png", "run.json", "weights.safetensors"]
+    assert file == tmp_path / "run" / "model.safetensors"
+    assert sorted(p.name for p in file.parent.iterdir()) == [
+        "config.json",
+        "curve.png",
+        "model.safetensors",
+        "run.json",
+    ]
     run = json.loads((file.parent / "run.json").read_text())
     assert run["rotated_images"] == 30 * 4 * 4 and [point["step"] for point in run["curve"]] == [10, 20, 30]
     assert run["recipe"]["name"] == "nin-cifar10-cpu" and run["optimizer"] == "Muon" and run["processes"] == 1
@@ -296,8 +301,11 @@ def test_any_backbone_of_timm(images, tmp_path, model):
         TINY, model=model, image_size=size, stages=(Stage(2, size),), padding=0, optimizer=AdamW()
     )
     pretrain(recipe, large, tmp_path)
-    options = {"img_size": size} if model == "test_vit" else {}
-    timm.create_model(model, num_classes=4, **options).load_state_dict(weights(tmp_path))
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert again(torch.zeros(1, 3, size, size)).shape == (1, 4)
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in weights(tmp_path).items())
+    assert again.pretrained_cfg["input_size"] == (3, size, size) and not again.pretrained_cfg.get("license")
+    timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=7)
 
 
 class Stubborn(nn.Linear):
@@ -330,11 +338,11 @@ def test_backbones_that_do_not_fit(monkeypatch):
 
 def test_a_finished_run_is_not_overwritten(images, tmp_path):
     pretrain(TINY, images, tmp_path)
-    before = (tmp_path / "weights.safetensors").read_bytes()
+    before = (tmp_path / "model.safetensors").read_bytes()
     for resume in (False, True):
         with pytest.raises(ValueError, match="holds a run already"):
             pretrain(TINY, images, tmp_path, resume=resume)
-    assert (tmp_path / "weights.safetensors").read_bytes() == before
+    assert (tmp_path / "model.safetensors").read_bytes() == before
 
 
 def test_nothing_to_resume_and_images_that_do_not_fit(images, tmp_path):

@@ -92,7 +92,7 @@ def run_dir(tmp_path):
     """The finished run that the bundled weights came from."""
     folder = tmp_path / "run"
     folder.mkdir()
-    shutil.copyfile(zoo.WEIGHTS_DIR / zoo.manifest()[NAME]["file"], folder / "weights.safetensors")
+    shutil.copyfile(zoo.WEIGHTS_DIR / zoo.manifest()[NAME]["file"], folder / "model.safetensors")
     shutil.copyfile(RESULTS_DIR / f"{NAME}.run.json", folder / "run.json")
     shutil.copyfile(ROOT / "docs" / "figures" / f"{NAME}.curve.png", folder / "curve.png")
     return folder
@@ -138,7 +138,7 @@ def test_what_is_no_finished_run_is_refused(copied, run_dir):
     with pytest.raises(ValueError, match=r"trained by commit .*-dirty"):
         publish.bundle(run_dir, NAME)
     (run_dir / "run.json").write_text(json.dumps(run))
-    (run_dir / "weights.safetensors").write_bytes(b"half")
+    (run_dir / "model.safetensors").write_bytes(b"half")
     with pytest.raises(ValueError, match="not a whole safetensors file"):
         publish.bundle(run_dir, NAME)
     (run_dir / "run.json").unlink()

@@ -43,7 +43,7 @@ def test_a_stop_request_saves_and_resumes_exactly(images, tmp_path, monkeypatch,
     checkpoint = pretrain(recipe, images, tmp_path / "parts")
     monkeypatch.undo()
     assert checkpoint == tmp_path / "parts" / "checkpoints" / "step-000014"
-    assert not (tmp_path / "parts" / "weights.safetensors").exists()
+    assert not (tmp_path / "parts" / "model.safetensors").exists()
     pretrain(recipe, images, tmp_path / "parts", resume=True)
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
     whole, parts = (json.loads((tmp_path / name / "run.json").read_text())["curve"] for name in ("whole", "parts"))
@@ -220,7 +220,7 @@ def test_a_run_is_finished_only_when_its_weights_are_whole(images, tmp_path, mon
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(outputs, "save_file", full)
+    monkeypatch.setattr(outputs, "write_config", full)
     with pytest.raises(OSError, match="No space left"):
         pretrain(TINY, images, tmp_path / "run", checkpoint_seconds=0.0)
     monkeypatch.undo()
@@ -242,7 +242,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(images, tmp_path, monkeypatch, 
     assert str(caught.value) == (
         f"the loss became nan in step 8 of nin-cifar10-cpu, at a learning rate of {rate:.3g}: lower it; {left}"
     )
-    assert not (tmp_path / "weights.safetensors").exists()
+    assert not (tmp_path / "model.safetensors").exists()
     if kept:
         pretrain(TINY, images, tmp_path, resume=True)
         pretrain(TINY, images, tmp_path / "whole")

@@ -30,7 +30,7 @@ def sample_images():
 
 
 def weights(folder):
-    return load_file(folder / "weights.safetensors")
+    return load_file(folder / "model.safetensors")
 
 
 def same(one, other):

@@ -8,9 +8,10 @@ from typing import Any
 import matplotlib
 import torch
 from accelerate import Accelerator
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
+from rotation_ssl.convert import NOT_OF_THESE_WEIGHTS, write_config
 from training.checkpoint import Progress
 from training.recipes import Recipe
 from training.results import device_name, library_versions
@@ -34,14 +35,28 @@ def describe_run(recipe: Recipe, progress: Progress, accelerator: Accelerator) -
 
 
 def write_run(output: Path, run: dict[str, Any], model: nn.Module) -> None:
-    """Write run.json, curve.png and, last, weights.safetensors (fp32): where it is, the run is finished."""
+    """Write run.json, curve.png, config.json and, last, model.safetensors (fp32): where it is, the run is finished.
+
+    The folder is one that ``timm.create_model('local-dir:FOLDER', pretrained=True)`` takes.
+    """
     (output / "run.json").write_text(json.dumps(run, indent=1) + "\n")
     draw_curve(run, output / "curve.png")
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    unfinished = output / "weights.tmp"
-    save_file(state, unfinished, metadata={"format": "pt"})
-    unfinished.chmod(0o644)
-    unfinished.replace(output / "weights.safetensors")
+    content = save(state, metadata={"format": "pt"})
+    unfinished = output / "model.tmp"
+    unfinished.write_bytes(content)
+    recipe = run["recipe"]
+    fixed = getattr(model, "pretrained_cfg", {}).get("fixed_input_size")
+    size = recipe["stages"][-1]["crop"] if fixed else recipe["image_size"]
+    cfg = {
+        **NOT_OF_THESE_WEIGHTS,
+        "tag": recipe["name"],
+        "input_size": (3, size, size),
+        "crop_pct": 1.0,
+        "test_input_size": None,
+    }
+    write_config(model, content, output / "config.json", cfg, {"recipe": recipe, "commit": run["commit"]})
+    unfinished.replace(output / "model.safetensors")
 
 
 def draw_curve(run: dict[str, Any], file: Path) -> None:

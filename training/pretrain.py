@@ -8,9 +8,10 @@ DIR holds CIFAR-10 as train/<class>/*.png, or --download fetches it there; MY_IM
 it. Images that fit into memory are read once, others are decoded by --workers as they come (--stream); broken ones are
 passed over, counted and named. The device is the GPU where there is one, several processes share a step's images.
 
-The output folder gets a checkpoint every few minutes, and at the end weights.safetensors, run.json (recipe, curve,
-commit, versions) and curve.png. Ctrl-C saves a checkpoint and stops; --resume goes on from the last one, to the same
-weights as without the stop. TensorBoard shows the curve while it runs: tensorboard --logdir OUTPUT.
+The output folder gets a checkpoint every few minutes, and at the end what timm.create_model("local-dir:OUTPUT",
+pretrained=True) takes (model.safetensors, config.json), run.json (recipe, curve, commit, versions) and curve.png.
+Ctrl-C saves a checkpoint and stops; --resume goes on from the last one, to the same weights as without the stop.
+TensorBoard shows the curve while it runs: tensorboard --logdir OUTPUT.
 """
 
 import argparse
@@ -165,7 +166,7 @@ def pretrain(
     accelerator = accelerator or create_accelerator(recipe, cpu=True)
     processes, parts = accelerator.num_processes, accelerator.gradient_accumulation_steps
     count = _count_training_images(recipe, images, processes * parts)
-    weights_file, checkpoint = output / "weights.safetensors", find_checkpoint(output)
+    weights_file, checkpoint = output / "model.safetensors", find_checkpoint(output)
     if weights_file.exists() and checkpoint and resume:
         # killed after the last thing that mattered
         remove_checkpoints(output)
@@ -484,7 +485,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if result.name != "weights.safetensors":
+    if result.name != "model.safetensors":
         print(f"stopped; go on with --resume --output {output}", file=sys.stderr)
         return 130
     if accelerator.is_main_process:

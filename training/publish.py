@@ -64,7 +64,7 @@ def bundle(run_dir: Path, name: str) -> None:
         ValueError: not a finished run, one of another model or of uncommitted code, one that held training images out
             or departed from its recipe, one of other rotations than the four, or weights that do not fit the model.
     """
-    weights, run_file, curve = (run_dir / file for file in ("weights.safetensors", "run.json", "curve.png"))
+    weights, run_file, curve = (run_dir / file for file in ("model.safetensors", "run.json", "curve.png"))
     lacking = [file.name for file in (weights, run_file, curve) if not file.is_file()]
     if lacking:
         raise ValueError(f"{run_dir} is not a finished run: it lacks {', '.join(lacking)}")

@@ -117,7 +117,7 @@ def run_variant(recipe: Recipe, images: Images, output: Path, file: Path, device
         file: of the rows.
         device: where to work.
     """
-    weights = output / "weights.safetensors"
+    weights = output / "model.safetensors"
     if not weights.exists():
         everything = torch.cat([images.train.images, images.test.images])
         accelerator = create_accelerator(recipe, cpu=device == "cpu")
