@@ -3,31 +3,37 @@
     python -m training.study run --data-dir DIR
     python -m training.study run --data-dir DIR --only base muon-lr-0.2
     python -m training.study render
+    python -m training.study render --check
 
 Every variant pretrains on the first 45,000 training images of CIFAR-10 (`--data-dir DIR`) and is judged on the last
 5,000 by linear and non-linear probes of block2, trained on the first 10,000; the test images are not read. Numbers are
 result rows in training/results/study/, written as they are measured; a variant that has its rows is passed over, a
-stopped one goes on where it was. `render` writes them into training/STUDY.md and draws its figure.
+stopped one goes on where it was. `render` writes them into training/STUDY.md and draws its figure; with --check it
+writes nothing, and says what it would.
 """
 
 import argparse
 import dataclasses
 import json
+import re
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from training.checkpoint import find_checkpoint
 from training.data import Images, load_images
 from training.evaluate import measure_features, plan
+from training.figures import STAMP_KEY, rows_stamp, stamp_of
 from training.memory import keep_large_blocks
 from training.pretrain import create_accelerator, pretrain
 from training.recipes import CosineSchedule, LinearSchedule, Muon, Recipe, Sgd, Stage
 from training.report import keep_row
-from training.results import RESULTS_DIR, read_file
+from training.results import RESULTS_DIR, Row, read_file
 from training.subject import load_subject, measured_row
 
 ROWS = RESULTS_DIR / "study" / "runs.jsonl"
@@ -35,6 +41,9 @@ BUDGET = 102_400  # rotated images a run
 HOLDOUT = 5_000
 PROBE_IMAGES = 10_000
 LAYER = "block2"
+PROTOCOLS = ("non-linear probe", "linear probe", "rotation accuracy")
+PAGE = Path(__file__).parent / "STUDY.md"
+FIGURE = Path(__file__).parent.parent / "docs" / "figures" / "study.png"
 
 BASE = Recipe(
     name="base",
@@ -49,16 +58,22 @@ BASE = Recipe(
 )
 
 
-def variant(name: str, crops: Sequence[tuple[float, int]] = ((0.7, 24), (0.3, 32)), **changes: object) -> Recipe:
-    """The base with some settings changed, at its number of rotated images.
+def variant(
+    name: str,
+    crops: Sequence[tuple[float, int]] = ((0.7, 24), (0.3, 32)),
+    budget: int = BUDGET,
+    **changes: object,
+) -> Recipe:
+    """The base with some settings changed.
 
     Args:
         name: of the variant.
         crops: the stages: part of the steps, and crop in pixels.
+        budget: rotated images.
         changes: fields of the recipe.
     """
     recipe = dataclasses.replace(BASE, name=name, **changes)  # type: ignore[arg-type]
-    steps = BUDGET // (recipe.images_per_step * len(recipe.rotations))
+    steps = budget // (recipe.images_per_step * len(recipe.rotations))
     return dataclasses.replace(recipe, stages=tuple(Stage(round(part * steps), crop) for part, crop in crops))
 
 
@@ -97,6 +112,7 @@ QUESTIONS: dict[str, tuple[Recipe, ...]] = {
     ),
     "Mirroring (random)": (variant("flip-none", flip="none"),),
 }
+CHANCE = [recipe.name for recipe in next(iter(QUESTIONS.values()))]
 VARIANTS = {recipe.name: recipe for recipes in QUESTIONS.values() for recipe in recipes}
 
 
@@ -149,20 +165,100 @@ def run_variant(recipe: Recipe, images: Images, output: Path, file: Path, device
         keep_row(dataclasses.replace(row, recipe=recipe.name, settings=settings), file)
 
 
+def pixels(recipe: Recipe) -> int:
+    """Pixels of all crops of a run: what its time goes with, the network being all convolutions."""
+    return sum(stage.steps * recipe.images_per_step * len(recipe.rotations) * stage.crop**2 for stage in recipe.stages)
+
+
+def results(file: Path) -> dict[str, dict[str, Row]]:
+    """The rows of each variant that has all of its numbers, by protocol, in the study's order."""
+    rows = read_file(file) if file.exists() else []
+    done = measured(file)
+    return {name: {row.protocol: row for row in rows if row.recipe == name} for name in VARIANTS if name in done}
+
+
+def table(found: dict[str, dict[str, Row]]) -> str:
+    """The page's table: a line a variant, question by question."""
+    lines = [
+        f"| variant | {' | '.join(PROTOCOLS)} | rotated images | pixels, of the base's |",
+        "|---|---|---|---|---|---|",
+    ]
+    for question, recipes in QUESTIONS.items():
+        own = [recipe for recipe in recipes if recipe.name in found]
+        if own:
+            lines.append(f"| **{question}** | | | | | |")
+        for recipe in own:
+            values = [f"{100 * found[recipe.name][protocol].value:.2f} %" for protocol in PROTOCOLS]
+            cost = pixels(recipe) / pixels(BASE)
+            lines.append(f"| `{recipe.name}` | {' | '.join(values)} | {recipe.rotated_images:,} | {cost:.2f} |")
+    return "\n".join(lines)
+
+
+def draw(found: dict[str, dict[str, Row]], file: Path) -> None:
+    """The two probes of every variant beside the base's, as a figure stamped with its rows."""
+    names = [name for name in VARIANTS if name in found][::-1]
+    figure = Figure(figsize=(8.0, 1.2 + 0.3 * len(names)), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, protocol in zip(figure.subplots(1, 2, sharey=True), PROTOCOLS[:2], strict=True):
+        values = [100 * found[name][protocol].value for name in names]
+        chance = [100 * found[name][protocol].value for name in CHANCE if name in found]
+        axes.axvspan(min(chance) - 0.1, max(chance) + 0.1, color="#E69F00", alpha=0.25, lw=0)
+        axes.plot(values, range(len(names)), "o", color="#0072B2")
+        axes.set_xlabel(f"{protocol} of {LAYER} (%)")
+        axes.grid(axis="x", alpha=0.3)
+    figure.axes[0].set_yticks(range(len(names)), names)
+    figure.suptitle("one setting changed; the band is the base with several seeds", fontsize=10)
+    rows = [row for own in found.values() for row in own.values()]
+    figure.savefig(file, dpi=120, metadata={STAMP_KEY: rows_stamp(rows), "Software": None})
+
+
+def render(check: bool = False) -> list[Path]:
+    """Write the page's table and figure from the rows; the files that changed, or would.
+
+    Raises:
+        ValueError: there are no rows of the base yet.
+    """
+    found = results(ROWS)
+    if BASE.name not in found:
+        raise ValueError(f"{ROWS} has no rows of the base: run the study first")
+    text = PAGE.read_text()
+    anew = re.sub(
+        r"(<!-- rendered: runs -->\n).*?(<!-- end -->)",
+        lambda m: f"{m[1]}{table(found)}\n{m[2]}",
+        text,
+        flags=re.DOTALL,
+    )
+    changed = [PAGE] if anew != text else []
+    stamp = rows_stamp(row for own in found.values() for row in own.values())
+    if not FIGURE.exists() or stamp_of(FIGURE) != stamp:
+        changed.append(FIGURE)
+    if not check:
+        PAGE.write_text(anew)
+        if FIGURE in changed:
+            draw(found, FIGURE)
+    return changed
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m training.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("action", choices=("run",), help="run the variants, or write the page")
+    parser.add_argument("action", choices=("run", "render"), help="run the variants, or write the page")
     parser.add_argument("--data-dir", type=Path, default=Path("data/cifar10"), help="where CIFAR-10 is [%(default)s]")
     parser.add_argument("--output", type=Path, default=Path("runs/study"), help="folder of the runs [%(default)s]")
     parser.add_argument("--rows", type=Path, default=ROWS, help="file of the rows [training/results/study/runs.jsonl]")
     parser.add_argument("--only", nargs="+", choices=VARIANTS, metavar="VARIANT", help=", ".join(VARIANTS))
     parser.add_argument("--device", default="cpu", help="[%(default)s]")
+    parser.add_argument("--check", action="store_true", help="of render: write nothing, fail where something differs")
     args = parser.parse_args(arguments)
     keep_large_blocks()
     try:
+        if args.action == "render":
+            changed = render(args.check)
+            for path in changed:
+                print(f"{'differs' if args.check else 'wrote'} {path.name}")
+            return 1 if args.check and changed else 0
         images = load_images("cifar10", args.data_dir, 32, holdout=HOLDOUT)
         for name in args.only or VARIANTS:
             if name not in measured(args.rows):

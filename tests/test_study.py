@@ -1,0 +1,77 @@
+"""The study: variants differ where they say, of the same budget; rows, page and figure belong together."""
+
+import dataclasses
+import json
+
+import pytest
+
+from training import study
+from training.data import load_images
+from training.recipes import Stage
+from training.results import read_file
+from training.study import BASE, BUDGET, QUESTIONS, VARIANTS, pixels, run_variant, variant
+
+SMALL = dataclasses.replace(
+    BASE, model="rotnet_nin3", stages=(Stage(1, 16), Stage(1, 32)), images_per_step=8, holdout=10, precision="fp32"
+)
+
+
+def test_variants_have_the_budget_and_hold_images_out():
+    assert len(VARIANTS) == sum(map(len, QUESTIONS.values())), "two variants of one name"
+    for recipe in VARIANTS.values():
+        assert recipe.rotated_images in (BUDGET, 3 * BUDGET) and recipe.holdout == 5_000
+        assert dataclasses.replace(recipe, name="base") != BASE or recipe is BASE
+    assert variant("base") == BASE
+    # 280 steps of 256 crops of 24 pixels and 120 of 32
+    assert pixels(BASE) == 280 * 256 * 24**2 + 120 * 256 * 32**2
+
+
+@pytest.fixture
+def small_study(small_cifar10, tmp_path, monkeypatch):
+    """Two variants of two steps, measured; their rows."""
+    images = load_images("cifar10", small_cifar10, 32, holdout=10)
+    small = {"Chance": (SMALL,), "Seeds": (dataclasses.replace(SMALL, name="seed-1", seed=1),)}
+    monkeypatch.setattr(study, "QUESTIONS", small)
+    monkeypatch.setattr(study, "VARIANTS", {recipe.name: recipe for own in small.values() for recipe in own})
+    monkeypatch.setattr(study, "PROBE_IMAGES", 20)
+    file = tmp_path / "rows.jsonl"
+    for recipe in study.VARIANTS.values():
+        run_variant(recipe, images, tmp_path / recipe.name, file)
+    return file
+
+
+def test_a_variant_is_measured_on_the_held_out_images(small_study, tmp_path):
+    rows = read_file(small_study)
+    assert [row.recipe for row in rows] == ["base"] * 3 + ["seed-1"] * 3
+    assert {row.data for row in rows} == {"CIFAR-10, last 10 training images"}
+    rotation = rows[0]
+    run = json.loads((tmp_path / "base" / "run.json").read_text())
+    assert (rotation.correct, rotation.n) == tuple(run["holdout_rotation_accuracy"].values())
+    assert {row.n for row in rows if row.layer == "block2"} == {10}
+    assert all("20 labelled images" in row.settings for row in rows if row.layer)
+    assert study.measured(small_study) == {"base", "seed-1"}
+
+
+def test_page_and_figure_follow_the_rows(small_study, tmp_path, monkeypatch):
+    page, figure = tmp_path / "STUDY.md", tmp_path / "study.png"
+    page.write_text("before\n<!-- rendered: runs -->\n<!-- end -->\nafter\n")
+    monkeypatch.setattr(study, "PAGE", page)
+    monkeypatch.setattr(study, "FIGURE", figure)
+    monkeypatch.setattr(study, "ROWS", small_study)
+    monkeypatch.setattr(study, "CHANCE", ["base"])
+    assert study.render(check=True) == [page, figure] and not figure.exists()
+    assert study.render() == [page, figure]
+    assert study.render(check=True) == []
+    rows = [row for row in read_file(small_study) if row.recipe == "seed-1" and row.protocol == "linear probe"]
+    assert f"{100 * rows[0].value:.2f} %" in next(line for line in page.read_text().splitlines() if "seed-1" in line)
+    assert page.read_text().startswith("before\n") and page.read_text().endswith("\nafter\n")
+
+
+def test_the_committed_page_shows_the_committed_rows():
+    assert study.render(check=True) == []
+
+
+def test_no_rows_no_page(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(study, "results", lambda file: {})
+    assert study.main(["render"]) == 2
+    assert "no rows of the base" in capsys.readouterr().err
