@@ -40,6 +40,7 @@ ROWS = RESULTS_DIR / "study" / "runs.jsonl"
 BUDGET = 102_400  # rotated images a run
 HOLDOUT = 5_000
 PROBE_IMAGES = 10_000
+FEW_IMAGES = 9_000
 LAYER = "block2"
 PROTOCOLS = ("non-linear probe", "linear probe", "rotation accuracy")
 PAGE = Path(__file__).parent / "STUDY.md"
@@ -95,6 +96,8 @@ QUESTIONS: dict[str, tuple[Recipe, ...]] = {
         variant("crop-32", crops=((1.0, 32),)),
         variant("crop-16-24-32", crops=((0.3, 16), (0.4, 24), (0.3, 32))),
         variant("crop-24-32-short", crops=((0.9, 24), (0.1, 32))),
+        # as many pixels as crop-32 has
+        variant("crop-24-32-longer", budget=143_360),
     ),
     "Schedule (warm-up over a tenth, then linearly to 0)": (
         variant("hold", schedule=LinearSchedule(warmup=0.1, hold=0.6)),
@@ -111,6 +114,11 @@ QUESTIONS: dict[str, tuple[Recipe, ...]] = {
         variant("momentum-0.9", optimizer=Muon(lr=0.1, momentum=0.9)),
     ),
     "Mirroring (random)": (variant("flip-none", flip="none"),),
+    # a run of the others is over before it meets an image again
+    f"Mirroring, on the first {FEW_IMAGES:,} images, each met three times": (
+        variant("few-images"),
+        variant("few-images-alternate", flip="alternate"),
+    ),
 }
 CHANCE = [recipe.name for recipe in next(iter(QUESTIONS.values()))]
 VARIANTS = {recipe.name: recipe for recipes in QUESTIONS.values() for recipe in recipes}
@@ -135,7 +143,8 @@ def run_variant(recipe: Recipe, images: Images, output: Path, file: Path, device
     """
     weights = output / "model.safetensors"
     if not weights.exists():
-        everything = torch.cat([images.train.images, images.test.images])
+        count = FEW_IMAGES if recipe.name.startswith("few-images") else len(images.train)
+        everything = torch.cat([images.train.images[:count], images.test.images])
         accelerator = create_accelerator(recipe, cpu=device == "cpu")
         pretrain(recipe, everything, output, accelerator, resume=find_checkpoint(output) is not None)
         if not weights.exists():
