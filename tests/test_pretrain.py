@@ -18,6 +18,7 @@ from rotation_ssl.images import normalize
 from rotation_ssl.rotations import count_correct_rotations, rotate_all, rotation_labels
 from training import pretrain as command
 from training.batches import augmented_batches
+from training.checkpoint import find_checkpoint
 from training.eighths import count_correct_eighths
 from training.optimizers import create_optimizers
 from training.pretrain import create_accelerator, create_model, pretrain, renew_statistics
@@ -192,18 +193,39 @@ def create_model_again(recipe):
     return create_model(recipe).state_dict()
 
 
-def test_two_processes_train_as_one(small_cifar10, tmp_path):
-    """Gloo on loopback, a model without batch norm: the same curve, and the same weights but for rounding."""
+STOPPED = """
+import os, signal, sys
+sys.path[:0] = [{root!r}, {tests!r}]
+from tiny_runs import interrupt
+from training import pretrain
+
+class Patch:
+    setattr = staticmethod(setattr)
+
+if os.environ["RANK"] == "1":
+    # one of the two is asked to stop, in its fifth step: both stop, at the same one
+    interrupt(Patch, 5, lambda: signal.raise_signal(signal.SIGTERM))
+sys.exit(pretrain.main(sys.argv[1:]))
+"""
+
+
+def test_two_processes_train_as_one(small_cifar10, tmp_path, capsys):
+    """Gloo on loopback, a model without batch norm: the same curve, and the same weights but for rounding, through
+    checkpoints at every step, a stop and a resume.
+    """
     arguments = [
-        *("nin-cifar10-paper", "--model", "test_convnext", "--data-dir", str(small_cifar10), "--cpu"),
-        *("--images-per-step", "8", "--steps", "12", "--tracker", "none", "--output"),
+        *("nin-cifar10-paper", "--model", "test_convnext", "--data-dir", str(small_cifar10), "--steps", "12"),
+        *("--images-per-step", "8", "--tracker", "none", "--checkpoint-seconds", "0", "--output"),
     ]
-    command_line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
-    result = subprocess.run(
-        [*command_line, "-m", "training.pretrain", *arguments, str(tmp_path / "two")],
-        capture_output=True, text=True, check=False, env=environment, cwd=tmp_path,
-    )  # fmt: skip
+    stopped = tmp_path / "stopped.py"
+    stopped.write_text(STOPPED.format(root=str(ROOT), tests=str(ROOT / "tests")))
+    two = [*arguments, str(tmp_path / "two")]
+    result = torchrun(str(stopped), *two)
+    assert result.returncode != 0 and result.stderr.count("stopped; go on with --resume") == 1, result.stderr
+    assert find_checkpoint(tmp_path / "two").name == "step-000005"
+    assert command.main([*two, "--resume"]) == 2
+    assert "is of another run (processes 2 -> 1)" in capsys.readouterr().err
+    result = torchrun("-m", "training.pretrain", *two, "--resume")
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("wrote ") == 1
     assert command.main([*arguments, str(tmp_path / "one")]) == 0
@@ -216,17 +238,33 @@ def test_two_processes_train_as_one(small_cifar10, tmp_path):
         torch.testing.assert_close(tensor, together[name], rtol=1e-3, atol=1e-5)
 
 
+def torchrun(*arguments):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
+    starter = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    return subprocess.run([*starter, *arguments], capture_output=True, text=True, check=False, env=environment)
+
+
 def test_shares_that_do_not_divide_a_step(images, tmp_path):
     with pytest.raises(ValueError, match="4 images a step cannot be shared by 3 "):
         pretrain(TINY, images, tmp_path / "new", create_accelerator(TINY, True, accumulate=3))
     assert not (tmp_path / "new").exists()
 
 
+def test_batch_norms_common_to_processes_keep_activations_and_muon():
+    """timm's conversion, not torch's, which drops the activation that timm's own batch norms carry."""
+    from timm.layers import convert_sync_batchnorm
+
+    assert command.convert_sync_batchnorm is convert_sync_batchnorm
+    model = convert_sync_batchnorm(timm.create_model("test_resnet", num_classes=4))
+    assert any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
+    assert len(create_optimizers(TINY.optimizer, model)) == 2
+
+
 def test_what_needs_a_gpu_is_refused_without_one(images, tmp_path):
     with pytest.raises(ValueError, match="SyncBatchNorm runs on GPUs alone"):
         pretrain(TINY, images, tmp_path / "new", sync_batchnorm=True)
     with pytest.raises(ValueError, match="fp16 needs a GPU"):
-        create_accelerator(dataclasses.replace(TINY, precision="fp16"), cpu=True)
+        create_accelerator(dataclasses.replace(TINY, precision="fp16", optimizer=Sgd()), cpu=True)
     with pytest.raises(ValueError, match="Unsupported logging capability: nothing"):
         create_accelerator(TINY, cpu=True, trackers="nothing", output=tmp_path)
     with pytest.raises(ValueError, match="tracker 'aim' is not installed: pip install it, or --tracker none"):
@@ -339,9 +377,12 @@ def test_backbones_that_do_not_fit(monkeypatch):
 def test_a_finished_run_is_not_overwritten(images, tmp_path):
     pretrain(TINY, images, tmp_path)
     before = (tmp_path / "model.safetensors").read_bytes()
-    for resume in (False, True):
-        with pytest.raises(ValueError, match="holds a run already"):
-            pretrain(TINY, images, tmp_path, resume=resume)
+    with pytest.raises(ValueError, match="holds a run already"):
+        pretrain(TINY, images, tmp_path)
+    with pytest.raises(ValueError, match=r"a finished run of another recipe \(seed differ\)"):
+        pretrain(dataclasses.replace(TINY, seed=1), images, tmp_path, resume=True)
+    # whoever always says --resume, as jobs do that may be killed, gets what is there
+    assert pretrain(TINY, images, tmp_path, resume=True) == tmp_path / "model.safetensors"
     assert (tmp_path / "model.safetensors").read_bytes() == before
 
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from functools import partial
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from rotation_ssl.images import read_image, read_images
 from training import pretrain as command
 from training.pretrain import pretrain
 from training.recipes import RECIPES
-from training.unlabelled import UnlabelledImages, open_images, stream
+from training.unlabelled import UnlabelledImages, _read_entry, open_images, stream
 
 FILES = sorted((SAMPLES / "cifar10").glob("*.png"))
 
@@ -59,10 +60,13 @@ def test_of_train_and_test_images_only_train_is_read(small_cifar10):
 def test_streamed_is_the_same_as_in_memory(folder, tmp_path, workers):
     broken = broken_files(folder)
     held, streamed = (open_images("folder", folder, 16) for _ in range(2))
+    held.set_holdout(4)
     held.read_all(workers)
     assert held.broken == {3, 4, 39} and held.squares.shape == (40, 3, 16, 16)
-    for position, other in ((3, 5), (4, 5), (39, 0)):
-        assert torch.equal(held.squares[position], held.squares[other]), "the next one that decodes takes its place"
+    for position, other in ((3, 5), (4, 5), (39, 36)):
+        assert torch.equal(held.squares[position], held.squares[other]), (
+            "the next one takes its place, of those held out too"
+        )
     recipe = dataclasses.replace(TINY, holdout=4)
     pretrain(recipe, held, tmp_path / "held", workers=workers)
     pretrain(recipe, streamed, tmp_path / "streamed", workers=workers)
@@ -81,12 +85,38 @@ def test_batches_come_in_order_whoever_decodes(folder):
     assert all(torch.equal(a, b) for a, (b, _) in zip(alone, stream(images, indices), strict=True))
 
 
+def test_images_in_memory_keep_those_held_out_apart(folder):
+    images = open_images("folder", folder, 8)
+    images.read_all()
+    with pytest.raises(ValueError, match="read with 0 held out, not 4"):
+        images.set_holdout(4)
+
+
+def test_an_entry_of_the_datasets_library():
+    """What timm's reader holds of one, decoding left to us; labels are not asked for."""
+    content = FILES[0].read_bytes()
+    entries = [{"image": {"bytes": content}}, {"image": {"bytes": None, "path": str(FILES[1])}}, {"image": {}}]
+
+    class Reader:
+        image_key, dataset = "image", entries
+
+    class Wrapped:
+        reader = Reader()
+
+    images = UnlabelledImages(32, 3, partial(_read_entry, Wrapped()))
+    images.read_all()
+    assert torch.equal(images.squares[:2], read_images(FILES[:2], 32)) and images.broken == {2}
+
+
 def test_nothing_that_decodes(tmp_path):
     for name in ("a.png", "b.jpg"):
         (tmp_path / name).write_text("text")
     images = open_images("folder", tmp_path, 32)
-    with pytest.raises(ValueError, match=r"2 images in a row do not decode; the last one: image .*b\.jpg does not"):
-        images.read_all()
+    for workers in (0, 1):
+        with pytest.raises(
+            ValueError, match=r"^2 images in a row do not decode; the last one: image .*b\.jpg does not"
+        ):
+            images.read_all(workers)
 
 
 def test_what_fits_into_memory(monkeypatch):
@@ -96,6 +126,18 @@ def test_what_fits_into_memory(monkeypatch):
     for available, copies, fits in ((60_000, 1, True), (59_999, 1, False), (60_000, 2, False), (None, 1, True)):
         monkeypatch.setattr(unlabelled, "available_memory", lambda available=available: available)
         assert images.fits_memory(copies) == fits
+
+
+def test_memory_is_what_a_container_may_have(tmp_path, monkeypatch):
+    from training import memory
+
+    monkeypatch.setattr(memory, "CONTROL_GROUP", tmp_path)
+    free = memory.available_memory()
+    (tmp_path / "memory.current").write_text("1000\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert abs(memory.available_memory() - free) < 2**30
+    (tmp_path / "memory.max").write_text("5000\n")
+    assert memory.available_memory() == 4000
 
 
 STREAMED = """
@@ -144,6 +186,9 @@ def test_names_of_timms_data_sets(folder, small_cifar10, tmp_path):
     broken_files(small_cifar10 / "train")
     readers.read_all()
     assert len(readers) == 40 and len(readers.broken) == 3, "timm's own reader would not tell"
+    decoding = open_images("torch/image_folder", small_cifar10, 32)
+    decoding.read_all()
+    assert len(decoding.broken) == 3, "torchvision decodes by itself"
     for name, message in (
         ("torch/nothing", "'torch/nothing' in .* cannot be opened"),
         ("wds/anything", "cannot be opened|from start to end"),

@@ -7,12 +7,15 @@ is written under another name and renamed; only then older ones are removed.
 import contextlib
 import dataclasses
 import json
+import os
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import RNG_STATE_NAME
 from accelerate.utils.other import load
@@ -55,37 +58,59 @@ def save_checkpoint(accelerator: Accelerator, output: Path, progress: Progress, 
     """
     folder = output / "checkpoints" / f"step-{progress.step:06d}"
     unfinished = folder.with_suffix(".tmp")
-    try:
+    with _together(accelerator, output, progress.step):
         if accelerator.is_main_process:
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
-        accelerator.wait_for_everyone()
+    with _together(accelerator, output, progress.step):
         accelerator.save_state(str(unfinished))
         if accelerator.is_main_process:
             if average is not None:
                 state = {name: tensor.cpu().contiguous() for name, tensor in average.state_dict().items()}
                 save_file(state, unfinished / AVERAGE)
             (unfinished / PROGRESS).write_text(json.dumps(dataclasses.asdict(progress)) + "\n")
-    except Exception as error:
-        # torch and safetensors raise their own kinds where the disk is full
-        shutil.rmtree(unfinished, ignore_errors=True)
+    with _together(accelerator, output, progress.step):
+        if accelerator.is_main_process:
+            # on the disk, not in a cache, before the one before goes
+            for path in (*unfinished.iterdir(), unfinished):
+                sync(path)
+            if not folder.exists():
+                unfinished.rename(folder)
+                sync(folder.parent)
+            # older ones, and what kills have left
+            for other in folder.parent.iterdir():
+                if other != folder:
+                    shutil.rmtree(other)
+    return folder
+
+
+@contextlib.contextmanager
+def _together(accelerator: Accelerator, output: Path, step: int) -> Iterator[None]:
+    """A part of saving that fails in all processes where it fails in one; torch and safetensors have errors of their
+    own for a full disk.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    failed = accelerator.reduce(torch.tensor(float(error is not None), device=accelerator.device)).item()
+    if failed:
         kept = find_checkpoint(output)
+        reason = _first_line(error) if error else "in another process"
         raise OSError(
-            f"the checkpoint of step {progress.step} cannot be written ({_first_line(error)}); "
+            f"the checkpoint of step {step} cannot be written ({reason}); "
             f"{f'{kept} is kept' if kept else 'there is none before it'}: make room, then --resume"
         ) from error
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        older = find_checkpoint(output)
-        if older == folder:
-            # resumed and stopped before a step was taken: the same state
-            shutil.rmtree(unfinished)
-        else:
-            unfinished.rename(folder)
-            if older is not None:
-                shutil.rmtree(older)
-    accelerator.wait_for_everyone()
-    return folder
+
+
+def sync(path: Path) -> None:
+    """Have a file's content, or a folder's entries, written to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def read_progress(folder: Path, identity: dict[str, str]) -> Progress:

@@ -14,6 +14,8 @@ from pathlib import Path
 # parameters of mallopt(3), from malloc.h
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 
+CONTROL_GROUP = Path("/sys/fs/cgroup")
+
 
 def keep_large_blocks() -> bool:
     """Serve large blocks from the heap and never trim it (Linux with glibc alone); whether it was done."""
@@ -27,8 +29,22 @@ def keep_large_blocks() -> bool:
 
 
 def available_memory() -> int | None:
-    """Bytes that can be had without swapping, as Linux says; None elsewhere."""
-    file = Path("/proc/meminfo")
-    lines = file.read_text().splitlines() if file.exists() else []
-    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return int(found[0]) * 1024 if found else None
+    """Bytes that can be had without swapping, as Linux says, and within a container's limit; None elsewhere."""
+    lines = (_read(Path("/proc/meminfo")) or "").splitlines()
+    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    # of control groups, version 2 and version 1
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        most, now = _read(CONTROL_GROUP / limit), _read(CONTROL_GROUP / used)
+        if most and now and most.strip() != "max":
+            found.append(max(0, int(most) - int(now)))
+    return min(found, default=None)
+
+
+def _read(file: Path) -> str | None:
+    try:
+        return file.read_text()
+    except OSError:
+        return None

@@ -30,7 +30,7 @@ def create_optimizers(settings: Sgd | Muon | AdamW, model: nn.Module) -> list[to
     if isinstance(settings, AdamW):
         return [torch.optim.AdamW(model.parameters(), settings.lr, settings.betas, weight_decay=settings.weight_decay)]
     convolutions = sum(isinstance(module, nn.Conv2d) for module in model.modules())
-    norms = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    norms = sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
     if not 0 < convolutions <= norms:
         raise ValueError(
             f"Muon rescales filters, which needs batch norm after every convolution: {type(model).__name__} has "

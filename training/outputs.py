@@ -12,7 +12,7 @@ from safetensors.torch import save
 from torch import nn
 
 from rotation_ssl.convert import NOT_OF_THESE_WEIGHTS, write_config
-from training.checkpoint import Progress
+from training.checkpoint import Progress, sync
 from training.recipes import Recipe
 from training.results import device_name, library_versions
 
@@ -56,7 +56,9 @@ def write_run(output: Path, run: dict[str, Any], model: nn.Module) -> None:
         "test_input_size": None,
     }
     write_config(model, content, output / "config.json", cfg, {"recipe": recipe, "commit": run["commit"]})
+    sync(unfinished)
     unfinished.replace(output / "model.safetensors")
+    sync(output)
 
 
 def draw_curve(run: dict[str, Any], file: Path) -> None:

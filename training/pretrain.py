@@ -33,6 +33,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object
 from timm.data import resolve_model_data_config
+from timm.layers import convert_sync_batchnorm
 from torch import nn
 from torch.optim import swa_utils
 from tqdm import tqdm
@@ -77,6 +78,9 @@ def create_accelerator(
     Raises:
         ValueError: a precision that the device does not have, or a tracker whose package is not installed.
     """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    # without this accelerate takes each process for the only one where there is no GPU
+    cpu = cpu or (processes > 1 and not torch.cuda.is_available())
     # one process may train several recipes, one after the other, in different precisions
     AcceleratorState._reset_state()
     try:
@@ -94,8 +98,16 @@ def create_accelerator(
             )
     except (ValueError, ImportError) as error:
         raise ValueError(f"training cannot be set up: {str(error).splitlines()[0]}") from error
+    if accelerator.num_processes != processes:
+        raise ValueError(
+            f"{processes} processes were started, accelerate sees {accelerator.num_processes} on {accelerator.device}: "
+            "start them with torchrun or accelerate launch, on GPUs or with --cpu"
+        )
     if recipe.precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("precision fp16 needs a GPU: take bf16 or fp32 on the CPU")
+    if recipe.precision == "fp16" and isinstance(recipe.optimizer, Muon):
+        # its gradients are scaled, and accelerate changes the scale between the steps of the two
+        raise ValueError("precision fp16 does not go with Muon, which is two optimisers: take bf16 or fp32")
     if trackers and not accelerator.log_with:
         raise ValueError(f"tracker {trackers!r} is not installed: pip install it, or --tracker none")
     return accelerator
@@ -167,9 +179,11 @@ def pretrain(
     processes, parts = accelerator.num_processes, accelerator.gradient_accumulation_steps
     count = _count_training_images(recipe, images, processes * parts)
     weights_file, checkpoint = output / "model.safetensors", find_checkpoint(output)
-    if weights_file.exists() and checkpoint and resume:
-        # killed after the last thing that mattered
-        remove_checkpoints(output)
+    if weights_file.exists() and resume:
+        _check_finished(recipe, output)
+        if accelerator.is_main_process:
+            # it may have been killed after the last thing that mattered
+            remove_checkpoints(output)
         return weights_file
     if weights_file.exists() or (checkpoint and not resume):
         raise ValueError(f"{output} holds a run already: --resume an unfinished one, or give another --output")
@@ -191,7 +205,7 @@ def pretrain(
     torch.manual_seed(recipe.seed)
     raw_model = create_model(recipe)
     if sync_batchnorm:
-        raw_model = nn.SyncBatchNorm.convert_sync_batchnorm(raw_model)
+        raw_model = convert_sync_batchnorm(raw_model)
     raw_model.to(accelerator.device).to(memory_format=torch.channels_last)
     average = None
     if recipe.average:
@@ -202,21 +216,24 @@ def pretrain(
         load_checkpoint(accelerator, checkpoint, average)
     if isinstance(images, torch.Tensor):
         images = images.to(accelerator.device)
+    if isinstance(images, UnlabelledImages):
+        images.set_holdout(recipe.holdout)
     broken = set(progress.broken) | (images.broken if isinstance(images, UnlabelledImages) else set())
     batches = augmented_batches(recipe, raw_model, images, count, accelerator, progress.step, broken, workers)
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
     if accelerator.log_with:
-        accelerator.init_trackers("tensorboard", config=_tracked(recipe))
+        # TensorBoard takes it for a folder, the others for a project
+        project = "tensorboard" if "tensorboard" in map(str, accelerator.log_with) else "rotation-ssl"
+        accelerator.init_trackers(project, config=_tracked(recipe))
     losses: list[torch.Tensor] = [torch.tensor(loss, device=accelerator.device) for loss in progress.losses]
 
     with StopRequest() as stop, progress_bar(recipe, progress.step, accelerator.is_main_process) as bar:
         began = saved = time.monotonic()
-        seconds, stopping, rate = progress.seconds, False, recipe.optimizer.lr
+        seconds, stopping = progress.seconds, False
         while progress.step < recipe.steps and not stopping:
             factor = learning_rate_factor(recipe.schedule, progress.step, recipe.steps)
             set_learning_rates(optimizers, factor)
-            rate = factor * recipe.optimizer.lr
             losses.append(train_step(recipe, model, optimizers, batches, accelerator))
             if average is not None:
                 average.update_parameters(raw_model)
@@ -224,12 +241,14 @@ def pretrain(
             bar.update(recipe.images_per_step * len(recipe.rotations))
             if progress.step % CURVE_EVERY == 0 or progress.step == recipe.steps:
                 values = accelerator.reduce(torch.stack(losses), "mean").tolist()
-                _check_finite(recipe, values, progress.step, rate, output)
+                _check_finite(recipe, values, progress.step, output)
                 progress.seconds = round(seconds + time.monotonic() - began, 1)
                 loss_now, crop = sum(values) / len(values), recipe.crop_at(progress.step - 1)
                 progress.curve.append({"step": progress.step, "loss": loss_now, "seconds": progress.seconds})
                 bar.set_postfix(_postfix(loss_now, crop, len(broken)))
-                accelerator.log({"loss": loss_now, "learning rate": rate, "crop": crop}, step=progress.step)
+                accelerator.log(
+                    {"loss": loss_now, "learning rate": factor * recipe.optimizer.lr, "crop": crop}, step=progress.step
+                )
                 losses.clear()
             due = time.monotonic() - saved > checkpoint_seconds
             stopping, due = _agreed(accelerator, stop.requested, due)
@@ -237,15 +256,15 @@ def pretrain(
                 progress.losses = accelerator.reduce(torch.stack(losses), "mean").tolist() if losses else []
                 progress.seconds = round(seconds + time.monotonic() - began, 1)
                 progress.broken = _all_broken(accelerator, broken)
-                _check_finite(recipe, progress.losses, progress.step, rate, output)
-                _check_weights(recipe, raw_model, progress.step, rate, output)
+                _check_finite(recipe, progress.losses, progress.step, output)
+                _check_weights(recipe, raw_model, progress.step, output)
                 checkpoint = save_checkpoint(accelerator, output, progress, average)
                 saved = time.monotonic()
     batches.close()
     if progress.step < recipe.steps and checkpoint:
         accelerator.end_training()
         return checkpoint
-    _check_weights(recipe, raw_model, progress.step, rate, output)
+    _check_weights(recipe, raw_model, progress.step, output)
     progress.broken = _all_broken(accelerator, broken)
     if average is not None:
         raw_model.load_state_dict(average.module.state_dict())
@@ -369,19 +388,36 @@ def _count_training_images(recipe: Recipe, images: torch.Tensor | UnlabelledImag
     return count
 
 
-def _check_finite(recipe: Recipe, losses: list[float], step: int, rate: float, output: Path) -> None:
+def _check_finished(recipe: Recipe, output: Path) -> None:
+    """Refuse to take a finished run of other settings for the one asked for."""
+    try:
+        finished = json.loads((output / "run.json").read_text())["recipe"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{output} holds weights of an unknown run ({error}): give another --output") from error
+    asked = json.loads(json.dumps(dataclasses.asdict(recipe)))
+    different = [name for name in asked if name != "note" and finished.get(name) != asked[name]]
+    if different:
+        raise ValueError(
+            f"{output} holds a finished run of another recipe ({', '.join(different)} differ): give another --output"
+        )
+
+
+def _check_finite(recipe: Recipe, losses: list[float], step: int, output: Path) -> None:
     """Refuse losses, of the steps up to ``step``, that are not finite."""
     for loss, at in zip(losses, range(step - len(losses) + 1, step + 1), strict=True):
         if not math.isfinite(loss):
-            raise ValueError(f"the loss became {loss} in step {at} of {recipe.name}, {_advice(rate, output)}")
+            raise ValueError(f"the loss became {loss} in step {at} of {recipe.name}, {_advice(recipe, at, output)}")
 
 
-def _check_weights(recipe: Recipe, model: nn.Module, step: int, rate: float, output: Path) -> None:
+def _check_weights(recipe: Recipe, model: nn.Module, step: int, output: Path) -> None:
     if not all(bool(p.isfinite().all()) for p in model.parameters()):
-        raise ValueError(f"the weights became infinite by step {step} of {recipe.name}, {_advice(rate, output)}")
+        raise ValueError(
+            f"the weights became infinite by step {step} of {recipe.name}, {_advice(recipe, step, output)}"
+        )
 
 
-def _advice(rate: float, output: Path) -> str:
+def _advice(recipe: Recipe, step: int, output: Path) -> str:
+    rate = recipe.optimizer.lr * learning_rate_factor(recipe.schedule, step - 1, recipe.steps)
     kept = find_checkpoint(output)
     left = f"the last good checkpoint is {kept}" if kept else "no checkpoint was due yet"
     return f"at a learning rate of {rate:.3g}: lower it; {left}"
@@ -469,7 +505,11 @@ def main(arguments: list[str] | None = None) -> int:
         output = args.output or Path("runs") / recipe.name
         tracker = None if args.tracker == "none" else args.tracker
         accelerator = create_accelerator(recipe, args.cpu, args.accumulate, tracker, output)
-        images = open_images(recipe.data, args.data_dir, recipe.image_size, args.download)
+        with accelerator.local_main_process_first():
+            # the others find what the first one downloads
+            images = open_images(recipe.data, args.data_dir, recipe.image_size, args.download)
+        if isinstance(images, UnlabelledImages):
+            images.set_holdout(recipe.holdout)
         if isinstance(images, UnlabelledImages) and not args.stream and images.fits_memory(accelerator.num_processes):
             images.read_all(args.workers, quiet=not accelerator.is_main_process)
         result = pretrain(
@@ -483,10 +523,12 @@ def main(arguments: list[str] | None = None) -> int:
             args.sync_batchnorm,
         )
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        print(f"error{f' (process {rank})' if rank != '0' else ''}: {error}", file=sys.stderr)
         return 2
     if result.name != "model.safetensors":
-        print(f"stopped; go on with --resume --output {output}", file=sys.stderr)
+        if accelerator.is_main_process:
+            print(f"stopped; go on with --resume --output {output}", file=sys.stderr)
         return 130
     if accelerator.is_main_process:
         broken = json.loads((output / "run.json").read_text()).get("broken_images", [])

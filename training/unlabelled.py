@@ -4,11 +4,12 @@ Either way index i is the same square of the same image, so that a run does not 
 does not decode is passed over: the next one that does takes its place, and it is counted and named.
 """
 
+import io
 import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import numpy as np
 import torch
@@ -24,8 +25,9 @@ from training.memory import available_memory
 BROKEN_IN_A_ROW = 100  # so many mean that it is not the images that are broken
 
 
-class UnlabelledImages(Dataset[tuple[torch.Tensor, list[int]]]):
-    """Squares of N images: index -> (3, size, size) uint8 and the indices of images that were found broken on the way.
+class UnlabelledImages(Dataset[tuple[torch.Tensor, list[int]] | ValueError]):
+    """Squares of N images: index -> (3, size, size) uint8 and the indices of images that were found broken on the way,
+    or an error where too many were.
 
     Args:
         size: side of the squares: the shorter side is resized to it (bicubic), the centre is taken.
@@ -40,13 +42,16 @@ class UnlabelledImages(Dataset[tuple[torch.Tensor, list[int]]]):
         self, size: int, count: int, read: Callable[[int], Image.Image], label: Callable[[int], str] = str
     ) -> None:
         self.size, self.count, self.read, self.label = size, count, read, label
+        self.holdout = 0
         self.squares: torch.Tensor | None = None
         self.broken: set[int] = set()
 
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, list[int]]:
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, list[int]] | ValueError:
+        trained = self.count - self.holdout
+        first, end = (0, trained) if index < trained else (trained, self.count)
         broken: list[int] = []
         while True:
             try:
@@ -54,9 +59,20 @@ class UnlabelledImages(Dataset[tuple[torch.Tensor, list[int]]]):
                 return torch.from_numpy(pixels.copy()).permute(2, 0, 1), broken
             except ValueError as error:
                 broken.append(index)
-                if len(broken) == min(BROKEN_IN_A_ROW, self.count):
-                    raise ValueError(f"{len(broken)} images in a row do not decode; the last one: {error}") from error
-                index = (index + 1) % self.count
+                if len(broken) == min(BROKEN_IN_A_ROW, end - first):
+                    # returned: raised in a worker it would reach the user as a traceback
+                    return ValueError(f"{len(broken)} images in a row do not decode; the last one: {error}")
+                index = first + (index + 1 - first) % (end - first)
+
+    def set_holdout(self, holdout: int) -> None:
+        """Keep the last images apart: none of them takes the place of a broken one that is trained on, or back.
+
+        Raises:
+            ValueError: the images are in memory already, with others apart.
+        """
+        if self.squares is not None and holdout != self.holdout:
+            raise ValueError(f"the images were read with {self.holdout} held out, not {holdout}: read them anew")
+        self.holdout = holdout
 
     def fits_memory(self, copies: int = 1) -> bool:
         """Whether all squares, so many times, take at most half of the available memory (4 GiB where none is told)."""
@@ -143,10 +159,15 @@ def stream(
         num_workers=workers,
         collate_fn=_collate,
         pin_memory=pin,
+        # in process groups of their own: who stops the run stops it at the end of a step, with all workers alive
+        worker_init_fn=_set_apart,
         # its seed for the workers would be drawn from torch's own generator: dropout would differ after a resume
         generator=torch.Generator(),
     )
-    yield from loader
+    for batch in loader:
+        if isinstance(batch, ValueError):
+            raise batch
+        yield batch
 
 
 def _file_name(files: np.ndarray, index: int) -> str:
@@ -158,11 +179,23 @@ def _read_file(files: np.ndarray, index: int) -> Image.Image:
 
 
 def _read_entry(dataset: Any, index: int) -> Image.Image:
-    if not hasattr(dataset, "reader"):
-        return read_image(dataset[index][0])
-    # timm's own way passes over broken images in silence: its reader is asked itself
-    with dataset.reader[index][0] as file:
-        return read_image(file)
+    try:
+        if not hasattr(dataset, "reader"):
+            return read_image(dataset[index][0])
+        # timm's own way passes over broken images in silence, and wants labels: its reader is asked itself
+        with _open_entry(dataset.reader, index) as file:
+            return read_image(file)
+    except Exception as error:
+        # whatever the libraries raise that decode by themselves
+        raise ValueError(f"image {index} does not decode ({error})") from error
+
+
+def _open_entry(reader: Any, index: int) -> IO[bytes]:
+    if not hasattr(reader, "image_key"):
+        file: IO[bytes] = reader[index][0]
+        return file
+    entry = reader.dataset[index][reader.image_key]  # of the datasets library, not decoded
+    return io.BytesIO(entry["bytes"]) if entry.get("bytes") else Path(entry["path"]).open("rb")
 
 
 class _Lists:
@@ -175,5 +208,16 @@ class _Lists:
         return (index.tolist() for index in self.indices)
 
 
-def _collate(items: list[tuple[torch.Tensor, list[int]]]) -> tuple[torch.Tensor, set[int]]:
-    return torch.stack([pixels for pixels, _ in items]), {index for _, broken in items for index in broken}
+def _collate(
+    items: list[tuple[torch.Tensor, list[int]] | ValueError],
+) -> tuple[torch.Tensor, set[int]] | ValueError:
+    good = []
+    for item in items:
+        if isinstance(item, ValueError):
+            return item
+        good.append(item)
+    return torch.stack([pixels for pixels, _ in good]), {index for _, broken in good for index in broken}
+
+
+def _set_apart(worker: int) -> None:
+    os.setpgrp()
