@@ -176,8 +176,9 @@ def pretrain(
         OSError: a checkpoint or the weights cannot be written; the last checkpoint is kept.
     """
     accelerator = accelerator or create_accelerator(recipe, cpu=True)
-    processes, parts = accelerator.num_processes, accelerator.gradient_accumulation_steps
-    count = _count_training_images(recipe, images, processes * parts)
+    count = _count_training_images(recipe, images, accelerator)
+    if sync_batchnorm and accelerator.device.type == "cpu":
+        raise ValueError("SyncBatchNorm runs on GPUs alone: leave --sync-batchnorm out, each process keeps its own")
     weights_file, checkpoint = output / "model.safetensors", find_checkpoint(output)
     if weights_file.exists() and resume:
         _check_finished(recipe, output)
@@ -189,18 +190,8 @@ def pretrain(
         raise ValueError(f"{output} holds a run already: --resume an unfinished one, or give another --output")
     if resume and not checkpoint:
         raise ValueError(f"nothing to resume: there is no checkpoint in {output}; start without --resume")
-    if sync_batchnorm and accelerator.device.type == "cpu":
-        raise ValueError("SyncBatchNorm runs on GPUs alone: leave --sync-batchnorm out, each process keeps its own")
-    identity = {
-        **{f.name: repr(getattr(recipe, f.name)) for f in dataclasses.fields(recipe) if f.name != "note"},
-        "number of images": repr(count),
-        "processes": repr(processes),
-        "parts of a step": repr(parts),
-        "sync_batchnorm": repr(sync_batchnorm),
-    }
-    progress = Progress(identity, current_commit())
-    if checkpoint:
-        progress = read_progress(checkpoint, identity)
+    identity = _identity(recipe, count, accelerator, sync_batchnorm)
+    progress = read_progress(checkpoint, identity) if checkpoint else Progress(identity, current_commit())
 
     torch.manual_seed(recipe.seed)
     raw_model = create_model(recipe)
@@ -272,16 +263,28 @@ def pretrain(
         again = augmented_batches(recipe, raw_model, images, count, accelerator, last, broken, workers)
         renew_statistics(recipe, raw_model, again)
     if accelerator.is_main_process:
-        run = describe_run(recipe, progress, accelerator)
-        if isinstance(images, UnlabelledImages):
-            run["broken_images"] = [images.label(index) for index in progress.broken]
-        if recipe.holdout:
-            correct, total = holdout_accuracy(recipe, raw_model, images, accelerator.device)
-            run["holdout_rotation_accuracy"] = {"correct": correct, "n": total}
-        write_run(output, run, raw_model)
-        remove_checkpoints(output)
+        _finish(recipe, raw_model, images, output, progress, accelerator)
     accelerator.end_training()
     return weights_file
+
+
+def _finish(
+    recipe: Recipe,
+    model: nn.Module,
+    images: torch.Tensor | UnlabelledImages,
+    output: Path,
+    progress: Progress,
+    accelerator: Accelerator,
+) -> None:
+    """Measure what was held out, write the outputs, and only then remove the checkpoints."""
+    run = describe_run(recipe, progress, accelerator)
+    if isinstance(images, UnlabelledImages):
+        run["broken_images"] = [images.label(index) for index in progress.broken]
+    if recipe.holdout:
+        correct, total = holdout_accuracy(recipe, model, images, accelerator.device)
+        run["holdout_rotation_accuracy"] = {"correct": correct, "n": total}
+    write_run(output, run, model)
+    remove_checkpoints(output)
 
 
 def train_step(
@@ -370,8 +373,20 @@ def progress_bar(recipe: Recipe, step: int, shown: bool) -> tqdm:
     )
 
 
-def _count_training_images(recipe: Recipe, images: torch.Tensor | UnlabelledImages, shares: int) -> int:
+def _identity(recipe: Recipe, count: int, accelerator: Accelerator, sync_batchnorm: bool) -> dict[str, str]:
+    """All that decides the weights but machine, thread count and library versions, by name."""
+    return {
+        **{f.name: repr(getattr(recipe, f.name)) for f in dataclasses.fields(recipe) if f.name != "note"},
+        "number of images": repr(count),
+        "processes": repr(accelerator.num_processes),
+        "parts of a step": repr(accelerator.gradient_accumulation_steps),
+        "sync_batchnorm": repr(sync_batchnorm),
+    }
+
+
+def _count_training_images(recipe: Recipe, images: torch.Tensor | UnlabelledImages, accelerator: Accelerator) -> int:
     """How many images are trained on, after a look at whether recipe, images and processes fit."""
+    shares = accelerator.num_processes * accelerator.gradient_accumulation_steps
     if not 0 <= recipe.holdout < len(images):
         raise ValueError(f"holdout must be 0 to {len(images) - 1} of the training images, got {recipe.holdout}")
     size = images.shape[-1] if isinstance(images, torch.Tensor) else images.size
