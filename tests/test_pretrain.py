@@ -438,3 +438,12 @@ def test_command_line_errors_are_one_line(tmp_path, capsys):
     assert command.main(["nin-cifar10-cpu", "--image-size", "64", "--data-dir", str(tmp_path), "--cpu"]) == 2
     assert capsys.readouterr().err.startswith("error: CIFAR-10's images are of 32 pixels, not 64")
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("module", ["pretrain", "evaluate", "finetune", "check", "study"])
+def test_help_says_how_to_leave_the_allocator_alone(module, capsys):
+    import importlib
+
+    with pytest.raises(SystemExit):
+        importlib.import_module(f"training.{module}").main(["--help"])
+    assert "ROTATION_SSL_MALLOPT=0" in capsys.readouterr().out

@@ -33,7 +33,7 @@ from rotation_ssl.golden import GOLDEN_TOLERANCE, golden_difference
 from training.data import Images, load_images
 from training.evaluate import PROTOCOLS, Measurement, images_to_run, measure_features, measure_rotation
 from training.finetune import measure_transfer, transfer_subject
-from training.memory import keep_large_blocks
+from training.memory import TURN_OFF, keep_large_blocks
 from training.recipes import TRANSFERS
 from training.results import PARTS, RESULTS_DIR, Row, check_device, complaints, read_rows
 from training.subject import subject_of_row
@@ -176,7 +176,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     names = PROTOCOLS | {recipe.name: recipe.protocol for recipe in TRANSFERS.values() if recipe.cost == "cpu"}
     parser = argparse.ArgumentParser(
-        prog="python -m training.check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m training.check",
+        description=__doc__,
+        epilog=TURN_OFF,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--quick", action="store_true", help="the part that takes minutes")
     parser.add_argument("--only", nargs="+", choices=names, help="a part of the numbers [all]")

@@ -39,7 +39,7 @@ from rotation_ssl.probes import (
 from rotation_ssl.rotations import count_correct_rotations
 from training.augment import crop_and_flip
 from training.data import DATASETS, Images, LabelledImages, check_whole_cifar10, load_images
-from training.memory import available_memory, keep_large_blocks
+from training.memory import TURN_OFF, available_memory, keep_large_blocks
 from training.recipes import PROBES, ProbeRecipe
 from training.report import keep_row, write_report
 from training.results import PARTS, Row, check_device
@@ -365,7 +365,10 @@ def _bar(what: str, total: int) -> tqdm:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m training.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m training.evaluate",
+        description=__doc__,
+        epilog=TURN_OFF,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", metavar="MODEL", help="any model or model.tag of timm, rotnet_* among them")
     parser.add_argument("--weights", type=Path, metavar="FILE", help="measure the weights of a safetensors file")

@@ -39,7 +39,7 @@ from training.data import (
     labels_subset,
     load_images,
 )
-from training.memory import keep_large_blocks
+from training.memory import TURN_OFF, keep_large_blocks
 from training.optimizers import learning_rate_factor, set_learning_rates
 from training.recipes import TRANSFERS, TransferRecipe
 from training.report import keep_row, write_report
@@ -255,7 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     recipes = "\n".join(f"  {r.name:24s} {r.protocol}, {r.images:,} crops" for r in TRANSFERS.values())
     parser = argparse.ArgumentParser(
-        prog="python -m training.finetune", description=__doc__, epilog=f"recipes:\n{recipes}",
+        prog="python -m training.finetune", description=__doc__, epilog=f"recipes:\n{recipes}\n\n{TURN_OFF}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("recipe", choices=sorted(TRANSFERS), metavar="RECIPE", help="one of the recipes below")

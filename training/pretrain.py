@@ -51,7 +51,7 @@ from training.checkpoint import (
     save_checkpoint,
 )
 from training.eighths import count_correct_eighths, eighths_loss
-from training.memory import keep_large_blocks
+from training.memory import TURN_OFF, keep_large_blocks
 from training.optimizers import create_optimizers, learning_rate_factor, renormalize_filters, set_learning_rates
 from training.outputs import describe_run, write_run
 from training.recipes import PRECISIONS, RECIPES, Muon, Recipe, with_image_size, with_steps
@@ -472,8 +472,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m training.pretrain",
         description=__doc__,
-        epilog=f"recipes:\n{recipes}\n\nOn Linux glibc is told to keep large blocks, which is faster; "
-        "ROTATION_SSL_MALLOPT=0 turns that off.",
+        epilog=f"recipes:\n{recipes}\n\n{TURN_OFF}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("recipe", choices=sorted(RECIPES), metavar="RECIPE", help="one of the recipes below")

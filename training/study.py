@@ -29,7 +29,7 @@ from training.checkpoint import find_checkpoint
 from training.data import Images, load_images
 from training.evaluate import measure_features, plan
 from training.figures import STAMP_KEY, rows_stamp, stamp_of
-from training.memory import keep_large_blocks
+from training.memory import TURN_OFF, keep_large_blocks
 from training.pretrain import create_accelerator, pretrain
 from training.recipes import CosineSchedule, LinearSchedule, Muon, Recipe, Sgd, Stage
 from training.report import keep_row
@@ -250,7 +250,10 @@ def render(check: bool = False) -> list[Path]:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m training.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m training.study",
+        description=__doc__,
+        epilog=TURN_OFF,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("action", choices=("run", "render"), help="run the variants, or write the page")
     parser.add_argument("--data-dir", type=Path, default=Path("data/cifar10"), help="where CIFAR-10 is [%(default)s]")
