@@ -14,10 +14,8 @@ from pathlib import Path
 # parameters of mallopt(3), from malloc.h
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 
-TURN_OFF = (
-    "On Linux glibc is told to keep large blocks, which is faster; ROTATION_SSL_MALLOPT=0 in the environment turns that "
-    "off."
-)  # for the commands' --help
+# for the commands' --help
+TURN_OFF = "On Linux glibc is told to keep large blocks, which is faster; ROTATION_SSL_MALLOPT=0 turns that off."
 CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
