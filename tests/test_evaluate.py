@@ -216,12 +216,12 @@ def test_bad_input_is_a_one_line_error_and_writes_nothing(
     arguments, message, small_cifar10, capsys, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(subject, "current_commit", lambda: "0" * 40)
-    before = {file.name: file.read_bytes() for file in RESULTS_DIR.iterdir()}
+    before = {file: file.read_bytes() for file in RESULTS_DIR.rglob("*") if file.is_file()}
     assert run(*arguments, "--data-dir", small_cifar10, "--output", tmp_path / "out") == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and message in error
     assert not (tmp_path / "out").exists()
-    assert before == {file.name: file.read_bytes() for file in RESULTS_DIR.iterdir()}
+    assert before == {file: file.read_bytes() for file in RESULTS_DIR.rglob("*") if file.is_file()}
 
 
 def test_uncommitted_code_is_not_recorded(small_cifar10, monkeypatch, capsys):

@@ -54,9 +54,10 @@ def speed_tables(measured: dict[str, Any]) -> str:
     peak_fp32 = max(value for name, value in products.items() if "fp32" in name)
     peak = max(value for name, value in products.items() if "fp32" not in name)
     lines = [
-        f"On {measured['device']}, {measured['threads']} threads; medians of {measured['rounds']} fresh processes, "
-        f"taken in turns (commit `{measured['commit'][:7]}`). 32 pixels, 512 turned images a step, 128 a batch of "
-        f"features. Matrix products reach {peak / 1e9:.0f} GFLOP/s in bf16 and {peak_fp32 / 1e9:.0f} in fp32.",
+        f"On {measured['device']}, {measured['threads']} threads; {measured['rounds']} fresh processes of each, "
+        f"taken in turns, and their medians (commit `{measured['commit'][:7]}`). 32 pixels, 512 turned images a step, "
+        f"128 a batch of features. Matrix products reach {peak / 1e9:.0f} GFLOP/s in bf16 and {peak_fp32 / 1e9:.0f} in "
+        "fp32.",
         "",
         "| | images/s | ratio | of the products' peak | peak memory |",
         "|---|---|---|---|---|",

@@ -46,7 +46,7 @@ from training.figures import (
     rows_stamp,
     stamp_of,
 )
-from training.recipes import RECIPES, Recipe
+from training.recipes import RECIPES
 from training.results import RESULTS_DIR, Row, complaints, read_rows
 from training.upload import Upload, current_version, hub_files, publish, upload_of, upload_of_folder
 
@@ -213,10 +213,17 @@ def _departures(recipe: dict[str, Any]) -> list[str]:
     """What of a run's recipe differs from the named one; a field that an older run.json lacks had its default."""
     if recipe["name"] not in RECIPES:
         return [f"there is no recipe {recipe['name']!r}"]
-    named = json.loads(json.dumps(dataclasses.asdict(RECIPES[recipe["name"]])))
-    defaults = {field.name: field.default for field in dataclasses.fields(Recipe)}
-    run = {field: recipe.get(field, defaults[field]) for field in named if field not in ("seed", "note")}
+    ours = RECIPES[recipe["name"]]
+    named = json.loads(json.dumps(dataclasses.asdict(ours)))
+    run = {**_defaults(ours), **recipe, "schedule": {**_defaults(ours.schedule), **recipe["schedule"]}}
+    if isinstance(run["flip"], bool):
+        run["flip"] = "random" if run["flip"] else "none"
+    run = {field: run[field] for field in named if field not in ("seed", "note")}
     return [f"{field} {named[field]} -> {value}" for field, value in run.items() if value != named[field]]
+
+
+def _defaults(settings: Any) -> dict[str, Any]:
+    return {f.name: f.default for f in dataclasses.fields(settings) if f.default is not dataclasses.MISSING}
 
 
 def _print_uploads(uploads: list[Upload], namespace: str, version: str) -> None:
