@@ -67,8 +67,8 @@ ALLOWED = {
     },
     "training.check": {"rotation_ssl.zoo", "rotation_ssl.features", "rotation_ssl.golden"}
     | {f"training.{name}" for name in ("memory", "data", "evaluate", "finetune", "recipes", "results", "subject")},
-    "training.study": {f"training.{n}" for n in ("checkpoint", "data", "evaluate", "figures", "memory", "pretrain")}
-    | {f"training.{n}" for n in ("recipes", "report", "results", "subject")},
+    "training.study": {f"training.{n}" for n in ("card", "checkpoint", "data", "evaluate", "figures", "memory")}
+    | {f"training.{n}" for n in ("pretrain", "recipes", "report", "results", "subject")},
     "training.figures": {"rotation_ssl.features", "rotation_ssl.images", "training.results"},
     "training.card": {"training.report", "training.results"},
     "training.publish": {f"rotation_ssl.{name}" for name in ("zoo", "features", "golden", "images")}

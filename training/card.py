@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -37,10 +37,19 @@ def render_readme(text: str, rows: Sequence[Row], entries: dict[str, Any]) -> st
     parts = {"weights": weights_table(rows, entries), "repository": _hub_snippet()}
     if SPEED_FILE.exists():
         parts["speed"] = speed_tables(json.loads(SPEED_FILE.read_text()))
+    return replace_parts(text, parts, "README.md")
+
+
+def replace_parts(text: str, parts: Mapping[str, str], page: str) -> str:
+    """A page's text, each part between ``<!-- rendered: NAME -->`` and ``<!-- end -->`` made anew.
+
+    Raises:
+        ValueError: a part that is not among ``parts``.
+    """
 
     def replace(match: re.Match[str]) -> str:
         if match[1] not in parts:
-            raise ValueError(f"README.md has an unknown rendered part {match[1]!r}; there are {', '.join(parts)}")
+            raise ValueError(f"{page} has an unknown rendered part {match[1]!r}; there are {', '.join(parts)}")
         return f"<!-- rendered: {match[1]} -->\n{parts[match[1]]}\n<!-- end -->"
 
     return re.sub(r"<!-- rendered: (\w+) -->\n.*?\n?<!-- end -->", replace, text, flags=re.DOTALL)

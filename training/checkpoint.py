@@ -97,7 +97,7 @@ def _together(accelerator: Accelerator, output: Path, step: int) -> Iterator[Non
     failed = accelerator.reduce(torch.tensor(float(error is not None), device=accelerator.device)).item()
     if failed:
         kept = find_checkpoint(output)
-        reason = _first_line(error) if error else "in another process"
+        reason = first_line(error) if error else "in another process"
         raise OSError(
             f"the checkpoint of step {step} cannot be written ({reason}); "
             f"{f'{kept} is kept' if kept else 'there is none before it'}: make room, then --resume"
@@ -153,8 +153,9 @@ def remove_checkpoints(output: Path) -> None:
 
 
 def _not_a_checkpoint(folder: Path, error: Exception) -> str:
-    return f"{folder} is not a checkpoint of this program ({_first_line(error)}); remove it and start anew"
+    return f"{folder} is not a checkpoint of this program ({first_line(error)}); remove it and start anew"
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """An error in one line: the first of its text, or its kind where it has none."""
     return (str(error).splitlines() or [""])[0] or type(error).__name__

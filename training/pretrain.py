@@ -45,6 +45,7 @@ from training.batches import augmented_batches
 from training.checkpoint import (
     Progress,
     find_checkpoint,
+    first_line,
     load_checkpoint,
     read_progress,
     remove_checkpoints,
@@ -97,7 +98,7 @@ def create_accelerator(
                 kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
             )
     except (ValueError, ImportError) as error:
-        raise ValueError(f"training cannot be set up: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"training cannot be set up: {first_line(error)}") from error
     if accelerator.num_processes != processes:
         raise ValueError(
             f"{processes} processes were started, accelerate sees {accelerator.num_processes} on {accelerator.device}: "
@@ -128,7 +129,7 @@ def create_model(recipe: Recipe) -> nn.Module:
         model = timm.create_model(recipe.model, num_classes=outputs, **options)
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         raise ValueError(
-            f"model {recipe.model!r} cannot be made ({_first_line(error)}); see timm.list_models()"
+            f"model {recipe.model!r} cannot be made ({first_line(error)}); see timm.list_models()"
         ) from error
     model.eval()
     for crop in crops:
@@ -136,7 +137,7 @@ def create_model(recipe: Recipe) -> nn.Module:
             with torch.inference_mode():
                 shape = tuple(model(torch.zeros(2, 3, crop, crop)).shape)
         except (RuntimeError, AssertionError, ValueError) as error:
-            raise ValueError(f"{recipe.model} does not take crops of {crop} pixels ({_first_line(error)})") from error
+            raise ValueError(f"{recipe.model} does not take crops of {crop} pixels ({first_line(error)})") from error
         if shape != (2, outputs):
             raise ValueError(
                 f"{recipe.model} gives {shape} for two images, not (2, {outputs}): it has no head that can be resized "
@@ -457,10 +458,6 @@ def _all_broken(accelerator: Accelerator, broken: set[int]) -> list[int]:
 
 def _tracked(recipe: Recipe) -> dict[str, str]:
     return {field.name: str(getattr(recipe, field.name)) for field in dataclasses.fields(recipe)}
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0] or type(error).__name__
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -44,7 +44,7 @@ SAMPLES = Path(rotation_ssl.__file__).parent / "samples" / "cifar10"
 class Case:
     """What one process measures.
 
-    ``what`` is 'training' (this project's own step), 'naive' (see :func:`naive_batches`), 'features' or 'product' (of
+    ``what`` is 'training' (this project's own step), 'naive' (see :class:`NaiveDataset`), 'features' or 'product' (of
     square matrices). ``images`` are the rotated ones of a training step, or those of a batch of features.
     """
 

@@ -15,7 +15,6 @@ writes nothing, and says what it would.
 import argparse
 import dataclasses
 import json
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from training.card import replace_parts
 from training.checkpoint import find_checkpoint
 from training.data import Images, load_images
 from training.evaluate import measure_features, plan
@@ -230,12 +230,7 @@ def render(check: bool = False) -> list[Path]:
     if BASE.name not in found:
         raise ValueError(f"{ROWS} has no rows of the base: run the study first")
     text = PAGE.read_text()
-    anew = re.sub(
-        r"(<!-- rendered: runs -->\n).*?(<!-- end -->)",
-        lambda m: f"{m[1]}{table(found)}\n{m[2]}",
-        text,
-        flags=re.DOTALL,
-    )
+    anew = replace_parts(text, {"runs": table(found)}, PAGE.name)
     changed = [PAGE] if anew != text else []
     stamp = rows_stamp(row for own in found.values() for row in own.values())
     if not FIGURE.exists() or stamp_of(FIGURE) != stamp:
