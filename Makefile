@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TIMM_TESTS := $(VENV)/timm-sdist
 
-.PHONY: demo test timm-tests export-tests lint render clean
+.PHONY: demo test slow-tests timm-tests lint render clean
 
 demo: $(VENV)/.installed-demo
 	@echo "==> the bundled rotnet_nin on the sample images"
@@ -14,12 +14,12 @@ demo: $(VENV)/.installed-demo
 
 test: $(VENV)/.installed-dev lint
 	@echo "==> tests (ROTATION_SSL_DATA=$${ROTATION_SSL_DATA:-, not set: tests that need whole data sets skip})"
-	@$(BIN)/python -m pytest --ignore tests/test_export.py
+	@$(BIN)/python -m pytest -m "not slow"
 
-# torch.export, ONNX and torch.compile on every model: compiling takes minutes
-export-tests: $(VENV)/.installed-dev
-	@echo "==> export tests"
-	@$(BIN)/python -m pytest tests/test_export.py
+# what takes minutes: models compiled and exported, training killed at many moments, several processes
+slow-tests: $(VENV)/.installed-dev
+	@echo "==> slow tests"
+	@$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.installed-dev
 	@echo "==> ruff and mypy"

@@ -18,6 +18,7 @@ SIZE = 64
 WITH_FC = "rotnet_alexnet with fc layers"
 OPTIONS = {"rotnet_nin": {"pretrained": True}, "rotnet_alexnet": {"fc_size": 0}}
 
+pytestmark = pytest.mark.slow
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))), reason="torch.compile needs a C++ compiler"
 )

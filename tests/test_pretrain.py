@@ -209,6 +209,7 @@ sys.exit(pretrain.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(small_cifar10, tmp_path, capsys):
     """Gloo on loopback, a model without batch norm: the same curve, and the same weights but for rounding, through
     checkpoints at every step, a stop and a resume.

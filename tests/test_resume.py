@@ -113,6 +113,7 @@ KILLS = """
 """
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_moment_leaves_a_checkpoint_that_goes_on_exactly(tmp_path):
     code = textwrap.dedent(KILLS).format(tests=str(ROOT / "tests"), root=str(ROOT), output=str(tmp_path), kills=8)
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

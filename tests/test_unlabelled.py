@@ -160,6 +160,7 @@ STREAMED = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 def test_memory_stays_flat_however_many_images(folder, tmp_path):
     """800 images of 256 pixels are 157 MB: streaming them takes no more than streaming 80 does."""
