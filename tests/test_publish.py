@@ -13,7 +13,7 @@ from conftest import ROOT
 from rotation_ssl import zoo
 from rotation_ssl.features import layer_modules
 from training import card, publish
-from training.recipes import NIN_CIFAR10_CPU_R8
+from training.recipes import NIN_CIFAR10_ABLATION_R8, RECIPES
 from training.results import RESULTS_DIR, Row, read_file, read_rows, write_rows
 
 NAME = "rotnet_nin.cifar10"
@@ -89,11 +89,13 @@ def copied(monkeypatch, tmp_path):
 
 @pytest.fixture
 def run_dir(tmp_path):
-    """The finished run that the bundled weights came from."""
+    """The finished run that the bundled weights came from, of their recipe as it is now: it may have changed since."""
     folder = tmp_path / "run"
     folder.mkdir()
     shutil.copyfile(zoo.WEIGHTS_DIR / zoo.manifest()[NAME]["file"], folder / "model.safetensors")
-    shutil.copyfile(RESULTS_DIR / f"{NAME}.run.json", folder / "run.json")
+    run = json.loads((RESULTS_DIR / f"{NAME}.run.json").read_text())
+    run["recipe"] = dataclasses.asdict(RECIPES[run["recipe"]["name"]])
+    (folder / "run.json").write_text(json.dumps(run))
     shutil.copyfile(ROOT / "docs" / "figures" / f"{NAME}.curve.png", folder / "curve.png")
     return folder
 
@@ -125,11 +127,11 @@ def test_what_is_no_finished_run_is_refused(copied, run_dir):
     with pytest.raises(ValueError, match="held 5000 images out"):
         publish.bundle(run_dir, NAME)
     run["recipe"]["holdout"] = 0
-    for field, value in (("stages", [{"steps": 2, "crop": 32}]), ("precision", "bf16"), ("rotation_unit", 45)):
+    for field, value in (("stages", [{"steps": 2, "crop": 32}]), ("precision", "fp32"), ("rotation_unit", 45)):
         (run_dir / "run.json").write_text(json.dumps(run | {"recipe": run["recipe"] | {field: value}}))
         with pytest.raises(ValueError, match=rf"departed from its recipe: {field} .*; only the seed may differ"):
             publish.bundle(run_dir, NAME)
-    eight = json.loads(json.dumps(dataclasses.asdict(NIN_CIFAR10_CPU_R8)))
+    eight = json.loads(json.dumps(dataclasses.asdict(NIN_CIFAR10_ABLATION_R8)))
     for recipe, message in ((run["recipe"] | {"name": "mine"}, "no recipe 'mine'"), (eight, "have the head of four")):
         (run_dir / "run.json").write_text(json.dumps(run | {"recipe": recipe}))
         with pytest.raises(ValueError, match=message):

@@ -26,20 +26,25 @@ from training.recipes import (
 
 def test_recipes_are_complete_values():
     assert all(name == recipe.name for name, recipe in RECIPES.items())
-    assert [NIN_CIFAR10_CPU.crop_at(s) for s in (0, 1349, 1350, 1949)] == [24, 24, 32, 32]
+    assert [NIN_CIFAR10_CPU.crop_at(s) for s in (0, 8399, 8400, 11_999)] == [24, 24, 32, 32]
     assert NIN_CIFAR10_CPU.rotated_images == NIN_CIFAR10_CPU.steps * 64 * 4
     for recipe in RECIPES.values():
         assert timm.is_model(recipe.model) and recipe.steps > 0
 
 
 def test_ablations_have_the_same_budget():
-    names = ("cifar10-cpu-r0-180", "cifar10-cpu-r90-270", "cifar10-cpu-r8")
-    for recipe in [RECIPES[f"nin-{name}"] for name in names] + [RECIPES[f"nin{n}-cifar10-cpu"] for n in (3, 5)]:
-        assert (recipe.steps, recipe.rotated_images) == (NIN_CIFAR10_CPU.steps, NIN_CIFAR10_CPU.rotated_images)
+    base = RECIPES["nin-cifar10-ablation"]
+    assert base.rotated_images == 102_400 and base == dataclasses.replace(
+        with_steps(NIN_CIFAR10_CPU, 400), name=base.name, note=base.note
+    )
+    ablations = [recipe for name, recipe in RECIPES.items() if "-ablation" in name]
+    assert len(ablations) == 6
+    for recipe in ablations:
+        assert (recipe.steps, recipe.rotated_images) == (base.steps, base.rotated_images)
         assert recipe.images_per_step * len(recipe.rotations) == 256
         varied = {"name", "note", "model", "images_per_step", "rotations", "rotation_unit"}
         for field in {f.name for f in dataclasses.fields(recipe)} - varied:
-            assert getattr(recipe, field) == getattr(NIN_CIFAR10_CPU, field)
+            assert getattr(recipe, field) == getattr(base, field)
 
 
 def test_rotations_and_their_unit_fit():
@@ -53,13 +58,13 @@ def steps_of(recipe):
 
 
 def test_steps_in_proportion_by_hand():
-    assert steps_of(with_steps(NIN_CIFAR10_CPU, 195)) == [135, 60]
+    assert steps_of(with_steps(NIN_CIFAR10_CPU, 120)) == [84, 36]
     assert steps_of(with_steps(NIN_CIFAR10_CPU, 2)) == [1, 1]
     assert with_steps(NIN_CIFAR10_CPU, NIN_CIFAR10_CPU.steps) == NIN_CIFAR10_CPU
     uneven = dataclasses.replace(TINY, stages=(Stage(1, 8), Stage(1, 12), Stage(98, 16)))
     assert steps_of(with_steps(uneven, 4)) == [1, 1, 2]
     assert steps_of(with_steps(dataclasses.replace(uneven, stages=uneven.stages[::-1]), 4)) == [2, 1, 1]
-    assert steps_of(with_steps(NIN_CIFAR10_CPU, 3900)) == [2700, 1200]
+    assert steps_of(with_steps(NIN_CIFAR10_CPU, 24_000)) == [16_800, 7200]
     for steps in (-1, 0, 1):
         with pytest.raises(ValueError, match=f"has 2 stages, a step each at least, got {steps} steps"):
             with_steps(NIN_CIFAR10_CPU, steps)
@@ -75,7 +80,7 @@ def test_stages_have_the_steps_asked_for(steps):
 
 def test_image_sizes_in_proportion_by_hand():
     larger = with_image_size(NIN_CIFAR10_CPU, 64)
-    assert [stage.crop for stage in larger.stages] == [48, 64] and larger.padding == 8 and larger.image_size == 64
+    assert [stage.crop for stage in larger.stages] == [48, 64] and larger.padding == 4 and larger.image_size == 64
     assert with_image_size(larger, 32) == NIN_CIFAR10_CPU
     with pytest.raises(ValueError, match="image_size must be at least 1 pixel, got 0"):
         with_image_size(NIN_CIFAR10_CPU, 0)

@@ -56,7 +56,7 @@ from training.memory import TURN_OFF, keep_large_blocks
 from training.optimizers import create_optimizers, learning_rate_factor, renormalize_filters, set_learning_rates
 from training.outputs import describe_run, write_run
 from training.recipes import PRECISIONS, RECIPES, Muon, Recipe, with_image_size, with_steps
-from training.results import current_commit
+from training.results import current_commit, multiplies_bfloat16
 from training.unlabelled import UnlabelledImages, open_images, stream
 
 CURVE_EVERY = 10  # steps averaged into one point of the curve
@@ -519,6 +519,9 @@ def main(arguments: list[str] | None = None) -> int:
         with accelerator.local_main_process_first():
             # the others find what the first one downloads
             images = open_images(recipe.data, args.data_dir, recipe.image_size, args.download)
+        slow = recipe.precision == "bf16" and accelerator.device.type == "cpu" and not multiplies_bfloat16()
+        if slow and accelerator.is_main_process:
+            print("this processor does not multiply bfloat16 itself: --precision fp32 is faster", file=sys.stderr)
         if isinstance(images, UnlabelledImages):
             images.set_holdout(recipe.holdout)
         if isinstance(images, UnlabelledImages) and not args.stream and images.fits_memory(accelerator.num_processes):

@@ -238,6 +238,14 @@ def check_device(device: str) -> None:
         raise ValueError(f"device {device!r} cannot be used ({reason}); give --device cpu or another") from error
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 itself, as /proc/cpuinfo says; True where nothing says."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    flags = {flag for line in lines if line.startswith(("flags", "Features")) for flag in line.split()}
+    return not flags or not flags.isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})
+
+
 def device_name(device: torch.device | str) -> str:
     """The GPU, or the processor as /proc/cpuinfo names it, or the platform's word where there is none."""
     if torch.device(device).type == "cuda":
