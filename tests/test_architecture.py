@@ -67,10 +67,12 @@ ALLOWED = {
     },
     "training.check": {"rotation_ssl.zoo", "rotation_ssl.features", "rotation_ssl.golden"}
     | {f"training.{name}" for name in ("memory", "data", "evaluate", "finetune", "recipes", "results", "subject")},
-    "training.study": {f"training.{n}" for n in ("card", "checkpoint", "data", "evaluate", "figures", "memory")}
+    "training.ablation": {f"training.{n}" for n in ("data", "evaluate", "memory", "pretrain", "recipes")}
+    | {f"training.{n}" for n in ("report", "results", "subject")},
+    "training.study": {f"training.{n}" for n in ("card", "data", "evaluate", "figures", "memory")}
     | {f"training.{n}" for n in ("pretrain", "recipes", "report", "results", "subject")},
     "training.figures": {"rotation_ssl.features", "rotation_ssl.images", "training.results"},
-    "training.card": {"training.report", "training.results"},
+    "training.card": {"training.recipes", "training.report", "training.results"},
     "training.publish": {f"rotation_ssl.{name}" for name in ("zoo", "features", "golden", "images")}
     | {f"training.{name}" for name in ("card", "data", "figures", "recipes", "results", "upload")},
     "training.upload": {"rotation_ssl", "training.card", "training.results"}

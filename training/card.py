@@ -7,12 +7,14 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from training.recipes import RECIPES
 from training.report import spread_text
-from training.results import RESULTS_DIR, Row
+from training.results import RESULTS_DIR, Row, read_file
 
 ROOT = Path(__file__).parent.parent
 CARD_TEMPLATE = Path(__file__).parent / "model_card.md"
 FIGURES = "docs/figures"
+ABLATION_FILE = RESULTS_DIR / "ablation" / "runs.jsonl"  # written by `training.ablation`
 SPEED_FILE = RESULTS_DIR / "speed.json"  # written by `training.benchmark speed --record`
 # the repository has no public address yet: this is the one place that names it
 REPOSITORY = "OWNER/rotation_ssl"
@@ -25,6 +27,8 @@ def render_card(rows: Sequence[Row], entries: dict[str, Any]) -> str:
     entries = {name: entry for name, entry in entries.items() if entry["source"] == "bundled"}
     for heading, section in (("training", _training), ("evaluation", _evaluation), ("compute", _compute)):
         values[heading] = "\n\n".join("\n".join(section(name, entry, rows)) for name, entry in entries.items())
+    ablation = ablation_table(read_file(ABLATION_FILE) if ABLATION_FILE.exists() else [], rows)
+    values["evaluation"] += f"\n\n{ablation}" if ablation else ""
     return Template(CARD_TEMPLATE.read_text()).substitute(values)
 
 
@@ -127,6 +131,39 @@ def elsewhere(entries: dict[str, Any]) -> str:
         for name, entry in entries.items()
         if entry["source"] != "bundled"
     )
+
+
+def ablation_table(measured: Sequence[Row], rows: Sequence[Row]) -> str:
+    """The paper's ablations at this project's small budget, the paper's numbers beside; '' where nothing is measured.
+
+    Args:
+        measured: rows of ``training.ablation``.
+        rows: all others, the quoted ones among them.
+    """
+    if not measured:
+        return ""
+    seen = {RECIPES[row.recipe].rotated_images for row in measured}
+    lines = [
+        "### Which rotations to tell apart",
+        "",
+        f"Networks pretrained on {' or '.join(f'{count:,}' for count in sorted(seen))} rotated images each (recipes"
+        " `nin-cifar10-ablation...`, `python -m training.ablation`; not published). ± is the standard deviation over"
+        " seeds of the probe: pretraining was done once each.",
+        "",
+        "| network, degrees | recipe | non-linear probe (cached) of block2 | paper, 100 epochs |",
+        "|---|---|---|---|",
+    ]
+    for name in dict.fromkeys(row.recipe for row in measured):
+        recipe = RECIPES[name]
+        degrees = ", ".join(str(rotation * recipe.rotation_unit) for rotation in recipe.rotations)
+        quoted = f"{recipe.model}{name.partition('-ablation')[2]}.paper"
+        paper = [
+            row for row in rows if (row.weights, row.layer, row.protocol) == (quoted, "block2", "non-linear probe")
+        ]
+        cells = [f"_{spread_text([row])}_ ({row.source})" for row in paper if row.source.startswith("paper")]
+        own = spread_text([row for row in measured if row.recipe == name])
+        lines.append(f"| `{recipe.model}`: {degrees} | `{name}` | {own} | {', '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def select(rows: Iterable[Row], weights: str, measured: bool = True) -> list[Row]:

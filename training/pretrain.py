@@ -269,6 +269,20 @@ def pretrain(
     return weights_file
 
 
+def finished_run(recipe: Recipe, images: torch.Tensor, output: Path, device: str = "cpu") -> Path:
+    """The weights of a run: those that are there, or made by beginning it or going on with it.
+
+    Raises:
+        ValueError: as :func:`pretrain`.
+        KeyboardInterrupt: the run was stopped; its checkpoint is kept.
+    """
+    weights = output / "model.safetensors"
+    begun = weights.exists() or find_checkpoint(output) is not None
+    if pretrain(recipe, images, output, create_accelerator(recipe, cpu=device == "cpu"), resume=begun) != weights:
+        raise KeyboardInterrupt
+    return weights
+
+
 def _finish(
     recipe: Recipe,
     model: nn.Module,

@@ -25,12 +25,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from training.card import replace_parts
-from training.checkpoint import find_checkpoint
 from training.data import Images, load_images
 from training.evaluate import measure_features, plan
 from training.figures import STAMP_KEY, rows_stamp, stamp_of
 from training.memory import TURN_OFF, keep_large_blocks
-from training.pretrain import create_accelerator, pretrain
+from training.pretrain import finished_run
 from training.recipes import CosineSchedule, LinearSchedule, Muon, Recipe, Sgd, Stage
 from training.report import keep_row
 from training.results import RESULTS_DIR, Row, read_file
@@ -140,14 +139,9 @@ def run_variant(recipe: Recipe, images: Images, output: Path, file: Path, device
         file: of the rows.
         device: where to work.
     """
-    weights = output / "model.safetensors"
-    if not weights.exists():
-        count = FEW_IMAGES if recipe.name.startswith("few-images") else len(images.train)
-        everything = torch.cat([images.train.images[:count], images.test.images])
-        accelerator = create_accelerator(recipe, cpu=device == "cpu")
-        pretrain(recipe, everything, output, accelerator, resume=find_checkpoint(output) is not None)
-        if not weights.exists():
-            raise KeyboardInterrupt
+    count = FEW_IMAGES if recipe.name.startswith("few-images") else len(images.train)
+    everything = torch.cat([images.train.images[:count], images.test.images])
+    weights = finished_run(recipe, everything, output, device)
     subject = load_subject(recipe.model, weights=weights)
     subject.backbone.to(device).to(memory_format=torch.channels_last)
     run = json.loads((output / "run.json").read_text())

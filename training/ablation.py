@@ -1,0 +1,108 @@
+"""The paper's table 2 at a small budget: which rotations to tell apart, and is a deeper network better.
+
+    python -m training.ablation --data-dir DIR
+    python -m training.ablation --data-dir DIR --only nin-cifar10-ablation-r8
+
+Every recipe `...-ablation...` pretrains on the training images of CIFAR-10 (`--data-dir DIR`), on as many rotated
+images as the others, and is measured by the non-linear probe of block2 on the test images, with several seeds of the
+probe. Numbers are result rows in training/results/ablation/, written as they are measured, and rendered into the card
+by `python -m training.publish render`. A recipe that has its rows is passed over, a stopped one goes on where it was.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from training.data import Images, check_whole_cifar10, load_images
+from training.evaluate import measure_features, plan
+from training.memory import TURN_OFF, keep_large_blocks
+from training.pretrain import finished_run
+from training.recipes import RECIPES, Recipe
+from training.report import keep_row
+from training.results import RESULTS_DIR, current_commit, read_file
+from training.subject import load_subject
+
+ROWS = RESULTS_DIR / "ablation" / "runs.jsonl"
+LAYER = "block2"
+SEEDS = (0, 1, 2)
+ABLATIONS = {name: recipe for name, recipe in RECIPES.items() if "-ablation" in name}
+ROTATION_SETS = [name for name, recipe in ABLATIONS.items() if recipe.model == "rotnet_nin"]
+
+
+def measured(file: Path, recipe: str, seeds: Sequence[int] = SEEDS) -> bool:
+    """Whether a recipe has its row of every seed of the probe."""
+    rows = read_file(file) if file.exists() else []
+    return {row.seed for row in rows if row.recipe == recipe} >= set(seeds)
+
+
+def run_ablation(
+    recipe: Recipe, images: Images, output: Path, file: Path, seeds: Sequence[int] = SEEDS, device: str = "cpu"
+) -> None:
+    """Pretrain a recipe, or go on with it, and measure it: a row for each seed of the probe.
+
+    Args:
+        recipe: without a holdout.
+        images: training images, and the test images to measure on.
+        output: folder of the run.
+        file: of the rows.
+        seeds: of the probe.
+        device: where to work.
+
+    Raises:
+        ValueError: as :func:`training.pretrain.pretrain`.
+        KeyboardInterrupt: pretraining was stopped; its checkpoint is kept.
+    """
+    weights = finished_run(recipe, images.train.images, output, device)
+    commit = json.loads((output / "run.json").read_text())["commit"]
+    subject = load_subject(recipe.model, weights=weights)
+    subject.backbone.to(device).to(memory_format=torch.channels_last)
+    autocast = torch.bfloat16 if recipe.precision == "bf16" else None
+    for row in measure_features(
+        subject, images, plan([LAYER], ["nonlinear"], "cached", seeds), device, autocast=autocast
+    ):
+        keep_row(dataclasses.replace(row, recipe=recipe.name, commit=commit), file)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m training.ablation",
+        description=__doc__,
+        epilog=TURN_OFF,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--data-dir", type=Path, default=Path("data/cifar10"), help="where CIFAR-10 is [%(default)s]")
+    parser.add_argument("--output", type=Path, default=Path("runs/ablation"), help="folder of the runs [%(default)s]")
+    parser.add_argument("--rows", type=Path, default=ROWS, help="file of the rows [training/results/ablation/...]")
+    parser.add_argument(
+        "--only", nargs="+", choices=ABLATIONS, default=ROTATION_SETS, metavar="RECIPE",
+        help=f"{', '.join(ABLATIONS)} [those of rotnet_nin]",
+    )  # fmt: skip
+    parser.add_argument("--device", default="cpu", help="[%(default)s]")
+    args = parser.parse_args(arguments)
+    keep_large_blocks()
+    try:
+        if args.rows == ROWS and len(current_commit()) != 40:
+            raise ValueError(f"the card's rows need committed code, this is {current_commit()}: commit, then measure")
+        images = load_images("cifar10", args.data_dir, 32)
+        if args.rows == ROWS:
+            check_whole_cifar10(images)
+        for name in args.only:
+            if not measured(args.rows, name):
+                run_ablation(ABLATIONS[name], images, args.output / name, args.rows, device=args.device)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
