@@ -77,6 +77,7 @@ ALLOWED = {
     | {f"training.{name}" for name in ("card", "data", "figures", "recipes", "results", "upload")},
     "training.upload": {"rotation_ssl", "training.card", "training.results"}
     | {f"rotation_ssl.{name}" for name in ("features", "golden", "zoo")},
+    "training.rescale": set(),
     "training.voc_metrics": set(),
     "training.voc_data": {"training.voc_metrics"},
 }

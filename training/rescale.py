@@ -1,0 +1,222 @@
+"""What happens to a pretrained network before it is transferred to PASCAL VOC, as in the paper.
+
+Batch norm is folded into the layers before it, and the layers are scaled so that they learn at one pace (Kraehenbuehl,
+Doersch, Donahue, Darrell 2016, Data-dependent Initializations of Convolutional Neural Networks,
+https://arxiv.org/abs/1511.06856). Neither changes what the network computes, but for the scale of its output; both
+return a changed copy and leave what they are given alone.
+"""
+
+import copy
+from collections.abc import Iterator
+
+import torch
+from timm.layers import BatchNormAct2d, ConvNormAct
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+
+Layer = nn.Conv2d | nn.Linear
+SLIGHT = 1e-8  # what is smaller beside a layer's activations never speaks
+
+
+def fold_batch_norms(model: nn.Module) -> nn.Module:
+    """A copy of the network, in eval mode, whose batch norms are parts of the layers before them.
+
+    Takes a convolution or linear layer and its batch norm where they follow each other for sure: in timm's ConvNormAct,
+    side by side in a Sequential, and as convN and bnN of a ResNet. A layer without bias gets one. Outputs are those of
+    the network in eval mode.
+
+    Raises:
+        ValueError: a batch norm that is left over.
+    """
+    folded = copy.deepcopy(model).eval()
+    for module in list(folded.modules()):
+        if isinstance(module, ConvNormAct) and isinstance(module.bn, BatchNormAct2d):
+            module.conv = fuse_conv_bn_eval(module.conv, module.bn)
+            module.bn = nn.Sequential(module.bn.drop, module.bn.act)
+        elif isinstance(module, nn.Sequential):
+            for index in range(len(module) - 1):
+                module[index], module[index + 1] = _folded(module[index], module[index + 1])
+        elif isinstance(module, (BasicBlock, Bottleneck, ResNet)):
+            for number in (1, 2, 3):
+                layer, norm = (getattr(module, f"{kind}{number}", None) for kind in ("conv", "bn"))
+                if layer is not None and norm is not None:
+                    layer, norm = _folded(layer, norm)
+                    setattr(module, f"conv{number}", layer)
+                    setattr(module, f"bn{number}", norm)
+    left = [name for name, module in folded.named_modules() if isinstance(module, _BatchNorm)]
+    if left:
+        raise ValueError(f"batch norm {', '.join(left[:3])} follows no layer that it could be folded into")
+    return folded
+
+
+def rescale(model: nn.Module, images: torch.Tensor) -> nn.Module:
+    """A copy of the network whose layers are of one scale, as Kraehenbuehl et al. measure it.
+
+    First within layers (their section 3.1, without its change of the biases, which would change what a pretrained
+    network computes): every channel of a layer's output gets the standard deviation 1 over images and positions, and
+    the next layer takes it back. Then between layers (section 3.2): every layer gets the same relative gradient
+    ``E |dl/dW|^2 / |W|^2`` for a loss of random weights on the outputs, by one factor for each layer. Where layers are
+    joined by ReLU and pooling, which pass a factor on, the factors that the paper finds by iteration are known in one
+    step: C_k being the square root of that quantity, a factor r_k makes it C_k / r_k^2, so r_k is the square root of
+    C_k over the geometric mean of all; their product is 1.
+
+    Args:
+        model: a chain of convolutions and linear layers joined by ReLU and pooling, without batch norm.
+        images: (N, C, H, W), as the network takes them; some dozens of the training images are plenty.
+
+    Returns:
+        The copy, in eval mode; its outputs are the network's times one positive number.
+
+    Raises:
+        ValueError: batch norm, fewer than two layers, a network that is no such chain, a layer that is silent on all of
+            these images, or values that are not finite.
+    """
+    left = [name for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
+    if left:
+        raise ValueError(f"rescaling needs a network without batch norm, this one has {left[0]}: fold it first")
+    rescaled = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        before = rescaled(images)
+        layers = _chain(rescaled, images)
+        if len(layers) < 2:
+            raise ValueError(f"rescaling needs two layers or more, this network has {len(layers)}")
+        _equalise_channels(rescaled, layers, images)
+        passed = torch.ones((), device=images.device)
+    rates = _relative_gradients(rescaled, layers, images)
+    if not (rates.isfinite() & (rates > 0)).all():
+        raise ValueError("a layer of this network gets no gradient from these images: give other images, or weights")
+    with torch.no_grad():
+        for layer, factor in zip(layers, (rates.log() - rates.log().mean()).mul(0.5).exp(), strict=True):
+            passed = passed * factor
+            layer.weight.mul_(factor)
+            if layer.bias is not None:
+                layer.bias.mul_(passed)
+        _check_same_but_for_scale(before, rescaled(images))
+    return rescaled
+
+
+def channel_deviations(model: nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
+    """Standard deviations over images and positions of each layer's output channels, in the order they run.
+
+    Returns:
+        For each convolution or linear layer (C_out,).
+    """
+    deviations = []
+    handles = [
+        layer.register_forward_hook(lambda _, __, output: deviations.append(_by_channel(output).std(1)))
+        for layer in _layers(model)
+    ]
+    try:
+        with torch.no_grad():
+            model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return deviations
+
+
+def relative_gradients(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Of each layer, in the order they run, the expected norm of its weights' gradient over that of the weights.
+
+    The loss is the outputs times random numbers, other ones for each image (as in section 3.2 of Kraehenbuehl et al.),
+    drawn from a fixed seed.
+    """
+    with torch.no_grad():
+        layers = _chain(model, images)
+    return _relative_gradients(model, layers, images)
+
+
+def _relative_gradients(model: nn.Module, layers: list[Layer], images: torch.Tensor) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    squares = torch.zeros(len(layers), device=images.device)
+    weights = [layer.weight for layer in layers]
+    wanted = [weight.requires_grad for weight in weights]
+    for weight in weights:
+        weight.requires_grad_(True)
+    # the gradients of images with random numbers of their own add up as squares do: batches serve as well as images
+    for batch in images.split(8):
+        outputs = model(batch)
+        loss = (outputs * torch.randn(outputs.shape, generator=generator).to(outputs)).sum()
+        for index, gradient in enumerate(torch.autograd.grad(loss, weights)):
+            squares[index] += gradient.square().sum()
+    for weight, needed in zip(weights, wanted, strict=True):
+        weight.requires_grad_(needed)
+    return torch.stack(
+        [
+            (square / len(images)).sqrt() / weight.detach().norm()
+            for square, weight in zip(squares, weights, strict=True)
+        ]
+    )
+
+
+def _equalise_channels(model: nn.Module, layers: list[Layer], images: torch.Tensor) -> None:
+    previous = torch.ones(1, device=images.device)
+    for layer, deviations in zip(layers, channel_deviations(model, images), strict=True):
+        typical = deviations.square().mean().sqrt()
+        if not typical.isfinite() or typical == 0:
+            raise ValueError(
+                "a layer of this network is the same for all of these images: give other images, or weights"
+            )
+        scales = torch.where(deviations > SLIGHT * typical, deviations, typical)
+        if layer is layers[-1]:
+            # one number for all outputs: they are compared with each other
+            scales = typical.expand_as(scales)
+        inputs = layer.weight.shape[1]
+        # a linear layer after a map has several inputs of each channel, side by side
+        taken_back = previous.repeat_interleave(inputs // len(previous)).view(1, inputs, *[1] * (layer.weight.ndim - 2))
+        layer.weight.mul_(taken_back / scales.view(-1, *[1] * (layer.weight.ndim - 1)))
+        if layer.bias is not None:
+            layer.bias.div_(scales)
+        previous = scales
+
+
+def _chain(model: nn.Module, images: torch.Tensor) -> list[Layer]:
+    """Convolutions and linear layers in the order they run, each once.
+
+    Raises:
+        ValueError: one runs twice, is grouped, or does not take as many channels as the one before gives.
+    """
+    order: list[Layer] = []
+    handles = [layer.register_forward_hook(lambda module, _, __: order.append(module)) for layer in _layers(model)]
+    try:
+        model(images[:1])
+    finally:
+        for handle in handles:
+            handle.remove()
+    for position, layer in enumerate(order):
+        gives = order[position - 1].weight.shape[0] if position else layer.weight.shape[1]
+        grouped = isinstance(layer, nn.Conv2d) and layer.groups > 1
+        if grouped or layer.weight.shape[1] % gives or order.count(layer) > 1:
+            raise _no_chain()
+    return order
+
+
+def _layers(model: nn.Module) -> Iterator[Layer]:
+    return (module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear)))
+
+
+def _folded(layer: nn.Module, norm: nn.Module) -> tuple[nn.Module, nn.Module]:
+    if isinstance(layer, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+        rest = nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()
+        return fuse_conv_bn_eval(layer, norm), rest
+    if isinstance(layer, nn.Linear) and isinstance(norm, nn.BatchNorm1d):
+        return fuse_linear_bn_eval(layer, norm), nn.Identity()
+    return layer, norm
+
+
+def _by_channel(output: torch.Tensor) -> torch.Tensor:
+    return output.transpose(0, 1).flatten(1)
+
+
+def _check_same_but_for_scale(before: torch.Tensor, after: torch.Tensor) -> None:
+    scale = (before * after).sum() / before.square().sum()
+    if not scale > 0 or (after - scale * before).norm() > 1e-3 * after.norm():
+        raise _no_chain()
+
+
+def _no_chain() -> ValueError:
+    return ValueError(
+        "rescaling would change this network: its layers are no chain joined by ReLU and pooling; transfer it unscaled"
+    )
