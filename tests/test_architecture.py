@@ -78,6 +78,11 @@ ALLOWED = {
     "training.upload": {"rotation_ssl", "training.card", "training.results"}
     | {f"rotation_ssl.{name}" for name in ("features", "golden", "zoo")},
     "training.rescale": set(),
+    "training.transfer": {"rotation_ssl.backbones.alexnet", "rotation_ssl.images"}
+    | {f"training.{name}" for name in ("optimizers", "recipes", "report", "rescale", "results", "subject")}
+    | {"training.voc_data", "training.voc_metrics"},
+    "training.voc": {f"training.{name}" for name in ("memory", "recipes", "results", "subject", "transfer")}
+    | {"training.voc_data", "training.voc_metrics"},
     "training.voc_metrics": set(),
     "training.voc_data": {"training.voc_metrics"},
 }

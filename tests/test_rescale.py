@@ -9,7 +9,7 @@ from conftest import SAMPLES
 from torch import nn
 
 from rotation_ssl.images import normalize, read_images
-from training.rescale import channel_deviations, fold_batch_norms, relative_gradients, rescale
+from training.rescale import centre, channel_magnitudes, fold_batch_norms, relative_gradients, rescale
 
 FOLDABLE = ("rotnet_alexnet", "rotnet_nin", "rotnet_resnet18", "rotnet_resnet50")
 
@@ -80,11 +80,11 @@ def test_rescaling_equalises():
     rescaled = rescale(model, batch)
     rates = relative_gradients(rescaled, batch)
     assert len(rates) == 8 and rates.max() / rates.min() < 1.01, "between layers"
-    *hidden, last = channel_deviations(rescaled, batch)
-    for deviations in hidden:
-        speaking = deviations[deviations > 1e-3 * deviations.median()]
-        assert speaking.max() / speaking.min() < 1.01 and len(speaking) > 0.9 * len(deviations), "within a layer"
-    spread = channel_deviations(model, batch)
+    *hidden, last = channel_magnitudes(rescaled, batch)
+    for magnitudes in hidden:
+        speaking = magnitudes[magnitudes > 1e-3 * magnitudes.median()]
+        assert speaking.max() / speaking.min() < 1.01 and len(speaking) > 0.9 * len(magnitudes), "within a layer"
+    spread = channel_magnitudes(model, batch)
     assert last.max() / last.min() == pytest.approx(float(spread[-1].max() / spread[-1].min()), rel=1e-3)
 
 
@@ -95,6 +95,28 @@ def test_rescaling_again_changes_nothing():
     for name, tensor in twice.state_dict().items():
         expected = once.state_dict()[name]
         torch.testing.assert_close(tensor, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
+def test_centring_moves_the_means_of_fresh_layers():
+    model, batch = fold_batch_norms(alexnet()), images(96)
+    means = []
+    for layer in (model.features.conv3.conv, model.head.fc7[0], model.head.fc):
+        layer.register_forward_hook(
+            lambda _, __, output: means.append(output.detach().transpose(0, 1).flatten(1).mean(1))
+        )
+    before = [layer.clone() for layer in model.parameters()]
+    centre(model, batch, {model.head.fc7[0], model.head.fc})
+    moved = [
+        name for (name, layer), old in zip(model.named_parameters(), before, strict=True) if not torch.equal(layer, old)
+    ]
+    assert moved == ["head.fc7.0.bias", "head.fc.bias"]
+    means.clear()
+    model(batch)
+    assert means[0].abs().max() > 0.1 and max(float(mean.abs().max()) for mean in means[1:]) < 1e-4
+    centre(model, batch)
+    means.clear()
+    model(batch)
+    assert max(float(mean.abs().max()) for mean in means) < 1e-4
 
 
 def test_rescaling_without_fc_layers():
@@ -113,7 +135,8 @@ def test_what_cannot_be_rescaled_is_said():
         rescale(nn.Conv2d(3, 4, 3), batch)
     silent = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3))
     nn.init.zeros_(silent[0].weight)
-    with pytest.raises(ValueError, match="same for all of these images"):
+    nn.init.zeros_(silent[0].bias)
+    with pytest.raises(ValueError, match="silent on all of these images"):
         rescale(silent, batch)
     squared = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sigmoid(), nn.Conv2d(4, 4, 3))
     before = copy.deepcopy(squared.state_dict())

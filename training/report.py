@@ -15,7 +15,8 @@ from training.results import Row, read_file, write_rows
 def keep_row(row: Row, file: Path) -> None:
     """Write a number to its results file as soon as it is measured, and print it, past any progress bar."""
     write_rows(file, [row])
-    tqdm.write(f"  {row.number}: {100 * row.value:.2f} % ({row.correct:,} of {row.n:,}, {row.seconds:.0f} s)")
+    counted = "" if row.correct is None or row.n is None else f"{row.correct:,} of {row.n:,}, "
+    tqdm.write(f"  {row.number}: {100 * row.value:.2f} % ({counted}{row.seconds or 0:.0f} s)")
 
 
 def write_report(folder: Path, rows_file: Path) -> None:

@@ -3,11 +3,12 @@
 Batch norm is folded into the layers before it, and the layers are scaled so that they learn at one pace (Kraehenbuehl,
 Doersch, Donahue, Darrell 2016, Data-dependent Initializations of Convolutional Neural Networks,
 https://arxiv.org/abs/1511.06856). Neither changes what the network computes, but for the scale of its output; both
-return a changed copy and leave what they are given alone.
+return a changed copy and leave what they are given alone. Layers that are fresh may be centred before, which does
+change what they compute.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from timm.layers import BatchNormAct2d, ConvNormAct
@@ -54,13 +55,14 @@ def fold_batch_norms(model: nn.Module) -> nn.Module:
 def rescale(model: nn.Module, images: torch.Tensor) -> nn.Module:
     """A copy of the network whose layers are of one scale, as Kraehenbuehl et al. measure it.
 
-    First within layers (their section 3.1, without its change of the biases, which would change what a pretrained
-    network computes): every channel of a layer's output gets the standard deviation 1 over images and positions, and
-    the next layer takes it back. Then between layers (section 3.2): every layer gets the same relative gradient
-    ``E |dl/dW|^2 / |W|^2`` for a loss of random weights on the outputs, by one factor for each layer. Where layers are
-    joined by ReLU and pooling, which pass a factor on, the factors that the paper finds by iteration are known in one
-    step: C_k being the square root of that quantity, a factor r_k makes it C_k / r_k^2, so r_k is the square root of
-    C_k over the geometric mean of all; their product is 1.
+    First within layers (their section 3.1): every channel of a layer's output gets the magnitude 1, the root of its
+    mean square over images and positions, and the next layer takes it back. (They set the means by the biases, and then
+    deviations to 1; a pretrained network's biases must stay, and a channel that hardly varies would become very large.)
+    Then between layers (section 3.2): every layer gets the same relative gradient ``E |dl/dW|^2 / |W|^2``, for a loss
+    of random weights on the outputs, by one factor for each layer. Where layers are joined by ReLU and pooling, which
+    pass a factor on, the factors that they find by iteration are known in one step: C_k being the square root of that
+    quantity, a factor r_k makes it C_k / r_k^2, so r_k is the square root of C_k over the geometric mean of all; their
+    product is 1.
 
     Args:
         model: a chain of convolutions and linear layers joined by ReLU and pooling, without batch norm.
@@ -97,15 +99,43 @@ def rescale(model: nn.Module, images: torch.Tensor) -> nn.Module:
     return rescaled
 
 
-def channel_deviations(model: nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
-    """Standard deviations over images and positions of each layer's output channels, in the order they run.
+def centre(model: nn.Module, images: torch.Tensor, fresh: Collection[nn.Module] | None = None) -> None:
+    """Set biases so that every channel of a layer's output has the mean 0 over images and positions, in place.
+
+    The other half of the within-layer initialisation of Kraehenbuehl et al.: it changes what the network computes, so
+    it is for layers that nothing was learned in. Layers without bias stay as they are.
+
+    Args:
+        model: a chain of layers, as for :func:`rescale`.
+        images: (N, C, H, W), as the network takes them.
+        fresh: the layers; None for all.
+    """
+    with torch.no_grad():
+        for layer in _chain(model, images):
+            if layer.bias is None or (fresh is not None and layer not in fresh):
+                continue
+            means: list[torch.Tensor] = []
+            handle = layer.register_forward_hook(
+                lambda _, __, output, means=means: means.append(_by_channel(output).mean(1))
+            )
+            try:
+                model(images)
+            finally:
+                handle.remove()
+            layer.bias.sub_(means[0])
+
+
+def channel_magnitudes(model: nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
+    """Roots of the mean square over images and positions of each layer's output channels, in the order they run.
 
     Returns:
         For each convolution or linear layer (C_out,).
     """
-    deviations = []
+    magnitudes = []
     handles = [
-        layer.register_forward_hook(lambda _, __, output: deviations.append(_by_channel(output).std(1)))
+        layer.register_forward_hook(
+            lambda _, __, output: magnitudes.append(_by_channel(output).square().mean(1).sqrt())
+        )
         for layer in _layers(model)
     ]
     try:
@@ -114,7 +144,7 @@ def channel_deviations(model: nn.Module, images: torch.Tensor) -> list[torch.Ten
     finally:
         for handle in handles:
             handle.remove()
-    return deviations
+    return magnitudes
 
 
 def relative_gradients(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
@@ -153,13 +183,11 @@ def _relative_gradients(model: nn.Module, layers: list[Layer], images: torch.Ten
 
 def _equalise_channels(model: nn.Module, layers: list[Layer], images: torch.Tensor) -> None:
     previous = torch.ones(1, device=images.device)
-    for layer, deviations in zip(layers, channel_deviations(model, images), strict=True):
-        typical = deviations.square().mean().sqrt()
+    for layer, magnitudes in zip(layers, channel_magnitudes(model, images), strict=True):
+        typical = magnitudes.square().mean().sqrt()
         if not typical.isfinite() or typical == 0:
-            raise ValueError(
-                "a layer of this network is the same for all of these images: give other images, or weights"
-            )
-        scales = torch.where(deviations > SLIGHT * typical, deviations, typical)
+            raise ValueError("a layer of this network is silent on all of these images: give other images, or weights")
+        scales = torch.where(magnitudes > SLIGHT * typical, magnitudes, typical)
         if layer is layers[-1]:
             # one number for all outputs: they are compared with each other
             scales = typical.expand_as(scales)

@@ -1,0 +1,190 @@
+"""Classification on a small VOCdevkit: what is frozen stays, what is learned beats chance, what is written is read."""
+
+import dataclasses
+import random
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from small_voc import write_small_voc
+from torch import nn
+
+from training import voc
+from training.recipes import VOC_CLASSIFICATION
+from training.results import read_file
+from training.subject import load_subject, preparation
+from training.transfer import Backbone, Draws, averages, smallest_side, transfer_network
+from training.voc_data import CLASSES, class_labels, read_annotations
+
+TINY = ("--size", 64, "--fc-size", 16, "--steps", 3, "--images-per-step", 4)
+
+
+@pytest.fixture(scope="module")
+def devkit(tmp_path_factory):
+    return write_small_voc(tmp_path_factory.mktemp("voc"), train=10, test=6)
+
+
+def run(*arguments):
+    return voc.main([str(argument) for argument in arguments])
+
+
+def recipe(steps=3, **changes):
+    training = dataclasses.replace(VOC_CLASSIFICATION.training, steps=steps, lr=changes.pop("lr", 0.01))
+    return dataclasses.replace(VOC_CLASSIFICATION, training=training, **changes)
+
+
+def files_of(images):
+    return [image.file for image in images]
+
+
+@pytest.mark.parametrize("layers", voc.LAYERS)
+def test_the_command_end_to_end(layers, devkit, tmp_path, capsys):
+    arguments = ("rotnet_alexnet", "--random", "--data-dir", devkit, "--output", tmp_path, "--layers", layers)
+    assert run(*arguments, *TINY) == 0
+    rows = read_file(tmp_path / "rows.jsonl")
+    kinds = [f"PASCAL VOC classification, {kind} mAP" for kind in ("11-point", "area", "steps")]
+    assert [row.protocol for row in rows] == kinds
+    assert all(0 < row.value <= 1 and row.correct is None and row.n is None for row in rows)
+    assert {(row.weights, row.layer, row.data, row.cost) for row in rows} == {
+        ("rotnet_alexnet.random", layers, "VOC2007 test", "")
+    }
+    assert "2 classes, 10 crops, 3 steps of 4 images" in rows[0].settings and "torchvision" in rows[0].versions
+    said = capsys.readouterr().out
+    assert "aeroplan" in said and "boat" not in said, "classes that the data have"
+    assert (tmp_path / "report.md").exists() and load_file(tmp_path / "network.safetensors")[
+        "head.fc.weight"
+    ].shape == (
+        20,
+        16,
+    )
+
+
+def test_frozen_layers_do_not_move(devkit):
+    images = read_annotations(devkit, "2007", "trainval")
+    subject = load_subject("rotnet_alexnet", random=True, size=64)
+    for layers, moves in (("fc6-8", False), ("all", True)):
+        network = transfer_network(subject, 20, files_of(images), 16)
+        before = {name: tensor.clone() for name, tensor in network.named_parameters()}
+        prepare, labels = preparation(subject.backbone, 64), class_labels(images, 20)
+        voc.train_classifier(recipe(), network, layers, images, labels, prepare, 64)
+        for name, tensor in network.named_parameters():
+            if not name.endswith("bias"):  # that of a unit which never speaks stays
+                assert torch.equal(tensor, before[name]) is not (moves or name.startswith("head")), name
+        assert not network.training
+        assert [type(layer) for layer in network.head.fc6][-1] is nn.Dropout and network.head.drop.p == 0.5
+
+
+def test_fc_layers_are_those_of_the_weights_or_fresh():
+    subject = load_subject("rotnet_alexnet", random=True, size=64)
+    kept = transfer_network(subject, 5, [], scaled=False)
+    torch.testing.assert_close(kept.head.fc7[0].weight.norm(1), fold_of(subject.backbone.head.fc7).norm(1))
+    fresh = transfer_network(subject, 5, [], 32, scaled=False)
+    assert fresh.head.fc6[0].weight.shape == (32, 9216) and fresh.head.fc.weight.shape == (5, 32)
+    assert transfer_network(subject, 5, [], 0, scaled=False).head.fc.weight.shape == (5, 256)
+    assert not any(isinstance(module, nn.BatchNorm1d) for module in fresh.modules())
+    with pytest.raises(ValueError, match="has no fc6 and fc7"):
+        transfer_network(load_subject("resnet18", random=True, size=64), 5, [], 32, scaled=False)
+
+
+def fold_of(layer):
+    linear, norm = layer[0], layer[1]
+    return linear.weight * (norm.weight / (norm.running_var + norm.eps).sqrt())[:, None]
+
+
+def test_the_loss_by_hand():
+    logits = torch.tensor([[0.0, 2.0, -1.0], [1.0, 0.0, 3.0]])
+    labels = torch.tensor([[1, 0, -1], [-1, 1, 1]])
+    p = logits.sigmoid()
+    expected = -(p[0, 0].log() + (1 - p[0, 1]).log() + p[1, 1].log() + p[1, 2].log()) / 2
+    torch.testing.assert_close(voc.multi_label_loss(logits, labels), expected)
+
+
+def test_crops_are_squares_inside_the_image():
+    image = Image.new("RGB", (50, 30), (10, 200, 30))
+    for seed in range(20):
+        crop = voc.random_crop(image, 24, (0.2, 2.0), random.Random(seed))
+        # nothing from outside of the image, however small the scale
+        assert crop.shape == (3, 24, 24) and crop.flatten(1).unique(dim=1).flatten().tolist() == [10, 200, 30]
+    stripes = Image.linear_gradient("L").convert("RGB")
+    sides = {tuple(voc.random_crop(stripes, 8, (1, 1), random.Random(seed)).flatten().tolist()) for seed in range(8)}
+    assert len(sides) > 1
+
+
+def test_a_sample_is_the_same_whoever_loads_it():
+    draws = Draws(lambda index, rng: (index, rng.random()), 5, 20, seed=3)
+    backwards = [draws[i] for i in reversed(range(20))][::-1]
+    assert backwards == [draws[i] for i in range(20)]
+    assert all(sorted(index for index, _ in backwards[k : k + 5]) == list(range(5)) for k in range(0, 20, 5))
+    assert len({value for _, value in backwards}) == 20
+
+
+def test_the_map_lies_over_its_image():
+    """A cell of the padded AlexNet's conv5 answers to the pixels around its own place."""
+    subject = load_subject("rotnet_alexnet", random=True, size=64)
+    backbone = Backbone(transfer_network(subject, 20, [], 0, scaled=False))
+    assert (backbone.out_channels, backbone.reduction) == (256, 16)
+    for height, width in ((160, 224), (600, 800), (65, 97)):
+        with torch.no_grad():
+            rows, columns = backbone(torch.zeros(1, 3, height, width)).shape[-2:]
+        assert abs(rows - height / 16) <= 1 and abs(columns - width / 16) <= 1
+    image = torch.zeros(1, 3, 320, 320, requires_grad=True)
+    backbone(image + torch.randn(1, 3, 320, 320) * 0.1)[0, :, 10, 10].sum().backward()
+    reach = image.grad.abs().sum((0, 1))
+    # the middle of what the cell sees, against the middle of its place: pixels 160 to 176
+    middle = (reach.sum(1) * (torch.arange(320) + 0.5)).sum() / reach.sum()
+    assert abs(float(middle) - 168) < 6
+    assert smallest_side(backbone) <= 31
+
+
+def test_one_seed_one_result(devkit):
+    images = read_annotations(devkit, "2007", "train")
+
+    def scores(seed):
+        subject = load_subject("rotnet_alexnet", random=True, size=64)
+        network = transfer_network(subject, 20, files_of(images), 16, seed=seed)
+        prepare, labels = preparation(subject.backbone, 64), class_labels(images, 20)
+        voc.train_classifier(recipe(), network, "all", images, labels, prepare, 64, seed=seed)
+        return voc.classify(recipe(), network, images, prepare, 64, seed=seed)
+
+    assert torch.equal(scores(1), scores(1)) and not torch.equal(scores(1), scores(2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layers", voc.LAYERS)
+def test_it_learns(layers, tmp_path):
+    """Three classes, an object in each image: chance is the part of images that show a class, about a third."""
+    classes = ("aeroplane", "horse", "car")
+    devkit = write_small_voc(tmp_path, train=60, test=40, classes=classes, objects=(1, 1), sides=(96, 124))
+    train, test = (read_annotations(devkit, "2007", split, CLASSES) for split in ("trainval", "test"))
+    shown = class_labels(test, 20).float()
+    chance = float((shown == 1).float().sum(0).sum() / (shown >= 0).float()[:, shown.amax(0) == 1].sum())
+    assert 0.25 < chance < 0.4
+    subject = load_subject("rotnet_alexnet", random=True, size=64)
+    network = transfer_network(subject, 20, files_of(train), 64)
+    # whole images, nearly: a few minutes' worth of objects cannot be learned from their parts
+    settings = recipe(steps=150, lr=0.01, scales=(0.45, 0.6), test_crops=4, dropout=0.0)
+    found = averages(voc.measure_classification(settings, subject, network, layers, train, test, 20))
+    assert found["11-point"] > chance + 0.25 and found["area"] > chance + 0.25, (chance, found)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["rotnet_alexnet", "--random", "--year", "2012"], "expected VOCdevkit/VOC2012"),
+        (["rotnet_alexnet", "--random", "--test", "val2"], "there are the splits"),
+        (["rotnet_alexnet", "--random", "--classes", "car"], "class 'aeroplane': the classes are car"),
+        (["rotnet_alexnet", "--random", "--classes", "car", "car"], "names a class twice"),
+        (["rotnet_alexnet", "--random", "--size", "32"], "does not take images of 32 pixels"),
+        (["rotnet_alexnet", "--random", "--layers", "fc6-8", "--fc-size", "0", "--steps", "1"], "give --layers all"),
+        (["rotnet_resnet18", "--random", "--size", "64"], "cannot be rescaled"),
+        (["rotnet_alexnet", "--random", "--lr", "0"], "lr must be above 0"),
+        (["rotnet_alexnet"], "has no pretrained weights"),
+    ],
+)
+def test_bad_input_is_a_one_line_error(arguments, message, devkit, capsys, tmp_path):
+    fitting = [] if "--size" in arguments else ["--size", "64"]
+    assert run("--data-dir", devkit, "--output", tmp_path / "out", *fitting, *arguments) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and message in error
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,256 @@
+"""PASCAL VOC classification: which of 20 classes does an image show; mean average precision (table 7 of the paper).
+
+    python -m training.voc rotnet_alexnet.gidaris_in1k --data-dir VOCdevkit --layers fc6-8
+    python -m training.voc rotnet_alexnet --random --data-dir VOCdevkit --layers all --device cuda
+
+MODEL is any model of timm or of this package, with its published weights, --random ones, or those of a file. Its batch
+norm is folded and its layers are rescaled; then a fresh classifier is trained, with fc6 and fc7 alone (--layers fc6-8)
+or with all layers. VOCdevkit is the standard folder, docs/transfer.md says how data of one's own goes into it. The mean
+of ten random crops of each test image is measured; objects marked difficult do not count.
+
+Three numbers are written, and printed for every class: VOC2007's 11-point average precision, the area under the best
+precision (VOC2010 and later), and the area in steps, which is what scikit-learn calls average precision and the code of
+Kraehenbuehl et al., whose protocol the paper takes, prints. Settings are the recipe VOC_CLASSIFICATION in
+training/recipes.py. They are in --output as rows.jsonl, report.md, report.json and report.png, and the trained network
+as network.safetensors.
+"""
+
+import argparse
+import dataclasses
+import functools
+import math
+import random
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors.torch import save_model
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from training.memory import TURN_OFF, keep_large_blocks
+from training.recipes import VOC_CLASSIFICATION, VocClassification
+from training.results import check_device
+from training.subject import Subject, preparation
+from training.transfer import (
+    Draws,
+    InOrder,
+    add_arguments,
+    averages,
+    batches,
+    cost_of,
+    keep_numbers,
+    subject_of,
+    train_network,
+    training_of,
+    training_text,
+    transfer_network,
+    transfer_row,
+)
+from training.voc_data import AnnotatedImage, class_labels, open_pixels, pixels_tensor, read_annotations
+from training.voc_metrics import KINDS, classification_precisions
+
+LAYERS = ("fc6-8", "all")
+
+
+def random_crop(image: Image.Image, size: int, scales: tuple[float, float], rng: random.Random) -> torch.Tensor:
+    """A square of the image at a random place, scaled by a random factor, half of them mirrored.
+
+    Args:
+        image: RGB.
+        size: side of the result in pixels.
+        scales: least and largest factor; a square that would be larger than the image is as large as fits.
+        rng: the source of randomness.
+
+    Returns:
+        (3, size, size) uint8.
+    """
+    side = min(size / rng.uniform(*scales), *image.size)
+    left, top = rng.uniform(0, image.width - side), rng.uniform(0, image.height - side)
+    crop = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+    return pixels_tensor(crop).flip(-1) if rng.random() < 0.5 else pixels_tensor(crop)
+
+
+def multi_label_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Sigmoid cross-entropy summed over classes, the mean over images; labels of -1 do not count.
+
+    Args:
+        logits: (N, K).
+        labels: (N, K) 1, 0, or -1.
+    """
+    losses = F.binary_cross_entropy_with_logits(logits, labels.clamp_min(0).float(), reduction="none")
+    return (losses * (labels >= 0)).sum() / len(logits)
+
+
+def train_classifier(
+    recipe: VocClassification,
+    network: nn.Module,
+    layers: str,
+    images: Sequence[AnnotatedImage],
+    labels: torch.Tensor,
+    prepare: Callable[[torch.Tensor], torch.Tensor],
+    size: int,
+    device: str = "cpu",
+    seed: int = 0,
+    workers: int = 0,
+) -> None:
+    """Train a transferred network on labelled images, in place.
+
+    Args:
+        recipe: the settings.
+        network: of :func:`training.transfer.transfer_network`, on the device.
+        layers: 'fc6-8' keeps the convolutions as they are, 'all' trains everything.
+        images: N training images.
+        labels: (N, K), of :func:`training.voc_data.class_labels`.
+        prepare: from uint8 crops to what the network takes.
+        size: side of the crops.
+        device: where the network is.
+        seed: of the crops and the dropout.
+        workers: processes that read images.
+
+    Raises:
+        ValueError: 'fc6-8' of a network without fc layers, or a loss that is not finite.
+    """
+    head: Any = getattr(network, "head", None)
+    has_fc = getattr(head, "fc_size", 0) > 0
+    if layers == "fc6-8" and not has_fc:
+        raise ValueError("fc6-8 needs a network with fc6 and fc7, an AlexNet: give --layers all")
+    if has_fc:
+        head.drop.p = recipe.dropout
+        head.fc6.append(nn.Dropout(recipe.dropout))
+    if layers == "fc6-8":
+        network.requires_grad_(False)
+        head.requires_grad_(True)
+    torch.manual_seed(seed)
+    load = functools.partial(_crop, tuple(image.file for image in images), size, recipe.scales)
+    training = recipe.training
+    draws = Draws(load, len(images), training.steps * training.images_per_step, seed)
+
+    def loss_of(batch: list[tuple[int, torch.Tensor]]) -> torch.Tensor:
+        logits = network(prepare(torch.stack([crop for _, crop in batch]).to(device)))
+        return multi_label_loss(logits, labels[[index for index, _ in batch]].to(device))
+
+    samples = batches(draws, training.images_per_step, workers)
+    train_network(training, network, samples, loss_of, f"classification, {layers}")
+
+
+def classify(
+    recipe: VocClassification,
+    network: nn.Module,
+    images: Sequence[AnnotatedImage],
+    prepare: Callable[[torch.Tensor], torch.Tensor],
+    size: int,
+    device: str = "cpu",
+    seed: int = 0,
+    workers: int = 0,
+) -> torch.Tensor:
+    """Mean logits of an image's crops: (N, K) float32 on the CPU.
+
+    Raises:
+        ValueError: logits that are not finite.
+    """
+    load = functools.partial(
+        _crops, tuple(image.file for image in images), size, recipe.scales, recipe.test_crops, seed
+    )
+    logits = []
+    with torch.inference_mode(), tqdm(total=len(images), desc="test", unit="img", mininterval=0.5) as bar:
+        for (crops,) in batches(InOrder(load, len(images)), 1, workers):
+            logits.append(network(prepare(crops.to(device))).float().mean(0).cpu())
+            bar.update()
+    result = torch.stack(logits)
+    if not result.isfinite().all():
+        raise ValueError("the network's logits are not finite: lower --lr, or check the weights")
+    return result
+
+
+def measure_classification(
+    recipe: VocClassification,
+    subject: Subject,
+    network: nn.Module,
+    layers: str,
+    train: Sequence[AnnotatedImage],
+    test: Sequence[AnnotatedImage],
+    classes: int,
+    device: str = "cpu",
+    seed: int = 0,
+    workers: int = 0,
+) -> dict[str, Sequence[float]]:
+    """Train a transferred network and measure it: by kind of average precision those of the K classes.
+
+    Raises:
+        ValueError: as :func:`train_classifier` and :func:`classify`.
+    """
+    prepare = preparation(subject.backbone, subject.size)
+    network.to(device)
+    labels = class_labels(train, classes)
+    train_classifier(recipe, network, layers, train, labels, prepare, subject.size, device, seed, workers)
+    scores = classify(recipe, network, test, prepare, subject.size, device, seed, workers)
+    truth = class_labels(test, classes)
+    return {kind: classification_precisions(scores, truth, kind) for kind in KINDS}
+
+
+def _crop(
+    files: tuple[Path, ...], size: int, scales: tuple[float, float], index: int, rng: random.Random
+) -> tuple[int, torch.Tensor]:
+    return index, random_crop(open_pixels(files[index]), size, scales, rng)
+
+
+def _crops(
+    files: tuple[Path, ...], size: int, scales: tuple[float, float], crops: int, seed: int, index: int
+) -> torch.Tensor:
+    rng = random.Random(f"{seed} test {index}")
+    image = open_pixels(files[index])
+    return torch.stack([random_crop(image, size, scales, rng) for _ in range(crops)])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m training.voc", description=__doc__, epilog=TURN_OFF,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add_arguments(parser, "2007", "trainval", "test")
+    parser.add_argument("--layers", choices=LAYERS, default="all", help="which layers are trained [%(default)s]")
+    parser.add_argument("--size", type=int, help="side of the crops [the model's own]")
+    args = parser.parse_args(arguments)
+    keep_large_blocks()
+    try:
+        check_device(args.device)
+        started = time.monotonic()
+        recipe = dataclasses.replace(VOC_CLASSIFICATION, training=training_of(VOC_CLASSIFICATION.training, args))
+        subject = subject_of(args, args.size)
+        train = read_annotations(args.data_dir, args.year, args.train, args.classes)
+        test = read_annotations(args.data_dir, args.year, args.test, args.classes)
+        files = [image.file for image in train]
+        network = transfer_network(subject, len(args.classes), files, args.fc_size, not args.no_rescale, args.seed)
+        by_class = measure_classification(
+            recipe, subject, network, args.layers, train, test, len(args.classes), args.device, args.seed, args.workers
+        )
+        output = args.output or Path("runs") / "voc" / subject.name
+        present = sum(not math.isnan(value) for value in by_class["area"])
+        settings = training_text(recipe.training, not args.no_rescale)
+        rows = [
+            transfer_row(
+                subject, network, value, started,
+                protocol=f"PASCAL VOC classification, {kind} mAP", layer=args.layers, seed=args.seed,
+                data=f"VOC{args.year} {args.test}", cost=cost_of(args),
+                settings=f"{present} classes, {recipe.test_crops} crops, {settings}",
+            )
+            for kind, value in averages(by_class).items()
+        ]  # fmt: skip
+        keep_numbers(output, rows, by_class, args.classes)
+        save_model(network, str(output / "network.safetensors"))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"rows are in {output / 'rows.jsonl'}; report.md, report.json and report.png beside it")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
