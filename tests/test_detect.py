@@ -1,0 +1,232 @@
+"""Detection on a small VOCdevkit: regions go where they belong, both modes beat chance, bad proposals are named."""
+
+import dataclasses
+import random
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from small_voc import write_small_voc
+
+from training import detect
+from training.recipes import VOC_FAST_RCNN, VOC_FASTER_RCNN
+from training.results import read_file
+from training.subject import load_subject
+from training.transfer import averages, transfer_network
+from training.voc_data import CLASSES, AnnotatedImage, read_annotations
+from training.voc_metrics import average_precision, match_detections
+
+LEARNED = ("aeroplane", "horse", "car")
+MODES = ("Fast R-CNN", "Faster R-CNN")
+
+
+@pytest.fixture(scope="module")
+def devkit(tmp_path_factory):
+    return write_small_voc(tmp_path_factory.mktemp("voc"), train=6, test=4)
+
+
+@pytest.fixture(scope="module")
+def proposals(devkit):
+    return write_grid(devkit, devkit.parent / "regions.safetensors")
+
+
+def write_grid(devkit, file):
+    images = [image for split in ("trainval", "test") for image in read_annotations(devkit, "2007", split)]
+    detect.write_proposals(file, {image.name: detect.grid_proposals(image.width, image.height) for image in images})
+    return file
+
+
+def run(*arguments):
+    return detect.main([str(argument) for argument in arguments])
+
+
+def small(recipe, steps=2, lr=0.001):
+    training = dataclasses.replace(recipe.training, steps=steps, lr=lr)
+    return dataclasses.replace(recipe, training=training, train_sides=(112, 128), test_side=128, longest=400)
+
+
+def network_for(images, fc_size=32):
+    subject = load_subject("rotnet_alexnet", random=True, size=96)
+    return transfer_network(subject, len(CLASSES), [image.file for image in images], fc_size)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_command_end_to_end(mode, devkit, proposals, tmp_path):
+    arguments = ["rotnet_alexnet", "--random", "--data-dir", devkit, "--output", tmp_path, "--steps", 2, "--side", 128]
+    regions = ["--proposals", proposals] if mode == "Fast R-CNN" else []
+    assert run(*arguments, *regions, "--fc-size", 16, "--images-per-step", 1) == 0
+    rows = read_file(tmp_path / "rows.jsonl")
+    assert [row.protocol for row in rows] == [f"PASCAL VOC detection ({mode}), {kind} mAP" for kind in detect.KINDS]
+    assert all(0 <= row.value <= 1 and row.n is None and row.cost == "" for row in rows)
+    assert rows[0].settings.startswith(f"{mode}, 2 classes, shorter side 128 in training and 128 in the test, 2 steps")
+    state = load_file(tmp_path / "network.safetensors")
+    assert state["roi_heads.box_predictor.cls_score.weight"].shape == (21, 16)
+
+
+def test_other_networks_detect_too(devkit):
+    images = read_annotations(devkit, "2007", "train")
+    subject = load_subject("resnet18", random=True, size=64)
+    network = transfer_network(subject, 20, [image.file for image in images], scaled=False)
+    detector, by_class = detect.measure_detection(small(VOC_FASTER_RCNN), network, images, images, 20)
+    assert detector.backbone.out_channels == 512 and len(by_class["area"]) == 20
+
+
+def test_fast_rcnn_looks_where_it_is_told(devkit):
+    """Regions in an image's own pixels reach the map as they are scaled, and detections come back in pixels."""
+    images = read_annotations(devkit, "2007", "train")
+    detector = detect.build_detector(small(VOC_FAST_RCNN), network_for(images), 20, given_regions=True).eval()
+    seen = []
+    detector.roi_heads.box_roi_pool.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
+    picture = torch.rand(3, 100, 200)
+    regions = torch.tensor([[0.0, 0, 200, 100], [50, 25, 100, 50]])
+    with torch.inference_mode():
+        detector.transform.min_size = (300,)
+        (found,) = detector([picture], [regions])
+    features, (scaled,), sizes = seen[0]
+    # longest is 400: twice as large, not three times
+    assert sizes == [(200, 400)] and scaled.tolist() == (2 * regions).tolist()
+    assert features["0"].shape[-2:] == (13, 25) or features["0"].shape[-2:] == (14, 26)
+    assert found["boxes"].shape[1] == 4 and (found["boxes"] <= torch.tensor([200.0, 100, 200, 100])).all()
+
+
+def test_mirrored_samples(devkit, proposals):
+    images = read_annotations(devkit, "2007", "train")
+    seen = set()
+    for seed in range(8):
+        plain, regions, target = detect._training_sample(images, proposals, 0, random.Random(seed))
+        image = images[0]
+        easy = image.boxes[~image.difficult]
+        moved = not torch.equal(target["boxes"], easy)
+        seen.add(moved)
+        # what is inside of a box stays inside
+        left, top, right, bottom = target["boxes"][0].int().tolist()
+        x0, y0, x1, y1 = easy[0].int().tolist()
+        original, _ = detect._test_sample(images, proposals, 0)
+        inside = original[:, y0:y1, x0:x1]
+        assert torch.equal(plain[:, top:bottom, left:right], inside.flip(-1) if moved else inside)
+        assert (target["labels"] == image.labels[~image.difficult] + 1).all()
+        assert regions.shape == detect.grid_proposals(160, 128).shape and (regions[:, 2] > regions[:, 0]).all()
+    assert seen == {True, False}
+
+
+def test_difficult_objects_are_not_trained_on(devkit):
+    images = read_annotations(devkit, "2007", "train")
+    hard = [dataclasses.replace(image, difficult=torch.ones_like(image.difficult)) for image in images]
+    detector = detect.build_detector(small(VOC_FASTER_RCNN), network_for(images), 20, given_regions=False)
+    with pytest.raises(ValueError, match="no training image shows an object"):
+        detect.train_detector(small(VOC_FASTER_RCNN), detector, hard)
+
+
+def annotated(boxes, labels, difficult):
+    boxes = torch.tensor(boxes, dtype=torch.float32).view(-1, 4)
+    return AnnotatedImage(None, 100, 100, boxes, torch.tensor(labels), torch.tensor(difficult, dtype=torch.bool))
+
+
+def test_precisions_by_hand():
+    images = [
+        annotated([[0, 0, 10, 10], [50, 50, 90, 90]], [0, 1], [False, False]),
+        annotated([[0, 0, 20, 20]], [0], [True]),
+        annotated([], [], []),
+    ]
+    found = [
+        {
+            "boxes": torch.tensor([[0.0, 0, 10, 10], [50, 50, 90, 90]]),
+            "labels": torch.tensor([1, 1]),
+            "scores": torch.tensor([0.6, 0.9]),
+        },
+        {
+            "boxes": torch.tensor([[0.0, 0, 20, 20]]),
+            "labels": torch.tensor([1]),
+            "scores": torch.tensor([0.99]),
+        },
+        {"boxes": torch.empty(0, 4), "labels": torch.empty(0, dtype=torch.int64), "scores": torch.empty(0)},
+    ]
+    # class 0: a wrong one, then a right one, the difficult one beside; class 1: named wrongly; class 2: not there
+    first, second, third = detect.detection_precisions(found, images, 3, "area")
+    assert (first, second) == (0.5, 0.0) and third != third
+
+
+def test_grids_are_inside_and_everywhere():
+    for width, height in ((160, 128), (33, 500), (1, 1)):
+        boxes = detect.grid_proposals(width, height)
+        assert (boxes[:, :2] >= 0).all() and (boxes[:, 2:] <= torch.tensor([width, height]) + 1e-3).all()
+        assert (boxes[:, 2:] > boxes[:, :2]).all()
+
+
+def test_proposals_are_written_and_read(tmp_path, devkit):
+    image = read_annotations(devkit, "2007", "train")[0]
+    file = tmp_path / "regions.safetensors"
+    boxes = torch.tensor([[0, 0, 10, 20], [-1, 5, 161, 128]])
+    detect.write_proposals(file, {image.name: boxes})
+    detect.check_proposals_file(file, [image])
+    # a pixel outside is rounding, and cut off
+    assert detect._proposals_of(file, image).tolist() == [[0, 0, 10, 20], [0, 5, 160, 128]]
+
+
+def test_bad_proposals_are_named(tmp_path, devkit):
+    images = read_annotations(devkit, "2007", "train")
+    for boxes, message in (
+        (torch.empty(0, 4), "at least one"),
+        (torch.ones(3, 5), r"must be \(n, 4\)"),
+        (torch.tensor([[10.0, 0, 5, 5]]), "empty or not finite"),
+        (torch.tensor([[0.0, 0, 5, float("nan")]]), "empty or not finite"),
+    ):
+        with pytest.raises(ValueError, match=f"proposals of 000001 .*{message}"):
+            detect.write_proposals(tmp_path / "bad.safetensors", {"000001": boxes})
+    save_file({images[0].name: torch.tensor([[0.0, 0, 500, 500]])}, tmp_path / "far.safetensors")
+    with pytest.raises(ValueError, match=r"000001 in .*far\.safetensors are outside of its 160 x 128 pixels"):
+        detect._proposals_of(tmp_path / "far.safetensors", images[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_it_learns(mode, tmp_path):
+    """Three classes at random places. Chance, which gives the grid's regions random scores, is under 5 %."""
+    devkit = write_small_voc(tmp_path, train=40, test=20, classes=LEARNED)
+    train, test = (read_annotations(devkit, "2007", split) for split in ("trainval", "test"))
+    file = write_grid(devkit, tmp_path / "grid.safetensors") if mode == "Fast R-CNN" else None
+    grid = [detect.grid_proposals(image.width, image.height) for image in test]
+    chances = []
+    for label in (CLASSES.index(name) for name in LEARNED):
+        truths = [image.boxes[image.labels == label] for image in test]
+        difficult = [image.difficult[image.labels == label] for image in test]
+        scores, right, total = match_detections(grid, [torch.rand(len(part)) for part in grid], truths, difficult)
+        chances.append(average_precision(scores, right, "11-point", total))
+    assert max(chances) < 0.05
+    recipe = small(VOC_FAST_RCNN if file else VOC_FASTER_RCNN, steps=130, lr=0.003)
+    _, by_class = detect.measure_detection(recipe, network_for(train, 128), train, test, 20, file)
+    found = averages(by_class)
+    assert min(found.values()) > 0.05 + (0.2 if file else 0.1), found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--proposals", "nowhere.safetensors"], "proposals nowhere.safetensors do not exist"),
+        (["--proposals", "{devkit}/VOC2007/Annotations/000001.xml"], "are no safetensors file"),
+        (["--proposals", "{few}"], "have none for 9 images, 000002 among them"),
+        (["--side", "10"], "as it is scaled: the network's strides leave nothing of a side under"),
+        (["--side", "0"], "sides must be at least 1 pixel"),
+        (["--test", "nothing"], "there are the splits"),
+    ],
+)
+def test_bad_input_is_a_one_line_error(arguments, message, devkit, capsys, tmp_path):
+    few = tmp_path / "few.safetensors"
+    detect.write_proposals(few, {"000001": torch.tensor([[0.0, 0, 9, 9]])})
+    arguments = [argument.format(devkit=devkit, few=few) for argument in arguments]
+    start = ["rotnet_alexnet", "--random", "--data-dir", devkit, "--output", tmp_path / "out", "--fc-size", 16]
+    assert run(*start, "--steps", 1, *arguments) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and message in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_image_too_small_is_named(devkit, capsys, tmp_path):
+    narrow = write_small_voc(tmp_path, train=2, test=2)
+    file = narrow / "VOC2007" / "JPEGImages" / "000003.jpg"
+    Image.new("RGB", (400, 4)).save(file)
+    xml = narrow / "VOC2007" / "Annotations" / "000003.xml"
+    xml.write_text("<annotation><size><width>400</width><height>4</height></size></annotation>")
+    assert run("rotnet_alexnet", "--random", "--data-dir", narrow, "--fc-size", 16, "--steps", 1) == 2
+    assert f"image {file} is of 1000 x 10 pixels as it is scaled" in capsys.readouterr().err

@@ -1,0 +1,269 @@
+"""PASCAL VOC segmentation: which class is every pixel of; mean intersection over union (table 7 of the paper).
+
+    python -m training.segment rotnet_alexnet.gidaris_in1k --data-dir VOCdevkit --device cuda
+
+A fully convolutional network (Long, Shelhamer, Darrell 2015, https://arxiv.org/abs/1411.4038): AlexNet's fc6 and fc7 as
+convolutions, a score for every class in every cell of 32 pixels, scaled up to the image's pixels. Other networks, and
+AlexNet with --fc-size 0, get their scores from the last feature layer. MODEL is any model of timm or of this package;
+its batch norm is folded and its layers are rescaled, then all are trained on whole images. Pixels that the masks give as
+255 do not count. VOC2012's train and val are taken where nothing else is said: the paper does not name its splits.
+
+Settings are the recipe VOC_SEGMENTATION in training/recipes.py. Numbers are in --output as rows.jsonl, report.md,
+report.json and report.png, and the trained network as network.safetensors.
+"""
+
+import argparse
+import dataclasses
+import functools
+import math
+import random
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_model
+from timm.data import resolve_model_data_config
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from rotation_ssl.backbones.alexnet import POOL_SIZE, RotNetAlexNet
+from rotation_ssl.images import normalize
+from training.memory import TURN_OFF, keep_large_blocks
+from training.recipes import VOC_SEGMENTATION, VocSegmentation
+from training.results import check_device
+from training.transfer import (
+    Backbone,
+    Draws,
+    InOrder,
+    add_arguments,
+    batches,
+    cost_of,
+    keep_numbers,
+    subject_of,
+    train_network,
+    training_of,
+    training_text,
+    transfer_network,
+    transfer_row,
+)
+from training.voc_data import MaskedImage, check_large_enough, open_mask, open_pixels, pixels_tensor, read_masks
+from training.voc_metrics import IGNORED, confusion_matrix, intersections_over_unions, mean_over_classes
+
+
+class Fcn(nn.Module):
+    """A transferred network that scores every pixel: images (N, 3, H, W) -> logits (N, K + 1, H, W).
+
+    It takes uint8 images and normalises them. Cell j of the map is scaled up to pixels j * stride to (j + 1) * stride;
+    AlexNet's images are padded by as much as puts the middle of what a cell sees there.
+
+    Args:
+        network: of :func:`training.transfer.transfer_network`, which is taken over.
+        classes: K, without the background.
+        dropout: after fc6 and fc7.
+
+    Raises:
+        ValueError: a network that timm cannot cut at its last feature layer.
+    """
+
+    def __init__(self, network: nn.Module, classes: int, dropout: float) -> None:
+        super().__init__()
+        cfg = resolve_model_data_config(network)
+        self.mean, self.std = cfg["mean"], cfg["std"]
+        if isinstance(network, RotNetAlexNet) and network.head.fc_size:
+            head: Any = network.head
+            # conv1 to pool5 see 31.5 pixels around the first cell's middle and fc6 2.5 cells of 32 more: 111.5, not 16
+            self.padding, self.stride, width = 96, 32, head.fc_size
+            self.maps: nn.Module = nn.Sequential(
+                network.features,
+                _as_convolution(head.fc6[0], POOL_SIZE), nn.ReLU(inplace=True), nn.Dropout2d(dropout),
+                _as_convolution(head.fc7[0], 1), nn.ReLU(inplace=True), nn.Dropout2d(dropout),
+            )  # fmt: skip
+        else:
+            backbone = Backbone(network)
+            self.padding, self.stride, width = 0, backbone.reduction, backbone.out_channels
+            self.maps = backbone
+        self.score = nn.Conv2d(width, classes + 1, 1)
+        # as in the paper of FCN: no class is preferred to begin with
+        nn.init.zeros_(self.score.weight)
+        nn.init.zeros_(self.score.bias)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits of the background and K classes for every pixel."""
+        height, width = images.shape[-2:]
+        right, below = -width % self.stride, -height % self.stride
+        padded = F.pad(
+            normalize(images, self.mean, self.std),
+            (self.padding, self.padding + right, self.padding, self.padding + below),
+        )
+        scores = self.score(self.maps(padded))
+        size = (height + below, width + right)
+        return F.interpolate(scores, size=size, mode="bilinear", align_corners=False)[..., :height, :width]
+
+
+def pixel_loss(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy, the mean over pixels that count.
+
+    Args:
+        logits: (N, K + 1, H, W).
+        masks: (N, H, W) 0..K, or 255 for pixels that do not count.
+    """
+    counted = (masks != IGNORED).sum().clamp_min(1)
+    return F.cross_entropy(logits, masks.long(), ignore_index=IGNORED, reduction="sum") / counted
+
+
+def train_segmenter(
+    recipe: VocSegmentation,
+    network: Fcn,
+    images: Sequence[MaskedImage],
+    device: str = "cpu",
+    seed: int = 0,
+    workers: int = 0,
+) -> None:
+    """Train a network on images and masks, in place.
+
+    Raises:
+        ValueError: a mask with a class that there is not, or a loss that is not finite.
+    """
+    torch.manual_seed(seed)
+    training = recipe.training
+    load = functools.partial(_training_sample, tuple(images), network.score.out_channels - 1)
+    draws = Draws(load, len(images), training.steps * training.images_per_step, seed)
+
+    def loss_of(batch: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+        pixels, masks = together(batch, network.mean)
+        return pixel_loss(network(pixels.to(device)).float(), masks.to(device))
+
+    train_network(training, network, batches(draws, training.images_per_step, workers), loss_of, "segmentation")
+
+
+def together(
+    samples: Sequence[tuple[torch.Tensor, torch.Tensor]], mean: Sequence[float]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images and masks of different sizes as one batch: the mean colour, which does not count, right of and below them.
+
+    Args:
+        samples: (3, H, W) and (H, W), uint8.
+        mean: colour in 0..1.
+
+    Returns:
+        (N, 3, H', W') and (N, H', W'), uint8, as large as the largest.
+    """
+    height, width = (max(mask.shape[side] for _, mask in samples) for side in (0, 1))
+    colour = torch.tensor(mean).mul(255).round().to(torch.uint8).view(1, 3, 1, 1)
+    pixels = colour.repeat(len(samples), 1, height, width)
+    masks = torch.full((len(samples), height, width), IGNORED, dtype=torch.uint8)
+    for index, (image, mask) in enumerate(samples):
+        pixels[index, :, : mask.shape[0], : mask.shape[1]] = image
+        masks[index, : mask.shape[0], : mask.shape[1]] = mask
+    return pixels, masks
+
+
+def segment(network: Fcn, images: Sequence[MaskedImage], device: str = "cpu", workers: int = 0) -> torch.Tensor:
+    """Pixels of all images by true (rows) and predicted class: (K + 1, K + 1) int64.
+
+    Raises:
+        ValueError: a mask with a class that there is not; the error names it.
+    """
+    network.eval()
+    classes = network.score.out_channels
+    confusion = torch.zeros(classes, classes, dtype=torch.int64)
+    load = functools.partial(_test_sample, tuple(images), classes - 1)
+    with torch.inference_mode(), tqdm(total=len(images), desc="test", unit="img", mininterval=0.5) as bar:
+        for ((pixels, mask),) in batches(InOrder(load, len(images)), 1, workers):
+            predicted = network(pixels[None].to(device)).argmax(1)[0].cpu()
+            confusion += confusion_matrix(predicted, mask, classes)
+            bar.update()
+    return confusion
+
+
+def measure_segmentation(
+    recipe: VocSegmentation,
+    network: nn.Module,
+    train: Sequence[MaskedImage],
+    test: Sequence[MaskedImage],
+    classes: int,
+    device: str = "cpu",
+    seed: int = 0,
+    workers: int = 0,
+) -> tuple[Fcn, list[float]]:
+    """Build a fully convolutional network on a transferred one, train it, measure it.
+
+    Returns:
+        The network, and the intersection over union of the background and K classes, nan for those that are not there.
+
+    Raises:
+        ValueError: an image too small for the network, or as :func:`train_segmenter`.
+    """
+    torch.manual_seed(seed)
+    fcn = Fcn(network, classes, recipe.dropout).to(device)
+    for image in (*train, *test):
+        check_large_enough(image.file, image.width, image.height, fcn.stride)
+    train_segmenter(recipe, fcn, train, device, seed, workers)
+    return fcn, intersections_over_unions(segment(fcn, test, device, workers))
+
+
+def _as_convolution(layer: Any, side: int) -> nn.Conv2d:
+    """A linear layer on flattened (C, side, side) maps as the convolution that computes the same."""
+    channels = layer.in_features // side**2
+    convolution = nn.Conv2d(channels, layer.out_features, side)
+    convolution.weight = nn.Parameter(layer.weight.detach().view(-1, channels, side, side).clone())
+    convolution.bias = nn.Parameter(layer.bias.detach().clone())
+    return convolution
+
+
+def _training_sample(
+    images: tuple[MaskedImage, ...], classes: int, index: int, rng: random.Random
+) -> tuple[torch.Tensor, torch.Tensor]:
+    pixels, mask = _test_sample(images, classes, index)
+    return (pixels.flip(-1), mask.flip(-1)) if rng.random() < 0.5 else (pixels, mask)
+
+
+def _test_sample(images: tuple[MaskedImage, ...], classes: int, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    image = images[index]
+    return pixels_tensor(open_pixels(image.file)), open_mask(image.mask, classes)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m training.segment", description=__doc__, epilog=TURN_OFF,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add_arguments(parser, "2012", "train", "val")
+    args = parser.parse_args(arguments)
+    keep_large_blocks()
+    try:
+        check_device(args.device)
+        started = time.monotonic()
+        recipe = dataclasses.replace(VOC_SEGMENTATION, training=training_of(VOC_SEGMENTATION.training, args))
+        subject = subject_of(args)
+        train = read_masks(args.data_dir, args.year, args.train)
+        test = read_masks(args.data_dir, args.year, args.test)
+        files = [image.file for image in train]
+        network = transfer_network(subject, len(args.classes), files, args.fc_size, not args.no_rescale, args.seed)
+        fcn, values = measure_segmentation(
+            recipe, network, train, test, len(args.classes), args.device, args.seed, args.workers
+        )
+        output = args.output or Path("runs") / "voc" / subject.name
+        present = sum(not math.isnan(value) for value in values)
+        settings = training_text(recipe.training, not args.no_rescale)
+        row = transfer_row(
+            subject, fcn, mean_over_classes(values), started, protocol="PASCAL VOC segmentation, mean IoU", layer="all",
+            seed=args.seed, data=f"VOC{args.year} {args.test}", cost=cost_of(args),
+            settings=f"FCN, {present} classes with the background, {settings}",
+        )  # fmt: skip
+        keep_numbers(output, [row], {"IoU": values}, ("background", *args.classes))
+        save_model(fcn, str(output / "network.safetensors"))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"rows are in {output / 'rows.jsonl'}; report.md, report.json and report.png beside it")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
