@@ -2,11 +2,12 @@
 
     python -m training.segment rotnet_alexnet.gidaris_in1k --data-dir VOCdevkit --device cuda
 
-A fully convolutional network (Long, Shelhamer, Darrell 2015, https://arxiv.org/abs/1411.4038): AlexNet's fc6 and fc7 as
-convolutions, a score for every class in every cell of 32 pixels, scaled up to the image's pixels. Other networks, and
-AlexNet with --fc-size 0, get their scores from the last feature layer. MODEL is any model of timm or of this package;
-its batch norm is folded and its layers are rescaled, then all are trained on whole images. Pixels that the masks give as
-255 do not count. VOC2012's train and val are taken where nothing else is said: the paper does not name its splits.
+A fully convolutional network (Long, Shelhamer, Darrell 2015, https://arxiv.org/abs/1411.4038): AlexNet's fc6 and fc7
+as convolutions, a score for every class in every cell of 32 pixels, scaled up to the image's pixels. Other networks,
+and AlexNet with --fc-size 0, get their scores from the last feature layer. MODEL is any model of timm or of this
+package; its batch norm is folded and its layers are rescaled, then all are trained on whole images. Pixels that the
+masks give as 255 do not count. VOC2012's train and val are taken where nothing else is said: the paper does not name
+its splits.
 
 Settings are the recipe VOC_SEGMENTATION in training/recipes.py. Numbers are in --output as rows.jsonl, report.md,
 report.json and report.png, and the trained network as network.safetensors.
@@ -88,8 +89,8 @@ class Fcn(nn.Module):
             self.maps = backbone
         self.score = nn.Conv2d(width, classes + 1, 1)
         # as in the paper of FCN: no class is preferred to begin with
-        nn.init.zeros_(self.score.weight)
-        nn.init.zeros_(self.score.bias)
+        for parameter in self.score.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Logits of the background and K classes for every pixel."""

@@ -1,0 +1,123 @@
+"""What the PASCAL VOC transfers of AlexNet cost on a GPU, computed and not measured: the table of docs/transfer.md.
+
+    python -m training.voc_cost
+
+Multiplications and additions are counted on tensors without content (torch.utils.flop_counter), forward once and
+backward twice as much; reading images, pooling regions and suppressing boxes are not. Memory is weights, gradients,
+momentum and what the layers keep for the backward pass, for the largest images; the framework's own comes on top.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import timm
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import rotation_ssl  # noqa: F401  registers the models with timm
+from training.recipes import VOC_CLASSIFICATION, VOC_FAST_RCNN, VOC_FASTER_RCNN, VOC_SEGMENTATION, VocDetection
+
+RATE = 5e12  # operations a second: a quarter of the fp32 peak of an A100 (19.5e12)
+TRAINVAL, TEST, SEGMENTATION_TEST = 5_011, 4_952, 1_449  # images of VOC2007's trainval and test, VOC2012's val
+PICTURE = (375, 500)  # pixels of most VOC images
+PROPOSALS = 2_000  # regions that selective search finds in an image
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operations of a forward pass and the bytes that its layers give out."""
+
+    operations: float
+    kept: float
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.operations + other.operations, self.kept + other.kept)
+
+    def __mul__(self, times: float) -> "Work":
+        return Work(self.operations * times, self.kept * times)
+
+
+def work_of(layers: nn.Module, *shape: int) -> Work:
+    """The work of layers, without content, on an input of a shape."""
+    kept = [0]
+    kinds = (nn.Conv2d, nn.Linear, nn.MaxPool2d)
+    for layer in layers.modules():
+        if isinstance(layer, kinds):
+            layer.register_forward_hook(lambda _, __, output: kept.append(output.numel() * 4))
+    with FlopCounterMode(display=False) as counter:
+        layers(torch.empty(shape, device="meta"))
+    return Work(counter.get_total_flops(), sum(kept))
+
+
+def cost_table() -> str:
+    """A table: of each transfer the operations of a step, hours at :data:`RATE`, and memory."""
+    lines = [
+        "| transfer | steps of images | operations a step | training | test | GPU memory |",
+        "|---|---|---|---|---|---|",
+    ]
+    recipe = VOC_CLASSIFICATION
+    image, head = _parts(224, 224)
+    one_test = (image + head).operations * recipe.test_crops * TEST
+    count = recipe.training.images_per_step
+    for layers, backward in (("fc6-8", head), ("all", image + head)):
+        step = (image + head + backward * 2) * count
+        kept = (image + head) * count
+        lines.append(_line(f"classification, {layers}", recipe.training, step.operations, one_test, kept.kept))
+    for name, detection, regions in (
+        ("detection, Fast R-CNN", VOC_FAST_RCNN, PROPOSALS),
+        ("detection, Faster R-CNN", VOC_FASTER_RCNN, 1_000),
+    ):
+        works = [_detection_work(detection, side, detection.regions) for side in detection.train_sides]
+        mean = sum(work.operations for work in works) / len(works)
+        count = detection.training.images_per_step
+        one_test = _detection_work(detection, detection.test_side, regions).operations * TEST
+        largest = max(work.kept for work in works) * count
+        lines.append(_line(name, detection.training, 3 * mean * count, one_test, largest))
+    segmentation = VOC_SEGMENTATION.training
+    height, width = (side + -side % 32 + 2 * 96 for side in PICTURE)
+    image, _ = _parts(height, width)
+    cells = (PICTURE[0] + -PICTURE[0] % 32) * (PICTURE[1] + -PICTURE[1] % 32)
+    model = timm.create_model("rotnet_alexnet", num_classes=21, device="meta")
+    scored = work_of(model.head.fc6[0], cells // 32**2, 9216) + work_of(model.head.fc7[0], cells // 32**2, 4096)
+    # scores scaled up, their logarithms and the gradient of both
+    scored += Work(0, 4 * 21 * cells * 4)
+    step = (image + scored) * segmentation.images_per_step
+    one_test = (image + scored).operations * SEGMENTATION_TEST
+    lines.append(_line("segmentation, FCN", segmentation, 3 * step.operations, one_test, step.kept))
+    return "\n".join(lines) + "\n"
+
+
+def _parts(height: int, width: int) -> tuple[Work, Work]:
+    """AlexNet's convolutions on one image, and its fc layers on one 6 x 6 map."""
+    model = timm.create_model("rotnet_alexnet", num_classes=20, device="meta").eval()
+    return work_of(model.features, 1, 3, height, width), work_of(model.head, 1, 256, 6, 6)
+
+
+def _detection_work(recipe: VocDetection, side: int, regions: int) -> Work:
+    scale = min(side / min(PICTURE), recipe.longest / max(PICTURE))
+    image, head = _parts(*(round(part * scale) + 16 for part in PICTURE))
+    return image + head * regions
+
+
+def _line(name, training, operations, test, kept) -> str:  # type: ignore[no-untyped-def]
+    parameters = sum(p.numel() for p in timm.create_model("rotnet_alexnet", num_classes=20, device="meta").parameters())
+    memory = 3 * 4 * parameters + 2 * kept
+    return (
+        f"| {name} | {training.steps:,} of {training.images_per_step} | {operations / 1e12:.2f}e12 | "
+        f"{_hours(operations * training.steps)} | {_hours(test)} | {memory / 2**30:.1f} GiB |"
+    )
+
+
+def _hours(operations: float) -> str:
+    return f"{operations / RATE / 3600:.1f} h"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the table."""
+    print(cost_table(), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
