@@ -139,7 +139,7 @@ def test_it_learns(fc_size, tmp_path):
     training = dataclasses.replace(VOC_SEGMENTATION.training, steps=steps, lr=lr, images_per_step=images)
     recipe = dataclasses.replace(VOC_SEGMENTATION, training=training, dropout=0.0)
     _, values = segment.measure_segmentation(recipe, network, train, test, 20)
-    assert mean_over_classes(values) > chance + (0.2 if fc_size == 0 else 0.05), (chance, values)
+    assert mean_over_classes(values) > chance + (0.2 if fc_size == 0 else 0.1), (chance, values)
 
 
 def test_bad_input_is_a_one_line_error(devkit, capsys, tmp_path):

@@ -110,7 +110,8 @@ def _line(name, training, operations, test, kept) -> str:  # type: ignore[no-unt
 
 
 def _hours(operations: float) -> str:
-    return f"{operations / RATE / 3600:.1f} h"
+    hours = operations / RATE / 3600
+    return f"{hours:.1f} h" if hours >= 1 else f"{max(1, round(60 * hours))} min"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
