@@ -81,7 +81,7 @@ ALLOWED = {
     "training.transfer": {"rotation_ssl.backbones.alexnet", "rotation_ssl.images"}
     | {f"training.{name}" for name in ("optimizers", "recipes", "report", "rescale", "results", "subject")}
     | {"training.voc_data", "training.voc_metrics"},
-    "training.voc_cost": {"rotation_ssl", "training.recipes"},
+    "training.voc_tables": {"rotation_ssl", "training.recipes", "training.results"},
     "training.segment": {"rotation_ssl.backbones.alexnet", "rotation_ssl.images"}
     | {f"training.{name}" for name in ("memory", "recipes", "results", "subject", "transfer")}
     | {"training.voc_data", "training.voc_metrics"},

@@ -17,7 +17,7 @@ from training.transfer import averages, transfer_network
 from training.voc_data import CLASSES, AnnotatedImage, read_annotations
 from training.voc_metrics import average_precision, match_detections
 
-LEARNED = ("aeroplane", "horse", "car")
+LEARNED = ("aeroplane", "horse")
 MODES = ("Fast R-CNN", "Faster R-CNN")
 
 
@@ -182,7 +182,7 @@ def test_bad_proposals_are_named(tmp_path, devkit):
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_it_learns(mode, tmp_path):
-    """Three classes at random places. Chance, which gives the grid's regions random scores, is under 5 %."""
+    """Two classes at random places. Chance, which gives the grid's regions random scores, is under 5 %."""
     devkit = write_small_voc(tmp_path, train=40, test=20, classes=LEARNED)
     train, test = (read_annotations(devkit, "2007", split) for split in ("trainval", "test"))
     file = write_grid(devkit, tmp_path / "grid.safetensors") if mode == "Fast R-CNN" else None
@@ -194,10 +194,10 @@ def test_it_learns(mode, tmp_path):
         scores, right, total = match_detections(grid, [torch.rand(len(part)) for part in grid], truths, difficult)
         chances.append(average_precision(scores, right, "11-point", total))
     assert max(chances) < 0.05
-    recipe = small(VOC_FAST_RCNN if file else VOC_FASTER_RCNN, steps=130, lr=0.003 if file else 0.006)
+    recipe = small(VOC_FAST_RCNN if file else VOC_FASTER_RCNN, steps=150 if file else 110, lr=0.004 if file else 0.006)
     _, by_class = detect.measure_detection(recipe, network_for(train, 128), train, test, 20, file)
     found = averages(by_class)
-    assert min(found.values()) > 0.05 + (0.2 if file else 0.1), found
+    assert min(found.values()) > 0.05 + (0.2 if file else 0.15), found
 
 
 @pytest.mark.parametrize(

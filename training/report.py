@@ -96,6 +96,9 @@ def draw_report(rows: list[Row], file: Path) -> None:
         axes.legend(fontsize="small")
     else:
         axes.bar([f"{row.weights}\n{row.protocol}" for row in rows], [100 * row.value for row in rows], width=0.4)
-    axes.set(ylabel="accuracy, percent", title="" if several else rows[0].data)
+    # what is no count is a mean of precisions or overlaps
+    axes.set(
+        ylabel="accuracy, percent" if all(row.n for row in rows) else "percent", title="" if several else rows[0].data
+    )
     axes.grid(alpha=0.3)
     figure.savefig(file, dpi=120)

@@ -9,8 +9,8 @@ or with all layers. VOCdevkit is the standard folder, docs/transfer.md says how 
 of ten random crops of each test image is measured; objects marked difficult do not count.
 
 Three numbers are written, and printed for every class: VOC2007's 11-point average precision, the area under the best
-precision (VOC2010 and later), and the area in steps, which is what scikit-learn calls average precision and the code of
-Kraehenbuehl et al., whose protocol the paper takes, prints. Settings are the recipe VOC_CLASSIFICATION in
+precision (VOC2010 and later), and the area in steps, which is what scikit-learn calls average precision and the code
+of Kraehenbuehl et al., whose settings are taken, prints. Settings are the recipe VOC_CLASSIFICATION in
 training/recipes.py. They are in --output as rows.jsonl, report.md, report.json and report.png, and the trained network
 as network.safetensors.
 """

@@ -1,10 +1,11 @@
-"""What the PASCAL VOC transfers of AlexNet cost on a GPU, computed and not measured: the table of docs/transfer.md.
+"""The tables of docs/transfer.md: the paper's numbers on PASCAL VOC, and what the transfers of AlexNet cost on a GPU.
 
-    python -m training.voc_cost
+    python -m training.voc_tables
 
-Multiplications and additions are counted on tensors without content (torch.utils.flop_counter), forward once and
-backward twice as much; reading images, pooling regions and suppressing boxes are not. Memory is weights, gradients,
-momentum and what the layers keep for the backward pass, for the largest images; the framework's own comes on top.
+The first is of result rows. The costs are computed and not measured: multiplications and additions are counted on
+tensors without content (torch.utils.flop_counter), forward once and backward twice as much; reading images, pooling
+regions and suppressing boxes are not. Memory is weights, gradients, momentum and what the layers keep for the backward
+pass, for the largest images; the framework's own comes on top.
 """
 
 from collections.abc import Sequence
@@ -17,11 +18,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import rotation_ssl  # noqa: F401  registers the models with timm
 from training.recipes import VOC_CLASSIFICATION, VOC_FAST_RCNN, VOC_FASTER_RCNN, VOC_SEGMENTATION, VocDetection
+from training.results import Row, read_rows
 
 RATE = 5e12  # operations a second: a quarter of the fp32 peak of an A100 (19.5e12)
 TRAINVAL, TEST, SEGMENTATION_TEST = 5_011, 4_952, 1_449  # images of VOC2007's trainval and test, VOC2012's val
 PICTURE = (375, 500)  # pixels of most VOC images
 PROPOSALS = 2_000  # regions that selective search finds in an image
+# the paper's rows: their weights in training/results/, and what they are called
+PAPER = {
+    "rotnet_alexnet.paper": "RotNet",
+    "rotnet_alexnet.paper-labels": "ImageNet labels",
+    "rotnet_alexnet.paper-random-rescaled": "random weights, rescaled",
+    "rotnet_alexnet.paper-random": "random weights",
+}
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,18 @@ def work_of(layers: nn.Module, *shape: int) -> Work:
     with FlopCounterMode(display=False) as counter:
         layers(torch.empty(shape, device="meta"))
     return Work(counter.get_total_flops(), sum(kept))
+
+
+def paper_table(rows: Sequence[Row]) -> str:
+    """The paper's numbers on PASCAL VOC, from result rows: a line for each weights, a column for each protocol."""
+    quoted = [row for row in rows if row.weights in PAPER and row.source.startswith("paper")]
+    columns = list(dict.fromkeys((row.protocol, row.layer) for row in quoted))
+    titles = [f"{protocol.removeprefix('PASCAL VOC ')}, {layer}" for protocol, layer in columns]
+    lines = [f"| _{quoted[0].source}_ | {' | '.join(titles)} |", f"|---|{'---|' * len(columns)}"]
+    for weights, name in PAPER.items():
+        own = {(row.protocol, row.layer): f"_{100 * row.value:.2f} %_" for row in quoted if row.weights == weights}
+        lines.append(f"| _{name}_ | {' | '.join(own.get(column, '') for column in columns)} |")
+    return "\n".join(lines) + "\n"
 
 
 def cost_table() -> str:
@@ -115,8 +136,8 @@ def _hours(operations: float) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table."""
-    print(cost_table(), end="")
+    """Print the tables."""
+    print(paper_table(read_rows()), cost_table(), sep="\n", end="")
     return 0
 
 
