@@ -4,9 +4,10 @@ import dataclasses
 import random
 
 import pytest
+import timm
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_voc import write_small_voc
 from torch import nn
 
@@ -85,6 +86,15 @@ def test_fc_layers_are_those_of_the_weights_or_fresh():
     assert not any(isinstance(module, nn.BatchNorm1d) for module in fresh.modules())
     with pytest.raises(ValueError, match="has no fc6 and fc7"):
         transfer_network(load_subject("resnet18", random=True, size=64), 5, [], 32, scaled=False)
+
+
+def test_weights_without_fc_layers_get_fresh_ones(tmp_path):
+    backbone = timm.create_model("rotnet_alexnet", fc_size=0)
+    save_file(backbone.state_dict(), tmp_path / "convolutions.safetensors")
+    subject = load_subject("rotnet_alexnet", weights=tmp_path / "convolutions.safetensors", size=64)
+    assert subject.backbone.head.fc_size == 0
+    network = transfer_network(subject, 5, [], scaled=False)
+    assert network.head.fc6[0].weight.shape == (4096, 9216) and network.head.fc.weight.shape == (5, 4096)
 
 
 def fold_of(layer):

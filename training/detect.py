@@ -51,6 +51,7 @@ from training.transfer import (
     averages,
     batches,
     cost_of,
+    data_name,
     keep_numbers,
     smallest_side,
     subject_of,
@@ -437,7 +438,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = [
             transfer_row(
                 subject, detector, value, started, protocol=f"PASCAL VOC detection ({name}), {kind} mAP", layer="all",
-                seed=args.seed, data=f"VOC{args.year} {args.test}", cost="" if args.side is not None else cost_of(args),
+                seed=args.seed, data=data_name(args), cost="" if args.side is not None else cost_of(args),
                 settings=settings,
             )
             for kind, value in averages(by_class).items()

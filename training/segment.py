@@ -43,6 +43,7 @@ from training.transfer import (
     add_arguments,
     batches,
     cost_of,
+    data_name,
     keep_numbers,
     subject_of,
     train_network,
@@ -254,7 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = training_text(recipe.training, not args.no_rescale)
         row = transfer_row(
             subject, fcn, mean_over_classes(values), started, protocol="PASCAL VOC segmentation, mean IoU", layer="all",
-            seed=args.seed, data=f"VOC{args.year} {args.test}", cost=cost_of(args),
+            seed=args.seed, data=data_name(args), cost=cost_of(args),
             settings=f"FCN, {present} classes with the background, {settings}",
         )  # fmt: skip
         keep_numbers(output, [row], {"IoU": values}, ("background", *args.classes))

@@ -43,14 +43,18 @@ class Draws(Dataset):
 
     def __init__(self, load: Callable[[int, random.Random], Any], count: int, total: int, seed: int) -> None:
         self.load, self.count, self.total, self.seed = load, count, total, seed
+        self.epoch, self.order = -1, [0]
 
     def __len__(self) -> int:
         return self.total
 
     def __getitem__(self, index: int) -> Any:
         epoch, position = divmod(index, self.count)
-        order = random.Random(f"{self.seed} epoch {epoch}").sample(range(self.count), self.count)
-        return self.load(order[position], random.Random(f"{self.seed} sample {index}"))
+        if epoch != self.epoch:
+            # kept: an order takes milliseconds
+            self.epoch = epoch
+            self.order = random.Random(f"{self.seed} epoch {epoch}").sample(range(self.count), self.count)
+        return self.load(self.order[position], random.Random(f"{self.seed} sample {index}"))
 
 
 class InOrder(Dataset):
@@ -252,6 +256,12 @@ def training_of(training: Training, args: argparse.Namespace) -> Training:
 def cost_of(args: argparse.Namespace) -> str:
     """The row's word for what the training costs: 'paper' for the recipe as it is, '' for another one."""
     return "paper" if args.steps is args.images_per_step is args.lr is None else ""
+
+
+def data_name(args: argparse.Namespace) -> str:
+    """What the row calls the measured images: VOC's own name where the classes are VOC's, else the folder's as well."""
+    name = f"VOC{args.year} {args.test}"
+    return name if tuple(args.classes) == CLASSES else f"{args.data_dir.resolve().name}, {name}"
 
 
 def subject_of(args: argparse.Namespace, size: int | None = None) -> Subject:

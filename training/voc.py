@@ -44,6 +44,7 @@ from training.transfer import (
     averages,
     batches,
     cost_of,
+    data_name,
     keep_numbers,
     subject_of,
     train_network,
@@ -238,7 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             transfer_row(
                 subject, network, value, started,
                 protocol=f"PASCAL VOC classification, {kind} mAP", layer=args.layers, seed=args.seed,
-                data=f"VOC{args.year} {args.test}", cost=cost_of(args),
+                data=data_name(args), cost=cost_of(args),
                 settings=f"{present} classes, {recipe.test_crops} crops, {settings}",
             )
             for kind, value in averages(by_class).items()
