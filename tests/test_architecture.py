@@ -50,12 +50,13 @@ ALLOWED = {
     "training.benchmark": {"rotation_ssl.zoo", "rotation_ssl.backbones.nin"}
     | {f"training.{name}" for name in ("card", "results", "speed")},
     "training.results": {"rotation_ssl"},
-    "training.pretrain": {"rotation_ssl", "rotation_ssl.images", "rotation_ssl.rotations"}
+    "training.pretrain": {"training.augment"}
+    | {"rotation_ssl", "rotation_ssl.images", "rotation_ssl.rotations"}
     | {
         f"training.{name}"
         for name in ("batches", "checkpoint", "eighths", "memory", "optimizers", "outputs", "recipes", "results")
     }
-    | {"training.unlabelled"},
+    | {"training.augment", "training.unlabelled"},
     "training.subject": {"rotation_ssl", "rotation_ssl.images", "rotation_ssl.zoo", "training.results"},
     "training.report": {"training.results"},
     "training.evaluate": {f"rotation_ssl.{name}" for name in ("features", "probes", "rotations")}

@@ -119,18 +119,20 @@ class StepSchedule:
 class Recipe:
     """How a weight was pretrained: all that decides its bytes but machine, thread count and library versions.
 
-    ``data`` is a name of ``training.unlabelled.open_images``, whose images are squares of ``image_size`` pixels.
-    ``images_per_step`` upright images make a batch of ``images_per_step * len(rotations)`` turned ones. Crops are taken
-    at random positions of the image padded by ``padding`` pixels on all sides; then half of them are mirrored; then all
-    are turned, by ``rotations`` steps of ``rotation_unit`` degrees: 90, exact quarter turns, or 45, all eight of them,
-    resampled and masked to the inscribed circle. ``flip`` is 'none', 'random' (each crop with probability 1/2) or
-    'alternate' (an image is mirrored in every other of its epochs, the first one at random). An epoch is a permutation
-    of the training images, its incomplete last batch dropped. ``label_smoothing`` of the rotation's probability goes to
-    all rotations alike. With ``average`` above 0 the published weights are an exponential average of the run's, that
-    factor of the old kept at every step, with batch norm's statistics taken anew. ``holdout`` keeps that many of the
-    training images, the last ones, out of training: tune on them, never on the test set. ``precision`` is 'fp32', or
-    'bf16' for autocast: faster where the processor multiplies bfloat16 itself (``avx512_bf16`` or ``amx_bf16`` in
-    /proc/cpuinfo, or a GPU), several times slower where it does not.
+    ``data`` is a name of ``training.unlabelled.open_images``, whose images are squares of ``image_size`` pixels;
+    ``model_args`` are arguments of the model beside its number of classes, as pairs. ``images_per_step`` upright images
+    make a batch of ``images_per_step * len(rotations)`` turned ones. Crops are taken at random positions of the image
+    padded by ``padding`` pixels on all sides, or with ``scale`` they are boxes of that share of the image's area, at
+    least and at most, resized to the stage's pixels (torchvision's RandomResizedCrop); then half of them are mirrored;
+    then all are turned, by ``rotations`` steps of ``rotation_unit`` degrees: 90, exact quarter turns, or 45, all eight
+    of them, resampled and masked to the inscribed circle. ``flip`` is 'none', 'random' (each crop with probability 1/2)
+    or 'alternate' (an image is mirrored in every other of its epochs, the first one at random). An epoch is a
+    permutation of the training images, its incomplete last batch dropped. ``label_smoothing`` of the rotation's
+    probability goes to all rotations alike. With ``average`` above 0 the published weights are an exponential average
+    of the run's, that factor of the old kept at every step, with batch norm's statistics taken anew. ``holdout`` keeps
+    that many of the training images, the last ones, out of training: tune on them, never on the test set.
+    ``precision`` is 'fp32', or 'bf16' for autocast: faster where the processor multiplies bfloat16 itself
+    (``avx512_bf16`` or ``amx_bf16`` in /proc/cpuinfo, or a GPU), several times slower where it does not.
     """
 
     name: str
@@ -152,14 +154,22 @@ class Recipe:
     seed: int = 0
     note: str = ""
     image_size: int = 32
+    scale: tuple[float, float] | None = None
+    model_args: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
         _check(len(self.stages) > 0, "stages", "at least one", self.stages)
         _check(self.images_per_step >= 1, "images_per_step", "at least 1", self.images_per_step)
         _check(self.image_size >= 1, "image_size", "at least 1 pixel", self.image_size)
         _check(0 <= self.padding < self.image_size, "padding", "0 up to the image's pixels", self.padding)
+        if self.scale is not None:
+            ordered = len(self.scale) == 2 and 0 < self.scale[0] <= self.scale[1] <= 1
+            _check(
+                ordered, "scale", "two shares of the image's area, above 0 up to 1, the smaller one first", self.scale
+            )
+            _check(self.padding == 0, "padding", "0 where crops have a scale", self.padding)
         widest = self.image_size + 2 * self.padding
-        for stage in self.stages:
+        for stage in self.stages if self.scale is None else ():
             _check(stage.crop <= widest, "crop of a stage", f"at most {widest}, image and padding", stage.crop)
         _check(self.padding_mode in PADDING_MODES, "padding_mode", _one_of(PADDING_MODES), self.padding_mode)
         _check(self.flip in FLIPS, "flip", _one_of(FLIPS), self.flip)
@@ -184,6 +194,11 @@ class Recipe:
     def rotated_images(self) -> int:
         """Rotated images seen in the whole run."""
         return self.steps * self.images_per_step * len(self.rotations)
+
+    @property
+    def input_size(self) -> int:
+        """Side of the whole images that the trained network is for: what crops were resized to, or the images' own."""
+        return self.image_size if self.scale is None else self.stages[-1].crop
 
     def crop_at(self, step: int) -> int:
         """Crop size of step ``step``, counted from 0."""
@@ -223,7 +238,8 @@ def with_image_size(recipe: Recipe, size: int) -> Recipe:
     scale = size / recipe.image_size
     stages = tuple(dataclasses.replace(stage, crop=max(1, round(stage.crop * scale))) for stage in recipe.stages)
     padding = min(round(recipe.padding * scale), size - 1)
-    stages = tuple(dataclasses.replace(stage, crop=min(stage.crop, size + 2 * padding)) for stage in stages)
+    if recipe.scale is None:
+        stages = tuple(dataclasses.replace(stage, crop=min(stage.crop, size + 2 * padding)) for stage in stages)
     return dataclasses.replace(recipe, image_size=size, padding=padding, stages=stages)
 
 
@@ -302,6 +318,54 @@ NIN5_CIFAR10_ABLATION = dataclasses.replace(
     NIN_CIFAR10_ABLATION, name="nin5-cifar10-ablation", model="rotnet_nin5", note="table 1 of the paper: 5 blocks"
 )
 
+IMAGENET_IMAGES, PLACES205_IMAGES = 1_281_167, 2_448_873
+ALEXNET_IMAGES_PER_STEP = 192
+
+ALEXNET_IMAGENET_PAPER = Recipe(
+    name="alexnet-imagenet-paper",
+    model="rotnet_alexnet",
+    data="folder",
+    image_size=256,
+    stages=(Stage(steps=30 * (IMAGENET_IMAGES // ALEXNET_IMAGES_PER_STEP), crop=224),),
+    optimizer=Sgd(lr=0.01),
+    schedule=StepSchedule(milestones=(10 / 30, 20 / 30), factor=0.1),
+    images_per_step=ALEXNET_IMAGES_PER_STEP,
+    padding=0,
+    scale=(0.08, 1.0),
+    note="section 4.2 of the paper: 30 epochs, divided by 10 at 10 and 20; --data-dir holds train/<class>/*; for a GPU",
+)
+
+ALEXNET_IMAGENET_AUTHORS = dataclasses.replace(
+    ALEXNET_IMAGENET_PAPER,
+    name="alexnet-imagenet-authors",
+    stages=(Stage(steps=50 * (IMAGENET_IMAGES // ALEXNET_IMAGES_PER_STEP), crop=224),),
+    schedule=StepSchedule(milestones=(15 / 50, 30 / 50, 45 / 50), factor=0.1),
+    note="config/ImageNet_RotNet_AlexNet.py of the authors' code: 50 epochs, divided by 10 at 15, 30 and 45; for a GPU",
+)
+
+ALEXNET_PLACES205_PAPER = dataclasses.replace(
+    ALEXNET_IMAGENET_PAPER,
+    name="alexnet-places205-paper",
+    stages=(Stage(steps=30 * (PLACES205_IMAGES // ALEXNET_IMAGES_PER_STEP), crop=224),),
+    note="the same settings on the images of Places205; for a GPU",
+)
+
+ALEXNET_TINYIMAGENET_CPU = Recipe(
+    name="alexnet-tinyimagenet-cpu",
+    model="rotnet_alexnet",
+    model_args=(("fc_size", 0),),
+    data="tinyimagenet",
+    image_size=64,
+    stages=(Stage(steps=5600, crop=96), Stage(steps=2400, crop=128)),
+    optimizer=Muon(lr=0.1),
+    schedule=LinearSchedule(warmup=0.1),
+    images_per_step=64,
+    padding=0,
+    scale=(0.35, 1.0),
+    precision="bf16",
+    note="about 100 minutes on 2 cores that multiply bfloat16",
+)
+
 # A start for images of one's own: of no paper, its settings are untuned.
 FOLDER = Recipe(
     name="folder",
@@ -328,6 +392,10 @@ RECIPES = {
         NIN_CIFAR10_ABLATION_R8,
         NIN3_CIFAR10_ABLATION,
         NIN5_CIFAR10_ABLATION,
+        ALEXNET_IMAGENET_PAPER,
+        ALEXNET_IMAGENET_AUTHORS,
+        ALEXNET_PLACES205_PAPER,
+        ALEXNET_TINYIMAGENET_CPU,
         FOLDER,
     )
 }

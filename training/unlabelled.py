@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm import tqdm
 
 from rotation_ssl.images import find_images, read_image, square
-from training.data import load_cifar10
+from training.data import load_cifar10, tinyimagenet_files
 from training.memory import available_memory
 
 BROKEN_IN_A_ROW = 100  # so many mean that it is not the images that are broken
@@ -103,8 +103,8 @@ def open_images(data: str, data_dir: Path, size: int, download: bool = False) ->
     """The training images of a data set, without their labels.
 
     Args:
-        data: 'cifar10'; 'folder', all images below ``data_dir/train`` where there is such a folder, else below
-            ``data_dir``; or a name of ``timm.data.create_dataset``: 'torch/places365', 'hfds/OWNER/NAME', ...
+        data: 'cifar10'; 'tinyimagenet'; 'folder', all images below ``data_dir/train`` where there is such a folder,
+            else below ``data_dir``; or a name of ``timm.data.create_dataset``: 'torch/places365', 'hfds/OWNER/NAME'.
         data_dir: where it is.
         size: side of the squares.
         download: let torchvision fetch it.
@@ -119,6 +119,9 @@ def open_images(data: str, data_dir: Path, size: int, download: bool = False) ->
         if size != 32:
             raise ValueError(f"CIFAR-10's images are of 32 pixels, not {size}: for another size give --data folder")
         return load_cifar10(data_dir, "train", download).images
+    if data == "tinyimagenet":
+        files = np.array([os.fsencode(file) for file in tinyimagenet_files(data_dir, "train")[0]])
+        return UnlabelledImages(size, len(files), partial(_read_file, files), partial(_file_name, files))
     if data == "folder":
         folder = data_dir / "train" if (data_dir / "train").is_dir() else data_dir
         # one array: a list of a million paths would be copied into every worker, object by object, as it is read
