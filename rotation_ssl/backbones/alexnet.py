@@ -264,6 +264,12 @@ default_cfgs = generate_default_cfgs(
 
 @register_model
 def rotnet_alexnet(pretrained: bool = False, **kwargs: Any) -> RotNetAlexNet:
-    """RotNet's AlexNet, 57 M parameters with fc6 and fc7, 2.5 M in the convolutions (``fc_size=0``)."""
+    """RotNet's AlexNet, 57 M parameters with fc6 and fc7, 2.5 M in the convolutions (``fc_size=0``).
+
+    Of weights that have no fc6 and fc7 ``fc_size`` is 0 by default; asked for, they are new ones.
+    """
     feature_cfg = dict(flatten_sequential=True, **kwargs.pop("feature_cfg", {}))
-    return zoo.build_model(RotNetAlexNet, "rotnet_alexnet", pretrained, feature_cfg=feature_cfg, **kwargs)
+    optional = ("fc_size", ("head.fc6.", "head.fc7."))
+    return zoo.build_model(
+        RotNetAlexNet, "rotnet_alexnet", pretrained, optional=optional, feature_cfg=feature_cfg, **kwargs
+    )
