@@ -72,6 +72,11 @@ ALLOWED = {
     | {f"training.{n}" for n in ("report", "results", "subject")},
     "training.study": {f"training.{n}" for n in ("card", "data", "evaluate", "figures", "memory")}
     | {f"training.{n}" for n in ("pretrain", "recipes", "report", "results", "subject")},
+    "training.imagenet": {f"rotation_ssl.{name}" for name in ("features", "images", "probes")}
+    | {
+        f"training.{name}"
+        for name in ("augment", "data", "memory", "recipes", "report", "results", "subject", "unlabelled")
+    },
     "training.figures": {"rotation_ssl.features", "rotation_ssl.images", "training.results"},
     "training.card": {"training.recipes", "training.report", "training.results"},
     "training.publish": {f"rotation_ssl.{name}" for name in ("zoo", "features", "golden", "images")}

@@ -103,26 +103,6 @@ def test_images_that_do_not_decode_are_named(small_cifar10):
             load_cifar10(small_cifar10, "train")
 
 
-@pytest.fixture
-def small_tinyimagenet(small_cifar10, tmp_path):
-    """The sample images in the layout of tiny-imagenet-200, two of each class's four in val."""
-    root = tmp_path / "tiny-imagenet-200"
-    (root / "val" / "images").mkdir(parents=True)
-    lines = []
-    for label, folder in enumerate(sorted((small_cifar10 / "train").iterdir())):
-        wnid = f"n{label:08d}"
-        (root / "train" / wnid / "images").mkdir(parents=True)
-        for number, file in enumerate(sorted(folder.iterdir())):
-            image = read_image(file).resize((64, 64))
-            if number < 2:
-                image.save(root / "train" / wnid / "images" / f"{wnid}_{number}.JPEG")
-            else:
-                image.save(root / "val" / "images" / f"val_{2 * label + number - 2}.JPEG")
-                lines.append(f"val_{2 * label + number - 2}.JPEG\t{wnid}\t0\t0\t63\t63\n")
-    (root / "val" / "val_annotations.txt").write_text("".join(lines))
-    return root
-
-
 def test_tinyimagenet_as_it_is_distributed(small_tinyimagenet):
     data = load_images("tinyimagenet", small_tinyimagenet, 128)
     assert data.name == "Tiny-ImageNet test" and data.train.classes == tuple(f"n{i:08d}" for i in range(10))

@@ -510,3 +510,71 @@ _PAPER_TRANSFERS = tuple(
     for recipe in _CPU_TRANSFERS
 )
 TRANSFERS = {recipe.name: recipe for recipe in (*_CPU_TRANSFERS, *_PAPER_TRANSFERS)}
+
+
+@dataclass(frozen=True)
+class LayerProbeRecipe:
+    """How classifiers on several layers of a frozen backbone are trained in one pass over fresh crops: SGD on each.
+
+    ``classifier`` is 'linear' (adaptive max-pooling to about 9,000 values, batch norm without scale and shift, a linear
+    layer) or 'non-linear' (the rest of the network after the layer, anew, with fc layers of ``fc_size``). Images are
+    squares of ``image_size`` pixels, of which random crops of 7/8 of the side are taken, half of them mirrored, and the
+    central ones to measure on. ``milestones`` are the epochs at which the rate is multiplied by ``factor``.
+    """
+
+    name: str
+    protocol: str
+    cost: str
+    classifier: str
+    epochs: int
+    milestones: tuple[int, ...]
+    lr: float = 0.01
+    factor: float = 0.2
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    batch_size: int = 192
+    image_size: int = 256
+    fc_size: int = 4096
+    note: str = ""
+
+
+IMAGENET_LINEAR_PAPER = LayerProbeRecipe(
+    name="imagenet-linear-paper",
+    protocol="ImageNet linear probe",
+    cost="paper",
+    classifier="linear",
+    epochs=35,
+    milestones=(5, 15, 25),
+    note="tables 5 and 6 of the paper, settings of the authors' code",
+)
+IMAGENET_NONLINEAR_PAPER = LayerProbeRecipe(
+    name="imagenet-nonlinear-paper",
+    protocol="ImageNet non-linear probe",
+    cost="paper",
+    classifier="non-linear",
+    epochs=40,
+    milestones=(10, 20, 30),
+    note="table 4 of the paper; the epochs at which the rate falls are ours",
+)
+IMAGENET_LINEAR_CPU = dataclasses.replace(
+    IMAGENET_LINEAR_PAPER,
+    name="imagenet-linear-cpu",
+    cost="cpu",
+    epochs=10,
+    milestones=(3, 6, 8),
+    image_size=64,
+    note="tables 5 and 6 of the paper, in fewer epochs, for 64-pixel images",
+)
+IMAGENET_NONLINEAR_CPU = dataclasses.replace(
+    IMAGENET_NONLINEAR_PAPER,
+    name="imagenet-nonlinear-cpu",
+    cost="cpu",
+    epochs=4,
+    milestones=(2, 3),
+    image_size=64,
+    note="table 4 of the paper, in fewer epochs, for 64-pixel images",
+)
+LAYER_PROBES = {
+    recipe.name: recipe
+    for recipe in (IMAGENET_LINEAR_PAPER, IMAGENET_NONLINEAR_PAPER, IMAGENET_LINEAR_CPU, IMAGENET_NONLINEAR_CPU)
+}
