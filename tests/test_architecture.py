@@ -67,7 +67,9 @@ ALLOWED = {
         for name in ("augment", "memory", "data", "optimizers", "recipes", "report", "results", "subject")
     },
     "training.check": {"rotation_ssl.zoo", "rotation_ssl.features", "rotation_ssl.golden"}
-    | {f"training.{name}" for name in ("memory", "data", "evaluate", "finetune", "recipes", "results", "subject")},
+    | {
+        f"training.{n}" for n in ("memory", "data", "evaluate", "finetune", "imagenet", "recipes", "results", "subject")
+    },
     "training.ablation": {f"training.{n}" for n in ("data", "evaluate", "memory", "pretrain", "recipes")}
     | {f"training.{n}" for n in ("report", "results", "subject")},
     "training.study": {f"training.{n}" for n in ("card", "data", "evaluate", "figures", "memory")}

@@ -8,9 +8,9 @@ from safetensors.torch import load_file, save_file
 
 from rotation_ssl import golden, zoo
 from rotation_ssl.golden import golden_file
-from training import check, evaluate, finetune, subject
+from training import check, evaluate, finetune, imagenet, subject
 from training.data import load_images
-from training.recipes import PROBES, TRANSFERS
+from training.recipes import LAYER_PROBES, PROBES, TRANSFERS
 from training.results import Row, complaints, missing_rows, read_file, write_rows
 from training.subject import load_subject
 
@@ -201,7 +201,8 @@ def test_rows_of_unpublished_weights_are_refused(results, small_cifar10, capsys)
 
 def row(correct=9000, seed=None, cost="", n=10_000, **fields):
     return Row(
-        **{"weights": NAME, "protocol": "k-NN", "layer": "block1", "source": "measured", "data": "d", "sha256": "s"}
+        **{"weights": NAME, "protocol": "k-NN", "layer": "block1", "source": "measured", "sha256": "s"}
+        | {"data": "CIFAR-10 test"}
         | {
             "value": correct / n,
             "correct": correct,
@@ -246,6 +247,37 @@ def test_expected_time_is_that_of_the_rows():
     assert check.expected_seconds(probes, [*rows, *probes], quick=False) == pytest.approx(4 * 50 + 10 + 2 * 50 + 10)
 
 
+def test_rows_of_all_layers_are_measured_again_in_one_pass(small_tinyimagenet, monkeypatch):
+    short = dataclasses.replace(LAYER_PROBES["imagenet-linear-cpu"], epochs=2, milestones=(1,), batch_size=10)
+    monkeypatch.setattr(check, "LAYER_PROBES", {short.name: short})
+    images = load_images("tinyimagenet", small_tinyimagenet, 64)
+    train, val = (imagenet.Labelled(part.images, part.labels, 10) for part in (images.train, images.test))
+    measured = load_subject("rotnet_alexnet", random=True)
+    layers = ["conv2", "conv5"]
+    rows = [
+        row
+        for seed in (0, 1)
+        for row in imagenet.measure_layers(short, measured, layers, train, val, images.name, seed=seed)
+    ]
+    found = list(check.measure_again(rows, images))
+    assert [(old.layer, old.seed) for old, _ in found] == [(layer, seed) for seed in (0, 1) for layer in layers]
+    assert all((new.layer, new.seed, new.counts) == (old.layer, old.seed, old.counts) for old, new in found)
+
+
+def test_numbers_of_data_that_are_not_given_are_named(results, small_module, capsys):
+    """Not passed over in silence, and not called passed."""
+    file = results / f"{NAME}.jsonl"
+    rotation = next(row for row in read_file(file) if row.protocol == "rotation accuracy")
+    write_rows(file, [dataclasses.replace(rotation, data="Tiny-ImageNet val")])
+    arguments = ["--results", str(results), "--data-dir", str(small_module), "--only", "rotation", "--weights", NAME]
+    assert check.main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "not measured: 1 numbers of Tiny-ImageNet val: give --tinyimagenet DIR" in out and "3 of 3 hold" in out
+    write_rows(file, [dataclasses.replace(rotation, data="holiday photographs")])
+    assert check.main(arguments) == 2
+    assert "there are rows of holiday photographs" in capsys.readouterr().err
+
+
 def test_golden_outputs_that_are_not_numbers_do_not_hold(monkeypatch):
     stored = load_file(golden_file(NAME))
     stored["block2"][0, 0] = float("nan")
@@ -264,10 +296,23 @@ def test_complaints_by_hand():
 
 
 def test_missing_rows_by_hand():
-    rows = [row(weights=w, layer=layer) for w in (NAME, "rotnet_nin.random") for layer in ("block1", "block2")]
+    rows = [
+        row(weights=w, layer=layer, data="CIFAR-10 test")
+        for w in (NAME, "rotnet_nin.random")
+        for layer in ("block1", "block2")
+    ]
     missing = missing_rows(rows, NAME, ["block1", "block2"])
     assert "rotnet_nin.cifar10 rotation accuracy" in missing and "rotnet_nin.random rotation accuracy" in missing
     assert len(missing) == 2 * (1 + 2 + 2) and not [number for number in missing if "k-NN" in number]
+    # AlexNet's numbers are of Tiny-ImageNet: those of other data do not count
+    linear = {"weights": "rotnet_alexnet.a", "protocol": "ImageNet linear probe", "cost": "cpu"}
+    rows = [row(layer="conv1", data=data, **linear) for data in ("CIFAR-10 test", "Tiny-ImageNet val")]
+    layers = [f"conv{i}" for i in range(1, 6)]
+    missing = missing_rows(rows[:1], "rotnet_alexnet.a", layers)
+    assert len(missing) == 2 * (1 + 5 + 2) and "rotnet_alexnet.a ImageNet linear probe cpu conv1" in missing
+    assert set(missing) - set(missing_rows(rows, "rotnet_alexnet.a", layers)) == {
+        "rotnet_alexnet.a ImageNet linear probe cpu conv1"
+    }
 
 
 def test_quick_check_of_the_whole(whole_cifar10, capsys):

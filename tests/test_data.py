@@ -105,7 +105,7 @@ def test_images_that_do_not_decode_are_named(small_cifar10):
 
 def test_tinyimagenet_as_it_is_distributed(small_tinyimagenet):
     data = load_images("tinyimagenet", small_tinyimagenet, 128)
-    assert data.name == "Tiny-ImageNet test" and data.train.classes == tuple(f"n{i:08d}" for i in range(10))
+    assert data.name == "Tiny-ImageNet val" and data.train.classes == tuple(f"n{i:08d}" for i in range(10))
     assert data.train.images.shape == data.test.images.shape == (20, 3, 64, 64)
     assert data.test.labels.tolist() == [i // 2 for i in range(20)], "as val_annotations.txt says"
     assert torch.bincount(data.train.labels).tolist() == [2] * 10

@@ -23,8 +23,12 @@ from training.imagenet import (
 from training.recipes import IMAGENET_LINEAR_CPU, IMAGENET_LINEAR_PAPER, IMAGENET_NONLINEAR_CPU
 from training.subject import load_subject
 
-LINEAR = dataclasses.replace(IMAGENET_LINEAR_CPU, epochs=40, milestones=(25, 35), batch_size=10, lr=0.02)
-NONLINEAR = dataclasses.replace(IMAGENET_NONLINEAR_CPU, epochs=30, milestones=(20,), batch_size=10, lr=0.02, fc_size=64)
+LINEAR = dataclasses.replace(
+    IMAGENET_LINEAR_CPU, epochs=40, milestones=(25, 35), batch_size=10, lr=0.02, precision="fp32"
+)
+NONLINEAR = dataclasses.replace(
+    IMAGENET_NONLINEAR_CPU, epochs=30, milestones=(20,), batch_size=10, lr=0.02, fc_size=64, precision="fp32"
+)
 
 
 @pytest.fixture(scope="module")

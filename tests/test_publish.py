@@ -59,13 +59,19 @@ def test_published_weights_have_their_numbers_and_random_weights_beside():
 
 
 def test_quoted_numbers_are_the_papers():
-    quoted = {(r.weights, r.protocol, r.layer): r.value for r in read_rows() if r.source.startswith("paper")}
+    rows = [r for r in read_rows() if r.source.startswith("paper")]
+    quoted = {(r.weights, r.protocol, r.layer): r.value for r in rows if r.data != "Places205 val"}
     assert quoted["rotnet_nin.paper", "non-linear probe", "block2"] == 0.8906
     assert quoted["rotnet_nin3.paper", "non-linear probe", "block1"] == 0.8545
     assert quoted["rotnet_nin-r90-270.paper", "non-linear probe", "block2"] == 0.8552
     assert quoted["rotnet_nin.paper-random", "convolutional probe", "block2"] == 0.7250
-    unchecked = {r.weights for r in read_rows() if "unchecked" in r.source}
-    assert unchecked == {"rotnet_nin5.paper", "rotnet_nin.paper"}
+    unchecked = {r.weights for r in rows if "unchecked" in r.source}
+    assert unchecked == {
+        *("rotnet_nin5.paper", "rotnet_nin.paper"),
+        *("rotnet_alexnet.paper", "rotnet_alexnet.paper-random", "rotnet_alexnet.paper-supervised"),
+    }
+    assert quoted["rotnet_alexnet.paper", "ImageNet non-linear probe", "conv4"] == 0.5
+    assert quoted["rotnet_alexnet.paper", "ImageNet linear probe", "conv3"] == 0.387
 
 
 @pytest.fixture

@@ -9,6 +9,9 @@ from rotation_ssl.images import IMAGE_SUFFIXES, read_images
 
 DATASETS = ("cifar10", "tinyimagenet", "folder")
 TINYIMAGENET_SIZE = 64
+# what the data sets are called in result rows, and how many training and test images they have
+NAMES = {"cifar10": "CIFAR-10 test", "tinyimagenet": "Tiny-ImageNet val"}
+WHOLE = {"cifar10": (50_000, 10_000), "tinyimagenet": (100_000, 10_000)}
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
@@ -53,32 +56,35 @@ def load_images(
     Raises:
         ValueError: as :func:`load_split`, different classes in the two, or a holdout out of range.
     """
-    name = {"cifar10": "CIFAR-10", "tinyimagenet": "Tiny-ImageNet"}.get(dataset) or data_dir.resolve().name
+    name = NAMES.get(dataset) or f"{data_dir.resolve().name} test"
     if holdout:
         train = load_split(dataset, data_dir, "train", size, download)
         if not 0 < holdout < len(train):
             raise ValueError(f"holdout must be 1 to {len(train) - 1} of the training images, got {holdout}")
         order = torch.arange(len(train))
-        return Images(
-            f"{name}, last {holdout} training images", train.subset(order[:-holdout]), train.subset(order[-holdout:])
-        )
+        name = f"{name.rpartition(' ')[0]}, last {holdout} training images"
+        return Images(name, train.subset(order[:-holdout]), train.subset(order[-holdout:]))
     test = load_split(dataset, data_dir, "test", size, download)
     if test_only:
-        return Images(f"{name} test", test.subset(torch.arange(0)), test)
+        return Images(name, test.subset(torch.arange(0)), test)
     train = load_split(dataset, data_dir, "train", size, download)
     check_same_classes(train, test)
-    return Images(f"{name} test", train, test)
+    return Images(name, train, test)
 
 
-def check_whole_cifar10(images: Images) -> None:
-    """Refuse a part of CIFAR-10 where the whole is meant; training images that were not read are none.
+def check_whole(dataset: str, train: int, test: int) -> None:
+    """Refuse a part of a data set where the whole is meant; training images that were not read are none.
 
     Raises:
-        ValueError: not 10,000 test and 50,000 (or no) training images.
+        ValueError: other numbers of images than the data set has, or one of one's own.
     """
-    counts = len(images.train), len(images.test)
-    if counts not in ((50_000, 10_000), (0, 10_000)):
-        raise ValueError(f"this is not the whole of CIFAR-10: {counts[0]:,} training and {counts[1]:,} test images")
+    if dataset not in WHOLE:
+        raise ValueError(f"the card's numbers are of {', '.join(NAMES.values())}, not of one's own data")
+    images = WHOLE[dataset]
+    if (train, test) not in (images, (0, images[1])):
+        raise ValueError(
+            f"this is not the whole of {NAMES[dataset].rpartition(' ')[0]}: {train:,} training and {test:,} test images"
+        )
 
 
 def labels_subset(

@@ -38,7 +38,7 @@ from rotation_ssl.probes import (
 )
 from rotation_ssl.rotations import count_correct_rotations
 from training.augment import crop_and_flip
-from training.data import DATASETS, Images, LabelledImages, check_whole_cifar10, load_images
+from training.data import DATASETS, NAMES, Images, LabelledImages, check_whole, load_images
 from training.memory import TURN_OFF, available_memory, keep_large_blocks
 from training.recipes import PROBES, ProbeRecipe
 from training.report import keep_row, write_report
@@ -406,7 +406,7 @@ def main(arguments: list[str] | None = None) -> int:
         if "rotation" in wanted and args.only == parser.get_default("only") and subject.backbone.num_classes != 4:
             wanted.remove("rotation")
         output = args.output or Path("runs") / "evaluate" / subject.name
-        own_data = args.dataset != "cifar10" or args.holdout or args.size
+        own_data = args.dataset not in NAMES or args.holdout or args.size
         file = record_file(subject, bool(own_data)) if args.record else output / "rows.jsonl"
         measurements = plan(layers, wanted, args.cost, range(args.seeds))
         images = load_images(
@@ -417,7 +417,7 @@ def main(arguments: list[str] | None = None) -> int:
         if measurements:
             map_grids(subject, images.test.images[:1], layers, LINEAR_GRID, args.device)
         if args.record:
-            check_whole_cifar10(images)
+            check_whole(args.dataset, len(images.train), len(images.test))
         if "rotation" in wanted:
             keep_row(measure_rotation(subject, images.test, images.name, args.device), file)
         if measurements:

@@ -35,7 +35,7 @@ from training.data import (
     DATASETS,
     Images,
     LabelledImages,
-    check_whole_cifar10,
+    check_whole,
     labels_subset,
     load_images,
 )
@@ -297,7 +297,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.size:
             images = dataclasses.replace(images, name=f"{images.name} at {args.size} pixels")
         if args.record:
-            check_whole_cifar10(images)
+            check_whole(args.dataset, len(images.train), len(images.test))
         for labels in args.labels_per_class or []:
             labels_subset(images.train, labels)
         for labels in args.labels_per_class or [None]:

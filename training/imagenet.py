@@ -33,17 +33,16 @@ from rotation_ssl.features import layer_modules
 from rotation_ssl.images import find_images
 from rotation_ssl.probes import max_pooled_probe
 from training.augment import Windows, crop_and_flip, take_windows
-from training.data import load_cifar10, tinyimagenet_files
+from training.data import NAMES, check_whole, load_cifar10, tinyimagenet_files
 from training.memory import TURN_OFF, keep_large_blocks
 from training.recipes import LAYER_PROBES, LayerProbeRecipe
 from training.report import keep_row, write_report
 from training.results import PARTS, Row, check_device
-from training.subject import Subject, load_subject, measured_row, preparation
+from training.subject import Subject, load_subject, measured_row, preparation, record_file
 from training.unlabelled import UnlabelledImages, open_dataset, open_entries, open_files, stream
 
 MAX_VALUES = 9600  # of 12 x 12 x 64, 7 x 7 x 192, 5 x 5 x 384, 6 x 6 x 256: AlexNet's layers at 224 pixels
 CROP = 7 / 8  # of the side: 224 of 256 pixels
-NAMES = {"cifar10": "CIFAR-10 test", "tinyimagenet": "Tiny-ImageNet val"}
 CHECK_EVERY = 50  # steps
 
 
@@ -266,7 +265,6 @@ def measure_layers(
     holdout: int = 0,
     seed: int = 0,
     workers: int = 0,
-    precision: str = "fp32",
 ) -> Iterator[Row]:
     """Train the recipe's classifiers on the layers and measure them: a row a layer.
 
@@ -280,7 +278,6 @@ def measure_layers(
         holdout: measure so many of the training images in their place.
         seed: of the classifiers, the order and the crops.
         workers: processes that decode.
-        precision: 'fp32', or 'bf16' for autocast.
 
     Raises:
         ValueError: as :func:`build_probes`, :func:`train_probes` and :func:`count_correct`.
@@ -289,7 +286,7 @@ def measure_layers(
     torch.manual_seed(seed)
     probes = build_probes(recipe, subject, layers, train.classes)
     device = next(subject.backbone.parameters()).device
-    autocast = torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else None
+    autocast = torch.autocast(device.type, torch.bfloat16) if recipe.precision == "bf16" else None
     chosen, measured, of = torch.arange(len(train)), torch.arange(len(val)), val
     if holdout:
         chosen, measured = split_holdout(train, holdout)
@@ -301,7 +298,7 @@ def measure_layers(
             kind = f"max-pooled to {probe[0].output_size} x {probe[0].output_size}, batch norm, linear"
         else:
             kind = f"the rest of the network, fc layers of {recipe.fc_size}"
-        settings = f"{kind}; {recipe.epochs} epochs of SGD, {subject.size} pixels, {precision}"
+        settings = f"{kind}; {recipe.epochs} epochs of SGD, {subject.size} pixels, {recipe.precision}"
         yield measured_row(
             subject, counts, len(measured), name, settings, started,
             protocol=recipe.protocol, cost=recipe.cost, layer=layer, seed=seed,
@@ -376,9 +373,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--size", type=int, help="side of the images the backbone gets [the model's own]")
     parser.add_argument("--holdout", type=int, default=0, metavar="N", help="measure N training images instead")
     parser.add_argument("--workers", type=int, default=0, help="processes that decode images [%(default)s]")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast [%(default)s]")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), help="bf16: autocast [the recipe's]")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps [%(default)s]")
     parser.add_argument("--output", type=Path, help="folder of rows and report [runs/imagenet/<weights>]")
+    parser.add_argument("--record", action="store_true", help="write the rows to training/results/, for the card")
     args = parser.parse_args(arguments)
     keep_large_blocks()
     try:
@@ -386,30 +384,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         recipe = LAYER_PROBES[args.recipe]
         if args.epochs is not None:
             recipe = with_epochs(recipe, args.epochs)
+        if args.precision is not None:
+            recipe = dataclasses.replace(recipe, precision=args.precision)
         subject = load_subject(args.model, random=args.random, weights=args.weights, size=args.size)
         subject.backbone.to(args.device).to(memory_format=torch.channels_last)
         layers = args.layers or list(layer_modules(subject.backbone))
         build_probes(recipe, subject, layers, classes=2)
         output = args.output or Path("runs") / "imagenet" / subject.name
+        own = args.dataset not in NAMES or args.holdout or args.size or recipe != LAYER_PROBES[args.recipe]
+        file = record_file(subject, bool(own)) if args.record else output / "rows.jsonl"
         train = open_labelled(args.dataset, args.data_dir, "train", recipe.image_size, args.download)
         val = train if args.holdout else open_labelled(
             args.dataset, args.data_dir, "val", recipe.image_size, args.download
         )  # fmt: skip
         if val.classes != train.classes:
             raise ValueError(f"there are {train.classes} classes to train on and {val.classes} to measure on")
+        if args.record:
+            check_whole(args.dataset, len(train), len(val))
         train = read_into_memory(train, args.workers)
         val = train if args.holdout else read_into_memory(val, args.workers)
         name = NAMES.get(args.dataset) or f"{args.data_dir.resolve().name} val"
         for seed in range(args.seeds):
-            for row in measure_layers(
-                recipe, subject, layers, train, val, name, args.holdout, seed, args.workers, args.precision
-            ):
-                keep_row(row, output / "rows.jsonl")
-        write_report(output, output / "rows.jsonl")
+            for row in measure_layers(recipe, subject, layers, train, val, name, args.holdout, seed, args.workers):
+                keep_row(row, file)
+        if not args.record:
+            write_report(output, file)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"rows are in {output / 'rows.jsonl'}; report.md, report.json and report.png beside it")
+    print(f"rows are in {file}" + ("" if args.record else "; report.md, report.json and report.png beside it"))
     return 0
 
 

@@ -535,6 +535,7 @@ class LayerProbeRecipe:
     batch_size: int = 192
     image_size: int = 256
     fc_size: int = 4096
+    precision: str = "fp32"
     note: str = ""
 
 
@@ -563,6 +564,7 @@ IMAGENET_LINEAR_CPU = dataclasses.replace(
     epochs=10,
     milestones=(3, 6, 8),
     image_size=64,
+    precision="bf16",
     note="tables 5 and 6 of the paper, in fewer epochs, for 64-pixel images",
 )
 IMAGENET_NONLINEAR_CPU = dataclasses.replace(
@@ -572,6 +574,7 @@ IMAGENET_NONLINEAR_CPU = dataclasses.replace(
     epochs=4,
     milestones=(2, 3),
     image_size=64,
+    precision="bf16",
     note="table 4 of the paper, in fewer epochs, for 64-pixel images",
 )
 LAYER_PROBES = {

@@ -27,9 +27,33 @@ RESULTS_DIR = Path(__file__).parent / "results"
 
 
 PARTS = 10  # counts are kept by tenths of the test images, so that a tenth can be checked by itself
-# what every published weight has a row of, at every layer, with random weights beside
-REPORTED = (("rotation accuracy", ""), ("k-NN", ""), ("linear probe", "cached"), ("non-linear probe", "cached"))
 COSTS = ("", "paper", "cached", "cpu")
+
+
+@dataclass(frozen=True)
+class Reported:
+    """What the published weights of a network must have a row of, with random weights beside.
+
+    ``data`` is the name of the data in those rows; ``probes`` are protocol, cost, and layers (none named: all).
+    Rotation accuracy is always among them.
+    """
+
+    data: str
+    probes: tuple[tuple[str, str, tuple[str, ...]], ...]
+
+
+ON_CIFAR10 = Reported(
+    "CIFAR-10 test", (("k-NN", "", ()), ("linear probe", "cached", ()), ("non-linear probe", "cached", ()))
+)
+REPORTED = {
+    "rotnet_nin": ON_CIFAR10,
+    "rotnet_nin3": ON_CIFAR10,
+    "rotnet_nin5": ON_CIFAR10,
+    "rotnet_alexnet": Reported(
+        "Tiny-ImageNet val",
+        (("ImageNet linear probe", "cpu", ()), ("ImageNet non-linear probe", "cpu", ("conv4", "conv5"))),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -189,12 +213,14 @@ def missing_rows(rows: Sequence[Row], weights: str, layers: Sequence[str]) -> li
         weights: the published name.
         layers: of its network.
     """
-    have = {(row.weights, row.protocol, row.cost, row.layer) for row in rows if row.source == "measured"}
+    model = weights.split(".", 1)[0]
+    reported = REPORTED[model]
+    have = {(r.weights, r.protocol, r.cost, r.layer) for r in rows if (r.source, r.data) == ("measured", reported.data)}
     wanted = [
         (name, protocol, cost, layer)
-        for name in (weights, f"{weights.split('.', 1)[0]}.random")
-        for protocol, cost in REPORTED
-        for layer in (layers if protocol != "rotation accuracy" else [""])
+        for name in (weights, f"{model}.random")
+        for protocol, cost, own in (("rotation accuracy", "", ("",)), *reported.probes)
+        for layer in own or layers
     ]
     return [" ".join(part for part in number if part) for number in wanted if number not in have]
 
