@@ -257,8 +257,21 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
+def _pooled_side(pixels: int) -> int:
+    """Side of pool5's map: conv1 of 11 pixels, stride 4 and padding 2, then three poolings of 3 pixels and stride 2."""
+    side = (pixels + 4 - 11) // 4 + 1
+    for _ in range(3):
+        side = (side - 3) // 2 + 1
+    return side
+
+
+def _published_cfg(published: dict[str, Any]) -> dict[str, Any]:
+    side = _pooled_side(published.get("input_size", (3, 224, 224))[-1])
+    return _cfg(**published, pool_size=(side, side))
+
+
 default_cfgs = generate_default_cfgs(
-    {name: _cfg(**published) for name, published in zoo.published_cfgs("rotnet_alexnet").items()}
+    {name: _published_cfg(published) for name, published in zoo.published_cfgs("rotnet_alexnet").items()}
 )
 
 
