@@ -451,6 +451,7 @@ class TransferRecipe:
     ``start`` is 'frozen' (the backbone stays as it is), 'trained' (it is trained too, at ``backbone_lr``) or 'random'
     (it starts from random weights and is trained: the supervised baseline). ``classifier`` is 'convolutional' or
     'non-linear', as the probes are. Each step takes a random crop of the padded images, half of them mirrored.
+    ``precision`` is 'fp32', or 'bf16' for autocast.
     """
 
     name: str
@@ -467,6 +468,7 @@ class TransferRecipe:
     batch_size: int = 128
     padding: int = 4
     padding_mode: str = "constant"
+    precision: str = "fp32"
 
 
 PAPER_IMAGES = 100 * 50_000  # the authors draw 50,000 images an epoch however few are labelled
@@ -482,6 +484,7 @@ FEW_LABELS_CPU = TransferRecipe(
     classifier="convolutional",
     images=CPU_IMAGES,
     schedule=CONVOLUTIONAL_SCHEDULE,
+    precision="bf16",
 )
 SUPERVISED_CPU = dataclasses.replace(FEW_LABELS_CPU, name="supervised-cpu", protocol="supervised", start="random")
 # the paper prints no settings for its fine-tuned rows: the backbone at a tenth of the classifier's rate is ours
@@ -506,6 +509,7 @@ _PAPER_TRANSFERS = tuple(
         name=recipe.name.replace("-cpu", "-paper"),
         cost="paper",
         images=PAPER_IMAGES,
+        precision="fp32",
     )
     for recipe in _CPU_TRANSFERS
 )
