@@ -70,6 +70,8 @@ ALLOWED = {
     | {
         f"training.{n}" for n in ("memory", "data", "evaluate", "finetune", "imagenet", "recipes", "results", "subject")
     },
+    "training.measure": {"rotation_ssl.zoo", "rotation_ssl.features"}
+    | {f"training.{n}" for n in ("check", "data", "memory", "report", "results")},
     "training.ablation": {f"training.{n}" for n in ("data", "evaluate", "memory", "pretrain", "recipes")}
     | {f"training.{n}" for n in ("report", "results", "subject")},
     "training.study": {f"training.{n}" for n in ("card", "data", "evaluate", "figures", "memory")}

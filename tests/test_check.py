@@ -11,7 +11,7 @@ from rotation_ssl.golden import golden_file
 from training import check, evaluate, finetune, imagenet, subject
 from training.data import load_images
 from training.recipes import LAYER_PROBES, PROBES, TRANSFERS
-from training.results import Row, complaints, missing_rows, read_file, write_rows
+from training.results import ON_CIFAR10, Row, complaints, missing_rows, read_file, write_rows
 from training.subject import load_subject
 
 NAME = "rotnet_nin.cifar10"
@@ -41,12 +41,14 @@ def reported(small_module, tmp_path_factory):
 
 
 def shorten(patch):
-    """Recipes cut to what 40 images need; the two commands that train see the same ones."""
+    """Recipes cut to what 40 images need, one seed of each; the two commands that train see the same ones."""
     probes = {key: dataclasses.replace(r, epochs=3, milestones=(2,), batch_size=16) for key, r in PROBES.items()}
     transfers = {name: dataclasses.replace(r, images=64, batch_size=16) for name, r in TRANSFERS.items()}
     patch.setattr(evaluate, "PROBES", probes)
     patch.setattr(finetune, "TRANSFERS", transfers)
     patch.setattr(check, "TRANSFERS", transfers)
+    numbers = tuple(dataclasses.replace(n, seeds=n.seeds[:1]) for n in ON_CIFAR10.numbers)
+    patch.setattr("training.results.REPORTED", {"rotnet_nin": dataclasses.replace(ON_CIFAR10, numbers=numbers)})
 
 
 @pytest.fixture
@@ -169,12 +171,12 @@ def test_a_missing_row_is_caught(results, small_cifar10, capsys):
     file.write_text("\n".join(lines) + "\n")
     assert run(results, small_cifar10, "--quick") == 1
     (broken,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("BROKEN")]
-    assert "linear probe cached block3 has no row" in broken
+    assert "linear probe (cached) block3 has no row" in broken
 
 
 def test_nothing_reported_is_not_nothing_broken(tmp_path, small_cifar10, capsys):
     assert run(tmp_path, small_cifar10, "--only", "knn") == 1
-    assert capsys.readouterr().out.count("has no row") == 2 * (1 + 3 * 4)
+    assert capsys.readouterr().out.count("has no row") == 2 * (1 + 2 * 4 + 3 * 4), "of the non-linear probe three seeds"
 
 
 def test_what_is_not_there_is_bad_input(results, tmp_path, capsys):
@@ -301,18 +303,27 @@ def test_missing_rows_by_hand():
         for w in (NAME, "rotnet_nin.random")
         for layer in ("block1", "block2")
     ]
-    missing = missing_rows(rows, NAME, ["block1", "block2"])
+    missing = [r.number for r in missing_rows(rows, NAME, ["block1", "block2"])]
     assert "rotnet_nin.cifar10 rotation accuracy" in missing and "rotnet_nin.random rotation accuracy" in missing
-    assert len(missing) == 2 * (1 + 2 + 2) and not [number for number in missing if "k-NN" in number]
+    assert len(missing) == 2 * (1 + 2 + 3 * 2) and not [number for number in missing if "k-NN" in number]
     # AlexNet's numbers are of Tiny-ImageNet: those of other data do not count
-    linear = {"weights": "rotnet_alexnet.a", "protocol": "ImageNet linear probe", "cost": "cpu"}
+    linear = {"weights": "rotnet_alexnet.a", "protocol": "ImageNet linear probe", "cost": "cpu", "seed": 0}
     rows = [row(layer="conv1", data=data, **linear) for data in ("CIFAR-10 test", "Tiny-ImageNet val")]
     layers = [f"conv{i}" for i in range(1, 6)]
-    missing = missing_rows(rows[:1], "rotnet_alexnet.a", layers)
-    assert len(missing) == 2 * (1 + 5 + 2) and "rotnet_alexnet.a ImageNet linear probe cpu conv1" in missing
-    assert set(missing) - set(missing_rows(rows, "rotnet_alexnet.a", layers)) == {
-        "rotnet_alexnet.a ImageNet linear probe cpu conv1"
-    }
+    missing = [r.number for r in missing_rows(rows[:1], "rotnet_alexnet.a", layers)]
+    assert len(missing) == 2 * (1 + 5 + 2) and "rotnet_alexnet.a ImageNet linear probe (cpu) conv1 seed 0" in missing
+    there = {r.number for r in missing_rows(rows, "rotnet_alexnet.a", layers)}
+    assert set(missing) - there == {"rotnet_alexnet.a ImageNet linear probe (cpu) conv1 seed 0"}
+
+
+def test_not_all_of_the_cards_numbers_are_required():
+    """Few labels of the published weights, supervised networks of random ones: at the paper's numbers of labels."""
+    every = [r for r in missing_rows([], NAME, LAYERS, every=True) if r not in missing_rows([], NAME, LAYERS)]
+    few = [r for r in every if r.protocol == "few labels, convolutional probe"]
+    assert {r.weights for r in few} == {NAME} and [r.labels_per_class for r in few] == [20, 100, 400, 1000, 5000]
+    supervised = [r for r in every if r.protocol == "supervised"]
+    assert {r.weights for r in supervised} == {"rotnet_nin.random"} and len(supervised) == 6
+    assert supervised[-1].labels_per_class is None and supervised[-1].draw == "" and few[0].draw == "first"
 
 
 def test_quick_check_of_the_whole(whole_cifar10, capsys):

@@ -115,7 +115,7 @@ def weights_table(rows: Sequence[Row], entries: dict[str, Any]) -> str:
         layer, reported = entry["recommended_layer"], REPORTED.get(_model_of(name))
         own = [row for row in select(rows, name) if reported and row.data == reported.data]
         images = entry.get("rotated_images")
-        probes = {protocol: cost for protocol, cost, _ in reported.probes} if reported else {}
+        probes = {numbers.protocol: numbers.cost for numbers in reported.numbers} if reported else {}
         cells = [
             f"`{name}`",
             entry["data"],
