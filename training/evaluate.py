@@ -293,8 +293,10 @@ def _cached_probe(
                 yield features.to(device), train.labels[chosen].to(device)
                 bar.update(len(chosen))
 
-        _train(probe, recipe, batches)
+        _train(probe, recipe, batches, device)
     settings = f"{side} x {side} average pooling, {len(views)} views, {recipe.epochs} epochs of SGD"
+    if recipe.precision != "fp32":
+        settings += f" in {recipe.precision}"
     return probe_predict(probe, test), settings
 
 
@@ -321,7 +323,7 @@ def _fresh_probe(
                 yield features(crops), train.labels[chosen].to(device)
                 bar.update(len(chosen))
 
-        _train(probe, recipe, batches)
+        _train(probe, recipe, batches, device)
     predictions = torch.cat([probe_predict(probe, features(part)) for part in test.images.split(1000)])
     return predictions, f"whole map, fresh crops and flips every epoch, {recipe.epochs} epochs of SGD"
 
@@ -337,9 +339,11 @@ def _train(
     probe: nn.Module,
     recipe: ProbeRecipe,
     batches: Callable[[int], Iterable[tuple[torch.Tensor, torch.Tensor]]],
+    device: str,
 ) -> None:
     names = ("epochs", "milestones", "factor", "lr", "momentum", "weight_decay")
-    train_probe(probe, batches, **{name: getattr(recipe, name) for name in names})
+    with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+        train_probe(probe, batches, **{name: getattr(recipe, name) for name in names})
 
 
 def _shuffled(count: int, size: int, generator: torch.Generator) -> list[torch.Tensor]:

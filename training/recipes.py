@@ -409,7 +409,8 @@ class ProbeRecipe:
     most ``grid`` x ``grid`` cells; the first view is the image as it is, the others are crops at random positions of
     the image padded by ``padding`` pixels, half of them mirrored; each image of each epoch takes one of them at random.
     With ``views=0`` every epoch draws fresh crops, runs the backbone anew and takes the whole map (``grid`` is None).
-    ``milestones`` are the epochs at which the rate is multiplied by ``factor``.
+    ``milestones`` are the epochs at which the rate is multiplied by ``factor``. ``precision`` is 'fp32', or 'bf16' to
+    train the probe under autocast.
     """
 
     protocol: str
@@ -425,6 +426,7 @@ class ProbeRecipe:
     batch_size: int = 128
     padding: int = 4
     padding_mode: str = "reflect"
+    precision: str = "fp32"
 
 
 NONLINEAR_PAPER = ProbeRecipe(
@@ -436,7 +438,9 @@ CONVOLUTIONAL_PAPER = ProbeRecipe(
 # Chosen on the last 5,000 training images, with probes of block2 trained on the first 20,000: 4 x 4 cells (81.4 %) are
 # as good as 8 x 8 (81.0 %) at a third of the time, and four views (82.1 %) better than three (81.4 %).
 NONLINEAR_CACHED = ProbeRecipe("non-linear probe", "cached", epochs=20, milestones=(8, 14, 18), views=4, grid=4)
-CONVOLUTIONAL_CACHED = ProbeRecipe("convolutional probe", "cached", epochs=10, milestones=(4, 7, 9), views=2, grid=8)
+CONVOLUTIONAL_CACHED = ProbeRecipe(
+    "convolutional probe", "cached", epochs=10, milestones=(4, 7, 9), views=2, grid=8, precision="bf16"
+)
 
 PROBES = {
     (recipe.protocol, recipe.cost): recipe
