@@ -59,13 +59,15 @@ def test_the_linear_classifier_by_hand():
     torch.testing.assert_close(probe(maps)[0], expected)
 
 
-def test_layers_learn_a_handful_and_the_backbone_stays(subject, train):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_layers_learn_a_handful_and_the_backbone_stays(subject, train, precision):
+    autocast = torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else None
     before = {name: tensor.clone() for name, tensor in subject.backbone.state_dict().items()}
     layers = ["conv1", "conv3", "conv5"]
     probes = build_probes(LINEAR, subject, layers, train.classes)
     order = torch.arange(len(train))
-    train_probes(LINEAR, subject, probes, train, order)
-    counts = count_correct(subject, probes, train, order)
+    train_probes(LINEAR, subject, probes, train, order, autocast=autocast)
+    counts = count_correct(subject, probes, train, order, autocast=autocast)
     assert list(counts) == layers and all(len(parts) == 10 for parts in counts.values())
     assert all(sum(parts) >= 18 for parts in counts.values()), f"of 20 images of 10 classes: {counts}"
     assert all(torch.equal(tensor, before[name]) for name, tensor in subject.backbone.state_dict().items())
