@@ -36,6 +36,7 @@ ALLOWED = {
     "training": set(),
     "training.memory": set(),
     "training.recipes": set(),
+    "training.protocols": {"training.recipes"},
     "training.eighths": set(),
     "training.optimizers": {"training.recipes"},
     "training.data": {"rotation_ssl.images"},
@@ -60,15 +61,16 @@ ALLOWED = {
     "training.subject": {"rotation_ssl", "rotation_ssl.images", "rotation_ssl.zoo", "training.results"},
     "training.report": {"training.results"},
     "training.evaluate": {f"rotation_ssl.{name}" for name in ("features", "probes", "rotations")}
-    | {f"training.{name}" for name in ("augment", "memory", "data", "recipes", "report", "results", "subject")},
+    | {f"training.{name}" for name in ("augment", "memory", "data", "protocols", "report", "results", "subject")},
     "training.finetune": {f"rotation_ssl.{name}" for name in ("zoo", "features", "probes")}
     | {
         f"training.{name}"
-        for name in ("augment", "memory", "data", "optimizers", "recipes", "report", "results", "subject")
+        for name in ("augment", "memory", "data", "optimizers", "protocols", "report", "results", "subject")
     },
     "training.check": {"rotation_ssl.zoo", "rotation_ssl.features", "rotation_ssl.golden"}
     | {
-        f"training.{n}" for n in ("memory", "data", "evaluate", "finetune", "imagenet", "recipes", "results", "subject")
+        f"training.{n}"
+        for n in ("memory", "data", "evaluate", "finetune", "imagenet", "protocols", "results", "subject")
     },
     "training.measure": {"rotation_ssl.zoo", "rotation_ssl.features"}
     | {f"training.{n}" for n in ("check", "data", "memory", "report", "results")},
@@ -79,7 +81,7 @@ ALLOWED = {
     "training.imagenet": {f"rotation_ssl.{name}" for name in ("features", "images", "probes")}
     | {
         f"training.{name}"
-        for name in ("augment", "data", "memory", "recipes", "report", "results", "subject", "unlabelled")
+        for name in ("augment", "data", "memory", "protocols", "report", "results", "subject", "unlabelled")
     },
     "training.figures": {"rotation_ssl.features", "rotation_ssl.images", "training.results"},
     "training.card": {"training.recipes", "training.report", "training.results"},

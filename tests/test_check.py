@@ -10,7 +10,7 @@ from rotation_ssl import golden, zoo
 from rotation_ssl.golden import golden_file
 from training import check, evaluate, finetune, imagenet, subject
 from training.data import load_images
-from training.recipes import LAYER_PROBES, PROBES, TRANSFERS
+from training.protocols import LAYER_PROBES, PROBES, TRANSFERS
 from training.results import ON_CIFAR10, Row, complaints, missing_rows, read_file, write_rows
 from training.subject import load_subject
 

@@ -20,7 +20,7 @@ from training.imagenet import (
     train_probes,
     with_epochs,
 )
-from training.recipes import IMAGENET_LINEAR_CPU, IMAGENET_LINEAR_PAPER, IMAGENET_NONLINEAR_CPU
+from training.protocols import IMAGENET_LINEAR_CPU, IMAGENET_LINEAR_PAPER, IMAGENET_NONLINEAR_CPU
 from training.subject import load_subject, preparation
 
 LINEAR = dataclasses.replace(

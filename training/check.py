@@ -36,7 +36,7 @@ from training.evaluate import PROTOCOLS, Measurement, images_to_run, measure_fea
 from training.finetune import measure_transfer, transfer_subject
 from training.imagenet import Labelled, measure_layers
 from training.memory import TURN_OFF, keep_large_blocks
-from training.recipes import LAYER_PROBES, TRANSFERS
+from training.protocols import LAYER_PROBES, TRANSFERS
 from training.results import PARTS, RESULTS_DIR, Row, check_device, complaints, read_rows
 from training.subject import subject_of_row
 
@@ -127,7 +127,7 @@ def measure_again(
             if row.protocol in PROTOCOLS.values() or row in layered:
                 continue
             if (row.protocol, row.cost) not in transfers:
-                raise ValueError(f"{row.number} has no recipe in training/recipes.py: it cannot be measured again")
+                raise ValueError(f"{row.number} has no recipe in training/protocols.py: it cannot be measured again")
             recipe = transfers[row.protocol, row.cost]
             model = subject.name if subject.published else subject.architecture
             fresh = transfer_subject(recipe, model, row.seed or 0, random=not subject.published)

@@ -9,7 +9,7 @@ package, with its published weights, with --random weights, or with those of a f
 over the images feeds the probes of all layers. The numbers are printed as they come and written to --output as
 rows.jsonl (written after every number), report.md, report.json and report.png.
 
-A probe's settings are recipes (training/recipes.py); the linear probe's strength is chosen on the last tenth of the
+A probe's settings are recipes (training/protocols.py); the linear probe's strength is chosen on the last tenth of the
 training images. Nothing is chosen by test images: with --holdout N the last N training images are measured in place of
 the test images, which are not read then, to choose by.
 """
@@ -40,7 +40,7 @@ from rotation_ssl.rotations import count_correct_rotations
 from training.augment import crop_and_flip
 from training.data import DATASETS, NAMES, Images, LabelledImages, check_whole, load_images
 from training.memory import TURN_OFF, available_memory, keep_large_blocks
-from training.recipes import PROBES, ProbeRecipe
+from training.protocols import PROBES, ProbeRecipe
 from training.report import keep_row, write_report
 from training.results import PARTS, Row, check_device
 from training.subject import Subject, load_subject, measured_row, preparation, record_file

@@ -41,7 +41,7 @@ from training.data import (
 )
 from training.memory import TURN_OFF, keep_large_blocks
 from training.optimizers import learning_rate_factor, set_learning_rates
-from training.recipes import TRANSFERS, TransferRecipe
+from training.protocols import TRANSFERS, TransferRecipe
 from training.report import keep_row, write_report
 from training.results import PARTS, Row, check_device
 from training.subject import Subject, load_subject, measured_row, preparation, record_file

@@ -35,7 +35,7 @@ from rotation_ssl.probes import max_pooled_probe
 from training.augment import Windows, crop_and_flip, take_windows
 from training.data import NAMES, check_whole, load_cifar10, tinyimagenet_files
 from training.memory import TURN_OFF, keep_large_blocks
-from training.recipes import LAYER_PROBES, LayerProbeRecipe
+from training.protocols import LAYER_PROBES, LayerProbeRecipe
 from training.report import keep_row, write_report
 from training.results import PARTS, Row, check_device
 from training.subject import Subject, load_subject, measured_row, preparation, record_file
