@@ -137,6 +137,20 @@ def nonlinear_probe(in_features: int, num_classes: int, hidden: int = 200) -> nn
     return nn.Sequential(*layers, nn.Linear(hidden, num_classes))
 
 
+def max_pooled_probe(in_channels: int, cells: int, num_classes: int) -> nn.Sequential:
+    """The ImageNet linear classifier: adaptive max-pooling to cells x cells, batch norm without scale, a linear layer.
+
+    Table 5 of Gidaris et al. 2018, as in the authors' code (after Zhang et al. 2017). Takes (N, C, H, W) with C =
+    ``in_channels``; gives logits (N, num_classes).
+    """
+    return nn.Sequential(
+        nn.AdaptiveMaxPool2d(cells),
+        nn.BatchNorm2d(in_channels, affine=False),
+        nn.Flatten(),
+        nn.Linear(in_channels * cells * cells, num_classes),
+    )
+
+
 def convolutional_probe(in_channels: int, num_classes: int, channels: int = 192) -> nn.Sequential:
     """The paper's convolutional classifier: a NIN block (3 x 3, 1 x 1, 1 x 1), global average pooling, a linear layer.
 

@@ -8,13 +8,14 @@ whichever way they are asked for, the second for all weights.
 
 import functools
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from timm.models import (
     PretrainedCfg,
@@ -116,7 +117,13 @@ def verify(file: Path, name: str) -> None:
         raise ValueError(f"weights of {name} are damaged: {wrong} as the manifest says; reinstall rotation-ssl")
 
 
-def build_model(model_cls: type[nn.Module], variant: str, pretrained: bool, **kwargs: Any) -> Any:
+def build_model(
+    model_cls: type[nn.Module],
+    variant: str,
+    pretrained: bool,
+    optional: tuple[str, tuple[str, ...]] | None = None,
+    **kwargs: Any,
+) -> Any:
     """timm's ``build_model_with_cfg``, with the weights checked before any of them reaches the model.
 
     Args:
@@ -124,6 +131,9 @@ def build_model(model_cls: type[nn.Module], variant: str, pretrained: bool, **kw
         variant: its registered name.
         pretrained: load the weights of the configuration: those of a published tag, or the user's own file given as
             ``pretrained_cfg_overlay=dict(file=...)``, whose classifier then decides the default ``num_classes``.
+        optional: an argument of the model, and the layers that are not there where it is 0, which weights may lack: its
+            default is then 0, and whoever asks for those layers gets new ones and a new classifier, with a warning.
+            Whoever asks for 0 of weights that have them gets the other layers and a new classifier, with a warning.
         **kwargs: timm's and the model's further arguments.
 
     Raises:
@@ -134,11 +144,17 @@ def build_model(model_cls: type[nn.Module], variant: str, pretrained: bool, **kw
     if overlay:
         classes = {key: overlay.pop(key) for key in ("num_classes",) if key in overlay}
         kwargs["pretrained_cfg_overlay"] = {**classes, **(kwargs.get("pretrained_cfg_overlay") or {}), **overlay}
+    layers: tuple[str, ...] = ()
+    if optional and pretrained:
+        argument, layers = optional
+        held = _held(overlay.get("file") or cfg.file, cfg.state_dict)
+        if held is not None and argument not in kwargs and not any(key.startswith(layers) for key in held):
+            kwargs[argument] = 0
     with ThreadPoolExecutor(1) as hashing:
         # while the network is built; no tensor reaches it before
         in_wheel = source in bundled() and overlay.get("file") == _location(bundled()[source])["file"]
         verified = hashing.submit(verify, Path(overlay["file"]), source).result if in_wheel else _nothing
-        check = functools.partial(_check_state_dict, source=source, verified=verified)
+        check = functools.partial(_check_state_dict, source=source, verified=verified, optional=layers)
         try:
             return build_model_with_cfg(model_cls, variant, pretrained, pretrained_filter_fn=check, **kwargs)
         except Exception as error:
@@ -259,12 +275,48 @@ def _classes_of_file(file: Path, classifier: str) -> int:
         ) from error
 
 
+def _held(file: str | None, state_dict: Mapping[str, torch.Tensor] | None) -> list[str] | None:
+    """The names of the tensors that weights hold; None where they are not at hand yet, or cannot be read."""
+    if state_dict or file is None:
+        return list(clean_state_dict(state_dict)) if state_dict else None
+    try:
+        with safe_open(file, "pt") as tensors:
+            return list(clean_state_dict(dict.fromkeys(tensors.keys())))
+    except (SafetensorError, OSError):
+        # what is wrong with it is said where it is loaded
+        return None
+
+
+def _fit_optional(
+    state_dict: dict[str, torch.Tensor], model: nn.Module, source: str, optional: tuple[str, ...], head: str
+) -> dict[str, torch.Tensor]:
+    """The weights with the model's own optional layers and classifier where they lack them, without theirs where the
+    model does not have them.
+    """
+    own = model.state_dict()
+    wanted, held = ({key for key in tensors if key.startswith(optional)} for tensors in (own, state_dict))
+    if bool(wanted) == bool(held):
+        return state_dict
+    names = " and ".join(prefix.strip(".").rpartition(".")[2] for prefix in optional)
+    if wanted:
+        warnings.warn(f"{source} has no {names}: they and the classifier are new, not trained", stacklevel=2)
+    elif any(key.startswith(head) for key in own):
+        warnings.warn(f"{names} of {source} are left out: the classifier is new, not trained", stacklevel=2)
+    kept = {key: value for key, value in state_dict.items() if not key.startswith((*optional, head))}
+    return kept | {key: value for key, value in own.items() if key in wanted or key.startswith(head)}
+
+
 def _check_state_dict(
-    state_dict: dict[str, torch.Tensor], model: nn.Module, source: str, verified: Callable[[], None]
+    state_dict: dict[str, torch.Tensor],
+    model: nn.Module,
+    source: str,
+    verified: Callable[[], None],
+    optional: tuple[str, ...] = (),
 ) -> dict[str, torch.Tensor]:
     """Refuse a state dict that lacks keys, has others, or holds tensors of another shape or not finite.
 
-    ``verified`` raises where the file is not the published one.
+    ``verified`` raises where the file is not the published one. ``optional`` layers may be missing, or be there and not
+    in the model: see :func:`build_model`.
 
     The first convolution may have other input channels, and the classifier other classes: timm adapts the one and
     leaves out the other.
@@ -273,6 +325,7 @@ def _check_state_dict(
     cfg: Any = model.pretrained_cfg
     head, stem = f"{cfg['classifier']}.", f"{cfg['first_conv']}.weight"
     fresh_head = model.num_classes != cfg["num_classes"]
+    state_dict = _fit_optional(state_dict, model, source, optional, head)
     expected = {k: v.shape for k, v in model.state_dict().items() if not (fresh_head and k.startswith(head))}
     missing = [key for key in expected if key not in state_dict]
     unknown = [key for key in state_dict if key not in expected and not (fresh_head and key.startswith(head))]

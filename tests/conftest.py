@@ -36,6 +36,7 @@ from hypothesis import settings
 import rotation_ssl  # noqa: F401  registers the models with timm
 from rotation_ssl import zoo
 from rotation_ssl.backbones import alexnet, nin
+from rotation_ssl.images import read_image
 
 # a busy machine is not a failure
 settings.register_profile("no-deadline", deadline=None)
@@ -67,6 +68,26 @@ def offline(monkeypatch):
 def small_cifar10(tmp_path):
     """A folder like the lossless CIFAR-10: the 40 sample images as its training set and as its test set."""
     return write_small_cifar10(tmp_path / "cifar10")
+
+
+@pytest.fixture
+def small_tinyimagenet(small_cifar10, tmp_path):
+    """The sample images in the layout of tiny-imagenet-200, two of each class's four in val."""
+    root = tmp_path / "tiny-imagenet-200"
+    (root / "val" / "images").mkdir(parents=True)
+    lines = []
+    for label, folder in enumerate(sorted((small_cifar10 / "train").iterdir())):
+        wnid = f"n{label:08d}"
+        (root / "train" / wnid / "images").mkdir(parents=True)
+        for number, file in enumerate(sorted(folder.iterdir())):
+            image = read_image(file).resize((64, 64))
+            if number < 2:
+                image.save(root / "train" / wnid / "images" / f"{wnid}_{number}.JPEG")
+            else:
+                image.save(root / "val" / "images" / f"val_{2 * label + number - 2}.JPEG")
+                lines.append(f"val_{2 * label + number - 2}.JPEG\t{wnid}\t0\t0\t63\t63\n")
+    (root / "val" / "val_annotations.txt").write_text("".join(lines))
+    return root
 
 
 @pytest.fixture(scope="module")

@@ -36,6 +36,7 @@ ALLOWED = {
     "training": set(),
     "training.memory": set(),
     "training.recipes": set(),
+    "training.protocols": {"training.recipes"},
     "training.eighths": set(),
     "training.optimizers": {"training.recipes"},
     "training.data": {"rotation_ssl.images"},
@@ -50,27 +51,38 @@ ALLOWED = {
     "training.benchmark": {"rotation_ssl.zoo", "rotation_ssl.backbones.nin"}
     | {f"training.{name}" for name in ("card", "results", "speed")},
     "training.results": {"rotation_ssl"},
-    "training.pretrain": {"rotation_ssl", "rotation_ssl.images", "rotation_ssl.rotations"}
+    "training.pretrain": {"training.augment"}
+    | {"rotation_ssl", "rotation_ssl.images", "rotation_ssl.rotations"}
     | {
         f"training.{name}"
         for name in ("batches", "checkpoint", "eighths", "memory", "optimizers", "outputs", "recipes", "results")
     }
-    | {"training.unlabelled"},
+    | {"training.augment", "training.unlabelled"},
     "training.subject": {"rotation_ssl", "rotation_ssl.images", "rotation_ssl.zoo", "training.results"},
     "training.report": {"training.results"},
     "training.evaluate": {f"rotation_ssl.{name}" for name in ("features", "probes", "rotations")}
-    | {f"training.{name}" for name in ("augment", "memory", "data", "recipes", "report", "results", "subject")},
+    | {f"training.{name}" for name in ("augment", "memory", "data", "protocols", "report", "results", "subject")},
     "training.finetune": {f"rotation_ssl.{name}" for name in ("zoo", "features", "probes")}
     | {
         f"training.{name}"
-        for name in ("augment", "memory", "data", "optimizers", "recipes", "report", "results", "subject")
+        for name in ("augment", "memory", "data", "optimizers", "protocols", "report", "results", "subject")
     },
     "training.check": {"rotation_ssl.zoo", "rotation_ssl.features", "rotation_ssl.golden"}
-    | {f"training.{name}" for name in ("memory", "data", "evaluate", "finetune", "recipes", "results", "subject")},
+    | {
+        f"training.{n}"
+        for n in ("memory", "data", "evaluate", "finetune", "imagenet", "protocols", "results", "subject")
+    },
+    "training.measure": {"rotation_ssl.zoo", "rotation_ssl.features"}
+    | {f"training.{n}" for n in ("check", "data", "memory", "report", "results")},
     "training.ablation": {f"training.{n}" for n in ("data", "evaluate", "memory", "pretrain", "recipes")}
     | {f"training.{n}" for n in ("report", "results", "subject")},
     "training.study": {f"training.{n}" for n in ("card", "data", "evaluate", "figures", "memory")}
     | {f"training.{n}" for n in ("pretrain", "recipes", "report", "results", "subject")},
+    "training.imagenet": {f"rotation_ssl.{name}" for name in ("features", "images", "probes")}
+    | {
+        f"training.{name}"
+        for name in ("augment", "data", "memory", "protocols", "report", "results", "subject", "unlabelled")
+    },
     "training.figures": {"rotation_ssl.features", "rotation_ssl.images", "training.results"},
     "training.card": {"training.recipes", "training.report", "training.results"},
     "training.publish": {f"rotation_ssl.{name}" for name in ("zoo", "features", "golden", "images")}
@@ -79,15 +91,15 @@ ALLOWED = {
     | {f"rotation_ssl.{name}" for name in ("features", "golden", "zoo")},
     "training.rescale": set(),
     "training.transfer": {"rotation_ssl.backbones.alexnet", "rotation_ssl.images"}
-    | {f"training.{name}" for name in ("optimizers", "recipes", "report", "rescale", "results", "subject")}
+    | {f"training.{name}" for name in ("optimizers", "protocols", "report", "rescale", "results", "subject")}
     | {"training.voc_data", "training.voc_metrics"},
-    "training.voc_tables": {"rotation_ssl", "training.recipes", "training.results"},
+    "training.voc_tables": {"rotation_ssl", "training.protocols", "training.results"},
     "training.segment": {"rotation_ssl.backbones.alexnet", "rotation_ssl.images"}
-    | {f"training.{name}" for name in ("memory", "recipes", "results", "subject", "transfer")}
+    | {f"training.{name}" for name in ("memory", "protocols", "results", "subject", "transfer")}
     | {"training.voc_data", "training.voc_metrics"},
-    "training.detect": {f"training.{name}" for name in ("memory", "recipes", "results", "subject", "transfer")}
+    "training.detect": {f"training.{name}" for name in ("memory", "protocols", "results", "subject", "transfer")}
     | {"training.voc_data", "training.voc_metrics"},
-    "training.voc": {f"training.{name}" for name in ("memory", "recipes", "results", "subject", "transfer")}
+    "training.voc": {f"training.{name}" for name in ("memory", "protocols", "results", "subject", "transfer")}
     | {"training.voc_data", "training.voc_metrics"},
     "training.voc_metrics": set(),
     "training.voc_data": {"training.voc_metrics"},

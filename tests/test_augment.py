@@ -4,8 +4,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn import functional as F
+from torchvision.transforms.v2.functional import resized_crop
 
-from training.augment import crop_and_flip, draw_windows, take_windows
+from training.augment import Boxes, crop_and_flip, draw_boxes, draw_windows, take_boxes, take_windows, whole_boxes
 
 
 def generator(seed=0):
@@ -81,3 +83,46 @@ def test_which_are_mirrored_can_be_told():
     images = coordinates(8).expand(4, 2, 8, 8)
     told = torch.tensor([True, False, False, True])
     assert torch.equal(crop_and_flip(images, 8, 0, "reflect", told, generator())[:, 1, 0, 0] == 7, told)
+
+
+@given(st.integers(1, 20), st.floats(0.05, 1.0), st.floats(0.0, 1.0), st.integers(0, 99))
+def test_boxes_lie_in_the_image_and_have_the_scale(count, least, more, seed):
+    most = least + (1 - least) * more
+    boxes = draw_boxes(count, (least, most), True, generator(seed))
+    for start, length in ((boxes.top, boxes.height), (boxes.left, boxes.width)):
+        assert (start >= 0).all() and (length > 0).all() and (start + length <= 1 + 1e-6).all()
+    area, aspect = boxes.height * boxes.width, boxes.width / boxes.height
+    assert (area <= most + 1e-5).all() and (aspect < 4 / 3 + 1e-5).all() and (aspect > 3 / 4 - 1e-5).all()
+    whole = (boxes.height < 1) & (boxes.width < 1)
+    assert (area[whole] >= least - 1e-5).all(), "only a side that was cut makes a box smaller"
+    again = draw_boxes(count, (least, most), True, generator(seed))
+    assert all(torch.equal(getattr(again, name), getattr(boxes, name)) for name in boxes.__dataclass_fields__)
+
+
+def test_the_whole_box_is_the_image_resized():
+    images = torch.rand(2, 3, 8, 8, generator=generator())
+    assert torch.allclose(take_boxes(images, whole_boxes(2), 8), images, atol=1e-6)
+    mirrored = Boxes(
+        *(getattr(whole_boxes(2), n) for n in ("top", "left", "height", "width")), torch.tensor([True, False])
+    )
+    torch.testing.assert_close(take_boxes(images, mirrored, 8)[0], images[0].flip(-1))
+    torch.testing.assert_close(take_boxes(images, mirrored, 8)[1], images[1])
+    larger = F.interpolate(images, size=12, mode="bilinear", align_corners=False)
+    torch.testing.assert_close(take_boxes(images, whole_boxes(2), 12), larger)
+    assert take_boxes(images, whole_boxes(2), 12).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_boxes_are_torchvisions_resized_crops():
+    """But at the box's border, where torchvision repeats its pixels and we take the image's own."""
+    image = torch.rand(1, 3, 16, 16, generator=generator())
+    box = Boxes(*(torch.tensor([x / 16]) for x in (3.0, 5.0, 8.0, 4.0)), torch.tensor([False]))
+    theirs = resized_crop(image, 3, 5, 8, 4, [12, 12], antialias=False)
+    torch.testing.assert_close(take_boxes(image, box, 12)[..., 1:-1, 2:-2], theirs[..., 1:-1, 2:-2])
+
+
+def test_each_box_is_taken_from_its_own_image():
+    images = torch.arange(5).view(5, 1, 1, 1).expand(5, 3, 8, 8).to(torch.uint8)
+    boxes = draw_boxes(5, (0.2, 0.8), True, generator())
+    assert take_boxes(images, boxes, 6)[:, 0, 0, 0].tolist() == pytest.approx([0, 1, 2, 3, 4], abs=1e-4)
+    part = boxes.part(slice(1, 3))
+    torch.testing.assert_close(take_boxes(images[1:3], part, 6), take_boxes(images, boxes, 6)[1:3])

@@ -8,10 +8,10 @@ from safetensors.torch import load_file, save_file
 
 from rotation_ssl import golden, zoo
 from rotation_ssl.golden import golden_file
-from training import check, evaluate, finetune, subject
+from training import check, evaluate, finetune, imagenet, subject
 from training.data import load_images
-from training.recipes import PROBES, TRANSFERS
-from training.results import Row, complaints, missing_rows, read_file, write_rows
+from training.protocols import LAYER_PROBES, PROBES, TRANSFERS
+from training.results import ON_CIFAR10, Row, complaints, missing_rows, read_file, write_rows
 from training.subject import load_subject
 
 NAME = "rotnet_nin.cifar10"
@@ -41,12 +41,14 @@ def reported(small_module, tmp_path_factory):
 
 
 def shorten(patch):
-    """Recipes cut to what 40 images need; the two commands that train see the same ones."""
+    """Recipes cut to what 40 images need, one seed of each; the two commands that train see the same ones."""
     probes = {key: dataclasses.replace(r, epochs=3, milestones=(2,), batch_size=16) for key, r in PROBES.items()}
     transfers = {name: dataclasses.replace(r, images=64, batch_size=16) for name, r in TRANSFERS.items()}
     patch.setattr(evaluate, "PROBES", probes)
     patch.setattr(finetune, "TRANSFERS", transfers)
     patch.setattr(check, "TRANSFERS", transfers)
+    numbers = tuple(dataclasses.replace(n, seeds=n.seeds[:1]) for n in ON_CIFAR10.numbers)
+    patch.setattr("training.results.REPORTED", {"rotnet_nin": dataclasses.replace(ON_CIFAR10, numbers=numbers)})
 
 
 @pytest.fixture
@@ -169,12 +171,12 @@ def test_a_missing_row_is_caught(results, small_cifar10, capsys):
     file.write_text("\n".join(lines) + "\n")
     assert run(results, small_cifar10, "--quick") == 1
     (broken,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("BROKEN")]
-    assert "linear probe cached block3 has no row" in broken
+    assert "linear probe (cached) block3 has no row" in broken
 
 
 def test_nothing_reported_is_not_nothing_broken(tmp_path, small_cifar10, capsys):
     assert run(tmp_path, small_cifar10, "--only", "knn") == 1
-    assert capsys.readouterr().out.count("has no row") == 2 * (1 + 3 * 4)
+    assert capsys.readouterr().out.count("has no row") == 2 * (1 + 2 * 4 + 3 * 4), "of the non-linear probe three seeds"
 
 
 def test_what_is_not_there_is_bad_input(results, tmp_path, capsys):
@@ -201,7 +203,8 @@ def test_rows_of_unpublished_weights_are_refused(results, small_cifar10, capsys)
 
 def row(correct=9000, seed=None, cost="", n=10_000, **fields):
     return Row(
-        **{"weights": NAME, "protocol": "k-NN", "layer": "block1", "source": "measured", "data": "d", "sha256": "s"}
+        **{"weights": NAME, "protocol": "k-NN", "layer": "block1", "source": "measured", "sha256": "s"}
+        | {"data": "CIFAR-10 test"}
         | {
             "value": correct / n,
             "correct": correct,
@@ -246,6 +249,37 @@ def test_expected_time_is_that_of_the_rows():
     assert check.expected_seconds(probes, [*rows, *probes], quick=False) == pytest.approx(4 * 50 + 10 + 2 * 50 + 10)
 
 
+def test_rows_of_all_layers_are_measured_again_in_one_pass(small_tinyimagenet, monkeypatch):
+    short = dataclasses.replace(LAYER_PROBES["imagenet-linear-cpu"], epochs=2, milestones=(1,), batch_size=10)
+    monkeypatch.setattr(check, "LAYER_PROBES", {short.name: short})
+    images = load_images("tinyimagenet", small_tinyimagenet, 64)
+    train, val = (imagenet.Labelled(part.images, part.labels, 10) for part in (images.train, images.test))
+    measured = load_subject("rotnet_alexnet", random=True)
+    layers = ["conv2", "conv5"]
+    rows = [
+        row
+        for seed in (0, 1)
+        for row in imagenet.measure_layers(short, measured, layers, train, val, images.name, seed=seed)
+    ]
+    found = list(check.measure_again(rows, images))
+    assert [(old.layer, old.seed) for old, _ in found] == [(layer, seed) for seed in (0, 1) for layer in layers]
+    assert all((new.layer, new.seed, new.counts) == (old.layer, old.seed, old.counts) for old, new in found)
+
+
+def test_numbers_of_data_that_are_not_given_are_named(results, small_module, capsys):
+    """Not passed over in silence, and not called passed."""
+    file = results / f"{NAME}.jsonl"
+    rotation = next(row for row in read_file(file) if row.protocol == "rotation accuracy")
+    write_rows(file, [dataclasses.replace(rotation, data="Tiny-ImageNet val")])
+    arguments = ["--results", str(results), "--data-dir", str(small_module), "--only", "rotation", "--weights", NAME]
+    assert check.main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "not measured: 1 numbers of Tiny-ImageNet val: give --tinyimagenet DIR" in out and "3 of 3 hold" in out
+    write_rows(file, [dataclasses.replace(rotation, data="holiday photographs")])
+    assert check.main(arguments) == 2
+    assert "there are rows of holiday photographs" in capsys.readouterr().err
+
+
 def test_golden_outputs_that_are_not_numbers_do_not_hold(monkeypatch):
     stored = load_file(golden_file(NAME))
     stored["block2"][0, 0] = float("nan")
@@ -264,10 +298,32 @@ def test_complaints_by_hand():
 
 
 def test_missing_rows_by_hand():
-    rows = [row(weights=w, layer=layer) for w in (NAME, "rotnet_nin.random") for layer in ("block1", "block2")]
-    missing = missing_rows(rows, NAME, ["block1", "block2"])
+    rows = [
+        row(weights=w, layer=layer, data="CIFAR-10 test")
+        for w in (NAME, "rotnet_nin.random")
+        for layer in ("block1", "block2")
+    ]
+    missing = [r.number for r in missing_rows(rows, NAME, ["block1", "block2"])]
     assert "rotnet_nin.cifar10 rotation accuracy" in missing and "rotnet_nin.random rotation accuracy" in missing
-    assert len(missing) == 2 * (1 + 2 + 2) and not [number for number in missing if "k-NN" in number]
+    assert len(missing) == 2 * (1 + 2 + 3 * 2) and not [number for number in missing if "k-NN" in number]
+    # AlexNet's numbers are of Tiny-ImageNet: those of other data do not count
+    linear = {"weights": "rotnet_alexnet.a", "protocol": "ImageNet linear probe", "cost": "cpu", "seed": 0}
+    rows = [row(layer="conv1", data=data, **linear) for data in ("CIFAR-10 test", "Tiny-ImageNet val")]
+    layers = [f"conv{i}" for i in range(1, 6)]
+    missing = [r.number for r in missing_rows(rows[:1], "rotnet_alexnet.a", layers)]
+    assert len(missing) == 2 * (1 + 5 + 2) and "rotnet_alexnet.a ImageNet linear probe (cpu) conv1 seed 0" in missing
+    there = {r.number for r in missing_rows(rows, "rotnet_alexnet.a", layers)}
+    assert set(missing) - there == {"rotnet_alexnet.a ImageNet linear probe (cpu) conv1 seed 0"}
+
+
+def test_not_all_of_the_cards_numbers_are_required():
+    """Few labels of the published weights, supervised networks of random ones: at the paper's numbers of labels."""
+    every = [r for r in missing_rows([], NAME, LAYERS, every=True) if r not in missing_rows([], NAME, LAYERS)]
+    few = [r for r in every if r.protocol == "few labels, convolutional probe"]
+    assert {r.weights for r in few} == {NAME} and [r.labels_per_class for r in few] == [20, 100, 400, 1000, 5000]
+    supervised = [r for r in every if r.protocol == "supervised"]
+    assert {r.weights for r in supervised} == {"rotnet_nin.random"} and len(supervised) == 6
+    assert supervised[-1].labels_per_class is None and supervised[-1].draw == "" and few[0].draw == "first"
 
 
 def test_quick_check_of_the_whole(whole_cifar10, capsys):

@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 
 from rotation_ssl.images import normalize, read_image
-from training.data import CIFAR10_CLASSES, load_cifar10, load_folder
+from training.data import CIFAR10_CLASSES, load_cifar10, load_folder, load_images, tinyimagenet_files
+from training.unlabelled import UnlabelledImages, open_images
 
 
 def test_normalize_by_hand():
@@ -100,3 +101,36 @@ def test_images_that_do_not_decode_are_named(small_cifar10):
         file.write_bytes(content)
         with pytest.raises(ValueError, match=rf"{file.name} does not decode"):
             load_cifar10(small_cifar10, "train")
+
+
+def test_tinyimagenet_as_it_is_distributed(small_tinyimagenet):
+    data = load_images("tinyimagenet", small_tinyimagenet, 128)
+    assert data.name == "Tiny-ImageNet val" and data.train.classes == tuple(f"n{i:08d}" for i in range(10))
+    assert data.train.images.shape == data.test.images.shape == (20, 3, 64, 64)
+    assert data.test.labels.tolist() == [i // 2 for i in range(20)], "as val_annotations.txt says"
+    assert torch.bincount(data.train.labels).tolist() == [2] * 10
+    assert data.train.labels.tolist() != sorted(data.train.labels.tolist()), "the last ones are of all classes"
+    held = load_images("tinyimagenet", small_tinyimagenet, 128, holdout=5)
+    assert torch.equal(held.test.images, data.train.images[-5:])
+    unlabelled = open_images("tinyimagenet", small_tinyimagenet, 64)
+    assert isinstance(unlabelled, UnlabelledImages)
+    unlabelled.read_all(quiet=True)
+    assert torch.equal(unlabelled.squares, data.train.images), "the same images, in the same order"
+
+
+def test_what_is_no_tinyimagenet(small_tinyimagenet, tmp_path):
+    with pytest.raises(ValueError, match=r"no Tiny-ImageNet in .*nowhere"):
+        tinyimagenet_files(tmp_path / "nowhere", "train")
+    annotations = small_tinyimagenet / "val" / "val_annotations.txt"
+    whole = annotations.read_text()
+    for broken in (whole.replace("n00000003", "n99999999"), whole.replace("val_7.JPEG", "val_70.JPEG"), "rubbish\n"):
+        annotations.write_text(broken)
+        with pytest.raises(ValueError, match=r"val_annotations.txt, line \d+ names '.*' of '.*': no such image"):
+            tinyimagenet_files(small_tinyimagenet, "test")
+    annotations.unlink()
+    with pytest.raises(ValueError, match=r"val_annotations.txt does not exist"):
+        tinyimagenet_files(small_tinyimagenet, "test")
+    for file in (small_tinyimagenet / "train" / "n00000003" / "images").iterdir():
+        file.unlink()
+    with pytest.raises(ValueError, match=r"class n00000003 of .* has no images"):
+        tinyimagenet_files(small_tinyimagenet, "train")

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from small_voc import write_small_voc
 
 from training import detect
-from training.recipes import VOC_FAST_RCNN, VOC_FASTER_RCNN
+from training.protocols import VOC_FAST_RCNN, VOC_FASTER_RCNN
 from training.results import read_file
 from training.subject import load_subject
 from training.transfer import averages, transfer_network

@@ -18,7 +18,7 @@ from rotation_ssl.probes import knn_predict, linear_predict
 from rotation_ssl.rotations import rotate_all
 from training import evaluate, subject
 from training.data import Images, load_cifar10, load_images
-from training.recipes import PROBES
+from training.protocols import PROBES
 from training.results import RESULTS_DIR, read_file, read_rows
 
 NAME = "rotnet_nin.cifar10"

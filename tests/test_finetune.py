@@ -8,7 +8,7 @@ import torch
 from training import finetune
 from training import subject as subject_module
 from training.data import labels_subset, load_images
-from training.recipes import TRANSFERS
+from training.protocols import TRANSFERS
 from training.results import read_file
 from training.subject import load_subject, preparation
 

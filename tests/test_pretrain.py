@@ -407,6 +407,23 @@ def test_held_out_images_are_never_trained_on(images, tmp_path):
     assert json.loads((tmp_path / "a" / "run.json").read_text())["holdout_rotation_accuracy"]["n"] == 40
 
 
+def test_crops_that_are_resized_and_arguments_of_the_model(images, tmp_path):
+    recipe = dataclasses.replace(
+        TINY, model="rotnet_alexnet", model_args=(("fc_size", 0),), scale=(0.4, 1.0), padding=0,
+        stages=(Stage(2, 64), Stage(1, 72)), holdout=10,
+    )  # fmt: skip
+    pretrain(recipe, images, tmp_path)
+    assert weights(tmp_path)["head.fc.weight"].shape == (4, 256), "no fc6 and fc7"
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["pretrained_cfg"]["input_size"] == [3, 72, 72]
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert run["recipe"]["model_args"] == [["fc_size", 0]] and run["holdout_rotation_accuracy"]["n"] == 40
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert same(loaded.state_dict(), weights(tmp_path))
+    with pytest.raises(ValueError, match="does not take crops of 32 pixels"):
+        pretrain(dataclasses.replace(recipe, stages=(Stage(1, 32),)), images, tmp_path / "small")
+
+
 @pytest.mark.parametrize("holdout", [-1, 40])
 def test_holdout_is_checked(images, tmp_path, holdout):
     with pytest.raises(ValueError, match=rf"holdout must be 0 .* got {holdout}"):

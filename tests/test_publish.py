@@ -9,6 +9,7 @@ import statistics
 import pytest
 import timm
 from conftest import ROOT
+from safetensors.torch import save_file
 
 from rotation_ssl import zoo
 from rotation_ssl.features import layer_modules
@@ -59,13 +60,19 @@ def test_published_weights_have_their_numbers_and_random_weights_beside():
 
 
 def test_quoted_numbers_are_the_papers():
-    quoted = {(r.weights, r.protocol, r.layer): r.value for r in read_rows() if r.source.startswith("paper")}
+    rows = [r for r in read_rows() if r.source.startswith("paper")]
+    quoted = {(r.weights, r.protocol, r.layer): r.value for r in rows if r.data != "Places205 val"}
     assert quoted["rotnet_nin.paper", "non-linear probe", "block2"] == 0.8906
     assert quoted["rotnet_nin3.paper", "non-linear probe", "block1"] == 0.8545
     assert quoted["rotnet_nin-r90-270.paper", "non-linear probe", "block2"] == 0.8552
     assert quoted["rotnet_nin.paper-random", "convolutional probe", "block2"] == 0.7250
-    unchecked = {r.weights for r in read_rows() if "unchecked" in r.source}
-    assert unchecked == {"rotnet_nin5.paper", "rotnet_nin.paper"}
+    unchecked = {r.weights for r in rows if "unchecked" in r.source}
+    assert unchecked == {
+        *("rotnet_nin5.paper", "rotnet_nin.paper"),
+        *("rotnet_alexnet.paper", "rotnet_alexnet.paper-random", "rotnet_alexnet.paper-supervised"),
+    }
+    assert quoted["rotnet_alexnet.paper", "ImageNet non-linear probe", "conv4"] == 0.5
+    assert quoted["rotnet_alexnet.paper", "ImageNet linear probe", "conv3"] == 0.387
 
 
 @pytest.fixture
@@ -113,6 +120,53 @@ def test_bundling_makes_the_manifest_again(copied, run_dir):
     assert copied / "weights" / "manifest.json" in publish.render()
     assert json.loads((copied / "weights" / "manifest.json").read_text()) == wanted
     assert publish.render(check=True) == []
+
+
+def test_an_alexnet_is_bundled_and_reported_on_its_own_data(copied, tmp_path):
+    name, recipe = "rotnet_alexnet.tinyimagenet", RECIPES["alexnet-tinyimagenet-cpu"]
+    run = json.loads((RESULTS_DIR / f"{NAME}.run.json").read_text())
+    run |= {"recipe": dataclasses.asdict(recipe), "rotated_images": recipe.rotated_images}
+    folder = tmp_path / "alexnet"
+    folder.mkdir()
+    (folder / "run.json").write_text(json.dumps(run))
+    save_file(timm.create_model("rotnet_alexnet", fc_size=0).state_dict(), folder / "model.safetensors")
+    shutil.copyfile(ROOT / "docs" / "figures" / f"{NAME}.curve.png", folder / "curve.png")
+    publish.bundle(folder, name)
+    manifest = json.loads((copied / "weights" / "manifest.json").read_text())
+    entry = manifest[name]
+    assert entry["input_size"] == [3, 128, 128] and entry["data"].startswith("Tiny-ImageNet")
+    assert entry["size"] < 10_000_000, "convolutions and a head of 4: fit for a wheel"
+    with pytest.raises(ValueError, match=f"{name} rotation accuracy has no row: measure it"):
+        publish.render()
+    rows = []
+    for weights in (name, "rotnet_alexnet.random"):
+        common = {"weights": weights, "commit": "0" * 40, "sha256": entry["sha256"], "seconds": 60.0}
+        common |= {"versions": {"torch": "2"}, "device": "d", "threads": 2}
+        tiny = common | {"data": "Tiny-ImageNet val"}
+        rows.append(row(protocol="rotation accuracy", value=0.8123, correct=32_492, n=40_000, **tiny))
+        rows += [
+            row(protocol="ImageNet linear probe", cost="cpu", layer=f"conv{i}", value=0.1 + i / 100, seed=0, **tiny)
+            for i in range(1, 6)
+        ]
+        nonlinear = {"protocol": "ImageNet non-linear probe", "cost": "cpu", "seed": 0}
+        rows += [row(layer=layer, value=0.3, **nonlinear, **tiny) for layer in ("conv4", "conv5")]
+        transfer = common | {"data": "CIFAR-10 test"}
+        rows.append(row(protocol="ImageNet linear probe", cost="cpu", layer="conv3", value=0.6543, seed=0, **transfer))
+    for weights in (name, "rotnet_alexnet.random"):
+        write_rows(copied / "results" / f"{weights}.jsonl", [r for r in rows if r.weights == weights])
+    publish.render()
+    metrics = json.loads((copied / "weights" / "manifest.json").read_text())[name]["metrics"]
+    assert metrics["rotation accuracy"] == 0.8123 and metrics["ImageNet linear probe cpu conv3"] == 0.13
+    assert metrics["ImageNet linear probe cpu conv3 on CIFAR-10 test"] == 0.6543
+    text = (copied / "MODEL_CARD.md").read_text()
+    own = text[text.index(f"### `{name}`", text.index("## Evaluation")) : text.index("### Protocols")]
+    assert "of the validation images of Tiny-ImageNet (chance is 25 %)" in own and "**81.23 %**" in own
+    assert own.index("65.43 %") > own.index("test images of CIFAR-10"), "the transfer in a table of its own"
+    headline = next(line for line in text.splitlines() if line.startswith(f"| `{name}`"))
+    assert "Tiny-ImageNet val | 81.23 % | `conv4` | 30.00 % | 14.00 % |  |" in headline
+    # the paper's, for want of the data
+    assert "nothing of it was run by this project" in own and "_50.00 %_" in own and "_36.50 %_" in own
+    assert "_31.70 %_ (unchecked)" in own and "of Places205" in own
 
 
 def test_what_is_no_finished_run_is_refused(copied, run_dir):
@@ -239,7 +293,7 @@ def test_gap_and_spread_are_written_out():
     theirs = row(
         weights="rotnet_nin.paper", protocol="non-linear probe", cost="paper", layer="block2", value=0.6, source="paper"
     )
-    table = card.probe_table(name, "rotnet_nin", [*ours, theirs])
+    table = card.probe_table(name, "rotnet_nin", [*ours, theirs], "CIFAR-10 test")
     assert f"| non-linear probe (cached) | `{name}` | 51.00 ± 1.41 % |" in table
     assert "| _non-linear probe (paper)_ | _paper_ | _60.00 %_ |" in table
     assert "| gap | paper | -9.00 |" in table

@@ -86,10 +86,16 @@ def test_image_sizes_in_proportion_by_hand():
         with_image_size(NIN_CIFAR10_CPU, 0)
 
 
+def test_crops_that_are_resized_may_be_larger_than_the_image():
+    recipe = dataclasses.replace(TINY, scale=(0.5, 1.0), padding=0, stages=(Stage(1, 24), Stage(1, 32)))
+    assert recipe.image_size == 16 and recipe.input_size == 32 and TINY.input_size == 16
+    assert [stage.crop for stage in with_image_size(recipe, 32).stages] == [48, 64]
+
+
 @given(st.sampled_from(sorted(RECIPES)), st.integers(1, 500))
 def test_every_image_size_gives_a_recipe(name, size):
     recipe = with_image_size(RECIPES[name], size)
-    assert all(1 <= stage.crop <= size + 2 * recipe.padding for stage in recipe.stages)
+    assert all(stage.crop >= 1 and (recipe.scale or stage.crop <= size + 2 * recipe.padding) for stage in recipe.stages)
 
 
 @pytest.mark.parametrize(
@@ -107,6 +113,11 @@ def test_every_image_size_gives_a_recipe(name, size):
         ({"holdout": -1}, "holdout must be 0 or more images, got -1"),
         ({"seed": -1}, "seed must be 0 or more, got -1"),
         ({"image_size": 0, "padding": 0}, "image_size must be at least 1 pixel, got 0"),
+        ({"scale": (0.5, 1.0)}, "padding must be 0 where crops have a scale, got 2"),
+        ({"scale": (0.0, 1.0), "padding": 0}, "scale must be two shares of the image's area"),
+        ({"scale": (0.5, 0.4), "padding": 0}, "scale must be two shares of the image's area"),
+        ({"scale": (0.5, 1.1), "padding": 0}, "scale must be two shares of the image's area"),
+        ({"scale": (0.5,), "padding": 0}, "scale must be two shares of the image's area"),
         ({"rotations": (0, 0)}, "rotations must be distinct quarter turns"),
         ({"rotations": (0, 4)}, "rotations must be distinct quarter turns"),
     ],

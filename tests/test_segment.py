@@ -11,7 +11,7 @@ from small_voc import write_small_voc
 from torch.nn import functional as F
 
 from training import segment
-from training.recipes import VOC_SEGMENTATION
+from training.protocols import VOC_SEGMENTATION
 from training.results import read_file
 from training.subject import load_subject
 from training.transfer import transfer_network

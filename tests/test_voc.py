@@ -12,7 +12,7 @@ from small_voc import write_small_voc
 from torch import nn
 
 from training import voc
-from training.recipes import VOC_CLASSIFICATION
+from training.protocols import VOC_CLASSIFICATION
 from training.results import read_file
 from training.subject import load_subject, preparation
 from training.transfer import Backbone, Draws, averages, smallest_side, transfer_network

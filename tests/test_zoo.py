@@ -156,6 +156,71 @@ def test_own_file_without_head(nin_state, tmp_path):
     assert from_file(file, num_classes=5).num_classes == 5
 
 
+def alexnet_state(fc_size):
+    return timm.create_model("rotnet_alexnet", fc_size=fc_size).state_dict()
+
+
+def alexnet_from(file, **kwargs):
+    return timm.create_model("rotnet_alexnet", pretrained=True, pretrained_cfg_overlay={"file": str(file)}, **kwargs)
+
+
+def convolutions(state):
+    return {name: tensor for name, tensor in state.items() if name.startswith("features.")}
+
+
+def assert_convolutions(model, state):
+    own = convolutions(model.state_dict())
+    assert own.keys() == convolutions(state).keys() and all(torch.equal(own[name], state[name]) for name in own)
+
+
+def test_weights_without_fc_layers_give_a_network_without_them(tmp_path):
+    state = alexnet_state(0)
+    file = saved(state, tmp_path / "convolutions.safetensors")
+    for overlay in ({"file": str(file)}, {"state_dict": state}):
+        model = timm.create_model("rotnet_alexnet", pretrained=True, pretrained_cfg_overlay=overlay)
+        assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+        assert model.head_hidden_size == 256
+    model = alexnet_from(file, num_classes=20)
+    assert model.get_classifier().weight.shape == (20, 256)
+    assert_convolutions(model, state)
+    maps = alexnet_from(file, features_only=True)(torch.zeros(1, 3, 64, 64))
+    assert len(maps) == 5
+
+
+@pytest.mark.parametrize("classes", [4, 20, 0])
+def test_fc_layers_that_the_weights_lack_are_new_and_said_so(tmp_path, classes):
+    state = alexnet_state(0)
+    file = saved(state, tmp_path / "convolutions.safetensors")
+    with pytest.warns(UserWarning) as caught:
+        torch.manual_seed(1)
+        model = alexnet_from(file, fc_size=32, num_classes=classes)
+    (warning,) = caught
+    assert "convolutions.safetensors has no fc6 and fc7: they and the classifier are new" in str(warning.message)
+    torch.manual_seed(1)
+    fresh = timm.create_model("rotnet_alexnet", fc_size=32, num_classes=classes).state_dict()
+    assert_convolutions(model, state)
+    for name, tensor in model.state_dict().items():
+        assert name.startswith("features.") or torch.equal(tensor, fresh[name]), name
+
+
+@pytest.mark.parametrize("classes", [4, 20])
+def test_fc_layers_can_be_left_out(tmp_path, classes):
+    state = alexnet_state(32)
+    file = saved(state, tmp_path / "whole.safetensors")
+    with pytest.warns(UserWarning, match=r"fc6 and fc7 of .*whole.safetensors are left out: the classifier is new"):
+        model = alexnet_from(file, fc_size=0, num_classes=classes)
+    assert model.get_classifier().weight.shape == (classes, 256)
+    assert_convolutions(model, state)
+    assert alexnet_from(file, fc_size=0, num_classes=0).num_classes == 0, "nothing new: nothing to warn of"
+    assert all(torch.equal(t, state[n]) for n, t in alexnet_from(file, fc_size=32).state_dict().items())
+
+
+def test_one_of_the_fc_layers_alone_is_refused(tmp_path):
+    state = {name: tensor for name, tensor in alexnet_state(32).items() if not name.startswith("head.fc7.")}
+    with pytest.raises(ValueError, match=r"it lacks head\.fc7"):
+        alexnet_from(saved(state, tmp_path / "half.safetensors"), fc_size=32)
+
+
 @pytest.mark.parametrize("kwargs", [{}, {"num_classes": 10}, {"features_only": True}])
 def test_renamed_keys_are_refused_even_where_timm_is_lenient(nin_state, tmp_path, kwargs):
     renamed = {f"backbone.{name}": tensor for name, tensor in nin_state.items()}

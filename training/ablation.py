@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from training.data import Images, check_whole_cifar10, load_images
+from training.data import Images, check_whole, load_images
 from training.evaluate import measure_features, plan
 from training.memory import TURN_OFF, keep_large_blocks
 from training.pretrain import finished_run
@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError(f"the card's rows need committed code, this is {current_commit()}: commit, then measure")
         images = load_images("cifar10", args.data_dir, 32)
         if args.rows == ROWS:
-            check_whole_cifar10(images)
+            check_whole("cifar10", len(images.train), len(images.test))
         for name in args.only:
             if not measured(args.rows, name):
                 run_ablation(ABLATIONS[name], images, args.output / name, args.rows, device=args.device)

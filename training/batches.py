@@ -10,7 +10,7 @@ from timm.data import resolve_model_data_config
 from torch import nn
 
 from rotation_ssl.images import normalize
-from training.augment import Windows, draw_windows, take_windows
+from training.augment import Boxes, Windows, draw_boxes, draw_windows, take_boxes, take_windows
 from training.recipes import Recipe
 from training.unlabelled import UnlabelledImages, stream
 
@@ -54,7 +54,11 @@ def augmented_batches(
             pixels, found = next(squares)
             broken |= found
             pixels = pixels.to(accelerator.device, non_blocking=True)
-            crops = take_windows(pixels, windows.part(part), crop, recipe.padding_mode)
+            own_windows = windows.part(part)
+            if isinstance(own_windows, Boxes):
+                crops = take_boxes(pixels, own_windows, crop)
+            else:
+                crops = take_windows(pixels, own_windows, crop, recipe.padding_mode)
             yield normalize(crops, cfg["mean"], cfg["std"])
 
 
@@ -65,7 +69,7 @@ def step_indices(recipe: Recipe, count: int, step: int) -> torch.Tensor:
     return order[position * recipe.images_per_step : (position + 1) * recipe.images_per_step]
 
 
-def step_windows(recipe: Recipe, count: int, step: int) -> Windows:
+def step_windows(recipe: Recipe, count: int, step: int) -> Windows | Boxes:
     """Where the images of a step are cropped, and which are mirrored."""
     flip: bool | torch.Tensor = recipe.flip == "random"
     if recipe.flip == "alternate":
@@ -73,6 +77,8 @@ def step_windows(recipe: Recipe, count: int, step: int) -> Windows:
         epoch = step // (count // recipe.images_per_step)
         flip = first[step_indices(recipe, count, step)] ^ bool(epoch % 2)
     generator = _generator(recipe.seed, 1, step)
+    if recipe.scale is not None:
+        return draw_boxes(recipe.images_per_step, recipe.scale, flip, generator)
     return draw_windows(
         recipe.images_per_step, recipe.image_size, recipe.crop_at(step), recipe.padding, flip, generator
     )

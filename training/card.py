@@ -9,7 +9,7 @@ from typing import Any
 
 from training.recipes import RECIPES
 from training.report import spread_text
-from training.results import RESULTS_DIR, Row, read_file
+from training.results import REPORTED, RESULTS_DIR, Row, read_file
 
 ROOT = Path(__file__).parent.parent
 CARD_TEMPLATE = Path(__file__).parent / "model_card.md"
@@ -18,7 +18,12 @@ ABLATION_FILE = RESULTS_DIR / "ablation" / "runs.jsonl"  # written by `training.
 SPEED_FILE = RESULTS_DIR / "speed.json"  # written by `training.benchmark speed --record`
 # the repository has no public address yet: this is the one place that names it
 REPOSITORY = "OWNER/rotation_ssl"
-PAPER_ROTATED_IMAGES = 100 * 4 * 50_000  # 100 epochs of all four rotations of CIFAR-10's training images
+# rotated images that the paper's networks saw, and what they are
+NIN_BUDGET = (100 * 4 * 50_000, "100 epochs of 4 x 50,000")
+PAPER_BUDGETS = {
+    **dict.fromkeys(("rotnet_nin", "rotnet_nin3", "rotnet_nin5"), NIN_BUDGET),
+    "rotnet_alexnet": (30 * 4 * 1_281_167, "30 epochs of 4 x 1,281,167"),
+}
 
 
 def render_card(rows: Sequence[Row], entries: dict[str, Any]) -> str:
@@ -102,24 +107,28 @@ def speed_tables(measured: dict[str, Any]) -> str:
 def weights_table(rows: Sequence[Row], entries: dict[str, Any]) -> str:
     """One line a published weight, its size and its headline numbers."""
     lines = [
-        "| weights | trained on | rotated images | size | rotation accuracy | layer | non-linear probe | linear probe"
-        " | k-NN |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| weights | trained on | rotated images | size | measured on | rotation accuracy | layer | non-linear probe"
+        " | linear probe | k-NN |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, entry in entries.items():
-        own, layer = select(rows, name), entry["recommended_layer"]
+        layer, reported = entry["recommended_layer"], REPORTED.get(_model_of(name))
+        own = [row for row in select(rows, name) if reported and row.data == reported.data]
         images = entry.get("rotated_images")
+        probes = {numbers.protocol: numbers.cost for numbers in reported.numbers} if reported else {}
         cells = [
             f"`{name}`",
             entry["data"],
             f"{images:,}" if images else entry["recipe"],
             f"{entry['size'] / 1e6:.1f} MB" if entry["size"] else entry["source"],
+            reported.data if reported and own else "",
             _cell(own, "rotation accuracy", "", ""),
             f"`{layer}`",
-            _cell(own, "non-linear probe", "cached", layer),
-            _cell(own, "linear probe", "cached", layer),
-            _cell(own, "k-NN", "", layer),
         ]
+        for kind in ("non-linear probe", "linear probe", "k-NN"):
+            # ImageNet's linear and non-linear probes in the columns of the others
+            found = [protocol for protocol in probes if protocol in (kind, f"ImageNet {kind}")]
+            cells.append(_cell(own, found[0], probes[found[0]], layer) if found else "")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -172,7 +181,7 @@ def select(rows: Iterable[Row], weights: str, measured: bool = True) -> list[Row
 
 
 def _training(name: str, entry: dict[str, Any], rows: Sequence[Row]) -> list[str]:
-    share = entry["rotated_images"] / PAPER_ROTATED_IMAGES
+    budget, of = PAPER_BUDGETS[_model_of(name)]
     return [
         f"### `{name}`",
         "",
@@ -180,18 +189,17 @@ def _training(name: str, entry: dict[str, Any], rows: Sequence[Row]) -> list[str
         f" licence {entry['license']}.",
         f"- Recipe `{entry['recipe']}`, seed {entry['seed']}, commit `{entry['commit']}`, on {entry['data']}:"
         f" {entry['rotated_images']:,} rotated images.",
-        f"- Budget: {share:.1%} of the paper's {PAPER_ROTATED_IMAGES / 1e6:.0f} million rotated images (100 epochs of"
-        " 4 x 50,000). These are small-budget weights: expect less of them than of the paper's.",
+        f"- Budget: {entry['rotated_images'] / budget:.1%} of the paper's {budget / 1e6:.0f} million rotated images"
+        f" ({of}). These are small-budget weights: expect less of them than of the paper's.",
         "",
         *_figures(name, {"curve": "Training loss", "filters": "Filters of the first layer"}),
     ]
 
 
 def _evaluation(name: str, entry: dict[str, Any], rows: Sequence[Row]) -> list[str]:
-    model = name.split(".", 1)[0]
-    own, random = select(rows, name), select(rows, f"{model}.random")
+    model = _model_of(name)
     titles = {
-        "layers": "Accuracy by block",
+        "layers": "Accuracy by layer",
         "few-labels": "Accuracy with few labels",
         "attention": "Attention maps of sample images",
         "neighbours": f"Nearest test images of sample images by {entry['recommended_layer']}",
@@ -199,18 +207,63 @@ def _evaluation(name: str, entry: dict[str, Any], rows: Sequence[Row]) -> list[s
     return [
         f"### `{name}`",
         "",
-        *rotation_lines(own, random, select(rows, f"{model}.paper", measured=False)),
-        "",
-        *probe_table(name, model, rows),
+        *evaluation_lines(name, rows),
         *_few_labels_table(name, model, rows),
+        *paper_tables(name, rows),
         *_figures(name, titles),
     ]
+
+
+def evaluation_lines(name: str, rows: Sequence[Row]) -> list[str]:
+    """Rotation accuracy and every probe of published weights, on each data set that they were measured on."""
+    model, lines = _model_of(name), []
+    for data in dict.fromkeys(row.data for row in select(rows, name)):
+        there = [row for row in rows if row.data == data]
+        own, random = select(there, name), select(there, f"{model}.random")
+        if any(row.protocol == "rotation accuracy" for row in own):
+            lines += [*rotation_lines(own, random, select(there, f"{model}.paper", measured=False), data), ""]
+        if any(row.layer and row.labels_per_class is None for row in own):
+            lines += probe_table(name, model, there, data)
+    return lines
+
+
+def paper_tables(name: str, rows: Sequence[Row]) -> list[str]:
+    """What the paper has of a published network on data that these weights were not measured on."""
+    model = _model_of(name)
+    quoted = [row for row in rows if row.source != "measured" and _model_of(row.weights) == model]
+    measured = {row.data for row in select(rows, name)}
+    lines = []
+    for data in dict.fromkeys(row.data for row in quoted if row.data not in measured):
+        own = [row for row in quoted if row.data == data]
+        layers = sorted({row.layer for row in own})
+        lines += [
+            f"The paper's own networks, pretrained at its full budget, on {_images_of(data)}; for want of the data"
+            " nothing of it was run by this project:",
+            "",
+            f"| protocol | pretrained | {' | '.join(layers)} |",
+            f"|---|---|{'---|' * len(layers)}",
+        ]
+        for key in dict.fromkeys((row.protocol, row.weights, row.settings) for row in own):
+            chosen = [row for row in own if (row.protocol, row.weights, row.settings) == key]
+            cells = []
+            for layer in layers:
+                texts = [
+                    f"_{_percent(row)}_{' (unchecked)' if 'unchecked' in row.source else ''}"
+                    for row in chosen
+                    if row.layer == layer
+                ]
+                cells.append(", ".join(texts))
+            sources = ", ".join(dict.fromkeys(row.source.replace(" (unchecked)", "") for row in chosen))
+            whose = f"{chosen[0].settings or 'by rotation'} ({sources})"
+            lines.append(f"| _{chosen[0].protocol}_ | _{whose}_ | {' | '.join(cells)} |")
+        lines.append("")
+    return lines
 
 
 def _compute(name: str, entry: dict[str, Any], rows: Sequence[Row]) -> list[str]:
     run = json.loads((RESULTS_DIR / f"{name}.run.json").read_text())
     versions = run["versions"]
-    measured = [*select(rows, name), *select(rows, f"{name.split('.', 1)[0]}.random")]
+    measured = [*select(rows, name), *select(rows, f"{_model_of(name)}.random")]
     return [
         f"- `{name}` was pretrained in {run['seconds'] / 60:.0f} minutes on {run['threads']} threads of {run['device']}"
         f" (torch {versions['torch']}, timm {versions['timm']}).",
@@ -218,9 +271,9 @@ def _compute(name: str, entry: dict[str, Any], rows: Sequence[Row]) -> list[str]
     ]
 
 
-def rotation_lines(own: Sequence[Row], random: Sequence[Row], quoted: Sequence[Row]) -> list[str]:
+def rotation_lines(own: Sequence[Row], random: Sequence[Row], quoted: Sequence[Row], data: str) -> list[str]:
     """Rotation accuracy of some weights, of random ones and of others."""
-    lines = ["Rotation accuracy, all four rotations of each image of the CIFAR-10 test set (chance is 25 %):", ""]
+    lines = [f"Rotation accuracy, all four rotations of each of {_images_of(data)} (chance is 25 %):", ""]
     for label, group in (("these weights", own), ("random weights", random)):
         lines += [
             f"- {label}: **{_percent(row)}** ({row.correct:,} of {row.n:,})"
@@ -231,8 +284,10 @@ def rotation_lines(own: Sequence[Row], random: Sequence[Row], quoted: Sequence[R
     return lines
 
 
-def probe_table(name: str, model: str, rows: Sequence[Row]) -> list[str]:
-    """Every probe of every layer of published weights, random weights and the paper beside, and what was set how."""
+def probe_table(name: str, model: str, rows: Sequence[Row], data: str) -> list[str]:
+    """Every probe of every layer of published weights, random weights and the paper beside, and what was set how; all
+    of the rows are of ``data``.
+    """
     groups = {
         f"`{name}`": select(rows, name),
         "random weights": select(rows, f"{model}.random"),
@@ -242,10 +297,13 @@ def probe_table(name: str, model: str, rows: Sequence[Row]) -> list[str]:
     groups = {label: [row for row in group if row.labels_per_class is None] for label, group in groups.items()}
     probed = [row for group in groups.values() for row in group if row.layer]
     layers = sorted({row.layer for row in probed})
+    quoting = (
+        " Numbers in italics are quoted. The gap is to the paper, in percentage points: its number took its whole"
+        " budget, of pretraining and of the probe."
+    )
     lines = [
-        "Accuracy on the CIFAR-10 test set of classifiers on the frozen features of each block. Numbers in italics are"
-        " quoted; ± is the standard deviation over seeds. The gap is to the paper, in percentage points: its number"
-        " took its whole budget, of pretraining and of the probe.",
+        f"Accuracy of classifiers on the frozen features of each layer, on {_images_of(data)}. ± is the standard"
+        f" deviation over seeds.{quoting if any(row.source != 'measured' for row in probed) else ''}",
         "",
         f"| protocol | weights | {' | '.join(layers)} |",
         f"|---|---|{'---|' * len(layers)}",
@@ -309,6 +367,16 @@ def _few_labels_table(name: str, model: str, rows: Sequence[Row]) -> list[str]:
             title, label, texts = f"_{title}_", f"_{source}_", [f"_{text}_" if text else "" for text in texts]
         lines.append(f"| {title} | {label} | {' | '.join(texts)} |")
     return [*lines, ""]
+
+
+def _model_of(name: str) -> str:
+    return name.split(".", 1)[0]
+
+
+def _images_of(data: str) -> str:
+    """The data's name in a row, in words."""
+    name, _, split = data.rpartition(" ")
+    return f"the {'validation' if split == 'val' else split} images of {name}"
 
 
 def _figures(name: str, titles: dict[str, str]) -> list[str]:

@@ -4,7 +4,8 @@
     python -m training.check --data-dir DIR
     python -m training.check --data-dir DIR --only knn linear --weights rotnet_nin.cifar10
 
-DIR holds CIFAR-10. The weights' sha256 and golden outputs, and the rows, are always checked first. --quick takes
+DIR holds CIFAR-10. Numbers of Tiny-ImageNet are measured where --tinyimagenet says where it is; where it does not, they
+are named as not measured. The weights' sha256 and golden outputs, and the rows, are always checked first. --quick takes
 minutes: of the published weights, rotation accuracy and k-NN on the first fifth of the test images, whose counts the
 rows keep. The whole check measures every row of training/results/ that this project measured; it prints first how long
 that took. Exit status 1 when a number does not hold, when a row was edited or is missing, or when weights are not the
@@ -30,18 +31,18 @@ from tqdm import tqdm
 from rotation_ssl import zoo
 from rotation_ssl.features import layer_modules
 from rotation_ssl.golden import GOLDEN_TOLERANCE, golden_difference
-from training.data import Images, load_images
+from training.data import NAMES, WHOLE, Images, load_images
 from training.evaluate import PROTOCOLS, Measurement, images_to_run, measure_features, measure_rotation
 from training.finetune import measure_transfer, transfer_subject
+from training.imagenet import Labelled, measure_layers
 from training.memory import TURN_OFF, keep_large_blocks
-from training.recipes import TRANSFERS
+from training.protocols import LAYER_PROBES, TRANSFERS
 from training.results import PARTS, RESULTS_DIR, Row, check_device, complaints, read_rows
 from training.subject import subject_of_row
 
 QUICK_PARTS = (0, 1)
 QUICK_PROTOCOLS = ("rotation accuracy", "k-NN")
 FLIPS = 1e-3
-CIFAR10_TRAIN, CIFAR10_TEST = 50_000, 10_000
 TRAINED_TOLERANCE = 5e-3
 
 
@@ -90,11 +91,18 @@ def measure_again(
 ) -> Iterator[tuple[Row, Row]]:
     """Each row and what is measured now: features of a network are taken once for all of its rows.
 
+    Args:
+        rows: all of the data in ``images``.
+        images: training and test images; for rotation accuracy alone there need be no training images.
+        quick: on the first fifth of the test images.
+        device: where to work.
+
     Raises:
         ValueError: rows of weights that are not in the manifest, or of a protocol that has no recipe.
     """
     parts = QUICK_PARTS if quick else tuple(range(PARTS))
     transfers = {(recipe.protocol, recipe.cost): recipe for recipe in TRANSFERS.values()}
+    layer_probes = {(recipe.protocol, recipe.cost): recipe for recipe in LAYER_PROBES.values()}
     for weights in dict.fromkeys(row.weights for row in rows):
         own = [row for row in rows if row.weights == weights]
         subject = subject_of_row(weights)
@@ -107,11 +115,19 @@ def measure_again(
             by_number = {dataclasses.replace(m, strength=None): row for m, row in probed.items()}
             for new in measure_features(subject, images, list(probed), device, parts):
                 yield by_number[dataclasses.replace(_measurement(new), strength=None)], new
+        layered = [row for row in own if (row.protocol, row.cost) in layer_probes]
+        for key in dict.fromkeys((row.protocol, row.cost, row.seed) for row in layered):
+            by_layer = {row.layer: row for row in layered if (row.protocol, row.cost, row.seed) == key}
+            train, val = (Labelled(part.images, part.labels, len(part.classes)) for part in (images.train, images.test))
+            for new in measure_layers(
+                layer_probes[key[:2]], subject, list(by_layer), train, val, images.name, seed=key[2] or 0
+            ):
+                yield by_layer[new.layer], new
         for row in own:
-            if row.protocol in PROTOCOLS.values():
+            if row.protocol in PROTOCOLS.values() or row in layered:
                 continue
             if (row.protocol, row.cost) not in transfers:
-                raise ValueError(f"{row.number} has no recipe in training/recipes.py: it cannot be measured again")
+                raise ValueError(f"{row.number} has no recipe in training/protocols.py: it cannot be measured again")
             recipe = transfers[row.protocol, row.cost]
             model = subject.name if subject.published else subject.architecture
             fresh = transfer_subject(recipe, model, row.seed or 0, random=not subject.published)
@@ -150,10 +166,12 @@ def expected_seconds(rows: Sequence[Row], every: Sequence[Row], quick: bool) -> 
     rate = statistics.mean(rates) if rates else 0.0
     part = len(QUICK_PARTS) / PARTS if quick else 1.0
     seconds = 0.0
-    for weights in {row.weights for row in rows}:
-        own = [row for row in rows if row.weights == weights]
+    counts = {NAMES[dataset]: WHOLE[dataset] for dataset in WHOLE}
+    for weights, data in {(row.weights, row.data) for row in rows}:
+        own = [row for row in rows if (row.weights, row.data) == (weights, data)]
         probed = [_measurement(row) for row in own if row.protocol in _probes()]
-        seconds += rate * images_to_run(probed, CIFAR10_TRAIN, round(part * CIFAR10_TEST))
+        train, test = counts.get(data, (0, 0))
+        seconds += rate * images_to_run(probed, train, round(part * test))
         seconds += sum(row.seconds or 0.0 for row in own) * part
     return seconds
 
@@ -175,6 +193,7 @@ def _probes() -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     names = PROTOCOLS | {recipe.name: recipe.protocol for recipe in TRANSFERS.values() if recipe.cost == "cpu"}
+    names |= {recipe.name: recipe.protocol for recipe in LAYER_PROBES.values() if recipe.cost == "cpu"}
     parser = argparse.ArgumentParser(
         prog="python -m training.check",
         description=__doc__,
@@ -185,6 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=names, help="a part of the numbers [all]")
     parser.add_argument("--weights", nargs="+", metavar="NAME", help="numbers of these weights [all]")
     parser.add_argument("--data-dir", type=Path, default=Path("data/cifar10"), help="where CIFAR-10 is [%(default)s]")
+    parser.add_argument("--tinyimagenet", type=Path, metavar="DIR", help="where tiny-imagenet-200 is [not measured]")
     parser.add_argument("--download", action="store_true", help="let torchvision fetch CIFAR-10 into --data-dir")
     parser.add_argument("--results", type=Path, default=RESULTS_DIR, help="folder of the rows [training/results]")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps [%(default)s]")
@@ -201,6 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("error: the weights or rows above are not what was reported: nothing was measured", file=sys.stderr)
         return 1
     wanted = [names[name] for name in args.only] if args.only else None
+    left_out: list[str] = []
     rows = [row for row in every if wanted is None or row.protocol in wanted]
     rows = [row for row in rows if args.weights is None or row.weights in args.weights]
     if args.quick:
@@ -209,19 +230,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_device(args.device)
         if not rows:
             raise ValueError("no reported number is asked for: see --quick, --only and --weights")
+        unknown = sorted({row.data for row in rows} - set(NAMES.values()))
+        if unknown:
+            raise ValueError(f"there are rows of {', '.join(unknown)}: only {', '.join(NAMES.values())} can be checked")
         seconds = expected_seconds(rows, every, args.quick)
         print(f"{len(rows)} numbers; measuring them took {seconds / 60:.0f} minutes where they were reported")
-        images = load_images(
-            "cifar10", args.data_dir, 32, args.download, test_only={r.protocol for r in rows} == {"rotation accuracy"}
-        )
-        for row, new in measure_again(rows, images, args.quick, args.device):
-            verdicts.append(judge(row, new, every))
-            tqdm.write(str(verdicts[-1]))
+        folders = {"cifar10": args.data_dir, "tinyimagenet": args.tinyimagenet}
+        for dataset, folder in folders.items():
+            own = [row for row in rows if row.data == NAMES[dataset]]
+            if not own or folder is None:
+                left_out += [f"{len(own)} numbers of {NAMES[dataset]}: give --{dataset} DIR"] if own else []
+                continue
+            test_only = {row.protocol for row in own} == {"rotation accuracy"}
+            images = load_images(dataset, folder, 0, args.download, test_only=test_only)
+            for row, new in measure_again(own, images, args.quick, args.device):
+                verdicts.append(judge(row, new, every))
+                tqdm.write(str(verdicts[-1]))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     broken = [verdict for verdict in verdicts if not verdict.holds]
     print(f"{len(verdicts) - len(broken)} of {len(verdicts)} hold" + (": something is broken" if broken else ""))
+    for line in left_out:
+        print(f"not measured: {line}")
     return 1 if broken else 0
 
 

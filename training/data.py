@@ -7,7 +7,11 @@ import torch
 
 from rotation_ssl.images import IMAGE_SUFFIXES, read_images
 
-DATASETS = ("cifar10", "folder")
+DATASETS = ("cifar10", "tinyimagenet", "folder")
+TINYIMAGENET_SIZE = 64
+# what the data sets are called in result rows, and how many training and test images they have
+NAMES = {"cifar10": "CIFAR-10 test", "tinyimagenet": "Tiny-ImageNet val"}
+WHOLE = {"cifar10": (50_000, 10_000), "tinyimagenet": (100_000, 10_000)}
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
@@ -52,32 +56,35 @@ def load_images(
     Raises:
         ValueError: as :func:`load_split`, different classes in the two, or a holdout out of range.
     """
-    name = "CIFAR-10" if dataset == "cifar10" else data_dir.resolve().name
+    name = NAMES.get(dataset) or f"{data_dir.resolve().name} test"
     if holdout:
         train = load_split(dataset, data_dir, "train", size, download)
         if not 0 < holdout < len(train):
             raise ValueError(f"holdout must be 1 to {len(train) - 1} of the training images, got {holdout}")
         order = torch.arange(len(train))
-        return Images(
-            f"{name}, last {holdout} training images", train.subset(order[:-holdout]), train.subset(order[-holdout:])
-        )
+        name = f"{name.rpartition(' ')[0]}, last {holdout} training images"
+        return Images(name, train.subset(order[:-holdout]), train.subset(order[-holdout:]))
     test = load_split(dataset, data_dir, "test", size, download)
     if test_only:
-        return Images(f"{name} test", test.subset(torch.arange(0)), test)
+        return Images(name, test.subset(torch.arange(0)), test)
     train = load_split(dataset, data_dir, "train", size, download)
     check_same_classes(train, test)
-    return Images(f"{name} test", train, test)
+    return Images(name, train, test)
 
 
-def check_whole_cifar10(images: Images) -> None:
-    """Refuse a part of CIFAR-10 where the whole is meant; training images that were not read are none.
+def check_whole(dataset: str, train: int, test: int) -> None:
+    """Refuse a part of a data set where the whole is meant; training images that were not read are none.
 
     Raises:
-        ValueError: not 10,000 test and 50,000 (or no) training images.
+        ValueError: other numbers of images than the data set has, or one of one's own.
     """
-    counts = len(images.train), len(images.test)
-    if counts not in ((50_000, 10_000), (0, 10_000)):
-        raise ValueError(f"this is not the whole of CIFAR-10: {counts[0]:,} training and {counts[1]:,} test images")
+    if dataset not in WHOLE:
+        raise ValueError(f"the card's numbers are of {', '.join(NAMES.values())}, not of one's own data")
+    images = WHOLE[dataset]
+    if (train, test) not in (images, (0, images[1])):
+        raise ValueError(
+            f"this is not the whole of {NAMES[dataset].rpartition(' ')[0]}: {train:,} training and {test:,} test images"
+        )
 
 
 def labels_subset(
@@ -140,15 +147,62 @@ def load_cifar10(data_dir: Path, split: str, download: bool = False) -> Labelled
     return LabelledImages(images, torch.tensor(dataset.targets), CIFAR10_CLASSES)
 
 
+def tinyimagenet_files(data_dir: Path, split: str) -> tuple[list[Path], list[int], tuple[str, ...]]:
+    """The image files of Tiny-ImageNet (200 classes of ImageNet at 64 pixels), their labels and the classes.
+
+    Args:
+        data_dir: the folder ``tiny-imagenet-200`` as it is distributed: ``train/<wnid>/images/*.JPEG``,
+            ``val/images/*.JPEG`` and ``val/val_annotations.txt``.
+        split: 'train' (100,000 images), in an order that is shuffled, always in the same way: the last ones, which are
+            held out to tune on, must be of all classes; or 'test', the 10,000 of ``val``, whose labels are published.
+
+    Returns:
+        Files, labels (positions in the classes) and classes, the WordNet ids in alphabetical order.
+
+    Raises:
+        ValueError: it is not there, a class has no images, or an annotation names no image or no class.
+    """
+    train, val = data_dir / "train", data_dir / "val"
+    classes = tuple(sorted(folder.name for folder in train.iterdir())) if train.is_dir() else ()
+    if not classes:
+        raise ValueError(f"no Tiny-ImageNet in {data_dir}: expected train/<wnid>/images/*.JPEG; give tiny-imagenet-200")
+    files: list[Path] = []
+    labels: list[int] = []
+    if split == "train":
+        for label, name in enumerate(classes):
+            own = sorted((train / name / "images").glob("*.JPEG"))
+            if not own:
+                raise ValueError(f"class {name} of {data_dir} has no images in train/{name}/images: fetch it anew")
+            files += own
+            labels += [label] * len(own)
+        order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0)).tolist()
+        return [files[i] for i in order], [labels[i] for i in order], classes
+    annotations = val / "val_annotations.txt"
+    if not annotations.is_file():
+        raise ValueError(f"no labels of Tiny-ImageNet's validation images: {annotations} does not exist")
+    for number, line in enumerate(annotations.read_text().splitlines(), 1):
+        name, _, wnid = line.partition("\t")
+        wnid = wnid.partition("\t")[0]
+        if wnid not in classes or not (val / "images" / name).is_file():
+            raise ValueError(
+                f"{annotations}, line {number} names {name!r} of {wnid!r}: no such image, or no such class"
+            )
+        files.append(val / "images" / name)
+        labels.append(classes.index(wnid))
+    return files, labels, classes
+
+
 def load_split(dataset: str, data_dir: Path, split: str, size: int, download: bool = False) -> LabelledImages:
-    """One split of a data set: 'cifar10', or 'folder' for ``data_dir/train/<class>/*`` and ``test`` or ``val`` beside.
+    """One split of a data set.
+
+    'cifar10', 'tinyimagenet', or 'folder' for ``data_dir/train/<class>/*`` and ``test`` or ``val`` beside.
 
     Args:
         dataset: one of :data:`DATASETS`.
         data_dir: where it is.
         split: 'train' or 'test'; a folder's test images may be in ``val/``, its training images are shuffled, always
             in the same way.
-        size: side of a folder's images; CIFAR-10 keeps its 32 pixels.
+        size: side of a folder's images; CIFAR-10 keeps its 32 pixels, Tiny-ImageNet its 64.
         download: let torchvision fetch CIFAR-10.
 
     Raises:
@@ -156,6 +210,9 @@ def load_split(dataset: str, data_dir: Path, split: str, size: int, download: bo
     """
     if dataset == "cifar10":
         return load_cifar10(data_dir, split, download)
+    if dataset == "tinyimagenet":
+        files, labels, classes = tinyimagenet_files(data_dir, split)
+        return LabelledImages(read_images(files, TINYIMAGENET_SIZE), torch.tensor(labels), classes)
     if dataset != "folder":
         raise ValueError(f"no data set {dataset!r}; there are {', '.join(DATASETS)}")
     instead = split == "test" and not (data_dir / "test").is_dir() and (data_dir / "val").is_dir()

@@ -11,7 +11,7 @@ scale is measured. Objects marked difficult are neither trained on nor counted.
 
 The file of proposals is a safetensors file with a tensor (n, 4) for each image's name ('000005'), float32: left, top,
 right, bottom in pixels from the image's corner; training.detect.write_proposals writes one, docs/transfer.md shows
-how. Settings are the recipes VOC_FAST_RCNN and VOC_FASTER_RCNN in training/recipes.py. Numbers are in --output as
+how. Settings are the recipes VOC_FAST_RCNN and VOC_FASTER_RCNN in training/protocols.py. Numbers are in --output as
 rows.jsonl, report.md, report.json and report.png, and the trained network as network.safetensors.
 """
 
@@ -40,7 +40,7 @@ from torchvision.ops import MultiScaleRoIAlign, roi_pool
 from tqdm import tqdm
 
 from training.memory import TURN_OFF, keep_large_blocks
-from training.recipes import VOC_FAST_RCNN, VOC_FASTER_RCNN, VocDetection
+from training.protocols import VOC_FAST_RCNN, VOC_FASTER_RCNN, VocDetection
 from training.results import check_device
 from training.subject import Subject
 from training.transfer import (

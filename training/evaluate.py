@@ -9,7 +9,7 @@ package, with its published weights, with --random weights, or with those of a f
 over the images feeds the probes of all layers. The numbers are printed as they come and written to --output as
 rows.jsonl (written after every number), report.md, report.json and report.png.
 
-A probe's settings are recipes (training/recipes.py); the linear probe's strength is chosen on the last tenth of the
+A probe's settings are recipes (training/protocols.py); the linear probe's strength is chosen on the last tenth of the
 training images. Nothing is chosen by test images: with --holdout N the last N training images are measured in place of
 the test images, which are not read then, to choose by.
 """
@@ -38,9 +38,9 @@ from rotation_ssl.probes import (
 )
 from rotation_ssl.rotations import count_correct_rotations
 from training.augment import crop_and_flip
-from training.data import DATASETS, Images, LabelledImages, check_whole_cifar10, load_images
+from training.data import DATASETS, NAMES, Images, LabelledImages, check_whole, load_images
 from training.memory import TURN_OFF, available_memory, keep_large_blocks
-from training.recipes import PROBES, ProbeRecipe
+from training.protocols import PROBES, ProbeRecipe
 from training.report import keep_row, write_report
 from training.results import PARTS, Row, check_device
 from training.subject import Subject, load_subject, measured_row, preparation, record_file
@@ -293,8 +293,10 @@ def _cached_probe(
                 yield features.to(device), train.labels[chosen].to(device)
                 bar.update(len(chosen))
 
-        _train(probe, recipe, batches)
+        _train(probe, recipe, batches, device)
     settings = f"{side} x {side} average pooling, {len(views)} views, {recipe.epochs} epochs of SGD"
+    if recipe.precision != "fp32":
+        settings += f" in {recipe.precision}"
     return probe_predict(probe, test), settings
 
 
@@ -321,7 +323,7 @@ def _fresh_probe(
                 yield features(crops), train.labels[chosen].to(device)
                 bar.update(len(chosen))
 
-        _train(probe, recipe, batches)
+        _train(probe, recipe, batches, device)
     predictions = torch.cat([probe_predict(probe, features(part)) for part in test.images.split(1000)])
     return predictions, f"whole map, fresh crops and flips every epoch, {recipe.epochs} epochs of SGD"
 
@@ -337,9 +339,11 @@ def _train(
     probe: nn.Module,
     recipe: ProbeRecipe,
     batches: Callable[[int], Iterable[tuple[torch.Tensor, torch.Tensor]]],
+    device: str,
 ) -> None:
     names = ("epochs", "milestones", "factor", "lr", "momentum", "weight_decay")
-    train_probe(probe, batches, **{name: getattr(recipe, name) for name in names})
+    with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+        train_probe(probe, batches, **{name: getattr(recipe, name) for name in names})
 
 
 def _shuffled(count: int, size: int, generator: torch.Generator) -> list[torch.Tensor]:
@@ -406,7 +410,7 @@ def main(arguments: list[str] | None = None) -> int:
         if "rotation" in wanted and args.only == parser.get_default("only") and subject.backbone.num_classes != 4:
             wanted.remove("rotation")
         output = args.output or Path("runs") / "evaluate" / subject.name
-        own_data = args.dataset != "cifar10" or args.holdout or args.size
+        own_data = args.dataset not in NAMES or args.holdout or args.size
         file = record_file(subject, bool(own_data)) if args.record else output / "rows.jsonl"
         measurements = plan(layers, wanted, args.cost, range(args.seeds))
         images = load_images(
@@ -417,7 +421,7 @@ def main(arguments: list[str] | None = None) -> int:
         if measurements:
             map_grids(subject, images.test.images[:1], layers, LINEAR_GRID, args.device)
         if args.record:
-            check_whole_cifar10(images)
+            check_whole(args.dataset, len(images.train), len(images.test))
         if "rotation" in wanted:
             keep_row(measure_rotation(subject, images.test, images.name, args.device), file)
         if measurements:

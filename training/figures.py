@@ -24,10 +24,17 @@ from torch.nn import functional as F
 
 from rotation_ssl.features import attention_map, extract_features, layer_modules
 from rotation_ssl.images import normalize
-from training.results import Row
+from training.results import REPORTED, Row
 
 # the palette of Okabe and Ito, which the colour-blind tell apart
-COLORS = {"k-NN": "#0072B2", "linear probe": "#E69F00", "non-linear probe": "#009E73", "convolutional probe": "#CC79A7"}
+COLORS = {
+    "k-NN": "#0072B2",
+    "linear probe": "#E69F00",
+    "ImageNet linear probe": "#E69F00",
+    "non-linear probe": "#009E73",
+    "ImageNet non-linear probe": "#009E73",
+    "convolutional probe": "#CC79A7",
+}
 FEW_LABELS, SUPERVISED = "few labels, convolutional probe", "supervised"
 FEW_COLORS = {FEW_LABELS: "#0072B2", SUPERVISED: "#D55E00"}
 MARKERS = {"": "o", "paper": "s", "cached": "D", "cpu": "^"}  # by a row's cost
@@ -39,13 +46,15 @@ NEIGHBOURS = 6  # with ten queries, one a class, the file stays below 300 kB
 STAMP_KEY = "drawn from"
 
 
-def rows_by_layer(rows: Iterable[Row], name: str, data: str = "CIFAR-10 test") -> list[Row]:
+def rows_by_layer(rows: Iterable[Row], name: str, data: str = "") -> list[Row]:
     """The rows that :func:`draw_accuracy_by_layer` shows of weights ``name`` ('rotnet_nin.cifar10') on ``data``.
 
-    These are the four probes at any layer: measured of ``name`` and of the model's random weights, and quoted from the
-    paper. There are none, and no figure, where nothing was measured of ``name``.
+    Without ``data`` they are those of what the network is reported on. These are the probes of any layer: measured of
+    ``name`` and of the model's random weights, and quoted from the paper. There are none, and no figure, where nothing
+    was measured of ``name``.
     """
     model = _model_of(name)
+    data = data or REPORTED[model].data
     shown = [
         row
         for row in rows
@@ -118,12 +127,13 @@ def curve_points(rows: Iterable[Row], position: Callable[[Row], int]) -> list[tu
     ]
 
 
-def draw_accuracy_by_layer(rows: Iterable[Row], name: str, file: Path, data: str = "CIFAR-10 test") -> None:
+def draw_accuracy_by_layer(rows: Iterable[Row], name: str, file: Path, data: str = "") -> None:
     """Accuracy over layers, one line a protocol: of ``name``, of random weights (dashed) and the paper's (dotted).
 
     Raises:
         ValueError: no probe of ``name`` was measured on ``data``.
     """
+    data = data or REPORTED[_model_of(name)].data
     shown = rows_by_layer(rows, name, data)
     if not shown:
         raise ValueError(f"no row of a probe of {name} measured on {data}: run `python -m training.evaluate {name}`")
@@ -309,9 +319,14 @@ def draw_neighbours(
 
 def _features(backbone: nn.Module, images: torch.Tensor, layers: list[str], maps: bool) -> dict[str, torch.Tensor]:
     cfg = resolve_model_data_config(backbone)
+    size = cfg["input_size"][-1]
 
     def prepare(batch: torch.Tensor) -> torch.Tensor:
-        return normalize(batch, cfg["mean"], cfg["std"])
+        normalized = normalize(batch, cfg["mean"], cfg["std"])
+        if batch.shape[-1] < size:
+            # smaller images than the network is for: it may not take them
+            normalized = F.interpolate(normalized, (size, size), mode="bicubic", antialias=True)
+        return normalized
 
     return extract_features(backbone, images, layers, pool=None if maps else "avg", prepare=prepare)
 

@@ -35,13 +35,13 @@ from training.data import (
     DATASETS,
     Images,
     LabelledImages,
-    check_whole_cifar10,
+    check_whole,
     labels_subset,
     load_images,
 )
 from training.memory import TURN_OFF, keep_large_blocks
 from training.optimizers import learning_rate_factor, set_learning_rates
-from training.recipes import TRANSFERS, TransferRecipe
+from training.protocols import TRANSFERS, TransferRecipe
 from training.report import keep_row, write_report
 from training.results import PARTS, Row, check_device
 from training.subject import Subject, load_subject, measured_row, preparation, record_file
@@ -56,7 +56,6 @@ def measure_transfer(
     draw: str = "first",
     seed: int = 0,
     device: str = "cpu",
-    precision: str = "fp32",
 ) -> Row:
     """Train a recipe's network on labelled images and measure it on the test images.
 
@@ -69,7 +68,6 @@ def measure_transfer(
         draw: 'first' or 'random' ones of a class.
         seed: of the classifier, the crops, random draws and random weights.
         device: where to train.
-        precision: 'fp32', or 'bf16' for autocast.
 
     Raises:
         ValueError: no such layer, a class with fewer images than asked for, less than a batch of images to see, or a
@@ -85,11 +83,11 @@ def measure_transfer(
     network = build_network(recipe, subject, layer, len(train.classes), seed).to(device)
     network.to(memory_format=torch.channels_last)
     prepare = preparation(subject.backbone, subject.size)
-    autocast = torch.autocast(device.split(":")[0], torch.bfloat16, enabled=precision == "bf16")
+    autocast = torch.autocast(device.split(":")[0], torch.bfloat16, enabled=recipe.precision == "bf16")
     train_network(recipe, network, train, prepare, seed, device, autocast)
     right = predict(network, images.test, prepare, device, autocast) == images.test.labels
     crops = recipe.images // recipe.batch_size * recipe.batch_size
-    settings = f"{crops:,} crops seen, {recipe.classifier} classifier, {recipe.start} backbone, {precision}"
+    settings = f"{crops:,} crops seen, {recipe.classifier} classifier, {recipe.start} backbone, {recipe.precision}"
     return measured_row(
         subject,
         [int(part.sum()) for part in right.tensor_split(PARTS)],
@@ -274,7 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--holdout", type=int, default=0, metavar="N", help="measure the last N training images instead"
     )
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast [%(default)s]")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), help="bf16: autocast [the recipe's]")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps [%(default)s]")
     parser.add_argument("--output", type=Path, help="folder of rows and report [runs/finetune/<weights>]")
     parser.add_argument("--record", action="store_true", help="write the rows to training/results/, for the card")
@@ -282,6 +280,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     recipe = TRANSFERS[args.recipe]
     if args.images is not None:
         recipe = dataclasses.replace(recipe, images=args.images)
+    if args.precision is not None:
+        recipe = dataclasses.replace(recipe, precision=args.precision)
     options = {"random": args.random, "weights": args.weights, "size": args.size}
     keep_large_blocks()
     try:
@@ -290,23 +290,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         layer = args.layer or recommended_layer(subject)
         output = args.output or Path("runs") / "finetune" / subject.name
         cifar10 = args.dataset == "cifar10" and not args.holdout and not args.size
-        own = not cifar10 or args.images is not None or args.precision != "fp32"
+        own = not cifar10 or recipe != TRANSFERS[args.recipe]
         file = record_file(subject, own) if args.record else output / "rows.jsonl"
         build_network(recipe, subject, layer, num_classes=2)
         images = load_images(args.dataset, args.data_dir, subject.size, args.download, args.holdout)
         if args.size:
             images = dataclasses.replace(images, name=f"{images.name} at {args.size} pixels")
         if args.record:
-            check_whole_cifar10(images)
+            check_whole(args.dataset, len(images.train), len(images.test))
         for labels in args.labels_per_class or []:
             labels_subset(images.train, labels)
         for labels in args.labels_per_class or [None]:
             for seed in range(args.seeds):
                 # a training uses its backbone up: each takes a new one
                 subject = transfer_subject(recipe, args.model, seed, **options)
-                row = measure_transfer(
-                    recipe, subject, layer, images, labels, args.draw, seed, args.device, args.precision
-                )
+                row = measure_transfer(recipe, subject, layer, images, labels, args.draw, seed, args.device)
                 keep_row(row, file)
         if not args.record:
             write_report(output, file)

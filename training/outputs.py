@@ -34,7 +34,7 @@ def describe_run(recipe: Recipe, progress: Progress, accelerator: Accelerator) -
     }
 
 
-def write_run(output: Path, run: dict[str, Any], model: nn.Module) -> None:
+def write_run(output: Path, recipe: Recipe, run: dict[str, Any], model: nn.Module) -> None:
     """Write run.json, curve.png, config.json and, last, model.safetensors (fp32): where it is, the run is finished.
 
     The folder is one that ``timm.create_model('local-dir:FOLDER', pretrained=True)`` takes.
@@ -45,17 +45,16 @@ def write_run(output: Path, run: dict[str, Any], model: nn.Module) -> None:
     content = save(state, metadata={"format": "pt"})
     unfinished = output / "model.tmp"
     unfinished.write_bytes(content)
-    recipe = run["recipe"]
     fixed = getattr(model, "pretrained_cfg", {}).get("fixed_input_size")
-    size = recipe["stages"][-1]["crop"] if fixed else recipe["image_size"]
+    size = recipe.stages[-1].crop if fixed else recipe.input_size
     cfg = {
         **NOT_OF_THESE_WEIGHTS,
-        "tag": recipe["name"],
+        "tag": recipe.name,
         "input_size": (3, size, size),
         "crop_pct": 1.0,
         "test_input_size": None,
     }
-    write_config(model, content, output / "config.json", cfg, {"recipe": recipe, "commit": run["commit"]})
+    write_config(model, content, output / "config.json", cfg, {"recipe": run["recipe"], "commit": run["commit"]})
     sync(unfinished)
     unfinished.replace(output / "model.safetensors")
     sync(output)

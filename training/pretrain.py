@@ -41,6 +41,7 @@ from tqdm import tqdm
 import rotation_ssl  # noqa: F401  registers the models with timm
 from rotation_ssl.images import normalize
 from rotation_ssl.rotations import count_correct_rotations, rotation_loss
+from training.augment import take_boxes, whole_boxes
 from training.batches import augmented_batches
 from training.checkpoint import (
     Progress,
@@ -122,7 +123,7 @@ def create_model(recipe: Recipe) -> nn.Module:
     """
     outputs, crops = len(recipe.rotations), sorted({stage.crop for stage in recipe.stages})
     try:
-        options = {}
+        options: dict[str, Any] = dict(recipe.model_args)
         cfg = timm.get_pretrained_cfg(recipe.model) if timm.is_model(recipe.model) else None
         if cfg is not None and cfg.fixed_input_size:
             options["img_size"] = crops[-1]
@@ -298,7 +299,7 @@ def _finish(
     if recipe.holdout:
         correct, total = holdout_accuracy(recipe, model, images, accelerator.device)
         run["holdout_rotation_accuracy"] = {"correct": correct, "n": total}
-    write_run(output, run, model)
+    write_run(output, recipe, run, model)
     remove_checkpoints(output)
 
 
@@ -350,10 +351,13 @@ def renew_statistics(recipe: Recipe, model: nn.Module, batches: Iterator[torch.T
 def holdout_accuracy(
     recipe: Recipe, model: nn.Module, images: torch.Tensor | UnlabelledImages, device: torch.device | str = "cpu"
 ) -> tuple[int, int]:
-    """Right guesses and their number on the held-out images, the last ones, uncropped."""
+    """Right guesses and their number on the held-out images, the last ones, whole, at the recipe's input size."""
     cfg = resolve_model_data_config(model)
     indices = torch.arange(len(images) - recipe.holdout, len(images)).split(EVALUATION_BATCH)
-    batches = (normalize(pixels.to(device), cfg["mean"], cfg["std"]) for pixels, _ in stream(images, indices))
+    squares = (pixels.to(device) for pixels, _ in stream(images, indices))
+    if recipe.input_size != recipe.image_size:
+        squares = (take_boxes(pixels, whole_boxes(len(pixels)), recipe.input_size) for pixels in squares)
+    batches = (normalize(pixels, cfg["mean"], cfg["std"]) for pixels in squares)
     if recipe.rotation_unit == 45:
         return count_correct_eighths(model, batches)
     return count_correct_rotations(model, batches, recipe.rotations)

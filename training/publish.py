@@ -47,12 +47,21 @@ from training.figures import (
     stamp_of,
 )
 from training.recipes import RECIPES
-from training.results import RESULTS_DIR, Row, complaints, read_rows
+from training.results import REPORTED, RESULTS_DIR, Row, complaints, read_rows
 from training.upload import Upload, current_version, hub_files, publish, upload_of, upload_of_folder
 
 FIGURES_DIR = ROOT / "docs" / "figures"
-RECOMMENDED_LAYERS = {"rotnet_nin": "block2", "rotnet_nin3": "block2", "rotnet_nin5": "block2"}  # table 1 of the paper
-DATA_NAMES = {"cifar10": "CIFAR-10, 50,000 training images without labels"}
+# by tables 1 and 4 of the paper
+RECOMMENDED_LAYERS = {
+    "rotnet_nin": "block2",
+    "rotnet_nin3": "block2",
+    "rotnet_nin5": "block2",
+    "rotnet_alexnet": "conv4",
+}
+DATA_NAMES = {
+    "cifar10": "CIFAR-10, 50,000 training images without labels",
+    "tinyimagenet": "Tiny-ImageNet, 100,000 training images of 64 pixels without labels",
+}
 
 
 def bundle(run_dir: Path, name: str) -> None:
@@ -99,7 +108,8 @@ def bundle(run_dir: Path, name: str) -> None:
         "seed": recipe["seed"],
         "commit": run["commit"],
         "recommended_layer": RECOMMENDED_LAYERS[recipe["model"]],
-        **{key: list(cfg[key]) for key in ("input_size", "mean", "std")},
+        "input_size": [cfg["input_size"][0], *[RECIPES[recipe["name"]].input_size] * 2],
+        **{key: list(cfg[key]) for key in ("mean", "std")},
         "metrics": {},
     }
     FIGURES_DIR.mkdir(parents=True, exist_ok=True)
@@ -197,11 +207,15 @@ def publish_to_hub(uploads: list[Upload], namespace: str, version: str) -> Itera
 
 
 def metrics(rows: list[Row]) -> dict[str, float]:
-    """Accuracy of each protocol, cost and layer of one published weight, the mean over seeds, for the manifest."""
+    """Accuracy of each protocol, cost and layer of one published weight, the mean over seeds, for the manifest.
+
+    Numbers on other data than those its network is reported on name them.
+    """
     values: dict[str, list[float]] = {}
     for row in rows:
         if row.labels_per_class is None:
-            values.setdefault(" ".join(filter(None, (row.protocol, row.cost, row.layer))), []).append(row.value)
+            data = "" if row.data == REPORTED[_model(row.weights)].data else f"on {row.data}"
+            values.setdefault(" ".join(filter(None, (row.protocol, row.cost, row.layer, data))), []).append(row.value)
     return {name: round(statistics.mean(numbers), 6) for name, numbers in values.items()}
 
 

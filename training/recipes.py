@@ -1,4 +1,4 @@
-"""Every published weight and every protocol is one named recipe: a complete, frozen value.
+"""How weights are pretrained: every published one is a named recipe, a complete, frozen value.
 
 Change one with ``dataclasses.replace``.
 """
@@ -119,18 +119,20 @@ class StepSchedule:
 class Recipe:
     """How a weight was pretrained: all that decides its bytes but machine, thread count and library versions.
 
-    ``data`` is a name of ``training.unlabelled.open_images``, whose images are squares of ``image_size`` pixels.
-    ``images_per_step`` upright images make a batch of ``images_per_step * len(rotations)`` turned ones. Crops are taken
-    at random positions of the image padded by ``padding`` pixels on all sides; then half of them are mirrored; then all
-    are turned, by ``rotations`` steps of ``rotation_unit`` degrees: 90, exact quarter turns, or 45, all eight of them,
-    resampled and masked to the inscribed circle. ``flip`` is 'none', 'random' (each crop with probability 1/2) or
-    'alternate' (an image is mirrored in every other of its epochs, the first one at random). An epoch is a permutation
-    of the training images, its incomplete last batch dropped. ``label_smoothing`` of the rotation's probability goes to
-    all rotations alike. With ``average`` above 0 the published weights are an exponential average of the run's, that
-    factor of the old kept at every step, with batch norm's statistics taken anew. ``holdout`` keeps that many of the
-    training images, the last ones, out of training: tune on them, never on the test set. ``precision`` is 'fp32', or
-    'bf16' for autocast: faster where the processor multiplies bfloat16 itself (``avx512_bf16`` or ``amx_bf16`` in
-    /proc/cpuinfo, or a GPU), several times slower where it does not.
+    ``data`` is a name of ``training.unlabelled.open_images``, whose images are squares of ``image_size`` pixels;
+    ``model_args`` are arguments of the model beside its number of classes, as pairs. ``images_per_step`` upright images
+    make a batch of ``images_per_step * len(rotations)`` turned ones. Crops are taken at random positions of the image
+    padded by ``padding`` pixels on all sides, or with ``scale`` they are boxes of that share of the image's area, at
+    least and at most, resized to the stage's pixels (torchvision's RandomResizedCrop); then half of them are mirrored;
+    then all are turned, by ``rotations`` steps of ``rotation_unit`` degrees: 90, exact quarter turns, or 45, all eight
+    of them, resampled and masked to the inscribed circle. ``flip`` is 'none', 'random' (each crop with probability 1/2)
+    or 'alternate' (an image is mirrored in every other of its epochs, the first one at random). An epoch is a
+    permutation of the training images, its incomplete last batch dropped. ``label_smoothing`` of the rotation's
+    probability goes to all rotations alike. With ``average`` above 0 the published weights are an exponential average
+    of the run's, that factor of the old kept at every step, with batch norm's statistics taken anew. ``holdout`` keeps
+    that many of the training images, the last ones, out of training: tune on them, never on the test set.
+    ``precision`` is 'fp32', or 'bf16' for autocast: faster where the processor multiplies bfloat16 itself
+    (``avx512_bf16`` or ``amx_bf16`` in /proc/cpuinfo, or a GPU), several times slower where it does not.
     """
 
     name: str
@@ -152,14 +154,22 @@ class Recipe:
     seed: int = 0
     note: str = ""
     image_size: int = 32
+    scale: tuple[float, float] | None = None
+    model_args: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
         _check(len(self.stages) > 0, "stages", "at least one", self.stages)
         _check(self.images_per_step >= 1, "images_per_step", "at least 1", self.images_per_step)
         _check(self.image_size >= 1, "image_size", "at least 1 pixel", self.image_size)
         _check(0 <= self.padding < self.image_size, "padding", "0 up to the image's pixels", self.padding)
+        if self.scale is not None:
+            ordered = len(self.scale) == 2 and 0 < self.scale[0] <= self.scale[1] <= 1
+            _check(
+                ordered, "scale", "two shares of the image's area, above 0 up to 1, the smaller one first", self.scale
+            )
+            _check(self.padding == 0, "padding", "0 where crops have a scale", self.padding)
         widest = self.image_size + 2 * self.padding
-        for stage in self.stages:
+        for stage in self.stages if self.scale is None else ():
             _check(stage.crop <= widest, "crop of a stage", f"at most {widest}, image and padding", stage.crop)
         _check(self.padding_mode in PADDING_MODES, "padding_mode", _one_of(PADDING_MODES), self.padding_mode)
         _check(self.flip in FLIPS, "flip", _one_of(FLIPS), self.flip)
@@ -184,6 +194,11 @@ class Recipe:
     def rotated_images(self) -> int:
         """Rotated images seen in the whole run."""
         return self.steps * self.images_per_step * len(self.rotations)
+
+    @property
+    def input_size(self) -> int:
+        """Side of the whole images that the trained network is for: what crops were resized to, or the images' own."""
+        return self.image_size if self.scale is None else self.stages[-1].crop
 
     def crop_at(self, step: int) -> int:
         """Crop size of step ``step``, counted from 0."""
@@ -223,7 +238,8 @@ def with_image_size(recipe: Recipe, size: int) -> Recipe:
     scale = size / recipe.image_size
     stages = tuple(dataclasses.replace(stage, crop=max(1, round(stage.crop * scale))) for stage in recipe.stages)
     padding = min(round(recipe.padding * scale), size - 1)
-    stages = tuple(dataclasses.replace(stage, crop=min(stage.crop, size + 2 * padding)) for stage in stages)
+    if recipe.scale is None:
+        stages = tuple(dataclasses.replace(stage, crop=min(stage.crop, size + 2 * padding)) for stage in stages)
     return dataclasses.replace(recipe, image_size=size, padding=padding, stages=stages)
 
 
@@ -302,6 +318,54 @@ NIN5_CIFAR10_ABLATION = dataclasses.replace(
     NIN_CIFAR10_ABLATION, name="nin5-cifar10-ablation", model="rotnet_nin5", note="table 1 of the paper: 5 blocks"
 )
 
+IMAGENET_IMAGES, PLACES205_IMAGES = 1_281_167, 2_448_873
+ALEXNET_IMAGES_PER_STEP = 192
+
+ALEXNET_IMAGENET_PAPER = Recipe(
+    name="alexnet-imagenet-paper",
+    model="rotnet_alexnet",
+    data="folder",
+    image_size=256,
+    stages=(Stage(steps=30 * (IMAGENET_IMAGES // ALEXNET_IMAGES_PER_STEP), crop=224),),
+    optimizer=Sgd(lr=0.01),
+    schedule=StepSchedule(milestones=(10 / 30, 20 / 30), factor=0.1),
+    images_per_step=ALEXNET_IMAGES_PER_STEP,
+    padding=0,
+    scale=(0.08, 1.0),
+    note="section 4.2 of the paper: 30 epochs, divided by 10 at 10 and 20; --data-dir holds train/<class>/*; for a GPU",
+)
+
+ALEXNET_IMAGENET_AUTHORS = dataclasses.replace(
+    ALEXNET_IMAGENET_PAPER,
+    name="alexnet-imagenet-authors",
+    stages=(Stage(steps=50 * (IMAGENET_IMAGES // ALEXNET_IMAGES_PER_STEP), crop=224),),
+    schedule=StepSchedule(milestones=(15 / 50, 30 / 50, 45 / 50), factor=0.1),
+    note="config/ImageNet_RotNet_AlexNet.py of the authors' code: 50 epochs, divided by 10 at 15, 30 and 45; for a GPU",
+)
+
+ALEXNET_PLACES205_PAPER = dataclasses.replace(
+    ALEXNET_IMAGENET_PAPER,
+    name="alexnet-places205-paper",
+    stages=(Stage(steps=30 * (PLACES205_IMAGES // ALEXNET_IMAGES_PER_STEP), crop=224),),
+    note="the same settings on the images of Places205; for a GPU",
+)
+
+ALEXNET_TINYIMAGENET_CPU = Recipe(
+    name="alexnet-tinyimagenet-cpu",
+    model="rotnet_alexnet",
+    model_args=(("fc_size", 0),),
+    data="tinyimagenet",
+    image_size=64,
+    stages=(Stage(steps=5600, crop=96), Stage(steps=2400, crop=128)),
+    optimizer=Muon(lr=0.1),
+    schedule=LinearSchedule(warmup=0.1),
+    images_per_step=64,
+    padding=0,
+    scale=(0.35, 1.0),
+    precision="bf16",
+    note="about 100 minutes on 2 cores that multiply bfloat16",
+)
+
 # A start for images of one's own: of no paper, its settings are untuned.
 FOLDER = Recipe(
     name="folder",
@@ -328,235 +392,10 @@ RECIPES = {
         NIN_CIFAR10_ABLATION_R8,
         NIN3_CIFAR10_ABLATION,
         NIN5_CIFAR10_ABLATION,
+        ALEXNET_IMAGENET_PAPER,
+        ALEXNET_IMAGENET_AUTHORS,
+        ALEXNET_PLACES205_PAPER,
+        ALEXNET_TINYIMAGENET_CPU,
         FOLDER,
     )
 }
-
-
-@dataclass(frozen=True)
-class ProbeRecipe:
-    """How a probe is trained on the frozen features of a layer: SGD with Nesterov momentum, batches of images.
-
-    ``views`` fixed versions of every training image are run through the backbone once, their maps average-pooled to at
-    most ``grid`` x ``grid`` cells; the first view is the image as it is, the others are crops at random positions of
-    the image padded by ``padding`` pixels, half of them mirrored; each image of each epoch takes one of them at random.
-    With ``views=0`` every epoch draws fresh crops, runs the backbone anew and takes the whole map (``grid`` is None).
-    ``milestones`` are the epochs at which the rate is multiplied by ``factor``.
-    """
-
-    protocol: str
-    cost: str
-    epochs: int
-    milestones: tuple[int, ...]
-    views: int
-    grid: int | None
-    lr: float = 0.1
-    factor: float = 0.2
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    batch_size: int = 128
-    padding: int = 4
-    padding_mode: str = "reflect"
-
-
-NONLINEAR_PAPER = ProbeRecipe(
-    "non-linear probe", "paper", epochs=100, milestones=(20, 40, 45), views=0, grid=None, padding_mode="constant"
-)
-CONVOLUTIONAL_PAPER = ProbeRecipe(
-    "convolutional probe", "paper", epochs=100, milestones=(35, 70, 85), views=0, grid=None, padding_mode="constant"
-)
-# Chosen on the last 5,000 training images, with probes of block2 trained on the first 20,000: 4 x 4 cells (81.4 %) are
-# as good as 8 x 8 (81.0 %) at a third of the time, and four views (82.1 %) better than three (81.4 %).
-NONLINEAR_CACHED = ProbeRecipe("non-linear probe", "cached", epochs=20, milestones=(8, 14, 18), views=4, grid=4)
-CONVOLUTIONAL_CACHED = ProbeRecipe("convolutional probe", "cached", epochs=10, milestones=(4, 7, 9), views=2, grid=8)
-
-PROBES = {
-    (recipe.protocol, recipe.cost): recipe
-    for recipe in (NONLINEAR_PAPER, CONVOLUTIONAL_PAPER, NONLINEAR_CACHED, CONVOLUTIONAL_CACHED)
-}
-
-
-@dataclass(frozen=True)
-class TransferRecipe:
-    """How a backbone up to one layer and a classifier on it are trained on labels: SGD, ``images`` crops in all.
-
-    ``start`` is 'frozen' (the backbone stays as it is), 'trained' (it is trained too, at ``backbone_lr``) or 'random'
-    (it starts from random weights and is trained: the supervised baseline). ``classifier`` is 'convolutional' or
-    'non-linear', as the probes are. Each step takes a random crop of the padded images, half of them mirrored.
-    """
-
-    name: str
-    protocol: str
-    cost: str
-    start: str
-    classifier: str
-    images: int
-    schedule: StepSchedule
-    lr: float = 0.1
-    backbone_lr: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    batch_size: int = 128
-    padding: int = 4
-    padding_mode: str = "constant"
-
-
-PAPER_IMAGES = 100 * 50_000  # the authors draw 50,000 images an epoch however few are labelled
-CPU_IMAGES = 600 * 128  # 5 to 12 minutes on 2 cores
-CONVOLUTIONAL_SCHEDULE = StepSchedule(milestones=(0.35, 0.7, 0.85), factor=0.2)
-NONLINEAR_SCHEDULE = StepSchedule(milestones=(0.2, 0.4, 0.45), factor=0.2)
-
-FEW_LABELS_CPU = TransferRecipe(
-    name="few-labels-cpu",
-    protocol="few labels, convolutional probe",
-    cost="cpu",
-    start="frozen",
-    classifier="convolutional",
-    images=CPU_IMAGES,
-    schedule=CONVOLUTIONAL_SCHEDULE,
-)
-SUPERVISED_CPU = dataclasses.replace(FEW_LABELS_CPU, name="supervised-cpu", protocol="supervised", start="random")
-# the paper prints no settings for its fine-tuned rows: the backbone at a tenth of the classifier's rate is ours
-FINETUNE_CONVOLUTIONAL_CPU = dataclasses.replace(
-    FEW_LABELS_CPU,
-    name="finetune-conv-cpu",
-    protocol="fine-tuned, convolutional probe",
-    start="trained",
-    backbone_lr=0.01,
-)
-FINETUNE_NONLINEAR_CPU = dataclasses.replace(
-    FINETUNE_CONVOLUTIONAL_CPU,
-    name="finetune-nonlinear-cpu",
-    protocol="fine-tuned, non-linear probe",
-    classifier="non-linear",
-    schedule=NONLINEAR_SCHEDULE,
-)
-_CPU_TRANSFERS = (FEW_LABELS_CPU, SUPERVISED_CPU, FINETUNE_CONVOLUTIONAL_CPU, FINETUNE_NONLINEAR_CPU)
-_PAPER_TRANSFERS = tuple(
-    dataclasses.replace(
-        recipe,
-        name=recipe.name.replace("-cpu", "-paper"),
-        cost="paper",
-        images=PAPER_IMAGES,
-    )
-    for recipe in _CPU_TRANSFERS
-)
-TRANSFERS = {recipe.name: recipe for recipe in (*_CPU_TRANSFERS, *_PAPER_TRANSFERS)}
-
-
-# PASCAL VOC (table 7 of the paper, which prints no settings): what comes from where is said at each recipe.
-
-
-@dataclass(frozen=True)
-class Training:
-    """SGD with momentum: ``steps`` of ``images_per_step`` images; gradients of a norm above ``clip`` are shortened."""
-
-    steps: int
-    images_per_step: int
-    lr: float
-    schedule: StepSchedule
-    weight_decay: float
-    momentum: float = 0.9
-    clip: float = 10.0
-
-    def __post_init__(self) -> None:
-        _check(self.steps >= 1, "steps", "at least 1", self.steps)
-        _check(self.images_per_step >= 1, "images_per_step", "at least 1", self.images_per_step)
-        _check(self.lr > 0, "lr", "above 0", self.lr)
-        _check(0 <= self.momentum < 1, "momentum", "0 up to 1", self.momentum)
-        _check(self.weight_decay >= 0, "weight_decay", "0 or more", self.weight_decay)
-        _check(self.clip > 0, "clip", "above 0", self.clip)
-
-
-@dataclass(frozen=True)
-class VocClassification:
-    """Multi-label classification: random square crops of the image scaled by ``scales``, half of them mirrored, to the
-    network's size; the mean of ``test_crops`` such crops is measured. ``dropout`` is before the classifier and fc7.
-    """
-
-    training: Training
-    scales: tuple[float, float]
-    test_crops: int
-    dropout: float
-
-    def __post_init__(self) -> None:
-        _check(0 < self.scales[0] <= self.scales[1], "scales", "two in order, above 0", self.scales)
-        _check(self.test_crops >= 1, "test_crops", "at least 1", self.test_crops)
-        _check(0 <= self.dropout < 1, "dropout", "0 up to 1", self.dropout)
-
-
-@dataclass(frozen=True)
-class VocDetection:
-    """Detection: images whose shorter side is one of ``train_sides`` in training and ``test_side`` in the test, their
-    longer side at most ``longest``; ``regions`` of every image are trained on, a quarter of them on objects.
-    ``overlap`` is the intersection over union above which the surer of two detections of a class replaces the other.
-    """
-
-    training: Training
-    train_sides: tuple[int, ...]
-    test_side: int
-    longest: int
-    regions: int
-    overlap: float
-
-    def __post_init__(self) -> None:
-        sides = (*self.train_sides, self.test_side, self.longest)
-        _check(bool(self.train_sides) and min(sides) >= 1, "sides", "at least 1 pixel", sides)
-        _check(self.regions >= 4, "regions", "at least 4", self.regions)
-        _check(0 < self.overlap < 1, "overlap", "between 0 and 1", self.overlap)
-
-
-@dataclass(frozen=True)
-class VocSegmentation:
-    """Segmentation: whole images, half of them mirrored, padded to the largest of the step; dropout after fc6, fc7."""
-
-    training: Training
-    dropout: float
-
-    def __post_init__(self) -> None:
-        _check(0 <= self.dropout < 1, "dropout", "0 up to 1", self.dropout)
-
-
-# steps, rate, its halving, weight decay, clipping, scales and crops as in philkr/voc-classification, the code of
-# Kraehenbuehl et al. 2016; dropout of AlexNet (Krizhevsky et al. 2012)
-VOC_CLASSIFICATION = VocClassification(
-    Training(
-        steps=80_000,
-        images_per_step=16,
-        lr=0.001,
-        schedule=StepSchedule(milestones=tuple(k / 8 for k in range(1, 8)), factor=0.5),
-        weight_decay=1e-6,
-    ),
-    scales=(0.5, 2.0),
-    test_crops=10,
-    dropout=0.5,
-)
-# images and regions a step, rate, weight decay, the five scales and the overlap of Fast R-CNN (Girshick 2015); its
-# 40,000 steps are taken three times over, which is ours: these weights know no objects
-VOC_FAST_RCNN = VocDetection(
-    Training(
-        steps=120_000,
-        images_per_step=2,
-        lr=0.001,
-        schedule=StepSchedule(milestones=(0.75,), factor=0.1),
-        weight_decay=5e-4,
-    ),
-    train_sides=(480, 576, 688, 864, 1200),
-    test_side=600,
-    longest=2000,
-    regions=64,
-    overlap=0.3,
-)
-# Faster R-CNN is not in the paper: its settings are ours, after Fast R-CNN's
-VOC_FASTER_RCNN = dataclasses.replace(VOC_FAST_RCNN, train_sides=(480, 512, 544, 576, 600), longest=1000)
-# images a step, rate, weight decay and dropout of FCN-AlexNet (Long, Shelhamer, Darrell 2015); the steps are ours
-VOC_SEGMENTATION = VocSegmentation(
-    Training(
-        steps=20_000,
-        images_per_step=20,
-        lr=0.001,
-        schedule=StepSchedule(milestones=(0.5, 0.75), factor=0.1),
-        weight_decay=5e-4,
-    ),
-    dropout=0.5,
-)

@@ -27,8 +27,6 @@ RESULTS_DIR = Path(__file__).parent / "results"
 
 
 PARTS = 10  # counts are kept by tenths of the test images, so that a tenth can be checked by itself
-# what every published weight has a row of, at every layer, with random weights beside
-REPORTED = (("rotation accuracy", ""), ("k-NN", ""), ("linear probe", "cached"), ("non-linear probe", "cached"))
 COSTS = ("", "paper", "cached", "cpu")
 
 
@@ -100,6 +98,63 @@ class Row:
             if fields[later] == empty:
                 del fields[later]
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """The numbers of one protocol that the card has of a network: of each layer, seed and number of labels.
+
+    ``layers`` is empty for all of them, and (``''``,) where the protocol has none. ``published`` and ``random`` say of
+    which weights; ``required`` ones must be there for a card to be written.
+    """
+
+    protocol: str
+    cost: str = ""
+    layers: tuple[str, ...] = ()
+    seeds: tuple[int | None, ...] = (None,)
+    labels: tuple[int | None, ...] = (None,)
+    published: bool = True
+    random: bool = True
+    required: bool = True
+
+
+@dataclass(frozen=True)
+class Reported:
+    """What the published weights of a network are measured by, and the name that the data have in the rows."""
+
+    data: str
+    numbers: tuple[Numbers, ...]
+
+
+THREE = (0, 1, 2)
+FEW = (20, 100, 400, 1000, 5000)  # labels of each class, as in figure 5 of the paper
+ROTATION = Numbers("rotation accuracy", layers=("",))
+ON_CIFAR10 = Reported(
+    "CIFAR-10 test",
+    (
+        ROTATION,
+        Numbers("k-NN"),
+        Numbers("linear probe", "cached"),
+        Numbers("non-linear probe", "cached", seeds=THREE),
+        Numbers("convolutional probe", "cached", ("block2",), seeds=THREE, required=False),
+        Numbers("fine-tuned, convolutional probe", "cpu", ("block2",), (0,), random=False, required=False),
+        Numbers("fine-tuned, non-linear probe", "cpu", ("block2",), (0,), random=False, required=False),
+        Numbers("few labels, convolutional probe", "cpu", ("block2",), (0,), FEW, random=False, required=False),
+        Numbers("supervised", "cpu", ("block2",), (0,), (*FEW, None), published=False, required=False),
+    ),
+)
+ON_TINYIMAGENET = Reported(
+    "Tiny-ImageNet val",
+    (
+        ROTATION,
+        Numbers("ImageNet linear probe", "cpu", seeds=(0,)),
+        Numbers("ImageNet non-linear probe", "cpu", ("conv4", "conv5"), seeds=(0,)),
+    ),
+)
+REPORTED = {
+    **dict.fromkeys(("rotnet_nin", "rotnet_nin3", "rotnet_nin5"), ON_CIFAR10),
+    "rotnet_alexnet": ON_TINYIMAGENET,
+}
 
 
 def read_rows(folder: Path = RESULTS_DIR) -> list[Row]:
@@ -177,26 +232,34 @@ def complaints(
         elif not re.fullmatch("[0-9a-f]{40}", row.commit):
             found.append(f"{row.number} was measured by code that is not committed ({row.commit}): measure it again")
     for name in layers:
-        found += [f"{number} has no row: measure it" for number in missing_rows(rows, name, layers[name])]
+        found += [f"{row.number} has no row: measure it" for row in missing_rows(rows, name, layers[name])]
     return found
 
 
-def missing_rows(rows: Sequence[Row], weights: str, layers: Sequence[str]) -> list[str]:
+def missing_rows(rows: Sequence[Row], weights: str, layers: Sequence[str], every: bool = False) -> list[Row]:
     """The numbers of :data:`REPORTED` that published weights ``model.tag``, or random ones beside them, have no row of.
 
     Args:
         rows: all rows.
         weights: the published name.
         layers: of its network.
+        every: not only those that are required.
+
+    Returns:
+        Rows of those numbers, without a value.
     """
-    have = {(row.weights, row.protocol, row.cost, row.layer) for row in rows if row.source == "measured"}
+    model = weights.split(".", 1)[0]
+    reported, have = REPORTED[model], {row.key for row in rows}
     wanted = [
-        (name, protocol, cost, layer)
-        for name in (weights, f"{weights.split('.', 1)[0]}.random")
-        for protocol, cost in REPORTED
-        for layer in (layers if protocol != "rotation accuracy" else [""])
-    ]
-    return [" ".join(part for part in number if part) for number in wanted if number not in have]
+        Row(name, n.protocol, layer, float("nan"), "measured", reported.data, n.cost,
+            labels_per_class=labels, draw="" if labels is None else "first", seed=seed)
+        for n in reported.numbers if n.required or every
+        for name, of in ((weights, n.published), (f"{model}.random", n.random)) if of
+        for layer in n.layers or layers
+        for labels in n.labels
+        for seed in n.seeds
+    ]  # fmt: skip
+    return [row for row in wanted if row.key not in have]
 
 
 @functools.cache

@@ -9,7 +9,7 @@ package; its batch norm is folded and its layers are rescaled, then all are trai
 masks give as 255 do not count. VOC2012's train and val are taken where nothing else is said: the paper does not name
 its splits.
 
-Settings are the recipe VOC_SEGMENTATION in training/recipes.py. Numbers are in --output as rows.jsonl, report.md,
+Settings are the recipe VOC_SEGMENTATION in training/protocols.py. Numbers are in --output as rows.jsonl, report.md,
 report.json and report.png, and the trained network as network.safetensors.
 """
 
@@ -34,7 +34,7 @@ from tqdm import tqdm
 from rotation_ssl.backbones.alexnet import POOL_SIZE, RotNetAlexNet
 from rotation_ssl.images import normalize
 from training.memory import TURN_OFF, keep_large_blocks
-from training.recipes import VOC_SEGMENTATION, VocSegmentation
+from training.protocols import VOC_SEGMENTATION, VocSegmentation
 from training.results import check_device
 from training.transfer import (
     Backbone,

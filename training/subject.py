@@ -154,9 +154,7 @@ def record_file(subject: Subject, own_settings: bool) -> Path:
     if not (subject.published or subject.name == f"{subject.architecture}.random"):
         raise ValueError(f"--record is for weights of the manifest and random ones: {subject.name} has no entry there")
     if own_settings:
-        raise ValueError(
-            "--record is for the whole of CIFAR-10 and the recipes as they are: leave out what changes them"
-        )
+        raise ValueError("--record is for whole data sets and the recipes as they are: leave out what changes them")
     if len(current_commit()) != 40:
         raise ValueError(f"--record needs committed code, this is {current_commit()}: commit, then measure")
     return RESULTS_DIR / f"{subject.name}.jsonl"

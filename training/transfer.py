@@ -19,7 +19,7 @@ from tqdm import tqdm
 from rotation_ssl.backbones.alexnet import FcHead, RotNetAlexNet
 from rotation_ssl.images import square
 from training.optimizers import learning_rate_factor, set_learning_rates
-from training.recipes import Training
+from training.protocols import Training
 from training.report import keep_row, write_report
 from training.rescale import centre, fold_batch_norms, rescale
 from training.results import Row, current_commit, device_name, library_versions

@@ -6,7 +6,7 @@ does not decode is passed over: the next one that does takes its place, and it i
 
 import io
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, cast
@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm import tqdm
 
 from rotation_ssl.images import find_images, read_image, square
-from training.data import load_cifar10
+from training.data import load_cifar10, tinyimagenet_files
 from training.memory import available_memory
 
 BROKEN_IN_A_ROW = 100  # so many mean that it is not the images that are broken
@@ -99,12 +99,24 @@ class UnlabelledImages(Dataset[tuple[torch.Tensor, list[int]] | ValueError]):
         self.squares = squares
 
 
+def open_files(files: Sequence[Path], size: int) -> UnlabelledImages:
+    """Image files, opened one by one as they are asked for.
+
+    Args:
+        files: in the order of their indices.
+        size: side of the squares.
+    """
+    # one array: a list of a million paths would be copied into every worker, object by object, as it is read
+    names = np.array([os.fsencode(file) for file in files])
+    return UnlabelledImages(size, len(names), partial(_read_file, names), partial(_file_name, names))
+
+
 def open_images(data: str, data_dir: Path, size: int, download: bool = False) -> torch.Tensor | UnlabelledImages:
     """The training images of a data set, without their labels.
 
     Args:
-        data: 'cifar10'; 'folder', all images below ``data_dir/train`` where there is such a folder, else below
-            ``data_dir``; or a name of ``timm.data.create_dataset``: 'torch/places365', 'hfds/OWNER/NAME', ...
+        data: 'cifar10'; 'tinyimagenet'; 'folder', all images below ``data_dir/train`` where there is such a folder,
+            else below ``data_dir``; or a name of ``timm.data.create_dataset``: 'torch/places365', 'hfds/OWNER/NAME'.
         data_dir: where it is.
         size: side of the squares.
         download: let torchvision fetch it.
@@ -119,19 +131,32 @@ def open_images(data: str, data_dir: Path, size: int, download: bool = False) ->
         if size != 32:
             raise ValueError(f"CIFAR-10's images are of 32 pixels, not {size}: for another size give --data folder")
         return load_cifar10(data_dir, "train", download).images
+    if data == "tinyimagenet":
+        return open_files(tinyimagenet_files(data_dir, "train")[0], size)
     if data == "folder":
-        folder = data_dir / "train" if (data_dir / "train").is_dir() else data_dir
-        # one array: a list of a million paths would be copied into every worker, object by object, as it is read
-        files = np.array([os.fsencode(file) for file in find_images(folder)])
-        return UnlabelledImages(size, len(files), partial(_read_file, files), partial(_file_name, files))
+        return open_files(find_images(data_dir / "train" if (data_dir / "train").is_dir() else data_dir), size)
+    return open_entries(open_dataset(data, data_dir, "train", download), size)
+
+
+def open_dataset(data: str, data_dir: Path, split: str, download: bool = False) -> Any:
+    """A data set of ``timm.data.create_dataset`` that is read by index.
+
+    Raises:
+        ValueError: there is none, or it can only be read from start to end.
+    """
     try:
-        dataset = create_dataset(data, root=str(data_dir), split="train", download=download)
+        dataset = create_dataset(data, root=str(data_dir), split=split, download=download)
     except Exception as error:
         # whatever the libraries behind the name raise: assertions, missing packages, connections
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"data set {data!r} in {data_dir} cannot be opened ({reason})") from error
     if isinstance(dataset, IterableDataset):
         raise ValueError(f"{data!r} can only be read from start to end: take one that is read by index (hfds/, torch/)")
+    return dataset
+
+
+def open_entries(dataset: Any, size: int) -> UnlabelledImages:
+    """The images of a data set of :func:`open_dataset`."""
     return UnlabelledImages(size, len(dataset), partial(_read_entry, dataset))
 
 

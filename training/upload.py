@@ -27,12 +27,13 @@ import rotation_ssl
 from rotation_ssl import zoo
 from rotation_ssl.features import layer_modules
 from rotation_ssl.golden import GOLDEN_TOLERANCE, golden_file, golden_outputs
-from training.card import FIGURES, REPOSITORY, ROOT, probe_table, rotation_lines, select
-from training.results import RESULTS_DIR, Row
+from training.card import FIGURES, REPOSITORY, ROOT, evaluation_lines, select
+from training.results import REPORTED, RESULTS_DIR, Row
 
 CARD_TEMPLATE = Path(__file__).parent / "hub_card.md"
 WEIGHTS = "model.safetensors"
 GOLDEN = "golden.safetensors"
+HUB_DATASETS = {"CIFAR-10": "cifar10", "Tiny-ImageNet": "zh-plus/tiny-imagenet"}
 
 
 @dataclass(frozen=True)
@@ -231,25 +232,28 @@ def _config(name: str, entry: dict[str, Any], state: dict[str, torch.Tensor]) ->
 
 
 def _card_data(name: str, entry: dict[str, Any], rows: Sequence[Row]) -> str:
-    results = [
-        EvalResult(
-            task_type="image-classification",
-            dataset_type="cifar10",
-            dataset_name="CIFAR-10",
-            dataset_split="test",
-            metric_type="accuracy",
-            # the Hub keeps one result of a task and data set for each name: protocol and layer belong into it
-            metric_name=metric,
-            metric_value=round(100 * value, 2),
+    results = []
+    for key, value in entry["metrics"].items():
+        metric, _, data = key.partition(" on ")
+        dataset, _, split = (data or REPORTED[name.split(".", 1)[0]].data).rpartition(" ")
+        results.append(
+            EvalResult(
+                task_type="image-classification",
+                dataset_type=HUB_DATASETS[dataset],
+                dataset_name=dataset,
+                dataset_split=split,
+                metric_type="accuracy",
+                # the Hub keeps one result of a task and data set for each name: protocol and layer belong into it
+                metric_name=metric,
+                metric_value=round(100 * value, 2),
+            )
         )
-        for metric, value in entry["metrics"].items()
-    ]
     data = ModelCardData(
         license=entry["license"],
         library_name="timm",
         pipeline_tag="image-feature-extraction",
         tags=["self-supervised", "rotation-prediction"],
-        datasets=["cifar10"] if "CIFAR-10" in entry["data"] else None,
+        datasets=[hub for dataset, hub in HUB_DATASETS.items() if entry["data"].startswith(dataset)] or None,
         model_name=name if results else None,
         eval_results=results or None,
     )
@@ -268,16 +272,9 @@ def _training(entry: dict[str, Any], files: dict[str, bytes]) -> list[str]:
 
 
 def _evaluation(name: str, rows: Sequence[Row]) -> list[str]:
-    architecture = name.split(".", 1)[0]
-    own = select(rows, name)
-    if not own:
+    if not select(rows, name):
         return ["Not measured by this project."]
-    quoted = select(rows, f"{architecture}.paper", measured=False)
-    return [
-        *rotation_lines(own, select(rows, f"{architecture}.random"), quoted),
-        "",
-        *probe_table(name, architecture, rows),
-    ]
+    return evaluation_lines(name, rows)
 
 
 def _revision(api: HfApi, repository: str, name: str) -> str | None:

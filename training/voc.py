@@ -11,8 +11,8 @@ of ten random crops of each test image is measured; objects marked difficult do 
 Three numbers are written, and printed for every class: VOC2007's 11-point average precision, the area under the best
 precision (VOC2010 and later), and the area in steps, which is what scikit-learn calls average precision and the code
 of Kraehenbuehl et al., whose settings are taken, prints. Settings are the recipe VOC_CLASSIFICATION in
-training/recipes.py. They are in --output as rows.jsonl, report.md, report.json and report.png, and the trained network
-as network.safetensors.
+training/protocols.py. Numbers are in --output as rows.jsonl, report.md, report.json and report.png, and the trained
+network as network.safetensors.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from training.memory import TURN_OFF, keep_large_blocks
-from training.recipes import VOC_CLASSIFICATION, VocClassification
+from training.protocols import VOC_CLASSIFICATION, VocClassification
 from training.results import check_device
 from training.subject import Subject, preparation
 from training.transfer import (

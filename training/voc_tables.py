@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import rotation_ssl  # noqa: F401  registers the models with timm
-from training.recipes import VOC_CLASSIFICATION, VOC_FAST_RCNN, VOC_FASTER_RCNN, VOC_SEGMENTATION, VocDetection
+from training.protocols import VOC_CLASSIFICATION, VOC_FAST_RCNN, VOC_FASTER_RCNN, VOC_SEGMENTATION, VocDetection
 from training.results import Row, read_rows
 
 RATE = 5e12  # operations a second: a quarter of the fp32 peak of an A100 (19.5e12)
@@ -27,8 +27,8 @@ PROPOSALS = 2_000  # regions that selective search finds in an image
 # the paper's rows: their weights in training/results/, and what they are called
 PAPER = {
     "rotnet_alexnet.paper": "RotNet",
-    "rotnet_alexnet.paper-labels": "ImageNet labels",
-    "rotnet_alexnet.paper-random-rescaled": "random weights, rescaled",
+    "rotnet_alexnet.paper-supervised": "ImageNet labels",
+    "rotnet_alexnet.paper-rescaled": "random weights, rescaled",
     "rotnet_alexnet.paper-random": "random weights",
 }
 
@@ -61,7 +61,7 @@ def work_of(layers: nn.Module, *shape: int) -> Work:
 
 def paper_table(rows: Sequence[Row]) -> str:
     """The paper's numbers on PASCAL VOC, from result rows: a line for each weights, a column for each protocol."""
-    quoted = [row for row in rows if row.weights in PAPER and row.source.startswith("paper")]
+    quoted = [row for row in rows if row.weights in PAPER and row.protocol.startswith("PASCAL VOC")]
     columns = list(dict.fromkeys((row.protocol, row.layer) for row in quoted))
     titles = [f"{protocol.removeprefix('PASCAL VOC ')}, {layer}" for protocol, layer in columns]
     lines = [f"| _{quoted[0].source}_ | {' | '.join(titles)} |", f"|---|{'---|' * len(columns)}"]

@@ -257,13 +257,32 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
+def _pooled_side(pixels: int) -> int:
+    """Side of pool5's map: conv1 of 11 pixels, stride 4 and padding 2, then three poolings of 3 pixels and stride 2."""
+    side = (pixels + 4 - 11) // 4 + 1
+    for _ in range(3):
+        side = (side - 3) // 2 + 1
+    return side
+
+
+def _published_cfg(published: dict[str, Any]) -> dict[str, Any]:
+    side = _pooled_side(published.get("input_size", (3, 224, 224))[-1])
+    return _cfg(**published, pool_size=(side, side))
+
+
 default_cfgs = generate_default_cfgs(
-    {name: _cfg(**published) for name, published in zoo.published_cfgs("rotnet_alexnet").items()}
+    {name: _published_cfg(published) for name, published in zoo.published_cfgs("rotnet_alexnet").items()}
 )
 
 
 @register_model
 def rotnet_alexnet(pretrained: bool = False, **kwargs: Any) -> RotNetAlexNet:
-    """RotNet's AlexNet, 57 M parameters with fc6 and fc7, 2.5 M in the convolutions (``fc_size=0``)."""
+    """RotNet's AlexNet, 57 M parameters with fc6 and fc7, 2.5 M in the convolutions (``fc_size=0``).
+
+    Of weights that have no fc6 and fc7 ``fc_size`` is 0 by default; asked for, they are new ones.
+    """
     feature_cfg = dict(flatten_sequential=True, **kwargs.pop("feature_cfg", {}))
-    return zoo.build_model(RotNetAlexNet, "rotnet_alexnet", pretrained, feature_cfg=feature_cfg, **kwargs)
+    optional = ("fc_size", ("head.fc6.", "head.fc7."))
+    return zoo.build_model(
+        RotNetAlexNet, "rotnet_alexnet", pretrained, optional=optional, feature_cfg=feature_cfg, **kwargs
+    )

@@ -1,0 +1,199 @@
+"""Classifiers on all layers of a frozen backbone at once: each is what it would be alone, and the backbone stays."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+
+from rotation_ssl.probes import max_pooled_probe
+from training import imagenet
+from training.imagenet import (
+    build_probes,
+    count_correct,
+    layer_maps,
+    measure_layers,
+    open_labelled,
+    read_into_memory,
+    split_holdout,
+    train_probes,
+    with_epochs,
+)
+from training.protocols import IMAGENET_LINEAR_CPU, IMAGENET_LINEAR_PAPER, IMAGENET_NONLINEAR_CPU
+from training.subject import load_subject, preparation
+
+LINEAR = dataclasses.replace(
+    IMAGENET_LINEAR_CPU, epochs=40, milestones=(25, 35), batch_size=10, lr=0.02, precision="fp32"
+)
+NONLINEAR = dataclasses.replace(
+    IMAGENET_NONLINEAR_CPU, epochs=30, milestones=(20,), batch_size=10, lr=0.02, fc_size=64, precision="fp32"
+)
+
+
+@pytest.fixture(scope="module")
+def subject():
+    return load_subject("rotnet_alexnet", random=True, size=64)
+
+
+@pytest.fixture
+def train(small_tinyimagenet):
+    return read_into_memory(open_labelled("tinyimagenet", small_tinyimagenet, "train", 64), 0)
+
+
+def test_the_papers_pooling_by_hand():
+    alexnet = load_subject("rotnet_alexnet", random=True, size=224)
+    layers = [f"conv{i}" for i in range(1, 6)]
+    probes = build_probes(IMAGENET_LINEAR_PAPER, alexnet, layers, classes=1000)
+    assert [probes[layer][0].output_size for layer in layers] == [12, 7, 5, 6, 6]
+    assert [probes[layer][-1].in_features for layer in layers] == [9216, 9408, 9600, 9216, 9216]
+    assert not any(name.endswith("1.weight") for name in probes.state_dict()), "batch norm has no scale"
+
+
+def test_the_linear_classifier_by_hand():
+    torch.manual_seed(0)
+    probe = max_pooled_probe(2, 2, 3).eval()
+    maps = torch.arange(2 * 16.0).view(1, 2, 4, 4)
+    pooled = torch.tensor([5.0, 7, 13, 15, 21, 23, 29, 31])  # the largest of each quarter
+    expected = probe[-1].weight @ (pooled / (1 + 1e-5) ** 0.5) + probe[-1].bias
+    torch.testing.assert_close(probe(maps)[0], expected)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_layers_learn_a_handful_and_the_backbone_stays(train, precision):
+    subject = load_subject("rotnet_alexnet", random=True, size=64)
+    autocast = None
+    if precision == "bf16":
+        autocast = torch.autocast("cpu", torch.bfloat16)
+        # statistics as a trained network has them: with the initial ones bf16 cannot tell the images apart
+        for _ in range(30):
+            subject.backbone.train()(preparation(subject.backbone, 64)(train.images.squares))
+    before = {name: tensor.clone() for name, tensor in subject.backbone.state_dict().items()}
+    layers = ["conv1", "conv3", "conv5"]
+    probes = build_probes(LINEAR, subject, layers, train.classes)
+    order = torch.arange(len(train))
+    train_probes(LINEAR, subject, probes, train, order, autocast=autocast)
+    counts = count_correct(subject, probes, train, order, autocast=autocast)
+    assert list(counts) == layers and all(len(parts) == 10 for parts in counts.values())
+    # chance is 2
+    enough = 18 if precision == "fp32" else 10
+    assert all(sum(parts) >= enough for parts in counts.values()), f"of 20 images of 10 classes: {counts}"
+    assert all(torch.equal(tensor, before[name]) for name, tensor in subject.backbone.state_dict().items())
+    assert not subject.backbone.training and not probes.training
+
+
+def test_the_rest_of_the_network_learns_a_handful(subject, train):
+    torch.manual_seed(0)
+    probes = build_probes(NONLINEAR, subject, ["conv4", "conv5"], train.classes)
+    names = [name for name, _ in probes["conv4"].named_children()]
+    assert names == ["0", "1"] and [type(m).__name__ for m in probes["conv4"][0]] == ["ConvNormAct", "MaxPool2d"]
+    assert [type(m).__name__ for m in probes["conv5"][0]] == ["MaxPool2d"], "pool5 alone comes after conv5"
+    order = torch.arange(len(train))
+    train_probes(NONLINEAR, subject, probes, train, order)
+    counts = count_correct(subject, probes, train, order)
+    assert all(sum(parts) >= 16 for parts in counts.values()), f"of 20 images of 10 classes: {counts}"
+
+
+def test_a_layer_learns_the_same_beside_others_as_alone(subject, train):
+    few = with_epochs(LINEAR, 2)
+    torch.manual_seed(0)
+    together = build_probes(few, subject, ["conv2", "conv5"], train.classes)
+    alone = torch.nn.ModuleDict({"conv2": max_pooled_probe(192, 7, train.classes)})
+    alone["conv2"].load_state_dict(together["conv2"].state_dict())
+    for probes in (together, alone):
+        train_probes(few, subject, probes, train, torch.arange(len(train)))
+    for name, tensor in alone["conv2"].state_dict().items():
+        torch.testing.assert_close(tensor, together["conv2"].state_dict()[name])
+
+
+def test_decoded_as_they_come_is_the_same_as_in_memory(subject, small_tinyimagenet, train):
+    streamed = open_labelled("tinyimagenet", small_tinyimagenet, "train", 64)
+    assert streamed.images.squares is None
+    few, rows = with_epochs(LINEAR, 2), []
+    for data, workers in ((train, 0), (streamed, 0), (streamed, 2)):
+        found = measure_layers(few, subject, ["conv4"], data, data, "x val", workers=workers)
+        rows.append([(row.counts, row.layer, row.seed) for row in found])
+    assert rows[0] == rows[1] == rows[2]
+
+
+def test_features_are_those_of_the_layers(subject):
+    images = torch.randn(2, 3, 64, 64)
+    maps = layer_maps(subject, images, ["conv5", "conv2"])
+    with torch.no_grad():
+        expected = subject.backbone.features[:3](images)
+    assert list(maps) == ["conv2", "conv5"]
+    torch.testing.assert_close(maps["conv2"], expected)
+
+
+def test_a_folder_has_its_classes_and_labels(small_cifar10, tmp_path):
+    shutil.move(small_cifar10 / "test", small_cifar10 / "val")
+    data = open_labelled("folder", small_cifar10, "val", 32)
+    assert data.classes == 10 and data.labels.tolist() == [i // 4 for i in range(40)]
+    assert data.images.label(5).endswith(".png") and "/automobile/" in data.images.label(5)
+    (small_cifar10 / "val" / "zebra").mkdir()
+    with pytest.raises(ValueError, match="holds classes that train has not: zebra"):
+        open_labelled("folder", small_cifar10, "val", 32)
+    with pytest.raises(ValueError, match="no class folders in"):
+        open_labelled("folder", tmp_path / "nowhere", "train", 32)
+
+
+def test_held_out_images_are_apart(train):
+    trained, held = split_holdout(train, 6)
+    assert sorted([*trained.tolist(), *held.tolist()]) == list(range(20)) and len(held) == 6
+    for holdout in (0, 20):
+        with pytest.raises(ValueError, match=f"holdout must be 1 to 19 of the training images, got {holdout}"):
+            split_holdout(train, holdout)
+
+
+def test_a_broken_file_is_named(subject, small_tinyimagenet):
+    broken = sorted(small_tinyimagenet.glob("train/*/images/*"))[7]
+    broken.write_bytes(b"no image")
+    data = open_labelled("tinyimagenet", small_tinyimagenet, "train", 64)
+    with pytest.raises(ValueError, match=f"image .*{broken.name} does not decode: replace or remove it"):
+        read_into_memory(data, 0)
+    again = open_labelled("tinyimagenet", small_tinyimagenet, "train", 64)
+    with pytest.raises(ValueError, match=f"image .*{broken.name} does not decode: replace or remove it"):
+        next(iter(measure_layers(with_epochs(LINEAR, 1), subject, ["conv1"], again, again, "x val")))
+
+
+def test_what_cannot_be_probed(subject, train):
+    with pytest.raises(ValueError, match="no layer conv9 in this backbone; it has conv1"):
+        build_probes(LINEAR, subject, ["conv9"], 10)
+    resnet = load_subject("test_resnet", random=True, size=64)
+    assert build_probes(LINEAR, resnet, ["layer4"], 10)
+    with pytest.raises(ValueError, match="the rest of test_resnet after a layer is not known"):
+        build_probes(NONLINEAR, resnet, ["layer4"], 10)
+    with pytest.raises(ValueError, match="takes 10 images a step, there are 9"):
+        train_probes(LINEAR, subject, build_probes(LINEAR, subject, ["conv1"], 10), train, torch.arange(9))
+    hot = dataclasses.replace(LINEAR, lr=1e30)
+    with pytest.raises(ValueError, match=r"a loss of imagenet-linear-cpu became \w+ in epoch"):
+        train_probes(hot, subject, build_probes(hot, subject, ["conv1"], 10), train, torch.arange(20))
+
+
+def test_the_command_writes_rows_and_a_report(small_tinyimagenet, tmp_path, capsys):
+    arguments = ["imagenet-linear-cpu", "rotnet_alexnet", "--random", "--size", "64", "--dataset", "tinyimagenet"]
+    arguments += [
+        "--data-dir",
+        str(small_tinyimagenet),
+        "--output",
+        str(tmp_path / "out"),
+        "--layers",
+        "conv1",
+        "conv3",
+    ]
+    assert imagenet.main([*arguments, "--epochs", "0"]) == 2
+    assert imagenet.main(arguments) == 2
+    assert "takes 192 images a step, there are 20" in capsys.readouterr().err
+    assert imagenet.main([*arguments, "--size", "32"]) == 2
+    assert "rotnet_alexnet does not take images of 32 pixels" in capsys.readouterr().err
+
+
+def test_rows_say_what_they_are_of(subject, train):
+    rows = list(
+        measure_layers(with_epochs(LINEAR, 1), subject, ["conv1"], train, train, "Tiny-ImageNet val", 5, seed=3)
+    )
+    (row,) = rows
+    assert (row.protocol, row.cost, row.layer, row.seed) == ("ImageNet linear probe", "cpu", "conv1", 3)
+    assert row.data == "Tiny-ImageNet, 5 training images" and row.n == 5 and row.value == row.correct / 5
+    assert "max-pooled to 12 x 12" in row.settings and json.dumps(dataclasses.asdict(row))
+    assert with_epochs(IMAGENET_LINEAR_PAPER, 70).milestones == (10, 30, 50)

@@ -1,0 +1,100 @@
+"""What the card lacks is measured, number by number, and a command that was stopped goes on."""
+
+import dataclasses
+
+import pytest
+
+from training import check, measure
+from training.results import ROTATION, Numbers, Reported, read_file, write_rows
+
+NAME = "rotnet_nin.cifar10"
+
+
+@pytest.fixture
+def small(small_cifar10, monkeypatch):
+    """Three protocols, committed code, and 40 images as the whole of CIFAR-10."""
+    numbers = (
+        ROTATION,
+        Numbers("k-NN", layers=("block1", "block2")),
+        Numbers("k-NN", layers=("block3",), random=False),
+    )
+    monkeypatch.setattr(measure, "REPORTED", {"rotnet_nin": Reported("CIFAR-10 test", numbers)})
+    monkeypatch.setattr("training.results.REPORTED", {"rotnet_nin": Reported("CIFAR-10 test", numbers)})
+    monkeypatch.setattr(measure, "current_commit", lambda: "0" * 40)
+    monkeypatch.setattr("training.data.WHOLE", {"cifar10": (40, 40)})
+    return small_cifar10
+
+
+def run(data, folder, *more):
+    return measure.main([NAME, "--data-dir", str(data), "--results", str(folder), *more])
+
+
+def numbers(folder):
+    return {row.number for file in folder.glob("*.jsonl") for row in read_file(file)}
+
+
+def test_what_is_missing_is_measured_and_nothing_else(small, tmp_path, capsys):
+    folder = tmp_path / "results"
+    folder.mkdir()
+    assert run(small, folder, "--list") == 0
+    assert "7 numbers are missing" in capsys.readouterr().out and not numbers(folder)
+    assert run(small, folder, "--only", "k-NN") == 0
+    assert len(numbers(folder)) == 5 and f"{NAME} k-NN block3" in numbers(folder)
+    before = {file: file.read_bytes() for file in folder.iterdir()}
+    assert run(small, folder) == 0
+    assert len(numbers(folder)) == 7 and f"{NAME} rotation accuracy" in numbers(folder)
+    assert all(file.read_bytes().startswith(content) for file, content in before.items())
+    capsys.readouterr()
+    assert run(small, folder) == 0
+    assert "0 numbers are missing" in capsys.readouterr().out
+
+
+def test_a_stopped_command_keeps_what_it_measured(small, tmp_path, monkeypatch):
+    folder = tmp_path / "results"
+    folder.mkdir()
+    original = check.measure_features
+
+    def stopped(*arguments):
+        rows = original(*arguments)
+        yield next(rows)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(check, "measure_features", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run(small, folder)
+    assert len(numbers(folder)) == 2
+    assert run(small, folder) == 0
+    assert len(numbers(folder)) == 7
+
+
+def test_rows_of_other_bytes_are_measured_anew(small, tmp_path):
+    folder = tmp_path / "results"
+    folder.mkdir()
+    assert run(small, folder, "--only", "k-NN") == 0
+    file = folder / f"{NAME}.jsonl"
+    rows = read_file(file)
+    write_rows(file, [dataclasses.replace(rows[0], sha256="f" * 64, value=0.0, correct=0, counts=())])
+    assert run(small, folder, "--only", "k-NN") == 0
+    assert [row.sha256 for row in read_file(file)] == [rows[1].sha256] * 3
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--only", "palmistry"), "no protocol palmistry of rotnet_nin.cifar10 is reported"),
+        (("--data-dir", "nowhere"), "no CIFAR-10 in nowhere"),
+        (("--device", "abacus"), "device 'abacus' cannot be used"),
+    ],
+)
+def test_bad_arguments(small, tmp_path, capsys, more, message):
+    assert run(small, tmp_path, *more) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_only_bundled_weights_and_committed_code(small, tmp_path, capsys, monkeypatch):
+    assert measure.main(["rotnet_nin.nope", "--results", str(tmp_path)]) == 2
+    assert "rotnet_nin.nope is not among the weights whose numbers are reported" in capsys.readouterr().err
+    monkeypatch.setattr(measure, "current_commit", lambda: "unknown")
+    assert run(small, tmp_path) == 2
+    assert "need committed code, this is unknown" in capsys.readouterr().err

@@ -1,0 +1,432 @@
+"""ImageNet-style probes: classifiers on every layer of a frozen backbone, all trained in one pass over fresh crops.
+
+    python -m training.imagenet imagenet-linear-paper rotnet_alexnet.gidaris_in1k --data-dir ILSVRC2012 --device cuda
+    python -m training.imagenet imagenet-linear-cpu rotnet_alexnet --dataset tinyimagenet --data-dir tiny-imagenet-200
+    python -m training.imagenet imagenet-nonlinear-cpu rotnet_alexnet --random --dataset tinyimagenet --layers conv4
+
+The data are a folder of train/<class>/* and val/<class>/* (ImageNet, Places205), Tiny-ImageNet or CIFAR-10 as they are
+distributed, or a labelled data set of torchvision by timm's name (torch/places365). They are decoded by --workers as
+they are needed, or held in memory where they fit. The linear classifiers are those of tables 5 and 6 of the paper, the
+non-linear ones, the rest of the network trained anew, those of table 4. The last step's classifiers are measured, on
+the central crops of the validation images, which choose nothing: with --holdout N the last N training images are
+measured in their place, to choose by. Numbers are written to --output as rows.jsonl, report.md, report.json and
+report.png.
+"""
+
+import argparse
+import dataclasses
+import math
+import sys
+import time
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from rotation_ssl.features import layer_modules
+from rotation_ssl.images import find_images
+from rotation_ssl.probes import max_pooled_probe
+from training.augment import Windows, crop_and_flip, take_windows
+from training.data import NAMES, check_whole, load_cifar10, tinyimagenet_files
+from training.memory import TURN_OFF, keep_large_blocks
+from training.protocols import LAYER_PROBES, LayerProbeRecipe
+from training.report import keep_row, write_report
+from training.results import PARTS, Row, check_device
+from training.subject import Subject, load_subject, measured_row, preparation, record_file
+from training.unlabelled import UnlabelledImages, open_dataset, open_entries, open_files, stream
+
+MAX_VALUES = 9600  # of 12 x 12 x 64, 7 x 7 x 192, 5 x 5 x 384, 6 x 6 x 256: AlexNet's layers at 224 pixels
+CROP = 7 / 8  # of the side: 224 of 256 pixels
+CHECK_EVERY = 50  # steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Labelled:
+    """Images of one size, in memory or decoded as they come, with ``labels`` (N,) int64 of ``classes`` classes."""
+
+    images: torch.Tensor | UnlabelledImages
+    labels: torch.Tensor
+    classes: int
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def open_labelled(dataset: str, data_dir: Path, split: str, size: int, download: bool = False) -> Labelled:
+    """The training or validation images of a data set, and their labels.
+
+    Args:
+        dataset: 'cifar10', 'tinyimagenet', 'folder', or a name of timm for one of torchvision's ('torch/places365').
+        data_dir: where it is.
+        split: 'train' or 'val'.
+        size: side of the squares; CIFAR-10 keeps its 32 pixels.
+        download: let torchvision fetch it.
+
+    Raises:
+        ValueError: no such data set, nothing in it, or one whose labels are not at hand without decoding its images.
+    """
+    if dataset == "cifar10":
+        data = load_cifar10(data_dir, "train" if split == "train" else "test", download)
+        return Labelled(data.images, data.labels, len(data.classes))
+    if dataset == "tinyimagenet":
+        files, numbers, classes = tinyimagenet_files(data_dir, "train" if split == "train" else "test")
+        return Labelled(open_files(files, size), torch.tensor(numbers), len(classes))
+    if dataset == "folder":
+        names = sorted(folder.name for folder in (data_dir / "train").glob("*/"))
+        if not names:
+            raise ValueError(f"no class folders in {data_dir / 'train'}: expected train/<class>/* and val/<class>/*")
+        unknown = sorted({folder.name for folder in (data_dir / split).glob("*/")} - set(names))
+        if unknown:
+            raise ValueError(f"{data_dir / split} holds classes that train has not: {', '.join(unknown[:3])}")
+        found = [find_images(data_dir / split / name) for name in names]
+        labels = torch.arange(len(names)).repeat_interleave(torch.tensor([len(files) for files in found]))
+        return Labelled(open_files([file for files in found for file in files], size), labels, len(names))
+    entries = open_dataset(dataset, data_dir, split, download)
+    targets = getattr(entries, "targets", None)
+    if targets is None:
+        raise ValueError(f"{dataset!r} does not tell its labels without its images: take a folder, or torch/places365")
+    return Labelled(open_entries(entries, size), torch.as_tensor(targets), int(max(targets)) + 1)
+
+
+def read_into_memory(data: Labelled, workers: int) -> Labelled:
+    """The images in memory where they fit, else as they are.
+
+    Raises:
+        ValueError: an image that does not decode; the error names it.
+    """
+    if isinstance(data.images, UnlabelledImages) and data.images.fits_memory(copies=2):
+        data.images.read_all(workers)
+        _refuse_broken(data, data.images.broken)
+    return data
+
+
+def split_holdout(data: Labelled, holdout: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices to train on, and ``holdout`` others, of all classes alike but for chance: a permutation's last ones.
+
+    Raises:
+        ValueError: a holdout out of range.
+    """
+    if not 0 < holdout < len(data):
+        raise ValueError(f"holdout must be 1 to {len(data) - 1} of the training images, got {holdout}")
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
+    return order[:-holdout], order[-holdout:]
+
+
+def build_probes(recipe: LayerProbeRecipe, subject: Subject, layers: Sequence[str], classes: int) -> nn.ModuleDict:
+    """A new classifier on each layer.
+
+    Raises:
+        ValueError: no such layer, a backbone that gives no maps of its layers, or whose rest cannot be trained anew.
+    """
+    backbone: Any = subject.backbone
+    known = layer_modules(backbone)
+    unknown = [layer for layer in layers if layer not in known]
+    if unknown:
+        raise ValueError(f"no layer {', '.join(unknown)} in this backbone; it has {', '.join(known)}")
+    if not hasattr(backbone, "forward_intermediates"):
+        raise ValueError(f"{subject.name} gives no maps of its layers: timm gives it no forward_intermediates")
+    device = next(backbone.parameters()).device
+    with torch.no_grad():
+        maps = layer_maps(subject, torch.zeros(2, 3, subject.size, subject.size, device=device), layers)
+    probes = nn.ModuleDict()
+    for layer, features in maps.items():
+        if recipe.classifier == "linear":
+            channels, side = features.shape[1], min(features.shape[2:])
+            cells = max(1, min(side, math.isqrt(MAX_VALUES // channels)))
+            probes[layer] = max_pooled_probe(channels, cells, classes)
+        else:
+            probes[layer] = _rest_of_network(subject, list(known).index(layer), classes, recipe.fc_size)
+    return probes.to(device)
+
+
+def layer_maps(subject: Subject, images: torch.Tensor, layers: Sequence[str]) -> dict[str, torch.Tensor]:
+    """The maps (B, C, H', W') of the layers, in one pass of the frozen backbone over prepared images (B, 3, H, H)."""
+    backbone: Any = subject.backbone
+    modules = [entry["module"] for entry in backbone.feature_info]
+    indices = [modules.index(module) for name, module in layer_modules(backbone).items() if name in layers]
+    names = [name for name in layer_modules(backbone) if name in layers]
+    maps = backbone.forward_intermediates(images, indices, stop_early=True, intermediates_only=True)
+    return dict(zip(names, maps, strict=True))
+
+
+def train_probes(
+    recipe: LayerProbeRecipe,
+    subject: Subject,
+    probes: nn.ModuleDict,
+    data: Labelled,
+    chosen: torch.Tensor,
+    seed: int = 0,
+    workers: int = 0,
+    autocast: AbstractContextManager[Any] | None = None,
+) -> None:
+    """Train the classifiers in place, each by its own loss; they are in eval mode afterwards.
+
+    Args:
+        recipe: all settings.
+        subject: the backbone; it stays in eval mode and as it is.
+        probes: by layer.
+        data: the images.
+        chosen: (M,) indices of those to train on.
+        seed: of the order and the crops.
+        workers: processes that decode.
+        autocast: of the backbone and the classifiers; None: as the weights are.
+
+    Raises:
+        ValueError: fewer images than a batch, an image that does not decode, or a loss that is not finite.
+    """
+    if len(chosen) < recipe.batch_size:
+        raise ValueError(f"{recipe.name} takes {recipe.batch_size} images a step, there are {len(chosen)}")
+    device = next(subject.backbone.parameters()).device
+    prepare, layers = preparation(subject.backbone, subject.size), list(probes)
+    optimizer = torch.optim.SGD(
+        probes.parameters(), recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, nesterov=True,
+        fused=True,
+    )  # fmt: skip
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(recipe.milestones), recipe.factor)
+    generator = torch.Generator().manual_seed(seed)
+    steps = len(chosen) // recipe.batch_size
+    # drawn beforehand, by a generator of its own: decoding runs ahead of the crops
+    orders = torch.Generator().manual_seed(seed + 1)
+    indices = (chosen[part] for _ in range(recipe.epochs) for part in _epoch(len(chosen), recipe.batch_size, orders))
+    squares = _labelled_squares(data, indices, workers, pin=device.type == "cuda")
+    subject.backbone.eval()
+    probes.train()
+    with (
+        _bar(recipe.name, recipe.epochs * steps * recipe.batch_size) as bar,
+        autocast or torch.autocast(device.type, enabled=False),
+    ):
+        for epoch in range(recipe.epochs):
+            losses: list[torch.Tensor] = []
+            for step in range(steps):
+                pixels, labels = next(squares)
+                crops = crop_and_flip(pixels, round(CROP * pixels.shape[-1]), 0, "reflect", True, generator)
+                with torch.no_grad():
+                    maps = layer_maps(subject, prepare(crops.to(device, non_blocking=True)), layers)
+                wanted = labels.to(device, non_blocking=True)
+                own = torch.stack([F.cross_entropy(probes[layer](maps[layer]).float(), wanted) for layer in layers])
+                optimizer.zero_grad()
+                own.sum().backward()
+                optimizer.step()
+                losses.append(own.detach())
+                bar.update(len(labels))
+                if step % CHECK_EVERY == CHECK_EVERY - 1 or step == steps - 1:
+                    mean = torch.stack(losses).mean(0)
+                    if not mean.isfinite().all():
+                        raise ValueError(f"a loss of {recipe.name} became {mean.max().item()} in epoch {epoch + 1}")
+                    bar.set_postfix({layer: f"{loss:.2f}" for layer, loss in zip(layers, mean.tolist(), strict=True)})
+                    losses.clear()
+            scheduler.step()
+    squares.close()
+    probes.eval()
+
+
+@torch.inference_mode()
+def count_correct(
+    subject: Subject,
+    probes: nn.ModuleDict,
+    data: Labelled,
+    chosen: torch.Tensor,
+    workers: int = 0,
+    autocast: AbstractContextManager[Any] | None = None,
+) -> dict[str, list[int]]:
+    """By layer, how many of the images at ``chosen`` (M,) each classifier names rightly, in each tenth of them.
+
+    Raises:
+        ValueError: an image that does not decode, or logits that are not finite.
+    """
+    device = next(subject.backbone.parameters()).device
+    prepare, layers = preparation(subject.backbone, subject.size), list(probes)
+    right: dict[str, list[torch.Tensor]] = {layer: [] for layer in layers}
+    with _bar("measuring", len(chosen)) as bar, autocast or torch.autocast(device.type, enabled=False):
+        for pixels, labels in _labelled_squares(data, iter(chosen.split(100)), workers, pin=device.type == "cuda"):
+            maps = layer_maps(subject, prepare(_central(pixels).to(device)), layers)
+            for layer in layers:
+                logits = probes[layer](maps[layer])
+                if not logits.isfinite().all():
+                    raise ValueError(f"the logits of {layer} are not finite: check the weights and the images")
+                right[layer].append(logits.argmax(1).cpu() == labels)
+            bar.update(len(labels))
+    return {layer: [int(p.sum()) for p in torch.cat(found).tensor_split(PARTS)] for layer, found in right.items()}
+
+
+def measure_layers(
+    recipe: LayerProbeRecipe,
+    subject: Subject,
+    layers: Sequence[str],
+    train: Labelled,
+    val: Labelled,
+    name: str,
+    holdout: int = 0,
+    seed: int = 0,
+    workers: int = 0,
+) -> Iterator[Row]:
+    """Train the recipe's classifiers on the layers and measure them: a row a layer.
+
+    Args:
+        recipe: all settings.
+        subject: the backbone, on the device to work on.
+        layers: names of the backbone's layers.
+        train: the training images.
+        val: the validation images, which are not read where there is a holdout.
+        name: of the data in the rows.
+        holdout: measure so many of the training images in their place.
+        seed: of the classifiers, the order and the crops.
+        workers: processes that decode.
+
+    Raises:
+        ValueError: as :func:`build_probes`, :func:`train_probes` and :func:`count_correct`.
+    """
+    started = time.monotonic()
+    torch.manual_seed(seed)
+    probes = build_probes(recipe, subject, layers, train.classes)
+    device = next(subject.backbone.parameters()).device
+    autocast = torch.autocast(device.type, torch.bfloat16) if recipe.precision == "bf16" else None
+    chosen, measured, of = torch.arange(len(train)), torch.arange(len(val)), val
+    if holdout:
+        chosen, measured = split_holdout(train, holdout)
+        of, name = train, f"{name.rpartition(' ')[0]}, {holdout} training images"
+    train_probes(recipe, subject, probes, train, chosen, seed, workers, autocast)
+    for layer, counts in count_correct(subject, probes, of, measured, workers, autocast).items():
+        probe: Any = probes[layer]
+        if recipe.classifier == "linear":
+            kind = f"max-pooled to {probe[0].output_size} x {probe[0].output_size}, batch norm, linear"
+        else:
+            kind = f"the rest of the network, fc layers of {recipe.fc_size}"
+        settings = f"{kind}; {recipe.epochs} epochs of SGD, {subject.size} pixels, {recipe.precision}"
+        yield measured_row(
+            subject, counts, len(measured), name, settings, started,
+            protocol=recipe.protocol, cost=recipe.cost, layer=layer, seed=seed,
+        )  # fmt: skip
+
+
+def _rest_of_network(subject: Subject, index: int, classes: int, fc_size: int) -> nn.Module:
+    if subject.architecture != "rotnet_alexnet":
+        raise ValueError(
+            f"the rest of {subject.architecture} after a layer is not known: take rotnet_alexnet, or linear"
+        )
+    fresh = timm.create_model("rotnet_alexnet", num_classes=classes, fc_size=fc_size)
+    return nn.Sequential(fresh.features[fresh.feature_ends[index] + 1 :], fresh.head)
+
+
+def _epoch(count: int, batch_size: int, generator: torch.Generator) -> list[torch.Tensor]:
+    """The batches of an epoch, the last, incomplete one dropped."""
+    return list(torch.randperm(count, generator=generator).split(batch_size))[: count // batch_size]
+
+
+def _labelled_squares(
+    data: Labelled, indices: Iterator[torch.Tensor], workers: int, pin: bool
+) -> Generator[tuple[torch.Tensor, torch.Tensor], None, None]:
+    """Squares (B, 3, H, H) uint8 and labels (B,) at each of the indices (B,)."""
+    asked: list[torch.Tensor] = []
+
+    def remembered() -> Iterator[torch.Tensor]:
+        for part in indices:
+            asked.append(part)
+            yield part
+
+    for pixels, broken in stream(data.images, remembered(), workers, pin):
+        _refuse_broken(data, broken)
+        yield pixels, data.labels[asked.pop(0)]
+
+
+def _refuse_broken(data: Labelled, broken: set[int]) -> None:
+    if broken and isinstance(data.images, UnlabelledImages):
+        raise ValueError(f"image {data.images.label(min(broken))} does not decode: replace or remove it")
+
+
+def _central(pixels: torch.Tensor) -> torch.Tensor:
+    size = pixels.shape[-1]
+    crop = round(CROP * size)
+    start = torch.full((len(pixels),), (size - crop) // 2)
+    return take_windows(pixels, Windows(start, start, torch.zeros(len(pixels), dtype=torch.bool)), crop, "reflect")
+
+
+def _bar(what: str, total: int) -> tqdm:
+    return tqdm(total=total, desc=what, unit="img", mininterval=0.5 if sys.stderr.isatty() else 30.0)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    recipes = "\n".join(f"  {r.name:26s} {r.epochs:2d} epochs; {r.note}" for r in LAYER_PROBES.values())
+    parser = argparse.ArgumentParser(
+        prog="python -m training.imagenet", description=__doc__, epilog=f"recipes:\n{recipes}\n\n{TURN_OFF}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("recipe", choices=LAYER_PROBES, metavar="RECIPE", help="one of the recipes below")
+    parser.add_argument("model", metavar="MODEL", help="any model or model.tag of timm, rotnet_* among them")
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="measure the weights of a safetensors file")
+    parser.add_argument("--random", action="store_true", help="measure the network with random weights")
+    parser.add_argument("--layers", nargs="+", metavar="LAYER", help="layers to probe [all]")
+    parser.add_argument("--seeds", type=int, default=1, help="how often the classifiers are trained [%(default)s]")
+    parser.add_argument("--epochs", type=int, help="instead of the recipe's, rates falling in proportion")
+    parser.add_argument(
+        "--dataset", default="folder", help="folder, tinyimagenet, cifar10, or torch/NAME of torchvision [%(default)s]"
+    )
+    parser.add_argument("--data-dir", type=Path, required=True, help="where it is")
+    parser.add_argument("--download", action="store_true", help="let torchvision fetch it into --data-dir")
+    parser.add_argument("--size", type=int, help="side of the images the backbone gets [the model's own]")
+    parser.add_argument("--holdout", type=int, default=0, metavar="N", help="measure N training images instead")
+    parser.add_argument("--workers", type=int, default=0, help="processes that decode images [%(default)s]")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), help="bf16: autocast [the recipe's]")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps [%(default)s]")
+    parser.add_argument("--output", type=Path, help="folder of rows and report [runs/imagenet/<weights>]")
+    parser.add_argument("--record", action="store_true", help="write the rows to training/results/, for the card")
+    args = parser.parse_args(arguments)
+    keep_large_blocks()
+    try:
+        check_device(args.device)
+        recipe = LAYER_PROBES[args.recipe]
+        if args.epochs is not None:
+            recipe = with_epochs(recipe, args.epochs)
+        if args.precision is not None:
+            recipe = dataclasses.replace(recipe, precision=args.precision)
+        subject = load_subject(args.model, random=args.random, weights=args.weights, size=args.size)
+        subject.backbone.to(args.device).to(memory_format=torch.channels_last)
+        layers = args.layers or list(layer_modules(subject.backbone))
+        build_probes(recipe, subject, layers, classes=2)
+        output = args.output or Path("runs") / "imagenet" / subject.name
+        own = args.dataset not in NAMES or args.holdout or args.size or recipe != LAYER_PROBES[args.recipe]
+        file = record_file(subject, bool(own)) if args.record else output / "rows.jsonl"
+        train = open_labelled(args.dataset, args.data_dir, "train", recipe.image_size, args.download)
+        val = train if args.holdout else open_labelled(
+            args.dataset, args.data_dir, "val", recipe.image_size, args.download
+        )  # fmt: skip
+        if val.classes != train.classes:
+            raise ValueError(f"there are {train.classes} classes to train on and {val.classes} to measure on")
+        if args.record:
+            check_whole(args.dataset, len(train), len(val))
+        train = read_into_memory(train, args.workers)
+        val = train if args.holdout else read_into_memory(val, args.workers)
+        name = NAMES.get(args.dataset) or f"{args.data_dir.resolve().name} val"
+        for seed in range(args.seeds):
+            for row in measure_layers(recipe, subject, layers, train, val, name, args.holdout, seed, args.workers):
+                keep_row(row, file)
+        if not args.record:
+            write_report(output, file)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"rows are in {file}" + ("" if args.record else "; report.md, report.json and report.png beside it"))
+    return 0
+
+
+def with_epochs(recipe: LayerProbeRecipe, epochs: int) -> LayerProbeRecipe:
+    """The recipe in so many epochs, its milestones in proportion.
+
+    Raises:
+        ValueError: fewer than one.
+    """
+    if epochs < 1:
+        raise ValueError(f"--epochs must be at least 1, got {epochs}")
+    milestones = tuple(round(milestone * epochs / recipe.epochs) for milestone in recipe.milestones)
+    return dataclasses.replace(recipe, epochs=epochs, milestones=milestones)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
