@@ -61,6 +61,15 @@ def test_the_command_end_to_end(layers, devkit, tmp_path, capsys):
     )
 
 
+def test_published_weights_are_transferred(devkit, tmp_path):
+    options = ("--size", 32, "--steps", 1, "--images-per-step", 2)
+    assert run("rotnet_nin", "--data-dir", devkit, "--output", tmp_path, *options) == 0
+    row = read_file(tmp_path / "rows.jsonl")[0]
+    assert (row.weights, row.layer) == ("rotnet_nin.cifar10", "all") and "layers rescaled" in row.settings
+    assert run("rotnet_resnet18", "--random", "--no-rescale", "--data-dir", devkit, "--output", tmp_path, *options) == 0
+    assert "rescaled" not in read_file(tmp_path / "rows.jsonl")[-1].settings
+
+
 def test_frozen_layers_do_not_move(devkit):
     images = read_annotations(devkit, "2007", "trainval")
     subject = load_subject("rotnet_alexnet", random=True, size=64)
