@@ -1,6 +1,7 @@
 """Classification on a small VOCdevkit: what is frozen stays, what is learned beats chance, what is written is read."""
 
 import dataclasses
+import functools
 import random
 
 import pytest
@@ -15,7 +16,7 @@ from training import voc
 from training.protocols import VOC_CLASSIFICATION
 from training.results import read_file
 from training.subject import load_subject, preparation
-from training.transfer import Backbone, Draws, averages, smallest_side, transfer_network
+from training.transfer import Backbone, Draws, averages, batches, smallest_side, transfer_network
 from training.voc_data import CLASSES, class_labels, read_annotations
 
 TINY = ("--size", 64, "--fc-size", 16, "--steps", 3, "--images-per-step", 4)
@@ -136,6 +137,14 @@ def test_a_sample_is_the_same_whoever_loads_it():
     assert backwards == [draws[i] for i in range(20)]
     assert all(sorted(index for index, _ in backwards[k : k + 5]) == list(range(5)) for k in range(0, 20, 5))
     assert len({value for _, value in backwards}) == 20
+
+
+def test_processes_that_read_images_change_nothing(devkit):
+    files = tuple(files_of(read_annotations(devkit, "2007", "train")))
+    draws = Draws(functools.partial(voc._crop, files, 16, (0.5, 2.0)), len(files), 12, seed=0)
+    alone, together = (list(batches(draws, 4, workers)) for workers in (0, 2))
+    assert [[index for index, _ in batch] for batch in alone] == [[index for index, _ in batch] for batch in together]
+    assert all(torch.equal(a[1], b[1]) for x, y in zip(alone, together, strict=True) for a, b in zip(x, y, strict=True))
 
 
 def test_the_map_lies_over_its_image():

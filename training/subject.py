@@ -9,7 +9,7 @@ from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from timm.data import resolve_model_data_config
 from torch import nn
@@ -164,9 +164,7 @@ def _with_file(architecture: str, file: Path) -> nn.Module:
     if not file.is_file():
         raise ValueError(f"weights file {file} does not exist")
     if architecture in timm.list_models("rotnet_*"):
-        overlay = {"file": str(file)}
-        options = {"fc_size": 0} if architecture == "rotnet_alexnet" and _lacks_fc(file) else {}
-        return timm.create_model(architecture, pretrained=True, pretrained_cfg_overlay=overlay, **options)
+        return timm.create_model(architecture, pretrained=True, pretrained_cfg_overlay={"file": str(file)})
     try:
         state = load_file(file)
     except SafetensorError as error:
@@ -189,12 +187,3 @@ def _with_file(architecture: str, file: Path) -> nn.Module:
             f"{', '.join(unknown[:3]) or 'nothing'} that the model does not"
         )
     return backbone
-
-
-def _lacks_fc(file: Path) -> bool:
-    """Whether an AlexNet's file has the convolutions alone; what is no safetensors file is refused at its loading."""
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            return not any(key.startswith("head.fc6") for key in tensors.keys())  # noqa: SIM118  no mapping
-    except SafetensorError:
-        return False
