@@ -139,6 +139,8 @@ def test_a_sample_is_the_same_whoever_loads_it():
     assert len({value for _, value in backwards}) == 20
 
 
+# Python 3.12 and later warn of every fork beside torch's threads
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_processes_that_read_images_change_nothing(devkit):
     files = tuple(files_of(read_annotations(devkit, "2007", "train")))
     draws = Draws(functools.partial(voc._crop, files, 16, (0.5, 2.0)), len(files), 12, seed=0)
