@@ -6,7 +6,7 @@ Change one with ``dataclasses.replace``.
 import dataclasses
 from dataclasses import dataclass
 
-from training.recipes import StepSchedule, _check
+from training.recipes import StepSchedule, check_field
 
 
 @dataclass(frozen=True)
@@ -215,12 +215,12 @@ class Training:
     clip: float = 10.0
 
     def __post_init__(self) -> None:
-        _check(self.steps >= 1, "steps", "at least 1", self.steps)
-        _check(self.images_per_step >= 1, "images_per_step", "at least 1", self.images_per_step)
-        _check(self.lr > 0, "lr", "above 0", self.lr)
-        _check(0 <= self.momentum < 1, "momentum", "0 up to 1", self.momentum)
-        _check(self.weight_decay >= 0, "weight_decay", "0 or more", self.weight_decay)
-        _check(self.clip > 0, "clip", "above 0", self.clip)
+        check_field(self.steps >= 1, "steps", "at least 1", self.steps)
+        check_field(self.images_per_step >= 1, "images_per_step", "at least 1", self.images_per_step)
+        check_field(self.lr > 0, "lr", "above 0", self.lr)
+        check_field(0 <= self.momentum < 1, "momentum", "0 up to 1", self.momentum)
+        check_field(self.weight_decay >= 0, "weight_decay", "0 or more", self.weight_decay)
+        check_field(self.clip > 0, "clip", "above 0", self.clip)
 
 
 @dataclass(frozen=True)
@@ -235,9 +235,9 @@ class VocClassification:
     dropout: float
 
     def __post_init__(self) -> None:
-        _check(0 < self.scales[0] <= self.scales[1], "scales", "two in order, above 0", self.scales)
-        _check(self.test_crops >= 1, "test_crops", "at least 1", self.test_crops)
-        _check(0 <= self.dropout < 1, "dropout", "0 up to 1", self.dropout)
+        check_field(0 < self.scales[0] <= self.scales[1], "scales", "two in order, above 0", self.scales)
+        check_field(self.test_crops >= 1, "test_crops", "at least 1", self.test_crops)
+        check_field(0 <= self.dropout < 1, "dropout", "0 up to 1", self.dropout)
 
 
 @dataclass(frozen=True)
@@ -256,9 +256,9 @@ class VocDetection:
 
     def __post_init__(self) -> None:
         sides = (*self.train_sides, self.test_side, self.longest)
-        _check(bool(self.train_sides) and min(sides) >= 1, "sides", "at least 1 pixel", sides)
-        _check(self.regions >= 4, "regions", "at least 4", self.regions)
-        _check(0 < self.overlap < 1, "overlap", "between 0 and 1", self.overlap)
+        check_field(bool(self.train_sides) and min(sides) >= 1, "sides", "at least 1 pixel", sides)
+        check_field(self.regions >= 4, "regions", "at least 4", self.regions)
+        check_field(0 < self.overlap < 1, "overlap", "between 0 and 1", self.overlap)
 
 
 @dataclass(frozen=True)
@@ -269,7 +269,7 @@ class VocSegmentation:
     dropout: float
 
     def __post_init__(self) -> None:
-        _check(0 <= self.dropout < 1, "dropout", "0 up to 1", self.dropout)
+        check_field(0 <= self.dropout < 1, "dropout", "0 up to 1", self.dropout)
 
 
 # steps, rate, its halving, weight decay, clipping, scales and crops as in philkr/voc-classification, the code of

@@ -11,7 +11,12 @@ PADDING_MODES = ("reflect", "constant")
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 
-def _check(good: bool, field: str, expected: str, value: object) -> None:
+def check_field(good: bool, field: str, expected: str, value: object) -> None:
+    """Refuse a value of a recipe's field that is not good.
+
+    Raises:
+        ValueError: the field's name, what was expected, and the value.
+    """
     if not good:
         raise ValueError(f"{field} must be {expected}, got {value!r}")
 
@@ -28,8 +33,8 @@ class Stage:
     crop: int
 
     def __post_init__(self) -> None:
-        _check(self.steps >= 1, "steps of a stage", "at least 1", self.steps)
-        _check(self.crop >= 1, "crop of a stage", "at least 1 pixel", self.crop)
+        check_field(self.steps >= 1, "steps of a stage", "at least 1", self.steps)
+        check_field(self.crop >= 1, "crop of a stage", "at least 1 pixel", self.crop)
 
 
 @dataclass(frozen=True)
@@ -41,9 +46,9 @@ class Sgd:
     weight_decay: float = 5e-4
 
     def __post_init__(self) -> None:
-        _check(self.lr > 0, "lr", "above 0", self.lr)
-        _check(0 < self.momentum < 1, "momentum", "between 0 and 1 (Nesterov's needs some)", self.momentum)
-        _check(self.weight_decay >= 0, "weight_decay", "0 or more", self.weight_decay)
+        check_field(self.lr > 0, "lr", "above 0", self.lr)
+        check_field(0 < self.momentum < 1, "momentum", "between 0 and 1 (Nesterov's needs some)", self.momentum)
+        check_field(self.weight_decay >= 0, "weight_decay", "0 or more", self.weight_decay)
 
 
 @dataclass(frozen=True)
@@ -60,8 +65,8 @@ class Muon:
     rest: Sgd = Sgd()
 
     def __post_init__(self) -> None:
-        _check(self.lr > 0, "lr", "above 0", self.lr)
-        _check(0 <= self.momentum < 1, "momentum", "0 up to 1", self.momentum)
+        check_field(self.lr > 0, "lr", "above 0", self.lr)
+        check_field(0 <= self.momentum < 1, "momentum", "0 up to 1", self.momentum)
 
 
 @dataclass(frozen=True)
@@ -73,9 +78,9 @@ class AdamW:
     weight_decay: float = 0.05
 
     def __post_init__(self) -> None:
-        _check(self.lr > 0, "lr", "above 0", self.lr)
-        _check(all(0 <= beta < 1 for beta in self.betas), "betas", "0 up to 1", self.betas)
-        _check(self.weight_decay >= 0, "weight_decay", "0 or more", self.weight_decay)
+        check_field(self.lr > 0, "lr", "above 0", self.lr)
+        check_field(all(0 <= beta < 1 for beta in self.betas), "betas", "0 up to 1", self.betas)
+        check_field(self.weight_decay >= 0, "weight_decay", "0 or more", self.weight_decay)
 
 
 @dataclass(frozen=True)
@@ -88,8 +93,8 @@ class LinearSchedule:
     hold: float = 0.0
 
     def __post_init__(self) -> None:
-        _check(min(self.warmup, self.hold) >= 0, "warmup and hold", "0 or more", (self.warmup, self.hold))
-        _check(self.warmup + self.hold <= 1, "warmup and hold together", "at most 1", self.warmup + self.hold)
+        check_field(min(self.warmup, self.hold) >= 0, "warmup and hold", "0 or more", (self.warmup, self.hold))
+        check_field(self.warmup + self.hold <= 1, "warmup and hold together", "at most 1", self.warmup + self.hold)
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,7 @@ class CosineSchedule:
     warmup: float
 
     def __post_init__(self) -> None:
-        _check(0 <= self.warmup < 1, "warmup", "0 up to 1", self.warmup)
+        check_field(0 <= self.warmup < 1, "warmup", "0 up to 1", self.warmup)
 
 
 @dataclass(frozen=True)
@@ -111,8 +116,8 @@ class StepSchedule:
 
     def __post_init__(self) -> None:
         inside = all(0 < milestone < 1 for milestone in self.milestones)
-        _check(inside, "milestones", "fractions of the steps, between 0 and 1", self.milestones)
-        _check(self.factor > 0, "factor", "above 0", self.factor)
+        check_field(inside, "milestones", "fractions of the steps, between 0 and 1", self.milestones)
+        check_field(self.factor > 0, "factor", "above 0", self.factor)
 
 
 @dataclass(frozen=True)
@@ -158,30 +163,30 @@ class Recipe:
     model_args: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
-        _check(len(self.stages) > 0, "stages", "at least one", self.stages)
-        _check(self.images_per_step >= 1, "images_per_step", "at least 1", self.images_per_step)
-        _check(self.image_size >= 1, "image_size", "at least 1 pixel", self.image_size)
-        _check(0 <= self.padding < self.image_size, "padding", "0 up to the image's pixels", self.padding)
+        check_field(len(self.stages) > 0, "stages", "at least one", self.stages)
+        check_field(self.images_per_step >= 1, "images_per_step", "at least 1", self.images_per_step)
+        check_field(self.image_size >= 1, "image_size", "at least 1 pixel", self.image_size)
+        check_field(0 <= self.padding < self.image_size, "padding", "0 up to the image's pixels", self.padding)
         if self.scale is not None:
             ordered = len(self.scale) == 2 and 0 < self.scale[0] <= self.scale[1] <= 1
-            _check(
+            check_field(
                 ordered, "scale", "two shares of the image's area, above 0 up to 1, the smaller one first", self.scale
             )
-            _check(self.padding == 0, "padding", "0 where crops have a scale", self.padding)
+            check_field(self.padding == 0, "padding", "0 where crops have a scale", self.padding)
         widest = self.image_size + 2 * self.padding
         for stage in self.stages if self.scale is None else ():
-            _check(stage.crop <= widest, "crop of a stage", f"at most {widest}, image and padding", stage.crop)
-        _check(self.padding_mode in PADDING_MODES, "padding_mode", _one_of(PADDING_MODES), self.padding_mode)
-        _check(self.flip in FLIPS, "flip", _one_of(FLIPS), self.flip)
-        _check(0 <= self.label_smoothing < 1, "label_smoothing", "0 up to 1", self.label_smoothing)
-        _check(0 <= self.average < 1, "average", "0 up to 1", self.average)
-        _check(self.precision in PRECISIONS, "precision", _one_of(PRECISIONS), self.precision)
-        _check(self.holdout >= 0, "holdout", "0 or more images", self.holdout)
-        _check(self.seed >= 0, "seed", "0 or more", self.seed)
-        _check(self.rotation_unit in (45, 90), "rotation_unit", "90 or 45 degrees", self.rotation_unit)
+            check_field(stage.crop <= widest, "crop of a stage", f"at most {widest}, image and padding", stage.crop)
+        check_field(self.padding_mode in PADDING_MODES, "padding_mode", _one_of(PADDING_MODES), self.padding_mode)
+        check_field(self.flip in FLIPS, "flip", _one_of(FLIPS), self.flip)
+        check_field(0 <= self.label_smoothing < 1, "label_smoothing", "0 up to 1", self.label_smoothing)
+        check_field(0 <= self.average < 1, "average", "0 up to 1", self.average)
+        check_field(self.precision in PRECISIONS, "precision", _one_of(PRECISIONS), self.precision)
+        check_field(self.holdout >= 0, "holdout", "0 or more images", self.holdout)
+        check_field(self.seed >= 0, "seed", "0 or more", self.seed)
+        check_field(self.rotation_unit in (45, 90), "rotation_unit", "90 or 45 degrees", self.rotation_unit)
         quarters = len(set(self.rotations)) == len(self.rotations) > 0 and set(self.rotations) <= {0, 1, 2, 3}
         if self.rotation_unit == 90:
-            _check(quarters, "rotations", "distinct quarter turns of 0, 1, 2, 3", self.rotations)
+            check_field(quarters, "rotations", "distinct quarter turns of 0, 1, 2, 3", self.rotations)
         if self.rotation_unit == 45 and self.rotations != tuple(range(8)):
             raise ValueError(f"steps of 45 degrees are taken all eight, 0 to 7 in order, got {self.rotations}")
 
@@ -234,7 +239,7 @@ def with_image_size(recipe: Recipe, size: int) -> Recipe:
     Raises:
         ValueError: no size of an image.
     """
-    _check(size >= 1, "image_size", "at least 1 pixel", size)
+    check_field(size >= 1, "image_size", "at least 1 pixel", size)
     scale = size / recipe.image_size
     stages = tuple(dataclasses.replace(stage, crop=max(1, round(stage.crop * scale))) for stage in recipe.stages)
     padding = min(round(recipe.padding * scale), size - 1)
