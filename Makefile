@@ -12,9 +12,10 @@ demo: $(VENV)/.installed-demo
 	@echo "==> the bundled rotnet_nin on the sample images"
 	@$(BIN)/python -m rotation_ssl.demo -o demo.png
 
+# a process for each processor, with a thread each: most tests are too small to share one among several
 test: $(VENV)/.installed-dev lint
 	@echo "==> tests (ROTATION_SSL_DATA=$${ROTATION_SSL_DATA:-, not set: tests that need whole data sets skip})"
-	@$(BIN)/python -m pytest -m "not slow"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile -m "not slow"
 
 # what takes minutes: models compiled and exported, training killed at many moments, several processes
 slow-tests: $(VENV)/.installed-dev

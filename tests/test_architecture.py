@@ -93,7 +93,8 @@ ALLOWED = {
     "training.transfer": {"rotation_ssl.backbones.alexnet", "rotation_ssl.images"}
     | {f"training.{name}" for name in ("optimizers", "protocols", "report", "rescale", "results", "subject")}
     | {"training.voc_data", "training.voc_metrics"},
-    "training.voc_tables": {"rotation_ssl", "training.protocols", "training.results"},
+    "training.alexnet_costs": {"rotation_ssl"}
+    | {f"training.{name}" for name in ("imagenet", "protocols", "recipes", "results", "subject")},
     "training.segment": {"rotation_ssl.backbones.alexnet", "rotation_ssl.images"}
     | {f"training.{name}" for name in ("memory", "protocols", "results", "subject", "transfer")}
     | {"training.voc_data", "training.voc_metrics"},

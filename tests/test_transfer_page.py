@@ -14,9 +14,9 @@ from scipy.io import savemat
 from small_voc import write_small_voc
 
 from training import detect, segment, voc
+from training.alexnet_costs import cost_table, paper_table, work_of
 from training.results import read_rows
 from training.voc_data import CLASSES, read_annotations
-from training.voc_tables import cost_table, paper_table, work_of
 
 PAGE = (ROOT / "docs" / "transfer.md").read_text()
 COMMANDS = {"training.voc": voc.main, "training.detect": detect.main, "training.segment": segment.main}
@@ -81,7 +81,7 @@ def write_own_data(devkit, folder):
 
 
 def test_the_tables_are_those_of_the_command():
-    assert cost_table() in PAGE and paper_table(read_rows()) in PAGE, "anew: python -m training.voc_tables"
+    assert cost_table() in PAGE and paper_table(read_rows()) in PAGE, "anew: python -m training.alexnet_costs"
     quoted = {(row.weights, row.layer): row.value for row in read_rows() if "PASCAL VOC class" in row.protocol}
     assert quoted["rotnet_alexnet.paper", "fc6-8"] == 0.7087 and quoted["rotnet_alexnet.paper", "all"] == 0.7297
     (boxes,) = [r.value for r in read_rows() if r.weights == "rotnet_alexnet.paper" and "Fast R-CNN" in r.protocol]

@@ -1,8 +1,8 @@
-"""The tables of docs/transfer.md: the paper's numbers on PASCAL VOC, and what the transfers of AlexNet cost on a GPU.
+"""The tables of docs/imagenet.md and docs/transfer.md: the paper's numbers of AlexNet, and what they cost on a GPU.
 
-    python -m training.voc_tables
+    python -m training.alexnet_costs
 
-The first is of result rows. The costs are computed and not measured: multiplications and additions are counted on
+The numbers are of result rows. The costs are computed and not measured: multiplications and additions are counted on
 tensors without content (torch.utils.flop_counter), forward once and backward twice as much; reading images, pooling
 regions and suppressing boxes are not. Memory is weights, gradients, momentum and what the layers keep for the backward
 pass, for the largest images; the framework's own comes on top.
@@ -17,8 +17,19 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import rotation_ssl  # noqa: F401  registers the models with timm
-from training.protocols import VOC_CLASSIFICATION, VOC_FAST_RCNN, VOC_FASTER_RCNN, VOC_SEGMENTATION, VocDetection
+from training.imagenet import build_probes
+from training.protocols import (
+    IMAGENET_LINEAR_PAPER,
+    IMAGENET_NONLINEAR_PAPER,
+    VOC_CLASSIFICATION,
+    VOC_FAST_RCNN,
+    VOC_FASTER_RCNN,
+    VOC_SEGMENTATION,
+    VocDetection,
+)
+from training.recipes import ALEXNET_IMAGENET_AUTHORS, ALEXNET_IMAGENET_PAPER, ALEXNET_PLACES205_PAPER, IMAGENET_IMAGES
 from training.results import Row, read_rows
+from training.subject import Subject
 
 RATE = 5e12  # operations a second: a quarter of the fp32 peak of an A100 (19.5e12)
 TRAINVAL, TEST, SEGMENTATION_TEST = 5_011, 4_952, 1_449  # images of VOC2007's trainval and test, VOC2012's val
@@ -31,6 +42,7 @@ PAPER = {
     "rotnet_alexnet.paper-rescaled": "random weights, rescaled",
     "rotnet_alexnet.paper-random": "random weights",
 }
+LAYERS = tuple(f"conv{i}" for i in range(1, 6))
 
 
 @dataclass(frozen=True)
@@ -68,6 +80,57 @@ def paper_table(rows: Sequence[Row]) -> str:
     for weights, name in PAPER.items():
         own = {(row.protocol, row.layer): f"_{100 * row.value:.2f} %_" for row in quoted if row.weights == weights}
         lines.append(f"| _{name}_ | {' | '.join(own.get(column, '') for column in columns)} |")
+    return "\n".join(lines) + "\n"
+
+
+def layer_table(rows: Sequence[Row]) -> str:
+    """The paper's numbers on ImageNet and Places205, from result rows: a column for each layer."""
+    quoted = [row for row in rows if row.weights in PAPER and row.protocol.startswith("ImageNet")]
+    quoted = [row for row in quoted if row.source.startswith("paper")]
+    lines = [f"| _paper_ | pretrained | {' | '.join(LAYERS)} |", f"|---|---|{'---|' * len(LAYERS)}"]
+    for key in dict.fromkeys((row.protocol, row.data, row.weights, row.settings) for row in quoted):
+        own = [row for row in quoted if (row.protocol, row.data, row.weights, row.settings) == key]
+        cells = {
+            row.layer: f"_{100 * row.value:.1f} %_{' (unchecked)' if 'unchecked' in row.source else ''}" for row in own
+        }
+        where = f"{own[0].data.partition(' ')[0]}, {own[0].protocol.removeprefix('ImageNet ')}"
+        table = own[0].source.rpartition(", ")[2]
+        whose = own[0].settings or "by rotation"
+        lines.append(f"| _{where} ({table})_ | _{whose}_ | {' | '.join(cells.get(layer, '') for layer in LAYERS)} |")
+    return "\n".join(lines) + "\n"
+
+
+def imagenet_cost_table() -> str:
+    """A table: of pretraining and of the probes on ImageNet the operations, hours at :data:`RATE`, and memory."""
+    lines = ["| what | images seen | operations an image | hours | GPU memory |", "|---|---|---|---|---|"]
+    image, head = _parts(224, 224)
+    for recipe in (ALEXNET_IMAGENET_PAPER, ALEXNET_IMAGENET_AUTHORS, ALEXNET_PLACES205_PAPER):
+        step = recipe.images_per_step * len(recipe.rotations)
+        work = (image + head) * step
+        lines.append(
+            _imagenet_line(
+                f"`{recipe.name}`", recipe.rotated_images, 3 * (image + head).operations, _parameters(), work.kept
+            )
+        )
+    model = timm.create_model("rotnet_alexnet", device="meta").eval()
+    subject = Subject("rotnet_alexnet.random", "rotnet_alexnet", model, "", 224)
+    for probe, layers in ((IMAGENET_LINEAR_PAPER, LAYERS), (IMAGENET_NONLINEAR_PAPER, ("conv4", "conv5"))):
+        probes = build_probes(probe, subject, layers, classes=1000).eval()
+        maps = {"conv1": (64, 55), "conv2": (192, 27), "conv3": (384, 13), "conv4": (256, 13), "conv5": (256, 13)}
+        trained = Work(0, 0)
+        for layer in layers:
+            channels, side = maps[layer]
+            trained += work_of(probes[layer], 1, channels, side, side)
+        parameters = sum(p.numel() for p in probes.parameters())
+        lines.append(
+            _imagenet_line(
+                f"`{probe.name}`, {', '.join(layers)}",
+                probe.epochs * IMAGENET_IMAGES,
+                image.operations + 3 * trained.operations,
+                parameters,
+                (image + trained).kept * probe.batch_size,
+            )
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -121,9 +184,18 @@ def _detection_work(recipe: VocDetection, side: int, regions: int) -> Work:
     return image + head * regions
 
 
-def _line(name, training, operations, test, kept) -> str:  # type: ignore[no-untyped-def]
-    parameters = sum(p.numel() for p in timm.create_model("rotnet_alexnet", num_classes=20, device="meta").parameters())
+def _imagenet_line(name: str, images: int, operations: float, parameters: int, kept: float) -> str:
     memory = 3 * 4 * parameters + 2 * kept
+    seen = f"{images / 1e6:,.0f} million"
+    return f"| {name} | {seen} | {operations / 1e9:.1f}e9 | {_hours(operations * images)} | {memory / 2**30:.1f} GiB |"
+
+
+def _parameters() -> int:
+    return sum(p.numel() for p in timm.create_model("rotnet_alexnet", num_classes=20, device="meta").parameters())
+
+
+def _line(name, training, operations, test, kept) -> str:  # type: ignore[no-untyped-def]
+    memory = 3 * 4 * _parameters() + 2 * kept
     return (
         f"| {name} | {training.steps:,} of {training.images_per_step} | {operations / 1e12:.2f}e12 | "
         f"{_hours(operations * training.steps)} | {_hours(test)} | {memory / 2**30:.1f} GiB |"
@@ -137,7 +209,8 @@ def _hours(operations: float) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the tables."""
-    print(paper_table(read_rows()), cost_table(), sep="\n", end="")
+    rows = read_rows()
+    print(layer_table(rows), imagenet_cost_table(), paper_table(rows), cost_table(), sep="\n", end="")
     return 0
 
 

@@ -1,0 +1,76 @@
+"""docs/imagenet.md, done: its commands, on a small folder, small images and small fc layers."""
+
+import dataclasses
+import re
+import shlex
+import shutil
+
+import pytest
+from conftest import ROOT
+
+from training import imagenet, pretrain
+from training.alexnet_costs import imagenet_cost_table, layer_table
+from training.protocols import LAYER_PROBES
+from training.recipes import RECIPES
+from training.results import read_rows
+
+PAGE = (ROOT / "docs" / "imagenet.md").read_text()
+COMMANDS = {"training.pretrain": pretrain.main, "training.imagenet": imagenet.main}
+SMALL = {
+    "training.pretrain": ["--cpu", "--steps", "1", "--images-per-step", "2", "--image-size", "80", "--tracker", "none"],
+    "training.imagenet": ["--epochs", "1", "--size", "64", "--device", "cpu"],
+}
+
+
+def test_the_page(small_cifar10, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("ILSVRC2012", "PLACES205"):
+        shutil.copytree(small_cifar10 / "train", tmp_path / name / "train")
+        shutil.copytree(small_cifar10 / "test", tmp_path / name / "val")
+    for name in ("alexnet-imagenet-paper", "alexnet-places205-paper"):
+        monkeypatch.setitem(RECIPES, name, dataclasses.replace(RECIPES[name], model_args=(("fc_size", 16),)))
+    for name, recipe in LAYER_PROBES.items():
+        monkeypatch.setitem(LAYER_PROBES, name, dataclasses.replace(recipe, batch_size=20, image_size=64, fc_size=16))
+    # the network's own fc layers, which the weights of the first command decide elsewhere, are 4096 wide
+    monkeypatch.setattr("timm.create_model", narrow(imagenet.timm.create_model))
+    commands = re.findall(r"^python -m .*$", PAGE, re.MULTILINE)
+    assert len(commands) == 5
+    for command in commands:
+        words = shlex.split(command)
+        assert COMMANDS[words[2]]([*words[3:], *SMALL[words[2]], *less_workers(words)]) == 0, command
+        output = tmp_path / words[words.index("--output") + 1]
+        assert (output / ("report.md" if words[2] == "training.imagenet" else "model.safetensors")).is_file()
+    (linear,) = [read for read in (tmp_path / "runs" / "imagenet" / "linear").glob("rows.jsonl")]
+    assert len(linear.read_text().splitlines()) == 5
+
+
+def narrow(create_model):
+    """timm.create_model, with fc layers of 16 for AlexNet."""
+
+    def create(name, *arguments, **kwargs):
+        if name == "rotnet_alexnet":
+            kwargs = {"fc_size": 16} | kwargs
+        return create_model(name, *arguments, **kwargs)
+
+    return create
+
+
+def less_workers(words):
+    return ["--workers", "1" if words[2] == "training.imagenet" else "0"]
+
+
+def test_the_tables_are_those_of_the_command():
+    assert imagenet_cost_table() in PAGE, "anew: python -m training.alexnet_costs"
+    assert layer_table(read_rows()) in PAGE, "anew: python -m training.alexnet_costs"
+    assert "_50.0 %_" in PAGE and "_36.5 %_" in PAGE
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_of_the_page_exists(name, capsys):
+    with pytest.raises(SystemExit):
+        COMMANDS[name](["--help"])
+    told = capsys.readouterr().out
+    own = [command for command in re.findall(r"^python -m .*$", PAGE, re.MULTILINE) if f" {name} " in command]
+    assert own
+    for option in {option for command in own for option in re.findall(r"--[a-z-]+", command)}:
+        assert option in told, option
