@@ -154,9 +154,13 @@ def set_manifest(monkeypatch):
             for module in (alexnet, nin):
                 importlib.reload(module)
 
+    before = {module: dict(vars(module)) for module in (alexnet, nin)}
     yield change
     monkeypatch.undo()
     register()
+    for module, names in before.items():
+        # the classes that others imported, not those of the reload
+        vars(module).update(names)
 
 
 @pytest.fixture

@@ -146,8 +146,11 @@ def build_probes(recipe: LayerProbeRecipe, subject: Subject, layers: Sequence[st
 
 
 def layer_maps(subject: Subject, images: torch.Tensor, layers: Sequence[str]) -> dict[str, torch.Tensor]:
-    """The maps (B, C, H', W') of the layers, in one pass of the frozen backbone over prepared images (B, 3, H, H)."""
-    backbone: Any = subject.backbone
+    """The maps (B, C, H', W') of the layers, in one pass of the frozen backbone over prepared images (B, 3, H, H).
+
+    The backbone is in eval mode afterwards, whatever it was in.
+    """
+    backbone: Any = subject.backbone.eval()
     modules = [entry["module"] for entry in backbone.feature_info]
     indices = [modules.index(module) for name, module in layer_modules(backbone).items() if name in layers]
     names = [name for name in layer_modules(backbone) if name in layers]
@@ -195,7 +198,6 @@ def train_probes(
     orders = torch.Generator().manual_seed(seed + 1)
     indices = (chosen[part] for _ in range(recipe.epochs) for part in _epoch(len(chosen), recipe.batch_size, orders))
     squares = _labelled_squares(data, indices, workers, pin=device.type == "cuda")
-    subject.backbone.eval()
     probes.train()
     with (
         _bar(recipe.name, recipe.epochs * steps * recipe.batch_size) as bar,
