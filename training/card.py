@@ -7,7 +7,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from training.recipes import RECIPES
+from training.recipes import IMAGENET_IMAGES, RECIPES
 from training.report import spread_text
 from training.results import REPORTED, RESULTS_DIR, Row, read_file
 
@@ -22,7 +22,7 @@ REPOSITORY = "OWNER/rotation_ssl"
 NIN_BUDGET = (100 * 4 * 50_000, "100 epochs of 4 x 50,000")
 PAPER_BUDGETS = {
     **dict.fromkeys(("rotnet_nin", "rotnet_nin3", "rotnet_nin5"), NIN_BUDGET),
-    "rotnet_alexnet": (30 * 4 * 1_281_167, "30 epochs of 4 x 1,281,167"),
+    "rotnet_alexnet": (30 * 4 * IMAGENET_IMAGES, f"30 epochs of 4 x {IMAGENET_IMAGES:,}"),
 }
 
 
