@@ -230,6 +230,7 @@ def _departures(recipe: dict[str, Any]) -> list[str]:
     ours = RECIPES[recipe["name"]]
     named = json.loads(json.dumps(dataclasses.asdict(ours)))
     run = {**_defaults(ours), **recipe, "schedule": {**_defaults(ours.schedule), **recipe["schedule"]}}
+    run = json.loads(json.dumps(run))  # a default is a tuple, what was read a list
     if isinstance(run["flip"], bool):
         run["flip"] = "random" if run["flip"] else "none"
     run = {field: run[field] for field in named if field not in ("seed", "note")}
