@@ -175,6 +175,7 @@ def train_probe(
     lr: float = 0.1,
     momentum: float = 0.9,
     weight_decay: float = 5e-4,
+    autocast: torch.dtype | None = None,
 ) -> None:
     """Fit a classifier by SGD with Nesterov momentum on its mean cross-entropy; it is in eval mode afterwards.
 
@@ -189,6 +190,7 @@ def train_probe(
         lr: rate of the first epochs.
         momentum: of SGD.
         weight_decay: of SGD, on all parameters.
+        autocast: compute in this type (torch.bfloat16) where PyTorch holds that safe; None: as the weights are.
 
     Raises:
         ValueError: an epoch without batches, or a loss that is no longer finite.
@@ -202,7 +204,9 @@ def train_probe(
     for epoch in range(epochs):
         loss = None
         for features, labels in batches(epoch):
-            loss = F.cross_entropy(probe(features), labels)
+            # without a cache, which would hold the weights as they were at the first step
+            with torch.autocast(features.device.type, autocast, enabled=autocast is not None, cache_enabled=False):
+                loss = F.cross_entropy(probe(features), labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -64,7 +64,7 @@ def test_layers_learn_a_handful_and_the_backbone_stays(train, precision):
     subject = load_subject("rotnet_alexnet", random=True, size=64)
     autocast = None
     if precision == "bf16":
-        autocast = torch.autocast("cpu", torch.bfloat16)
+        autocast = torch.bfloat16
         # statistics as a trained network has them: with the initial ones bf16 cannot tell the images apart
         for _ in range(30):
             subject.backbone.train()(preparation(subject.backbone, 64)(train.images.squares))
@@ -76,8 +76,7 @@ def test_layers_learn_a_handful_and_the_backbone_stays(train, precision):
     counts = count_correct(subject, probes, train, order, autocast=autocast)
     assert list(counts) == layers and all(len(parts) == 10 for parts in counts.values())
     # chance is 2
-    enough = 18 if precision == "fp32" else 10
-    assert all(sum(parts) >= enough for parts in counts.values()), f"of 20 images of 10 classes: {counts}"
+    assert all(sum(parts) >= 18 for parts in counts.values()), f"of 20 images of 10 classes: {counts}"
     assert all(torch.equal(tensor, before[name]) for name, tensor in subject.backbone.state_dict().items())
     assert not subject.backbone.training and not probes.training
 

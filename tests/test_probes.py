@@ -191,6 +191,21 @@ def test_probes_learn_a_handful_and_tell_new_ones(build):
     assert (probe_predict(probe, test_maps.bfloat16(), batch_size=7) == expected).float().mean() > 0.9
 
 
+@pytest.mark.parametrize("outer", [False, True])
+def test_training_in_bfloat16_follows_the_weights(outer):
+    """autocast's cache holds weights as they were at the first step, within a caller's autocast too."""
+    data = [(torch.tensor([[1.0], [-1.0]]), torch.tensor([0, 1]))]
+    settings = {"epochs": 8, "milestones": (), "lr": 0.5, "weight_decay": 0.0}
+    losses = {}
+    for precision in (None, torch.bfloat16):
+        torch.manual_seed(0)
+        probe = torch.nn.Linear(1, 2)
+        with torch.autocast("cpu", torch.bfloat16, enabled=outer):
+            train_probe(probe, lambda epoch: data, **settings, autocast=precision)
+        losses[precision] = torch.nn.functional.cross_entropy(probe(data[0][0]), data[0][1]).item()
+    assert losses[torch.bfloat16] == pytest.approx(losses[None], rel=0.02) and losses[None] < 0.1
+
+
 def test_linear_probe_takes_bfloat16():
     train, labels = clusters(60)
     predictions, _ = linear_predict(train.bfloat16(), labels, train[:5].bfloat16(), 3, validation=10)

@@ -293,7 +293,7 @@ def _cached_probe(
                 yield features.to(device), train.labels[chosen].to(device)
                 bar.update(len(chosen))
 
-        _train(probe, recipe, batches, device)
+        _train(probe, recipe, batches)
     settings = f"{side} x {side} average pooling, {len(views)} views, {recipe.epochs} epochs of SGD"
     if recipe.precision != "fp32":
         settings += f" in {recipe.precision}"
@@ -323,7 +323,7 @@ def _fresh_probe(
                 yield features(crops), train.labels[chosen].to(device)
                 bar.update(len(chosen))
 
-        _train(probe, recipe, batches, device)
+        _train(probe, recipe, batches)
     predictions = torch.cat([probe_predict(probe, features(part)) for part in test.images.split(1000)])
     return predictions, f"whole map, fresh crops and flips every epoch, {recipe.epochs} epochs of SGD"
 
@@ -336,14 +336,11 @@ def _new_probe(measurement: Measurement, example: torch.Tensor, classes: int, de
 
 
 def _train(
-    probe: nn.Module,
-    recipe: ProbeRecipe,
-    batches: Callable[[int], Iterable[tuple[torch.Tensor, torch.Tensor]]],
-    device: str,
+    probe: nn.Module, recipe: ProbeRecipe, batches: Callable[[int], Iterable[tuple[torch.Tensor, torch.Tensor]]]
 ) -> None:
     names = ("epochs", "milestones", "factor", "lr", "momentum", "weight_decay")
-    with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=recipe.precision == "bf16"):
-        train_probe(probe, batches, **{name: getattr(recipe, name) for name in names})
+    autocast = torch.bfloat16 if recipe.precision == "bf16" else None
+    train_probe(probe, batches, **{name: getattr(recipe, name) for name in names}, autocast=autocast)
 
 
 def _shuffled(count: int, size: int, generator: torch.Generator) -> list[torch.Tensor]:

@@ -19,7 +19,6 @@ import math
 import sys
 import time
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +165,7 @@ def train_probes(
     chosen: torch.Tensor,
     seed: int = 0,
     workers: int = 0,
-    autocast: AbstractContextManager[Any] | None = None,
+    autocast: torch.dtype | None = None,
 ) -> None:
     """Train the classifiers in place, each by its own loss; they are in eval mode afterwards.
 
@@ -178,7 +177,7 @@ def train_probes(
         chosen: (M,) indices of those to train on.
         seed: of the order and the crops.
         workers: processes that decode.
-        autocast: of the backbone and the classifiers; None: as the weights are.
+        autocast: what the backbone and the classifiers compute in (torch.bfloat16); None: as the weights are.
 
     Raises:
         ValueError: fewer images than a batch, an image that does not decode, or a loss that is not finite.
@@ -199,19 +198,18 @@ def train_probes(
     indices = (chosen[part] for _ in range(recipe.epochs) for part in _epoch(len(chosen), recipe.batch_size, orders))
     squares = _labelled_squares(data, indices, workers, pin=device.type == "cuda")
     probes.train()
-    with (
-        _bar(recipe.name, recipe.epochs * steps * recipe.batch_size) as bar,
-        autocast or torch.autocast(device.type, enabled=False),
-    ):
+    with _bar(recipe.name, recipe.epochs * steps * recipe.batch_size) as bar:
         for epoch in range(recipe.epochs):
             losses: list[torch.Tensor] = []
             for step in range(steps):
                 pixels, labels = next(squares)
                 crops = crop_and_flip(pixels, round(CROP * pixels.shape[-1]), 0, "reflect", True, generator)
-                with torch.no_grad():
-                    maps = layer_maps(subject, prepare(crops.to(device, non_blocking=True)), layers)
                 wanted = labels.to(device, non_blocking=True)
-                own = torch.stack([F.cross_entropy(probes[layer](maps[layer]).float(), wanted) for layer in layers])
+                # without a cache, which would hold the weights as they were at the first step
+                with torch.autocast(device.type, autocast, enabled=autocast is not None, cache_enabled=False):
+                    with torch.no_grad():
+                        maps = layer_maps(subject, prepare(crops.to(device, non_blocking=True)), layers)
+                    own = torch.stack([F.cross_entropy(probes[layer](maps[layer]).float(), wanted) for layer in layers])
                 optimizer.zero_grad()
                 own.sum().backward()
                 optimizer.step()
@@ -235,7 +233,7 @@ def count_correct(
     data: Labelled,
     chosen: torch.Tensor,
     workers: int = 0,
-    autocast: AbstractContextManager[Any] | None = None,
+    autocast: torch.dtype | None = None,
 ) -> dict[str, list[int]]:
     """By layer, how many of the images at ``chosen`` (M,) each classifier names rightly, in each tenth of them.
 
@@ -245,7 +243,10 @@ def count_correct(
     device = next(subject.backbone.parameters()).device
     prepare, layers = preparation(subject.backbone, subject.size), list(probes)
     right: dict[str, list[torch.Tensor]] = {layer: [] for layer in layers}
-    with _bar("measuring", len(chosen)) as bar, autocast or torch.autocast(device.type, enabled=False):
+    with (
+        _bar("measuring", len(chosen)) as bar,
+        torch.autocast(device.type, autocast, enabled=autocast is not None),
+    ):
         for pixels, labels in _labelled_squares(data, iter(chosen.split(100)), workers, pin=device.type == "cuda"):
             maps = layer_maps(subject, prepare(_central(pixels).to(device)), layers)
             for layer in layers:
@@ -287,8 +288,7 @@ def measure_layers(
     started = time.monotonic()
     torch.manual_seed(seed)
     probes = build_probes(recipe, subject, layers, train.classes)
-    device = next(subject.backbone.parameters()).device
-    autocast = torch.autocast(device.type, torch.bfloat16) if recipe.precision == "bf16" else None
+    autocast = torch.bfloat16 if recipe.precision == "bf16" else None
     chosen, measured, of = torch.arange(len(train)), torch.arange(len(val)), val
     if holdout:
         chosen, measured = split_holdout(train, holdout)
