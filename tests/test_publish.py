@@ -188,6 +188,10 @@ def test_what_is_no_finished_run_is_refused(copied, run_dir):
         (run_dir / "run.json").write_text(json.dumps(run | {"recipe": recipe}))
         with pytest.raises(ValueError, match=message):
             publish.bundle(run_dir, NAME)
+    for field, value, known in (("data", "folder", "cifar10"), ("model", "rotnet_resnet18", "rotnet_nin")):
+        (run_dir / "run.json").write_text(json.dumps(run | {"recipe": run["recipe"] | {field: value}}))
+        with pytest.raises(ValueError, match=f"is of {value}: weights are bundled of {known}"):
+            publish.bundle(run_dir, f"{value}.mine" if field == "model" else NAME)
     (run_dir / "run.json").write_text(json.dumps(run | {"commit": f"{run['commit']}-dirty"}))
     with pytest.raises(ValueError, match=r"trained by commit .*-dirty"):
         publish.bundle(run_dir, NAME)
@@ -252,6 +256,31 @@ def test_rows_round_trip_and_replace(tmp_path):
     write_rows(file, [row(), row(layer="block1", correct=1, n=2)])
     write_rows(file, [row(value=0.75)])
     assert read_rows(tmp_path) == [row(value=0.75), row(layer="block1", correct=1, n=2)]
+
+
+def test_rows_of_other_bytes_go_when_the_new_ones_come(tmp_path):
+    file = tmp_path / "a.jsonl"
+    others = [row(weights="a.c", sha256="old"), row(source="quoted", sha256="old"), row(recipe="r", sha256="old")]
+    write_rows(file, [row(sha256="old", seed=0), row(sha256="old", seed=1), *others])
+    write_rows(file, [row(sha256="new", seed=0)])
+    assert read_rows(tmp_path) == [*others, row(sha256="new", seed=0)]
+    # a recipe's runs have weights of a name of their own
+    write_rows(file, [row(weights="a@1", recipe="r", sha256="new")])
+    assert [r.recipe for r in read_rows(tmp_path)] == ["", "", "", "r"]
+
+
+def test_settings_say_whose_they_are_where_they_differ():
+    probe = {"protocol": "linear probe", "cost": "cached"}
+    blocks = [row(**probe, layer=f"block{i}", settings=f"L2 {0.1 if i < 3 else 0.01}") for i in (1, 2, 3)]
+    same = row(protocol="k-NN", layer="block1", settings="k = 20")
+    own = [*blocks, same, row(settings="of no layer")]
+    random = [row(**probe, layer="block1", settings="L2 1"), same]
+    assert card._settings_lines(own, random) == [
+        "- linear probe (cached), block1, block2: L2 0.1.",
+        "- linear probe (cached), block3: L2 0.01.",
+        "- linear probe (cached), random weights: L2 1.",
+        "- k-NN: k = 20.",
+    ]
 
 
 def test_bad_rows_are_named(tmp_path):

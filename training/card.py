@@ -237,8 +237,8 @@ def paper_tables(name: str, rows: Sequence[Row]) -> list[str]:
         own = [row for row in quoted if row.data == data]
         layers = sorted({row.layer for row in own})
         lines += [
-            f"The paper's own networks, pretrained at its full budget, on {_images_of(data)}; for want of the data"
-            " nothing of it was run by this project:",
+            f"What others report on {_images_of(data)}, the paper's networks at its full budget among them; for want of"
+            " the data nothing of it was run by this project:",
             "",
             f"| protocol | pretrained | {' | '.join(layers)} |",
             f"|---|---|{'---|' * len(layers)}",
@@ -302,8 +302,9 @@ def probe_table(name: str, model: str, rows: Sequence[Row], data: str) -> list[s
         " budget, of pretraining and of the probe."
     )
     lines = [
-        f"Accuracy of classifiers on the frozen features of each layer, on {_images_of(data)}. ± is the standard"
-        f" deviation over seeds.{quoting if any(row.source != 'measured' for row in probed) else ''}",
+        f"Accuracy of classifiers on the features of each layer, frozen but for the fine-tuned and the supervised, on"
+        f" {_images_of(data)}. ± is the standard deviation over seeds."
+        f"{quoting if any(row.source != 'measured' for row in probed) else ''}",
         "",
         f"| protocol | weights | {' | '.join(layers)} |",
         f"|---|---|{'---|' * len(layers)}",
@@ -325,17 +326,37 @@ def probe_table(name: str, model: str, rows: Sequence[Row], data: str) -> list[s
                 if chosen[0].source.startswith("paper") and "random" not in label and ours:
                     gaps = [_gap(ours[layer], cells[layer]) for layer in layers]
                     lines.append(f"| gap | {chosen[0].source} | {' | '.join(gaps)} |")
-    settings: dict[str, list[str]] = {}
-    for row in (*groups[f"`{name}`"], *groups["random weights"]):
-        where = settings.setdefault(f"{row.protocol}{f' ({row.cost})' if row.cost else ''}: {row.settings}", [])
-        if row.layer and row.layer not in where:
-            where.append(row.layer)
+    return [*lines, "", *_settings_lines(groups[f"`{name}`"], groups["random weights"]), ""]
+
+
+def _settings_lines(own: Sequence[Row], random: Sequence[Row]) -> list[str]:
+    """What made the numbers, protocol by protocol: with the layers where they differ, and random weights' where they
+    are others.
+    """
+    ours, theirs = _settings(own), _settings(random)
     shown = []
-    for text, where in settings.items():
-        if where:
-            some = f" ({', '.join(where)})" if len(where) < len(layers) else ""
-            shown.append(f"- {text}{some}.")
-    return [*lines, "", *shown, ""]
+    for title in dict.fromkeys((*ours, *theirs)):
+        for whose, settings in (([], ours.get(title, {})), (["random weights"], theirs.get(title, {}))):
+            if whose and settings == ours.get(title):
+                continue
+            for text, layers in settings.items():
+                of = ", ".join(whose + layers * (len(settings) > 1))
+                shown.append(f"- {title}{f', {of}' if of else ''}: {text}.")
+    return shown
+
+
+def _settings(rows: Sequence[Row]) -> dict[str, dict[str, list[str]]]:
+    """By protocol and cost the settings, each with its layers."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for row in rows:
+        if row.layer:
+            layers = found.setdefault(_titled(row), {}).setdefault(row.settings, [])
+            layers += [row.layer] if row.layer not in layers else []
+    return found
+
+
+def _titled(row: Row) -> str:
+    return f"{row.protocol} ({row.cost})" if row.cost else row.protocol
 
 
 def _quoted_groups(rows: Sequence[Row], weights: str, suffix: str) -> dict[str, list[Row]]:
@@ -390,12 +411,12 @@ def _figures(name: str, titles: dict[str, str]) -> list[str]:
 def _origin_lines(rows: Sequence[Row]) -> list[str]:
     origins: dict[tuple[Any, ...], float] = {}
     for row in rows:
-        key = row.device, row.threads, row.versions.get("torch"), row.commit
+        key = row.weights, row.device, row.threads, row.versions.get("torch"), row.commit
         origins[key] = origins.get(key, 0.0) + (row.seconds or 0.0)
     return [
-        f"- Its numbers, and those of random weights, took {seconds / 60:.0f} minutes, feature passes not counted, on"
+        f"- {seconds / 60:.0f} minutes for numbers of `{weights}`, its passes to cache features not counted, on"
         f" {threads} threads of {device} (torch {torch}), at commit `{commit}`."
-        for (device, threads, torch, commit), seconds in sorted(origins.items())
+        for (weights, device, threads, torch, commit), seconds in sorted(origins.items())
     ]
 
 

@@ -136,7 +136,7 @@ def draw_accuracy_by_layer(rows: Iterable[Row], name: str, file: Path, data: str
     data = data or REPORTED[_model_of(name)].data
     shown = rows_by_layer(rows, name, data)
     if not shown:
-        raise ValueError(f"no row of a probe of {name} measured on {data}: run `python -m training.evaluate {name}`")
+        raise ValueError(f"no row of a probe of {name} measured on {data}: run `python -m training.measure {name}`")
     layers = sorted({row.layer for row in shown}, key=lambda layer: (len(layer), layer))
     looks: dict[str, dict[str, Any]] = {
         f"{_model_of(name)}.random": {"linestyle": "--", "alpha": 0.55},

@@ -294,17 +294,21 @@ def measure_layers(
         chosen, measured = split_holdout(train, holdout)
         of, name = train, f"{name.rpartition(' ')[0]}, {holdout} training images"
     train_probes(recipe, subject, probes, train, chosen, seed, workers, autocast)
-    for layer, counts in count_correct(subject, probes, of, measured, workers, autocast).items():
+    found = count_correct(subject, probes, of, measured, workers, autocast)
+    seconds = time.monotonic() - started
+    for layer, counts in found.items():
         probe: Any = probes[layer]
         if recipe.classifier == "linear":
             kind = f"max-pooled to {probe[0].output_size} x {probe[0].output_size}, batch norm, linear"
         else:
             kind = f"the rest of the network, fc layers of {recipe.fc_size}"
         settings = f"{kind}; {recipe.epochs} epochs of SGD, {subject.size} pixels, {recipe.precision}"
-        yield measured_row(
+        row = measured_row(
             subject, counts, len(measured), name, settings, started,
             protocol=recipe.protocol, cost=recipe.cost, layer=layer, seed=seed,
         )  # fmt: skip
+        # one pass for all: each its share
+        yield dataclasses.replace(row, seconds=round(seconds / len(probes), 1))
 
 
 def _rest_of_network(subject: Subject, index: int, classes: int, fc_size: int) -> nn.Module:

@@ -135,9 +135,8 @@ class LayerProbeRecipe:
     ``classifier`` is 'linear' (adaptive max-pooling to about 9,000 values, batch norm without scale and shift, a linear
     layer) or 'non-linear' (the rest of the network after the layer, anew, with fc layers of ``fc_size``). Images are
     squares of ``image_size`` pixels, of which random crops of 7/8 of the side are taken, half of them mirrored, and the
-    central ones to measure on. ``milestones`` are the epochs at which the rate is multiplied by ``factor``. In
-    'bf16' the features of a random network, whose batch norm has its initial statistics, differ too little between
-    images to be told apart: it is for trained ones.
+    central ones to measure on. ``milestones`` are the epochs at which the rate is multiplied by ``factor``.
+    ``precision`` is 'fp32', or 'bf16' for autocast of backbone and classifiers.
     """
 
     name: str

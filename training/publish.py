@@ -83,6 +83,9 @@ def bundle(run_dir: Path, name: str) -> None:
         raise ValueError(f"{run_dir} is a run of {recipe['model']}, not of {name.split('.', 1)[0]}")
     if recipe["holdout"]:
         raise ValueError(f"{run_dir} held {recipe['holdout']} images out: it is for tuning, not publishing")
+    for known, what in ((DATA_NAMES, recipe["data"]), (RECOMMENDED_LAYERS, recipe["model"])):
+        if what not in known:
+            raise ValueError(f"{run_dir} is of {what}: weights are bundled of {', '.join(known)}")
     departures = _departures(recipe)
     if departures:
         raise ValueError(f"{run_dir} departed from its recipe: {'; '.join(departures)}; only the seed may differ")
@@ -305,7 +308,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         if args.command == "bundle":
             bundle(args.run, args.name)
-            print(f"bundled {args.name}; now measure it: python -m training.evaluate {args.name}")
+            print(f"bundled {args.name}; commit, then python -m training.measure {args.name}")
             return 0
         if args.command == "figures":
             for path in draw_figures(args.data_dir, args.download):

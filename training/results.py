@@ -198,9 +198,18 @@ def read_file(file: Path) -> list[Row]:
 
 
 def write_rows(file: Path, new: list[Row]) -> None:
-    """Add rows to a file, replacing those of the same numbers; a kill while writing leaves the file as it was."""
-    rows = {row.key: row for row in (read_file(file) if file.exists() else [])}
-    rows |= {row.key: row for row in new}
+    """Add rows to a file, replacing those of the same numbers and those of other bytes under the same name.
+
+    Rows of weights, or of a recipe's runs, go when one of other weights of that name comes: what they were of is no
+    more, and nothing may mix the two. A kill while writing leaves the file as it was.
+    """
+    bytes_of = {(row.recipe or row.weights): row.sha256 for row in new if row.source == "measured"}
+    old = [
+        row
+        for row in (read_file(file) if file.exists() else [])
+        if row.source != "measured" or bytes_of.get(row.recipe or row.weights, row.sha256) == row.sha256
+    ]
+    rows = {row.key: row for row in (*old, *new)}
     file.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(dataclasses.asdict(row) | {"digest": row.digest}) + "\n" for row in rows.values()]
     unfinished = file.with_suffix(".tmp")
@@ -227,7 +236,7 @@ def complaints(
         elif row.weights in entries and row.sha256 != entries[row.weights]["sha256"]:
             found.append(
                 f"{row.number} is of other bytes (sha256 {row.sha256[:12]}) than the manifest's: measure it again with "
-                "`python -m training.evaluate --record`"
+                f"`python -m training.measure {row.weights}`"
             )
         elif not re.fullmatch("[0-9a-f]{40}", row.commit):
             found.append(f"{row.number} was measured by code that is not committed ({row.commit}): measure it again")
