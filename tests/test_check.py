@@ -221,10 +221,14 @@ def test_tolerances_by_hand():
     # nothing trained: ten of 10,000 may flip, eleven may not
     assert check.judge(row(9000), row(9010), []).holds and not check.judge(row(9000), row(9011), []).holds
     assert check.judge(row(9000), row(8990), []).holds and not check.judge(row(9000), row(8989), []).holds
-    # trained, one seed: half a point
+    # fitted, no seed: half a point
+    fitted = row(9000, None, "cached")
+    assert check.judge(fitted, row(9050, None, "cached"), [fitted]).holds
+    assert not check.judge(fitted, row(9051, None, "cached"), [fitted]).holds
+    # trained, one seed: 3 * (2 * 0.9 * 0.1 / 10,000) ** 0.5 = 1.273 points
     one = row(9000, 0, "cached")
-    assert check.judge(one, row(9050, 0, "cached"), [one]).holds
-    assert not check.judge(one, row(9051, 0, "cached"), [one]).holds
+    assert check.judge(one, row(9127, 0, "cached"), [one]).holds
+    assert not check.judge(one, row(9128, 0, "cached"), [one]).holds
     # three seeds of deviation 1 point: three points
     seeds = [row(correct, seed, "cached") for seed, correct in enumerate((8900, 9000, 9100))]
     assert check.trained_tolerance(seeds[0], [*seeds, row(1000, 0, "paper")]) == pytest.approx(0.03)

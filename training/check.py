@@ -13,12 +13,14 @@ bytes that were measured; 2 when data or device are not there.
 
 What counts as holding: where nothing is trained, as many right answers but for one in a thousand images (other
 hardware flips a few); where a probe is trained, the same accuracy within three standard deviations over the reported
-seeds, and within half a percentage point where there is one seed or they agree more closely. A linear probe is fitted
-with the penalty that the row says was chosen.
+seeds, and half a percentage point at least; where there is one seed, whose spread is not known, within three standard
+errors of the difference between two samples of as many test images. A linear probe, which no seed moves, is fitted with
+the penalty that the row says was chosen, and may be half a point away.
 """
 
 import argparse
 import dataclasses
+import math
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -155,9 +157,13 @@ def judge(row: Row, new: Row, rows: Sequence[Row]) -> Verdict:
 
 
 def trained_tolerance(row: Row, rows: Sequence[Row]) -> float:
-    """Three standard deviations over the seeds of the same number, at least half a percentage point."""
+    """How far apart two trainings may come out: see the head of this file."""
     values = [other.value for other in rows if dataclasses.replace(other, seed=row.seed).key == row.key]
-    return max(TRAINED_TOLERANCE, 3 * statistics.stdev(values)) if len(values) > 1 else TRAINED_TOLERANCE
+    if row.seed is None:
+        return TRAINED_TOLERANCE
+    if len(values) > 1:
+        return max(TRAINED_TOLERANCE, 3 * statistics.stdev(values))
+    return max(TRAINED_TOLERANCE, 3 * math.sqrt(2 * row.value * (1 - row.value) / (row.n or 1)))
 
 
 def expected_seconds(rows: Sequence[Row], every: Sequence[Row], quick: bool) -> float:
