@@ -117,6 +117,8 @@ def convert_authors(network: Mapping[str, torch.Tensor]) -> dict[str, torch.Tens
 NOT_OF_THESE_WEIGHTS: dict[str, Any] = dict.fromkeys(
     ("license", "origin_url", "paper_name", "paper_ids", "description", "notes")
 )
+# what the authors trained at, whatever an architecture's default weights are for; NINs are all for 32 pixels
+AUTHORS_SIZES: dict[str, dict[str, Any]] = {"rotnet_alexnet": {"input_size": (3, 224, 224)}}
 
 
 def write_folder(converted: Converted, folder: Path, tag: str, provenance: Mapping[str, Any]) -> None:
@@ -139,7 +141,9 @@ def write_folder(converted: Converted, folder: Path, tag: str, provenance: Mappi
     content = save(converted.state_dict)
     model = timm.create_model(converted.model, num_classes=converted.num_classes, device="meta", **converted.model_args)
     cfg: dict[str, Any] = {"tag": tag}
-    if converted.origin != AUTHORS:
+    if converted.origin == AUTHORS:
+        cfg |= AUTHORS_SIZES.get(converted.model, {})
+    else:
         cfg |= {**NOT_OF_THESE_WEIGHTS, "crop_pct": 0.875, "test_crop_pct": None, "test_input_size": None}
     folder.mkdir(parents=True, exist_ok=True)
     # without config.json the folder is none that timm takes: it comes last, and whole

@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
+from rotation_ssl import zoo
 from rotation_ssl.checkpoints import read_checkpoint
-from rotation_ssl.convert import Converted, convert, convert_authors, write_folder
+from rotation_ssl.convert import AUTHORS, Converted, convert, convert_authors, write_folder
 
 TOLERANCE = 1e-4
 ARCHIVE = DATA / "CIFAR10_RotNet_NIN4blocks.tar.gz"
@@ -467,6 +468,18 @@ def damaged_heads(heads):
 def test_damaged_heads_of_vissl_are_refused(vissl_alexnet, kind, match):
     _, trunk, heads = vissl_alexnet
     assert_refused(vissl(trunk, damaged_heads(heads)[kind]), match)
+
+
+def test_a_folder_is_for_images_of_the_authors_size(set_manifest, tmp_path):
+    """Whatever size the default weights of the architecture are for."""
+    entry = zoo.manifest()["rotnet_nin.cifar10"] | {"input_size": [3, 128, 128]}
+    set_manifest({"rotnet_alexnet.small": entry})
+    assert timm.get_pretrained_cfg("rotnet_alexnet").input_size == (3, 128, 128)
+    network = timm.create_model("rotnet_alexnet", fc_size=0)
+    theirs = Converted("rotnet_alexnet", 4, network.state_dict(), AUTHORS, {"fc_size": 0})
+    write_folder(theirs, tmp_path / "theirs", "gidaris", {})
+    described = json.loads((tmp_path / "theirs" / "config.json").read_text())["pretrained_cfg"]
+    assert described["input_size"] == [3, 224, 224]
 
 
 def test_a_folder_for_timm(tmp_path):

@@ -170,6 +170,31 @@ def test_holdout_measures_training_images_and_reads_no_test_image(small_cifar10,
     assert row.n == 40 and row.data == "CIFAR-10, last 10 training images"
 
 
+def test_the_size_is_what_stands_beside_the_weights(tmp_path):
+    network = timm.create_model(NAME, pretrained=True)
+    file, described = tmp_path / "model.safetensors", tmp_path / "config.json"
+    save_file(network.state_dict(), file)
+    assert subject.load_subject("rotnet_nin", weights=file).size == 32
+    described.write_text(json.dumps({"pretrained_cfg": {"input_size": [3, 48, 48]}}))
+    assert subject.load_subject("rotnet_nin", weights=file).size == 48
+    assert subject.load_subject("rotnet_nin", weights=file, size=64).size == 64
+    for text in ("", "[]", "{}"):
+        described.write_text(text)
+        with pytest.raises(ValueError, match=r"config\.json does not say the input_size of the weights beside it"):
+            subject.load_subject("rotnet_nin", weights=file)
+    # of another file
+    save_file(network.state_dict(), tmp_path / "mine.safetensors")
+    assert subject.load_subject("rotnet_nin", weights=tmp_path / "mine.safetensors").size == 32
+
+
+def test_random_weights_have_the_layers_of_the_bundled_ones(set_manifest):
+    assert subject.load_subject("rotnet_alexnet", random=True).backbone.head.fc_size == 4096
+    entry = zoo.manifest()[NAME] | {"input_size": [3, 128, 128], "model_args": {"fc_size": 0}}
+    set_manifest({"rotnet_alexnet.tiny": entry})
+    random = subject.load_subject("rotnet_alexnet", random=True)
+    assert random.backbone.head.fc_size == 0 and random.size == 128
+
+
 def test_maps_are_pooled_to_what_memory_bears():
     nin = subject.load_subject("rotnet_nin", random=True)
     image = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)

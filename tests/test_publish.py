@@ -132,7 +132,11 @@ def test_an_alexnet_is_bundled_and_reported_on_its_own_data(copied, tmp_path):
     publish.bundle(folder, name)
     manifest = json.loads((copied / "weights" / "manifest.json").read_text())
     entry = manifest[name]
-    assert entry["input_size"] == [3, 128, 128] and entry["data"].startswith("Tiny-ImageNet")
+    assert (
+        entry["input_size"] == [3, 128, 128]
+        and entry["model_args"] == {"fc_size": 0}
+        and entry["data"].startswith("Tiny-ImageNet")
+    )
     assert entry["size"] < 10_000_000, "convolutions and a head of 4: fit for a wheel"
     with pytest.raises(ValueError, match=f"{name} rotation accuracy has no row: measure it"):
         publish.render()

@@ -113,6 +113,7 @@ def bundle(run_dir: Path, name: str) -> None:
         "recommended_layer": RECOMMENDED_LAYERS[recipe["model"]],
         "input_size": [cfg["input_size"][0], *[RECIPES[recipe["name"]].input_size] * 2],
         **{key: list(cfg[key]) for key in ("mean", "std")},
+        **({"model_args": dict(recipe["model_args"])} if recipe.get("model_args") else {}),
         "metrics": {},
     }
     FIGURES_DIR.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -45,11 +46,11 @@ def load_subject(
 
     Args:
         model: ``model.tag`` or ``model`` for its default tag; the part before the dot names the network.
-        random: take the network as initialised with ``seed``; it is called ``model.random`` (``model.random1`` for
-            seed 1, and so on).
+        random: take the network as initialised with ``seed``, with the layers that its bundled weights have; it is
+            called ``model.random`` (``model.random1`` for seed 1, and so on).
         seed: of the random weights.
         weights: a safetensors file of the user's; called ``model@`` and the first 12 digits of its sha256.
-        size: side of the images in pixels; None: the model's own.
+        size: side of the images in pixels; None: what the config.json beside the weights says, or the model's own.
 
     Raises:
         ValueError: no such model or weights, or a file that does not fit.
@@ -63,7 +64,7 @@ def load_subject(
     torch.manual_seed(seed)
     try:
         if random:
-            backbone = timm.create_model(architecture)
+            backbone = timm.create_model(architecture, **_bundled_args(architecture))
         elif weights:
             backbone = _with_file(architecture, weights)
         else:
@@ -80,7 +81,7 @@ def load_subject(
         name = f"{architecture}@{digest[:12]}"
     elif (tagged := f"{architecture}.{backbone.pretrained_cfg.get('tag')}") in zoo.bundled():
         name, digest = tagged, zoo.bundled()[tagged]["sha256"]
-    size = size or resolve_model_data_config(backbone)["input_size"][-1]
+    size = size or (weights and _described_size(weights)) or resolve_model_data_config(backbone)["input_size"][-1]
     try:
         with torch.inference_mode():
             backbone.eval()(torch.zeros(1, 3, size, size))
@@ -158,6 +159,23 @@ def record_file(subject: Subject, own_settings: bool) -> Path:
     if len(current_commit()) != 40:
         raise ValueError(f"--record needs committed code, this is {current_commit()}: commit, then measure")
     return RESULTS_DIR / f"{subject.name}.jsonl"
+
+
+def _bundled_args(architecture: str) -> dict[str, Any]:
+    """The arguments of the network whose weights are bundled, that random ones may be compared with them."""
+    entries = (entry for name, entry in zoo.bundled().items() if name.split(".", 1)[0] == architecture)
+    return dict(next(entries, {}).get("model_args", {}))
+
+
+def _described_size(weights: Path) -> int | None:
+    """The side of the images that a run's weights, or converted ones, are for; None where nothing says it."""
+    described = weights.with_name("config.json")
+    if weights.name != "model.safetensors" or not described.is_file():
+        return None
+    try:
+        return int(json.loads(described.read_text())["pretrained_cfg"]["input_size"][-1])
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"{described} does not say the input_size of the weights beside it: give the size") from error
 
 
 def _with_file(architecture: str, file: Path) -> nn.Module:
