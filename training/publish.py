@@ -132,13 +132,9 @@ def render(check: bool = False) -> list[Path]:
     Raises:
         ValueError: rows that cannot be read, are missing, or are of other bytes or weights than the manifest's.
     """
-    rows = read_rows()
     every = _read_manifest()
     entries = {name: entry for name, entry in every.items() if entry["source"] == "bundled"}
-    layers = {name: list(layer_modules(timm.create_model(_model(name), device="meta"))) for name in entries}
-    found = complaints(rows, every, layers)
-    if found:
-        raise ValueError(found[0] + (f" (and {len(found) - 1} more such)" if len(found) > 1 else ""))
+    rows = _reportable_rows(every)
     for name, entry in entries.items():
         entry["metrics"] = metrics(select(rows, name))
     wanted = {
@@ -158,9 +154,9 @@ def draw_figures(data_dir: Path, download: bool = False) -> list[Path]:
     """Draw the card's figures of every published weight: returns the files written.
 
     Raises:
-        ValueError: rows that cannot be read, or no CIFAR-10 in ``data_dir``.
+        ValueError: as :func:`render`, or no CIFAR-10 in ``data_dir``.
     """
-    rows = read_rows()
+    rows = _reportable_rows(_read_manifest())
     gallery = load_cifar10(data_dir, "test", download).images
     samples = sorted((zoo.WEIGHTS_DIR.parent / "samples" / "cifar10").glob("*.png"))
     queries = read_images(samples[::4], gallery.shape[-1])  # four of each class, in its order
@@ -177,6 +173,21 @@ def draw_figures(data_dir: Path, download: bool = False) -> list[Path]:
         draw_neighbours(backbone, entry["recommended_layer"], gallery, queries, files["neighbours"], stamp)
         written += files.values()
     return written
+
+
+def _reportable_rows(every: dict[str, Any]) -> list[Row]:
+    """The rows, where they are all there and of the published bytes.
+
+    Raises:
+        ValueError: they are not.
+    """
+    rows = read_rows()
+    bundled = [name for name, entry in every.items() if entry["source"] == "bundled"]
+    layers = {name: list(layer_modules(timm.create_model(_model(name), device="meta"))) for name in bundled}
+    found = complaints(rows, every, layers)
+    if found:
+        raise ValueError(found[0] + (f" (and {len(found) - 1} more such)" if len(found) > 1 else ""))
+    return rows
 
 
 def stale_figures(rows: list[Row], entries: dict[str, Any]) -> list[Path]:
