@@ -7,6 +7,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+import timm
+
 from training.recipes import IMAGENET_IMAGES, RECIPES
 from training.report import spread_text
 from training.results import REPORTED, RESULTS_DIR, Row, read_file
@@ -29,6 +31,7 @@ PAPER_BUDGETS = {
 def render_card(rows: Sequence[Row], entries: dict[str, Any]) -> str:
     """The text of MODEL_CARD.md."""
     values = {"repository": REPOSITORY, "weights": weights_table(rows, entries), "elsewhere": elsewhere(entries)}
+    values["defaults"] = default_weights(entries)
     entries = {name: entry for name, entry in entries.items() if entry["source"] == "bundled"}
     for heading, section in (("training", _training), ("evaluation", _evaluation), ("compute", _compute)):
         values[heading] = "\n\n".join("\n".join(section(name, entry, rows)) for name, entry in entries.items())
@@ -44,6 +47,7 @@ def render_readme(text: str, rows: Sequence[Row], entries: dict[str, Any]) -> st
         ValueError: a part that this program does not know.
     """
     parts = {"weights": weights_table(rows, entries), "repository": _hub_snippet()}
+    parts["defaults"] = default_weights(entries)
     if SPEED_FILE.exists():
         parts["speed"] = speed_tables(json.loads(SPEED_FILE.read_text()))
     return replace_parts(text, parts, "README.md")
@@ -133,6 +137,19 @@ def weights_table(rows: Sequence[Row], entries: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def default_weights(entries: dict[str, Any]) -> str:
+    """Which networks have weights by default, the bundled ones, and which have none."""
+    bundled = {_model_of(name) for name, entry in entries.items() if entry["source"] == "bundled"}
+    with_weights: list[str] = []
+    without: list[str] = []
+    for model in timm.list_models("rotnet_*"):
+        (with_weights if model in bundled else without).append(f"`{model}`")
+    return (
+        f"Bundled, and so the default of `pretrained=True`: weights of {_and(with_weights)}. By default"
+        f" {_and(without)} have none, and `pretrained=True` says so."
+    )
+
+
 def elsewhere(entries: dict[str, Any]) -> str:
     """One line for each of the weights that are not in the wheel."""
     return "\n".join(
@@ -202,7 +219,7 @@ def _evaluation(name: str, entry: dict[str, Any], rows: Sequence[Row]) -> list[s
         "layers": "Accuracy by layer",
         "few-labels": "Accuracy with few labels",
         "attention": "Attention maps of sample images",
-        "neighbours": f"Nearest test images of sample images by {entry['recommended_layer']}",
+        "neighbours": f"Nearest CIFAR-10 test images of sample images by {entry['recommended_layer']}",
     }
     return [
         f"### `{name}`",
@@ -392,6 +409,10 @@ def _few_labels_table(name: str, model: str, rows: Sequence[Row]) -> list[str]:
 
 def _model_of(name: str) -> str:
     return name.split(".", 1)[0]
+
+
+def _and(words: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
 def _images_of(data: str) -> str:

@@ -167,9 +167,9 @@ def trained_tolerance(row: Row, rows: Sequence[Row]) -> float:
 
 
 def expected_seconds(rows: Sequence[Row], every: Sequence[Row], quick: bool) -> float:
-    """How long measuring the rows took on the machine that reported them, features by its rotation accuracy's rate."""
-    rates = [r.seconds / r.n for r in every if r.protocol == "rotation accuracy" and r.seconds and r.n]
-    rate = statistics.mean(rates) if rates else 0.0
+    """How long measuring the rows took on the machine that reported them, features by the rate of the same network's
+    rotation accuracy.
+    """
     part = len(QUICK_PARTS) / PARTS if quick else 1.0
     seconds = 0.0
     counts = {NAMES[dataset]: WHOLE[dataset] for dataset in WHOLE}
@@ -177,9 +177,16 @@ def expected_seconds(rows: Sequence[Row], every: Sequence[Row], quick: bool) -> 
         own = [row for row in rows if (row.weights, row.data) == (weights, data)]
         probed = [_measurement(row) for row in own if row.protocol in _probes()]
         train, test = counts.get(data, (0, 0))
+        passes = [row for row in every if (_model(row), row.data) == (_model(own[0]), data)]
+        rates = [row.seconds / row.n for row in passes if row.protocol == "rotation accuracy" and row.seconds and row.n]
+        rate = statistics.mean(rates) if rates else 0.0
         seconds += rate * images_to_run(probed, train, round(part * test))
         seconds += sum(row.seconds or 0.0 for row in own) * part
     return seconds
+
+
+def _model(row: Row) -> str:
+    return row.weights.split(".", 1)[0]
 
 
 def _measurement(row: Row) -> Measurement:
@@ -239,16 +246,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         unknown = sorted({row.data for row in rows} - set(NAMES.values()))
         if unknown:
             raise ValueError(f"there are rows of {', '.join(unknown)}: only {', '.join(NAMES.values())} can be checked")
-        seconds = expected_seconds(rows, every, args.quick)
-        print(f"{len(rows)} numbers; measuring them took {seconds / 60:.0f} minutes where they were reported")
         folders = {"cifar10": args.data_dir, "tinyimagenet": args.tinyimagenet}
-        for dataset, folder in folders.items():
-            own = [row for row in rows if row.data == NAMES[dataset]]
-            if not own or folder is None:
-                left_out += [f"{len(own)} numbers of {NAMES[dataset]}: give --{dataset} DIR"] if own else []
-                continue
+        measurable = {dataset: [row for row in rows if row.data == NAMES[dataset]] for dataset in folders}
+        measurable = {dataset: own for dataset, own in measurable.items() if own}
+        for dataset in [dataset for dataset in measurable if folders[dataset] is None]:
+            left_out.append(f"{len(measurable.pop(dataset))} numbers of {NAMES[dataset]}: give --{dataset} DIR")
+        given = [row for own in measurable.values() for row in own]
+        seconds = expected_seconds(given, every, args.quick)
+        print(f"{len(given)} numbers; measuring them took {seconds / 60:.0f} minutes where they were reported")
+        for dataset, own in measurable.items():
             test_only = {row.protocol for row in own} == {"rotation accuracy"}
-            images = load_images(dataset, folder, 0, args.download, test_only=test_only)
+            images = load_images(dataset, folders[dataset], 0, args.download, test_only=test_only)
             for row, new in measure_again(own, images, args.quick, args.device):
                 verdicts.append(judge(row, new, every))
                 tqdm.write(str(verdicts[-1]))

@@ -160,6 +160,7 @@ def draw_figures(data_dir: Path, download: bool = False) -> list[Path]:
     gallery = load_cifar10(data_dir, "test", download).images
     samples = sorted((zoo.WEIGHTS_DIR.parent / "samples" / "cifar10").glob("*.png"))
     queries = read_images(samples[::4], gallery.shape[-1])  # four of each class, in its order
+    photos = sorted((zoo.WEIGHTS_DIR.parent / "samples" / "photos").glob("*.jpg"))
     written: list[Path] = []
     for name, entry in zoo.bundled().items():
         backbone, stamp = timm.create_model(name, pretrained=True).eval(), entry["sha256"]
@@ -169,7 +170,10 @@ def draw_figures(data_dir: Path, download: bool = False) -> list[Path]:
         if not draw_few_labels(rows, name, files["few-labels"]):
             files.pop("few-labels").unlink(missing_ok=True)
         draw_filters(backbone, files["filters"], stamp)
-        draw_attention(backbone, queries, files["attention"], stamp)
+        # enlarged small images would show little of a network for larger ones
+        side = entry["input_size"][-1]
+        looked_at = queries if side <= queries.shape[-1] else read_images(photos, side)
+        draw_attention(backbone, looked_at, files["attention"], stamp)
         draw_neighbours(backbone, entry["recommended_layer"], gallery, queries, files["neighbours"], stamp)
         written += files.values()
     return written
