@@ -389,10 +389,11 @@ def _few_labels_table(name: str, model: str, rows: Sequence[Row]) -> list[str]:
         return []
     quoted = [row for row in select(rows, f"{model}.paper", measured=False) if row.labels_per_class]
     labels = sorted({row.labels_per_class or 0 for row in own})
+    everything = " (5,000 are all of CIFAR-10)" if 5000 in labels else ""
     lines = [
-        "Accuracy with few labels of each class:",
+        f"Accuracy with as many labels of each class{everything}:",
         "",
-        f"| protocol | weights | {' | '.join(map(str, labels))} |",
+        f"| protocol | weights | {' | '.join(f'{count:,}' for count in labels)} |",
         f"|---|---|{'---|' * len(labels)}",
     ]
     groups: dict[tuple[str, ...], list[Row]] = {}
