@@ -26,6 +26,12 @@ NAME = "rotnet_nin.cifar10"
 REPOSITORY = f"ORG/{NAME}"
 
 
+@pytest.fixture(autouse=True)
+def public_address(monkeypatch):
+    """The project as it is once it has one, for the cards to point to."""
+    monkeypatch.setattr(upload, "REPOSITORY", "ORG/rotation_ssl")
+
+
 @pytest.fixture
 def weights_dir(monkeypatch, tmp_path):
     """The package's weights and manifest where publishing may write them."""
@@ -143,6 +149,7 @@ def test_killed_after_the_upload_and_run_again(hub, weights_dir, tmp_path):
         "from rotation_ssl import zoo\n"
         "zoo.WEIGHTS_DIR = pathlib.Path(sys.argv[1])\n"
         "from training import publish, upload\n"
+        "upload.REPOSITORY = 'ORG/rotation_ssl'\n"
         "upload._verify = lambda *args: os.kill(os.getpid(), signal.SIGKILL)\n"
         "publish.main(['--namespace', 'ORG'])\n"
     )
@@ -154,6 +161,13 @@ def test_killed_after_the_upload_and_run_again(hub, weights_dir, tmp_path):
     assert uploaded and "hub" not in manifest_of(weights_dir)[NAME]
     assert run("--namespace", "ORG") == 0
     assert hub.uploads == uploaded and manifest_of(weights_dir)[NAME]["hub"]["revision"] == revision
+
+
+def test_nothing_is_published_without_an_address(hub, weights_dir, monkeypatch, capsys):
+    monkeypatch.setattr(upload, "REPOSITORY", "OWNER/rotation_ssl")
+    assert run("--namespace", "ORG") == 2
+    assert "set REPOSITORY in training/card.py" in capsys.readouterr().err and not hub.repositories
+    assert run("--namespace", "ORG", "--dry-run") == 0
 
 
 @pytest.mark.parametrize(

@@ -165,8 +165,11 @@ def publish(upload: Upload, namespace: str, version: str, rows: Sequence[Row]) -
 
     Raises:
         OSError: the Hub cannot be reached, or refuses (no login, no permission, a commit in between).
-        ValueError: it serves other bytes than were uploaded, or the version's tag is at another revision.
+        ValueError: it serves other bytes than were uploaded, the version's tag is at another revision, or this project
+            has no public address for the card to point to.
     """
+    if REPOSITORY.startswith("OWNER/"):
+        raise ValueError("a card on the Hub points to this project's public address: set REPOSITORY in training/card.py")
     repository = f"{namespace}/{upload.name}"
     files, api = hub_files(upload, repository, version, rows), HfApi()
     try:
