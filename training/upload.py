@@ -169,7 +169,7 @@ def publish(upload: Upload, namespace: str, version: str, rows: Sequence[Row]) -
             has no public address for the card to point to.
     """
     if REPOSITORY.startswith("OWNER/"):
-        raise ValueError("a card on the Hub points to this project's public address: set REPOSITORY in training/card.py")
+        raise ValueError("cards on the Hub point to this project's public address: set REPOSITORY in training/card.py")
     repository = f"{namespace}/{upload.name}"
     files, api = hub_files(upload, repository, version, rows), HfApi()
     try:
