@@ -43,7 +43,9 @@ def run(*arguments):
 
 def small(recipe, steps=2, lr=0.001):
     training = dataclasses.replace(recipe.training, steps=steps, lr=lr)
-    return dataclasses.replace(recipe, training=training, train_sides=(112, 128), test_side=128, longest=400)
+    return dataclasses.replace(
+        recipe, training=training, train_sides=(112, 128), test_side=128, longest=400, dropout=0.0
+    )
 
 
 def network_for(images, fc_size=32):
@@ -59,7 +61,8 @@ def test_the_command_end_to_end(mode, devkit, proposals, tmp_path):
     rows = read_file(tmp_path / "rows.jsonl")
     assert [row.protocol for row in rows] == [f"PASCAL VOC detection ({mode}), {kind} mAP" for kind in detect.KINDS]
     assert all(0 <= row.value <= 1 and row.n is None and row.cost == "" for row in rows)
-    assert rows[0].settings.startswith(f"{mode}, 2 classes, shorter side 128 in training and 128 in the test, 2 steps")
+    assert rows[0].settings.startswith(f"{mode}, 2 classes, shorter side 128 in training and 128 in the test, ")
+    assert ("proposals " in rows[0].settings) == bool(regions) and "2 steps of 1 images" in rows[0].settings
     state = load_file(tmp_path / "network.safetensors")
     assert state["roi_heads.box_predictor.cls_score.weight"].shape == (21, 16)
 

@@ -40,7 +40,9 @@ def test_the_command_end_to_end(fc_size, devkit, tmp_path):
     assert run(*arguments, *splits, "--steps", 2, "--images-per-step", 2) == 0
     (row,) = read_file(tmp_path / "rows.jsonl")
     assert (row.protocol, row.data, row.n) == ("PASCAL VOC segmentation, mean IoU", "VOC2007 test", None)
-    assert 0 <= row.value <= 1 and row.settings.startswith("FCN, 3 classes with the background, 2 steps of 2 images")
+    assert 0 <= row.value <= 1 and row.settings.startswith(
+        "FCN, 3 classes with the background, trained on trainval, 2 steps"
+    )
     assert load_file(tmp_path / "network.safetensors")["score.weight"].shape == (21, fc_size or 256, 1, 1)
 
 

@@ -1,5 +1,6 @@
 """Classification on a small VOCdevkit: what is frozen stays, what is learned beats chance, what is written is read."""
 
+import argparse
 import dataclasses
 import functools
 import random
@@ -16,7 +17,16 @@ from training import voc
 from training.protocols import VOC_CLASSIFICATION
 from training.results import read_file
 from training.subject import load_subject, preparation
-from training.transfer import Backbone, Draws, averages, batches, smallest_side, transfer_network
+from training.transfer import (
+    Backbone,
+    Draws,
+    add_arguments,
+    averages,
+    batches,
+    cost_of,
+    smallest_side,
+    transfer_network,
+)
 from training.voc_data import CLASSES, class_labels, read_annotations
 
 TINY = ("--size", 64, "--fc-size", 16, "--steps", 3, "--images-per-step", 4)
@@ -51,15 +61,12 @@ def test_the_command_end_to_end(layers, devkit, tmp_path, capsys):
     assert {(row.weights, row.layer, row.data, row.cost) for row in rows} == {
         ("rotnet_alexnet.random", layers, "VOC2007 test", "")
     }
-    assert "2 classes, 10 crops, 3 steps of 4 images" in rows[0].settings and "torchvision" in rows[0].versions
+    assert rows[0].settings.startswith("2 classes, 10 crops of 64 pixels, trained on trainval, 3 steps of 4 images, ")
+    assert "fresh fc6 and fc7 of 16" in rows[0].settings and "torchvision" in rows[0].versions
     said = capsys.readouterr().out
     assert "aeroplan" in said and "boat" not in said, "classes that the data have"
-    assert (tmp_path / "report.md").exists() and load_file(tmp_path / "network.safetensors")[
-        "head.fc.weight"
-    ].shape == (
-        20,
-        16,
-    )
+    state = load_file(tmp_path / "network.safetensors")
+    assert (tmp_path / "report.md").exists() and state["head.fc.weight"].shape == (20, 16)
 
 
 def test_published_weights_are_transferred(devkit, tmp_path):
@@ -67,8 +74,47 @@ def test_published_weights_are_transferred(devkit, tmp_path):
     assert run("rotnet_nin", "--data-dir", devkit, "--output", tmp_path, *options) == 0
     row = read_file(tmp_path / "rows.jsonl")[0]
     assert (row.weights, row.layer) == ("rotnet_nin.cifar10", "all") and "layers rescaled" in row.settings
-    assert run("rotnet_resnet18", "--random", "--no-rescale", "--data-dir", devkit, "--output", tmp_path, *options) == 0
-    assert "rescaled" not in read_file(tmp_path / "rows.jsonl")[-1].settings
+    other = tmp_path / "resnet"
+    assert run("rotnet_resnet18", "--random", "--no-rescale", "--data-dir", devkit, "--output", other, *options) == 0
+    assert "rescaled" not in read_file(other / "rows.jsonl")[-1].settings
+
+
+def test_a_failed_measurement_keeps_the_trained_network(devkit, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(voc, "classify", lambda *args: (_ for _ in ()).throw(OSError("no space left")))
+    arguments = ("rotnet_alexnet", "--random", "--data-dir", devkit, "--output", tmp_path, *TINY)
+    assert run(*arguments) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "error: no space left"
+    kept = (tmp_path / "network.safetensors").read_bytes()
+    # and the next training does not write over it
+    assert run(*arguments) == 2
+    assert "network.safetensors is another training's: give a new --output" in capsys.readouterr().err
+    assert (tmp_path / "network.safetensors").read_bytes() == kept
+
+
+def test_trainings_have_folders_of_their_own(devkit, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for arguments in (("--layers", "fc6-8"), ("--layers", "all"), ("--layers", "all", "--seed", 1)):
+        assert run("rotnet_alexnet", "--random", "--data-dir", devkit, *TINY, *arguments) == 0
+    files = sorted(str(file.relative_to(tmp_path / "runs" / "voc")) for file in tmp_path.rglob("network.safetensors"))
+    names = ("random/classification-all-seed0", "random/classification-fc6-8-seed0", "random1/classification-all-seed1")
+    assert files == [f"rotnet_alexnet.{name}/network.safetensors" for name in names]
+    one, _, other = (load_file(tmp_path / "runs" / "voc" / file) for file in files)
+    first = next(name for name in one if name.startswith("features."))
+    assert not torch.equal(one[first], other[first]), "a seed's own convolutions"
+
+
+def test_what_the_paper_did_is_called_so():
+    """Every change of the protocol, and weights whose fc layers are fresh, make another number."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser, "2007", "trainval", "test")
+
+    def cost(*options, fresh_fc=False):
+        return cost_of(parser.parse_args(["rotnet_alexnet", *options]), parser, fresh_fc)
+
+    assert cost() == cost("--seed", "3", "--workers", "4", "--output", "x") == cost("--random") == "paper"
+    assert cost("--random", fresh_fc=True) == "paper" and cost(fresh_fc=True) == ""
+    for options in ("--steps 9", "--lr 1", "--images-per-step 2", "--no-rescale", "--fc-size 9", "--train train"):
+        assert cost(*options.split()) == "", options
 
 
 def test_frozen_layers_do_not_move(devkit):
@@ -141,6 +187,20 @@ def test_a_sample_is_the_same_whoever_loads_it():
 
 # Python 3.12 and later warn of every fork beside torch's threads
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_that_does_not_decode_is_named_by_whoever_reads_it(workers, tmp_path, capsys):
+    devkit = write_small_voc(tmp_path / "voc", train=2, test=2)
+    image = read_annotations(devkit, "2007", "test")[0].file
+    # its header tells the size still
+    image.write_bytes(image.read_bytes()[:1000])
+    arguments = ("rotnet_alexnet", "--random", "--data-dir", devkit, "--output", tmp_path / "out", *TINY)
+    assert run(*arguments, "--workers", workers) == 2
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert error.startswith(f"error: image {image} does not decode") and not (tmp_path / "out").exists()
+
+
+# Python 3.12 and later warn of every fork beside torch's threads
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_processes_that_read_images_change_nothing(devkit):
     files = tuple(files_of(read_annotations(devkit, "2007", "train")))
     draws = Draws(functools.partial(voc._crop, files, 16, (0.5, 2.0)), len(files), 12, seed=0)
@@ -203,6 +263,7 @@ def test_it_learns(layers, tmp_path):
     [
         (["rotnet_alexnet", "--random", "--year", "2012"], "expected VOCdevkit/VOC2012"),
         (["rotnet_alexnet", "--random", "--test", "val2"], "there are the splits"),
+        (["rotnet_alexnet", "--random", "--test", "train"], "images are trained on and measured, 000001.jpg among"),
         (["rotnet_alexnet", "--random", "--classes", "car"], "class 'aeroplane': the classes are car"),
         (["rotnet_alexnet", "--random", "--classes", "car", "car"], "names a class twice"),
         (["rotnet_alexnet", "--random", "--size", "32"], "does not take images of 32 pixels"),

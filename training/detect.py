@@ -18,6 +18,7 @@ rows.jsonl, report.md, report.json and report.png, and the trained network as ne
 import argparse
 import dataclasses
 import functools
+import hashlib
 import math
 import random
 import sys
@@ -28,7 +29,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file, save_model
+from safetensors.torch import save_file
 from timm.data import resolve_model_data_config
 from torch import nn
 from torchvision.models.detection import FasterRCNN
@@ -50,18 +51,29 @@ from training.transfer import (
     add_arguments,
     averages,
     batches,
+    check_apart,
     cost_of,
     data_name,
+    has_fresh_fc,
     keep_numbers,
+    output_of,
+    read_once,
+    settings_text,
     smallest_side,
     subject_of,
     train_network,
     training_of,
-    training_text,
     transfer_network,
     transfer_row,
 )
-from training.voc_data import AnnotatedImage, check_large_enough, open_pixels, pixels_tensor, read_annotations
+from training.voc_data import (
+    AnnotatedImage,
+    check_countable,
+    check_large_enough,
+    open_pixels,
+    pixels_tensor,
+    read_annotations,
+)
 from training.voc_metrics import average_precision, match_detections
 
 KINDS = ("11-point", "area")
@@ -143,15 +155,15 @@ class FastRCNN(nn.Module):
 
 
 class FcHead(nn.Module):
-    """AlexNet's fc6 and fc7 on the regions' maps: (R, C, 6, 6) -> (R, fc_size)."""
+    """AlexNet's fc6 and fc7 on the regions' maps, each with dropout after it: (R, C, 6, 6) -> (R, fc_size)."""
 
-    def __init__(self, fc6: nn.Module, fc7: nn.Module) -> None:
+    def __init__(self, fc6: nn.Module, fc7: nn.Module, dropout: float) -> None:
         super().__init__()
-        self.fc6, self.fc7 = fc6, fc7
+        self.fc6, self.fc7, self.drop = fc6, fc7, nn.Dropout(dropout)
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
         """Features of every region."""
-        return self.fc7(self.fc6(maps.flatten(1)))
+        return self.drop(self.fc7(self.drop(self.fc6(maps.flatten(1)))))
 
 
 class RoiMaxPool(nn.Module):
@@ -183,7 +195,7 @@ def build_detector(recipe: VocDetection, network: nn.Module, classes: int, given
     fc_layers = (head.fc6, head.fc7) if fc_size else None
     backbone = Backbone(network)
     width = fc_size or 1024
-    box_head = FcHead(*fc_layers) if fc_layers else TwoMLPHead(backbone.out_channels * POOLED**2, width)
+    box_head = FcHead(*fc_layers, recipe.dropout) if fc_layers else TwoMLPHead(backbone.out_channels * POOLED**2, width)
     predictor = FastRCNNPredictor(width, classes + 1)
     sides = {"min_size": recipe.train_sides, "max_size": recipe.longest}
     settings = {"image_mean": list(cfg["mean"]), "image_std": list(cfg["std"])}
@@ -224,6 +236,7 @@ def train_detector(
     device: str = "cpu",
     seed: int = 0,
     workers: int = 0,
+    output: Path | None = None,
 ) -> None:
     """Train a detector in place, on the images that show an object which is not difficult.
 
@@ -251,7 +264,7 @@ def train_detector(
         return sum(losses.values(), torch.zeros((), device=device))
 
     name = "Fast R-CNN" if proposals else "Faster R-CNN"
-    train_network(training, detector, batches(draws, training.images_per_step, workers), loss_of, name)
+    train_network(training, detector, batches(draws, training.images_per_step, workers), loss_of, name, output)
 
 
 def detect(
@@ -307,6 +320,7 @@ def measure_detection(
     device: str = "cpu",
     seed: int = 0,
     workers: int = 0,
+    output: Path | None = None,
 ) -> tuple[nn.Module, dict[str, Sequence[float]]]:
     """Build a detector on a transferred network, train it, measure it.
 
@@ -314,9 +328,10 @@ def measure_detection(
         The detector, and by kind of average precision those of the K classes.
 
     Raises:
-        ValueError: an image too small for the network, proposals that lack an image or do not fit one, or as
-            :func:`train_detector`.
+        ValueError: an image too small for the network or one that does not decode, test images that show nothing that
+            counts, proposals that lack an image or do not fit one, or as :func:`train_detector`.
     """
+    check_countable(test)
     if proposals:
         check_proposals_file(proposals, [*train, *test])
     torch.manual_seed(seed)
@@ -327,7 +342,8 @@ def measure_detection(
             scale = min(min(sides) / min(image.width, image.height), recipe.longest / max(image.width, image.height))
             width, height = round(image.width * scale), round(image.height * scale)
             check_large_enough(image.file, width, height, smallest, " as it is scaled")
-    train_detector(recipe, detector, train, proposals, device, seed, workers)
+    read_once(functools.partial(_read, (*train, *test), proposals), len(train) + len(test), workers)
+    train_detector(recipe, detector, train, proposals, device, seed, workers, output)
     found = detect(recipe, detector, test, proposals, device, workers)
     return detector, {kind: detection_precisions(found, test, classes, kind) for kind in KINDS}
 
@@ -398,6 +414,10 @@ def _test_sample(
     return pixels_tensor(open_pixels(image.file)), None if proposals is None else _proposals_of(proposals, image)
 
 
+def _read(images: tuple[AnnotatedImage, ...], proposals: Path | None, index: int) -> None:
+    _test_sample(images, proposals, index)
+
+
 def _mirrored(boxes: torch.Tensor, width: int) -> torch.Tensor:
     return torch.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], 1)
 
@@ -421,30 +441,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.side is not None:
             recipe = dataclasses.replace(recipe, train_sides=(args.side,), test_side=args.side)
         subject: Subject = subject_of(args)
+        name = "Fast R-CNN" if args.proposals else "Faster R-CNN"
+        output = output_of(args, subject, name.lower().replace(" ", "-"))
         train = read_annotations(args.data_dir, args.year, args.train, args.classes)
         test = read_annotations(args.data_dir, args.year, args.test, args.classes)
+        check_apart(train, test)
         files = [image.file for image in train]
         network = transfer_network(subject, len(args.classes), files, args.fc_size, not args.no_rescale, args.seed)
+        # before the detector takes the network over
+        told, fresh_fc = settings_text(args, recipe.training, subject, network), has_fresh_fc(subject, network)
         detector, by_class = measure_detection(
-            recipe, network, train, test, len(args.classes), args.proposals, args.device, args.seed, args.workers
-        )
-        output = args.output or Path("runs") / "voc" / subject.name
+            recipe, network, train, test, len(args.classes), args.proposals, args.device, args.seed, args.workers,
+            output,
+        )  # fmt: skip
         present = sum(not math.isnan(value) for value in by_class["area"])
-        name = "Fast R-CNN" if args.proposals else "Faster R-CNN"
+        regions = hashlib.sha256(args.proposals.read_bytes()).hexdigest()[:12] if args.proposals else ""
+        told = f"proposals {regions}, {told}" if regions else told
         settings = (
-            f"{name}, {present} classes, shorter side {', '.join(map(str, recipe.train_sides))} in training and "
-            f"{recipe.test_side} in the test, {training_text(recipe.training, not args.no_rescale)}"
+            f"{name}, {present} classes, shorter side {', '.join(map(str, recipe.train_sides))} in training"
+            f" and {recipe.test_side} in the test, {told}"
         )
         rows = [
             transfer_row(
                 subject, detector, value, started, protocol=f"PASCAL VOC detection ({name}), {kind} mAP", layer="all",
-                seed=args.seed, data=data_name(args), cost="" if args.side is not None else cost_of(args),
+                seed=args.seed, data=data_name(args), cost=cost_of(args, parser, fresh_fc) if args.proposals else "",
                 settings=settings,
             )
             for kind, value in averages(by_class).items()
         ]  # fmt: skip
         keep_numbers(output, rows, by_class, args.classes)
-        save_model(detector, str(output / "network.safetensors"))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -244,6 +244,7 @@ class VocDetection:
     """Detection: images whose shorter side is one of ``train_sides`` in training and ``test_side`` in the test, their
     longer side at most ``longest``; ``regions`` of every image are trained on, a quarter of them on objects.
     ``overlap`` is the intersection over union above which the surer of two detections of a class replaces the other.
+    ``dropout`` is after AlexNet's fc6 and fc7.
     """
 
     training: Training
@@ -252,12 +253,14 @@ class VocDetection:
     longest: int
     regions: int
     overlap: float
+    dropout: float
 
     def __post_init__(self) -> None:
         sides = (*self.train_sides, self.test_side, self.longest)
         check_field(bool(self.train_sides) and min(sides) >= 1, "sides", "at least 1 pixel", sides)
         check_field(self.regions >= 4, "regions", "at least 4", self.regions)
         check_field(0 < self.overlap < 1, "overlap", "between 0 and 1", self.overlap)
+        check_field(0 <= self.dropout < 1, "dropout", "0 up to 1", self.dropout)
 
 
 @dataclass(frozen=True)
@@ -285,7 +288,7 @@ VOC_CLASSIFICATION = VocClassification(
     test_crops=10,
     dropout=0.5,
 )
-# images and regions a step, rate, weight decay, the five scales and the overlap of Fast R-CNN (Girshick 2015); its
+# images and regions a step, rate, weight decay, the five scales, overlap and dropout of Fast R-CNN (Girshick 2015); its
 # 40,000 steps are taken three times over, which is ours: these weights know no objects
 VOC_FAST_RCNN = VocDetection(
     Training(
@@ -300,6 +303,7 @@ VOC_FAST_RCNN = VocDetection(
     longest=2000,
     regions=64,
     overlap=0.3,
+    dropout=0.5,
 )
 # Faster R-CNN is not in the paper: its settings are ours, after Fast R-CNN's
 VOC_FASTER_RCNN = dataclasses.replace(VOC_FAST_RCNN, train_sides=(480, 512, 544, 576, 600), longest=1000)

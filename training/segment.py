@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_model
 from timm.data import resolve_model_data_config
 from torch import nn
 from torch.nn import functional as F
@@ -42,13 +41,17 @@ from training.transfer import (
     InOrder,
     add_arguments,
     batches,
+    check_apart,
     cost_of,
     data_name,
+    has_fresh_fc,
     keep_numbers,
+    output_of,
+    read_once,
+    settings_text,
     subject_of,
     train_network,
     training_of,
-    training_text,
     transfer_network,
     transfer_row,
 )
@@ -81,8 +84,8 @@ class Fcn(nn.Module):
             self.padding, self.stride, width = 96, 32, head.fc_size
             self.maps: nn.Module = nn.Sequential(
                 network.features,
-                _as_convolution(head.fc6[0], POOL_SIZE), nn.ReLU(inplace=True), nn.Dropout2d(dropout),
-                _as_convolution(head.fc7[0], 1), nn.ReLU(inplace=True), nn.Dropout2d(dropout),
+                _as_convolution(head.fc6[0], POOL_SIZE), nn.ReLU(inplace=True), nn.Dropout(dropout),
+                _as_convolution(head.fc7[0], 1), nn.ReLU(inplace=True), nn.Dropout(dropout),
             )  # fmt: skip
         else:
             backbone = Backbone(network)
@@ -124,6 +127,7 @@ def train_segmenter(
     device: str = "cpu",
     seed: int = 0,
     workers: int = 0,
+    output: Path | None = None,
 ) -> None:
     """Train a network on images and masks, in place.
 
@@ -139,7 +143,7 @@ def train_segmenter(
         pixels, masks = together(batch, network.mean)
         return pixel_loss(network(pixels.to(device)).float(), masks.to(device))
 
-    train_network(training, network, batches(draws, training.images_per_step, workers), loss_of, "segmentation")
+    train_network(training, network, batches(draws, training.images_per_step, workers), loss_of, "segmentation", output)
 
 
 def together(
@@ -191,6 +195,7 @@ def measure_segmentation(
     device: str = "cpu",
     seed: int = 0,
     workers: int = 0,
+    output: Path | None = None,
 ) -> tuple[Fcn, list[float]]:
     """Build a fully convolutional network on a transferred one, train it, measure it.
 
@@ -198,13 +203,15 @@ def measure_segmentation(
         The network, and the intersection over union of the background and K classes, nan for those that are not there.
 
     Raises:
-        ValueError: an image too small for the network, or as :func:`train_segmenter`.
+        ValueError: an image too small for the network, an image or mask that does not decode or a mask with a class
+            that there is not, or as :func:`train_segmenter`.
     """
     torch.manual_seed(seed)
     fcn = Fcn(network, classes, recipe.dropout).to(device)
     for image in (*train, *test):
         check_large_enough(image.file, image.width, image.height, fcn.stride)
-    train_segmenter(recipe, fcn, train, device, seed, workers)
+    read_once(functools.partial(_read, (*train, *test), classes), len(train) + len(test), workers)
+    train_segmenter(recipe, fcn, train, device, seed, workers, output)
     return fcn, intersections_over_unions(segment(fcn, test, device, workers))
 
 
@@ -229,6 +236,10 @@ def _test_sample(images: tuple[MaskedImage, ...], classes: int, index: int) -> t
     return pixels_tensor(open_pixels(image.file)), open_mask(image.mask, classes)
 
 
+def _read(images: tuple[MaskedImage, ...], classes: int, index: int) -> None:
+    _test_sample(images, classes, index)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -243,23 +254,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         started = time.monotonic()
         recipe = dataclasses.replace(VOC_SEGMENTATION, training=training_of(VOC_SEGMENTATION.training, args))
         subject = subject_of(args)
+        output = output_of(args, subject, "segmentation")
         train = read_masks(args.data_dir, args.year, args.train)
         test = read_masks(args.data_dir, args.year, args.test)
+        check_apart(train, test)
         files = [image.file for image in train]
         network = transfer_network(subject, len(args.classes), files, args.fc_size, not args.no_rescale, args.seed)
+        # before the segmenter takes the network over
+        settings, fresh_fc = settings_text(args, recipe.training, subject, network), has_fresh_fc(subject, network)
         fcn, values = measure_segmentation(
-            recipe, network, train, test, len(args.classes), args.device, args.seed, args.workers
+            recipe, network, train, test, len(args.classes), args.device, args.seed, args.workers, output
         )
-        output = args.output or Path("runs") / "voc" / subject.name
         present = sum(not math.isnan(value) for value in values)
-        settings = training_text(recipe.training, not args.no_rescale)
         row = transfer_row(
             subject, fcn, mean_over_classes(values), started, protocol="PASCAL VOC segmentation, mean IoU", layer="all",
-            seed=args.seed, data=data_name(args), cost=cost_of(args),
+            seed=args.seed, data=data_name(args), cost=cost_of(args, parser, fresh_fc),
             settings=f"FCN, {present} classes with the background, {settings}",
         )  # fmt: skip
         keep_numbers(output, [row], {"IoU": values}, ("background", *args.classes))
-        save_model(fcn, str(output / "network.safetensors"))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

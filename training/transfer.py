@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import torchvision
+from safetensors.torch import save_model
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -29,6 +30,11 @@ from training.voc_metrics import mean_over_classes
 
 FC_SIZE = 4096  # of the paper's fc6 and fc7
 RESCALING_IMAGES = 32
+NETWORK = "network.safetensors"
+# options that leave the protocol as it is: what is transferred, and where and how it is worked on
+NOT_OF_THE_PROTOCOL = frozenset(
+    ("model", "weights", "random", "data_dir", "layers", "proposals", "seed", "workers", "device", "output")
+)
 
 
 class Draws(Dataset):
@@ -54,7 +60,7 @@ class Draws(Dataset):
             # kept: an order takes milliseconds
             self.epoch = epoch
             self.order = random.Random(f"{self.seed} epoch {epoch}").sample(range(self.count), self.count)
-        return self.load(self.order[position], random.Random(f"{self.seed} sample {index}"))
+        return _loaded(self.load, self.order[position], random.Random(f"{self.seed} sample {index}"))
 
 
 class InOrder(Dataset):
@@ -67,7 +73,7 @@ class InOrder(Dataset):
         return self.count
 
     def __getitem__(self, index: int) -> Any:
-        return self.load(index)
+        return _loaded(self.load, index)
 
 
 def transfer_network(
@@ -169,8 +175,48 @@ def smallest_side(network: nn.Module, most: int = 512) -> int:
 
 
 def batches(draws: Dataset, size: int, workers: int) -> Iterator[list[Any]]:
-    """The samples in lists of ``size``, loaded by ``workers`` processes (0: by this one)."""
-    return iter(DataLoader(draws, batch_size=size, num_workers=workers, collate_fn=list))
+    """The samples in lists of ``size``, loaded by ``workers`` processes (0: by this one).
+
+    Raises:
+        ValueError: a sample cannot be loaded, in whichever process.
+        OSError: the same.
+    """
+    # forked, as Python's default was up to 3.13: otherwise every tensor of the annotations takes a file descriptor
+    context = "fork" if workers and sys.platform == "linux" else None
+    loader = DataLoader(
+        draws, batch_size=size, num_workers=workers, collate_fn=list, multiprocessing_context=context
+    )  # fmt: skip
+    for batch in loader:
+        for sample in batch:
+            if isinstance(sample, Exception):
+                raise sample
+        yield batch
+
+
+def read_once(load: Callable[[int], Any], count: int, workers: int = 0) -> None:
+    """Load every one of ``count`` samples and drop it, so that one which does not read is found before the training.
+
+    Raises:
+        ValueError: as ``load``.
+        OSError: as ``load``.
+    """
+    with tqdm(total=count, desc="checking", unit="img", mininterval=0.5, disable=count < 500) as bar:
+        for (_,) in batches(InOrder(load, count), 1, workers):
+            bar.update()
+
+
+def check_apart(train: Sequence[Any], test: Sequence[Any]) -> None:
+    """Refuse to measure on images that are trained on.
+
+    Raises:
+        ValueError: an image is in both splits; the error names one.
+    """
+    both = sorted({image.file for image in train} & {image.file for image in test})
+    if both:
+        raise ValueError(
+            f"{len(both)} images are trained on and measured, {both[0].name} among them: give --train and --test "
+            "splits that have no image in common"
+        )
 
 
 def train_network(
@@ -179,6 +225,7 @@ def train_network(
     samples: Iterator[list[Any]],
     loss_of: Callable[[list[Any]], torch.Tensor],
     name: str,
+    output: Path | None = None,
 ) -> None:
     """Train those of the network's parameters that want gradients; it is in eval mode afterwards.
 
@@ -188,10 +235,14 @@ def train_network(
         samples: lists of as many samples as a step has images.
         loss_of: the loss of such a list.
         name: for the progress bar and errors.
+        output: a folder that the trained network is written to, before anything is measured that may fail.
 
     Raises:
         ValueError: a loss that is not finite.
+        OSError: the folder cannot be made or written to.
     """
+    if output:
+        output.mkdir(parents=True, exist_ok=True)
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(parameters, training.lr, momentum=training.momentum, weight_decay=training.weight_decay)
     network.train()
@@ -218,6 +269,8 @@ def train_network(
                 bar.set_postfix(loss=f"{mean.item():.3f}")
                 losses.clear()
     network.eval()
+    if output:
+        save_model(network, str(output / NETWORK))
 
 
 def add_arguments(parser: argparse.ArgumentParser, year: str, train: str, test: str) -> None:
@@ -240,7 +293,9 @@ def add_arguments(parser: argparse.ArgumentParser, year: str, train: str, test: 
     parser.add_argument("--seed", type=int, default=0, help="of all that is random [%(default)s]")
     parser.add_argument("--workers", type=int, default=0, help="processes that read images [%(default)s]")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps [%(default)s]")
-    parser.add_argument("--output", type=Path, help="folder of rows, report and network [runs/voc/<weights>]")
+    parser.add_argument(
+        "--output", type=Path, help="new folder of rows, report and network [runs/voc/<weights>/<what is trained>]"
+    )
 
 
 def training_of(training: Training, args: argparse.Namespace) -> Training:
@@ -253,9 +308,35 @@ def training_of(training: Training, args: argparse.Namespace) -> Training:
     return dataclasses.replace(training, **{name: value for name, value in given.items() if value is not None})
 
 
-def cost_of(args: argparse.Namespace) -> str:
-    """The row's word for what the training costs: 'paper' for the recipe as it is, '' for another one."""
-    return "paper" if args.steps is args.images_per_step is args.lr is None else ""
+def cost_of(args: argparse.Namespace, parser: argparse.ArgumentParser, fresh_fc: bool) -> str:
+    """The row's word for what the training costs: 'paper' for the recipe and the data as they are, '' for others.
+
+    Args:
+        args: of the command line.
+        parser: gives the defaults.
+        fresh_fc: weights without fc6 and fc7 were given new ones.
+    """
+    as_it_is = all(
+        value == parser.get_default(name) for name, value in vars(args).items() if name not in NOT_OF_THE_PROTOCOL
+    )
+    return "paper" if as_it_is and (args.random or not fresh_fc) else ""
+
+
+def output_of(args: argparse.Namespace, subject: Subject, what: str) -> Path:
+    """The folder of a training, a new one for each.
+
+    Args:
+        args: of the command line.
+        subject: the backbone.
+        what: is trained, in a word that is good as a folder's name.
+
+    Raises:
+        ValueError: it has a trained network already.
+    """
+    output = args.output or Path("runs") / "voc" / subject.name / f"{what}-seed{args.seed}"
+    if (output / NETWORK).exists():
+        raise ValueError(f"{output / NETWORK} is another training's: give a new --output, or remove it")
+    return output
 
 
 def data_name(args: argparse.Namespace) -> str:
@@ -268,7 +349,14 @@ def subject_of(args: argparse.Namespace, size: int | None = None) -> Subject:
     """The backbone that the command line names, as :func:`training.subject.load_subject`."""
     if len(set(args.classes)) != len(args.classes):
         raise ValueError(f"--classes names a class twice: {', '.join(args.classes)}")
-    return load_subject(args.model, random=args.random, weights=args.weights, size=size)
+    seed = args.seed if args.random else 0
+    return load_subject(args.model, random=args.random, seed=seed, weights=args.weights, size=size)
+
+
+def has_fresh_fc(subject: Subject, network: nn.Module) -> bool:
+    """Whether a transferred network has fc6 and fc7 that its subject's weights have not, or of another width."""
+    wanted = getattr(getattr(network, "head", None), "fc_size", 0)
+    return bool(wanted) and wanted != getattr(getattr(subject.backbone, "head", None), "fc_size", 0)
 
 
 def transfer_row(subject: Subject, network: nn.Module, value: float, started: float, **fields: Any) -> Row:
@@ -287,12 +375,18 @@ def transfer_row(subject: Subject, network: nn.Module, value: float, started: fl
     )
 
 
-def training_text(training: Training, scaled: bool) -> str:
-    """What a row says of its training, in a few words."""
-    return (
-        f"{training.steps:,} steps of {training.images_per_step} images, rate {training.lr:g}, "
-        f"batch norm folded{', layers rescaled' if scaled else ''}"
-    )
+def settings_text(args: argparse.Namespace, training: Training, subject: Subject, network: nn.Module) -> str:
+    """What a row says of its training, in a few words: data, steps, and what was done to the network before."""
+    fc_size = getattr(getattr(network, "head", None), "fc_size", 0)
+    parts = [
+        f"trained on {args.train}",
+        f"{training.steps:,} steps of {training.images_per_step} images",
+        f"rate {training.lr:g}",
+        f"{'fresh ' if has_fresh_fc(subject, network) else ''}fc6 and fc7 of {fc_size:,}" if fc_size else "",
+        "batch norm folded",
+        "" if args.no_rescale else "layers rescaled",
+    ]
+    return ", ".join(filter(None, parts))
 
 
 def keep_numbers(
@@ -319,3 +413,11 @@ def keep_numbers(
 def averages(by_class: dict[str, Sequence[float]]) -> dict[str, float]:
     """The mean over classes of each kind of number."""
     return {kind: mean_over_classes(values) for kind, values in by_class.items()}
+
+
+def _loaded(load: Callable[..., Any], *arguments: Any) -> Any:
+    try:
+        return load(*arguments)
+    except (ValueError, OSError) as error:
+        # handed on: out of another process it would come as that process's traceback
+        return error

@@ -28,7 +28,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors.torch import save_model
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -43,17 +42,28 @@ from training.transfer import (
     add_arguments,
     averages,
     batches,
+    check_apart,
     cost_of,
     data_name,
+    has_fresh_fc,
     keep_numbers,
+    output_of,
+    read_once,
+    settings_text,
     subject_of,
     train_network,
     training_of,
-    training_text,
     transfer_network,
     transfer_row,
 )
-from training.voc_data import AnnotatedImage, class_labels, open_pixels, pixels_tensor, read_annotations
+from training.voc_data import (
+    AnnotatedImage,
+    check_countable,
+    class_labels,
+    open_pixels,
+    pixels_tensor,
+    read_annotations,
+)
 from training.voc_metrics import KINDS, classification_precisions
 
 LAYERS = ("fc6-8", "all")
@@ -99,6 +109,7 @@ def train_classifier(
     device: str = "cpu",
     seed: int = 0,
     workers: int = 0,
+    output: Path | None = None,
 ) -> None:
     """Train a transferred network on labelled images, in place.
 
@@ -113,6 +124,7 @@ def train_classifier(
         device: where the network is.
         seed: of the crops and the dropout.
         workers: processes that read images.
+        output: as :func:`training.transfer.train_network`.
 
     Raises:
         ValueError: 'fc6-8' of a network without fc layers, or a loss that is not finite.
@@ -137,7 +149,7 @@ def train_classifier(
         return multi_label_loss(logits, labels[[index for index, _ in batch]].to(device))
 
     samples = batches(draws, training.images_per_step, workers)
-    train_network(training, network, samples, loss_of, f"classification, {layers}")
+    train_network(training, network, samples, loss_of, f"classification, {layers}", output)
 
 
 def classify(
@@ -180,19 +192,28 @@ def measure_classification(
     device: str = "cpu",
     seed: int = 0,
     workers: int = 0,
+    output: Path | None = None,
 ) -> dict[str, Sequence[float]]:
     """Train a transferred network and measure it: by kind of average precision those of the K classes.
 
     Raises:
-        ValueError: as :func:`train_classifier` and :func:`classify`.
+        ValueError: an image that does not decode, test images that show nothing that counts, or as
+            :func:`train_classifier` and :func:`classify`.
     """
+    check_countable(test)
+    files = tuple(image.file for image in (*train, *test))
+    read_once(functools.partial(_decode, files), len(files), workers)
     prepare = preparation(subject.backbone, subject.size)
     network.to(device)
     labels = class_labels(train, classes)
-    train_classifier(recipe, network, layers, train, labels, prepare, subject.size, device, seed, workers)
+    train_classifier(recipe, network, layers, train, labels, prepare, subject.size, device, seed, workers, output)
     scores = classify(recipe, network, test, prepare, subject.size, device, seed, workers)
     truth = class_labels(test, classes)
     return {kind: classification_precisions(scores, truth, kind) for kind in KINDS}
+
+
+def _decode(files: tuple[Path, ...], index: int) -> None:
+    open_pixels(files[index])
 
 
 def _crop(
@@ -225,27 +246,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         started = time.monotonic()
         recipe = dataclasses.replace(VOC_CLASSIFICATION, training=training_of(VOC_CLASSIFICATION.training, args))
         subject = subject_of(args, args.size)
+        output = output_of(args, subject, f"classification-{args.layers}")
         train = read_annotations(args.data_dir, args.year, args.train, args.classes)
         test = read_annotations(args.data_dir, args.year, args.test, args.classes)
+        check_apart(train, test)
         files = [image.file for image in train]
         network = transfer_network(subject, len(args.classes), files, args.fc_size, not args.no_rescale, args.seed)
+        settings = settings_text(args, recipe.training, subject, network)
         by_class = measure_classification(
-            recipe, subject, network, args.layers, train, test, len(args.classes), args.device, args.seed, args.workers
-        )
-        output = args.output or Path("runs") / "voc" / subject.name
+            recipe, subject, network, args.layers, train, test, len(args.classes), args.device, args.seed, args.workers,
+            output,
+        )  # fmt: skip
         present = sum(not math.isnan(value) for value in by_class["area"])
-        settings = training_text(recipe.training, not args.no_rescale)
         rows = [
             transfer_row(
                 subject, network, value, started,
                 protocol=f"PASCAL VOC classification, {kind} mAP", layer=args.layers, seed=args.seed,
-                data=data_name(args), cost=cost_of(args),
-                settings=f"{present} classes, {recipe.test_crops} crops, {settings}",
+                data=data_name(args), cost=cost_of(args, parser, has_fresh_fc(subject, network)),
+                settings=f"{present} classes, {recipe.test_crops} crops of {subject.size} pixels, {settings}",
             )
             for kind, value in averages(by_class).items()
         ]  # fmt: skip
         keep_numbers(output, rows, by_class, args.classes)
-        save_model(network, str(output / "network.safetensors"))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -112,6 +112,16 @@ def class_labels(images: Sequence[AnnotatedImage], classes: int) -> torch.Tensor
     return labels
 
 
+def check_countable(images: Sequence[AnnotatedImage]) -> None:
+    """Refuse images to measure on that show nothing which counts.
+
+    Raises:
+        ValueError: no image shows an object that is not difficult.
+    """
+    if not any(bool((~image.difficult).any()) for image in images):
+        raise ValueError("no test image shows an object that is not difficult: there is nothing to measure")
+
+
 def open_pixels(file: Path) -> Image.Image:
     """An image file as RGB, as it is stored.
 
@@ -183,6 +193,8 @@ def _open(kind: Any, data_dir: Path, year: str, split: str, lists: str) -> Any:
         raise ValueError(f"{folder}, {split}: {str(error).splitlines()[0]}") from error
     if not data.images:
         raise ValueError(f"{names} names no images")
+    if any(not name.strip() for name in names.read_text().splitlines()):
+        raise ValueError(f"{names} has an empty line: one image's name a line")
     return data
 
 
