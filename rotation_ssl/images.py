@@ -23,6 +23,10 @@ def read_image(file: Path | IO[bytes] | Image.Image) -> Image.Image:
     """
     try:
         with file if isinstance(file, Image.Image) else Image.open(file) as image:
+            image.load()
+            image.getexif()
+            # what turns the image has read its orientation; it would write the other tags anew, and fail at a wrong one
+            image.info.pop("exif", None)
             return _to_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError as error:
         raise ValueError(f"image {file} does not exist") from error

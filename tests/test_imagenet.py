@@ -21,6 +21,7 @@ from training.imagenet import (
     with_epochs,
 )
 from training.protocols import IMAGENET_LINEAR_CPU, IMAGENET_LINEAR_PAPER, IMAGENET_NONLINEAR_CPU
+from training.results import read_file
 from training.subject import load_subject
 
 LINEAR = dataclasses.replace(
@@ -123,6 +124,9 @@ def test_a_folder_has_its_classes_and_labels(small_cifar10, tmp_path):
     data = open_labelled("folder", small_cifar10, "val", 32)
     assert data.classes == 10 and data.labels.tolist() == [i // 4 for i in range(40)]
     assert data.images.label(5).endswith(".png") and "/automobile/" in data.images.label(5)
+    (small_cifar10 / "train" / "archive.tar").write_bytes(b"")
+    (small_cifar10 / "train" / ".ipynb_checkpoints").mkdir()
+    assert open_labelled("folder", small_cifar10, "val", 32).classes == 10, "what is no class folder"
     (small_cifar10 / "val" / "zebra").mkdir()
     with pytest.raises(ValueError, match="holds classes that train has not: zebra"):
         open_labelled("folder", small_cifar10, "val", 32)
@@ -163,7 +167,7 @@ def test_what_cannot_be_probed(subject, train):
         train_probes(hot, subject, build_probes(hot, subject, ["conv1"], 10), train, torch.arange(20))
 
 
-def test_the_command_writes_rows_and_a_report(small_tinyimagenet, tmp_path, capsys):
+def test_the_command_writes_rows_and_a_report(small_tinyimagenet, tmp_path, capsys, monkeypatch):
     arguments = ["imagenet-linear-cpu", "rotnet_alexnet", "--random", "--size", "64", "--dataset", "tinyimagenet"]
     arguments += [
         "--data-dir",
@@ -179,6 +183,28 @@ def test_the_command_writes_rows_and_a_report(small_tinyimagenet, tmp_path, caps
     assert "takes 192 images a step, there are 20" in capsys.readouterr().err
     assert imagenet.main([*arguments, "--size", "32"]) == 2
     assert "rotnet_alexnet does not take images of 32 pixels" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setitem(imagenet.LAYER_PROBES, "imagenet-linear-cpu", with_epochs(LINEAR, 2))
+    assert imagenet.main([*arguments, "--seeds", "2"]) == 0
+    assert imagenet.main([*arguments, "--epochs", "1"]) == 0
+    rows = read_file(tmp_path / "out" / "rows.jsonl")
+    assert [(row.layer, row.seed, row.cost) for row in rows] == [
+        *(("conv1", 0, "cpu"), ("conv3", 0, "cpu"), ("conv1", 1, "cpu"), ("conv3", 1, "cpu")),
+        *(("conv1", 0, ""), ("conv3", 0, "")),
+    ]
+    assert {(row.weights, row.data) for row in rows} == {("rotnet_alexnet.random", "Tiny-ImageNet val")}
+    assert [row.settings.split("; ")[1][:8] for row in rows] == 4 * ["2 epochs"] + 2 * ["1 epochs"]
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "ImageNet linear probe" in report and (tmp_path / "out" / "report.png").exists()
+
+
+def test_a_broken_validation_image_is_found_before_the_training(subject, small_tinyimagenet, train, monkeypatch):
+    val = open_labelled("tinyimagenet", small_tinyimagenet, "val", 64)
+    broken = sorted(small_tinyimagenet.glob("val/images/*"))[3]
+    broken.write_bytes(b"no image")
+    monkeypatch.setattr(imagenet, "train_probes", lambda *args: pytest.fail("trained"))
+    with pytest.raises(ValueError, match=f"image .*{broken.name} does not decode: replace or remove it"):
+        next(iter(measure_layers(with_epochs(LINEAR, 1), subject, ["conv1"], train, val, "x val")))
 
 
 def test_rows_say_what_they_are_of(subject, train):
@@ -190,3 +216,4 @@ def test_rows_say_what_they_are_of(subject, train):
     assert row.data == "Tiny-ImageNet, 5 training images" and row.n == 5 and row.value == row.correct / 5
     assert "max-pooled to 12 x 12" in row.settings and json.dumps(dataclasses.asdict(row))
     assert with_epochs(IMAGENET_LINEAR_PAPER, 70).milestones == (10, 30, 50)
+    assert with_epochs(IMAGENET_LINEAR_PAPER, 1).milestones == (1, 1, 1), "the rate is the recipe's to begin with"

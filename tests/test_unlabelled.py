@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import textwrap
@@ -184,6 +185,16 @@ def test_images_are_upright_as_their_exif_says(tmp_path):
         image.save(tmp_path / "photo.png", exif=exif)
         expected = image if turn is None else image.transpose(turn)
         assert read_image(tmp_path / "photo.png").tobytes() == expected.tobytes()
+
+
+def test_a_wrong_exif_tag_does_not_break_an_image(tmp_path):
+    """Orientation 6 beside an XResolution that is text, as some cameras write it: Pillow cannot write that again."""
+    entries = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0) + struct.pack("<HHI4s", 0x011A, 2, 4, b"abc\0")
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4)
+    image = Image.open(FILES[0]).convert("RGB")
+    image.save(tmp_path / "photo.png", exif=exif)
+    expected = image.transpose(Image.Transpose.ROTATE_270)
+    assert read_image(tmp_path / "photo.png").tobytes() == expected.tobytes()
 
 
 def test_names_of_timms_data_sets(folder, small_cifar10, tmp_path):

@@ -77,10 +77,10 @@ def open_labelled(dataset: str, data_dir: Path, split: str, size: int, download:
         files, numbers, classes = tinyimagenet_files(data_dir, "train" if split == "train" else "test")
         return Labelled(open_files(files, size), torch.tensor(numbers), len(classes))
     if dataset == "folder":
-        names = sorted(folder.name for folder in (data_dir / "train").glob("*/"))
+        names = class_folders(data_dir / "train")
         if not names:
             raise ValueError(f"no class folders in {data_dir / 'train'}: expected train/<class>/* and val/<class>/*")
-        unknown = sorted({folder.name for folder in (data_dir / split).glob("*/")} - set(names))
+        unknown = sorted(set(class_folders(data_dir / split)) - set(names))
         if unknown:
             raise ValueError(f"{data_dir / split} holds classes that train has not: {', '.join(unknown[:3])}")
         found = [find_images(data_dir / split / name) for name in names]
@@ -91,6 +91,13 @@ def open_labelled(dataset: str, data_dir: Path, split: str, size: int, download:
     if targets is None:
         raise ValueError(f"{dataset!r} does not tell its labels without its images: take a folder, or torch/places365")
     return Labelled(open_entries(entries, size), torch.as_tensor(targets), int(max(targets)) + 1)
+
+
+def class_folders(folder: Path) -> list[str]:
+    """Names of the folders in a folder, sorted; files beside them and hidden folders are no classes."""
+    if not folder.is_dir():
+        return []
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
 def read_into_memory(data: Labelled, workers: int) -> Labelled:
@@ -203,12 +210,12 @@ def train_probes(
             losses: list[torch.Tensor] = []
             for step in range(steps):
                 pixels, labels = next(squares)
+                pixels, wanted = (tensor.to(device, non_blocking=True) for tensor in (pixels, labels))
                 crops = crop_and_flip(pixels, round(CROP * pixels.shape[-1]), 0, "reflect", True, generator)
-                wanted = labels.to(device, non_blocking=True)
                 # without a cache, which would hold the weights as they were at the first step
                 with torch.autocast(device.type, autocast, enabled=autocast is not None, cache_enabled=False):
                     with torch.no_grad():
-                        maps = layer_maps(subject, prepare(crops.to(device, non_blocking=True)), layers)
+                        maps = layer_maps(subject, prepare(crops), layers)
                     own = torch.stack([F.cross_entropy(probes[layer](maps[layer]).float(), wanted) for layer in layers])
                 optimizer.zero_grad()
                 own.sum().backward()
@@ -248,7 +255,7 @@ def count_correct(
         torch.autocast(device.type, autocast, enabled=autocast is not None),
     ):
         for pixels, labels in _labelled_squares(data, iter(chosen.split(100)), workers, pin=device.type == "cuda"):
-            maps = layer_maps(subject, prepare(_central(pixels).to(device)), layers)
+            maps = layer_maps(subject, prepare(_central(pixels.to(device, non_blocking=True))), layers)
             for layer in layers:
                 logits = probes[layer](maps[layer])
                 if not logits.isfinite().all():
@@ -270,6 +277,8 @@ def measure_layers(
     workers: int = 0,
 ) -> Iterator[Row]:
     """Train the recipe's classifiers on the layers and measure them: a row a layer.
+
+    Images to measure on that are not in memory are all decoded first: a broken one is no reason to train in vain.
 
     Args:
         recipe: all settings.
@@ -293,6 +302,7 @@ def measure_layers(
     if holdout:
         chosen, measured = split_holdout(train, holdout)
         of, name = train, f"{name.rpartition(' ')[0]}, {holdout} training images"
+    _check_decoding(of, measured, workers)
     train_probes(recipe, subject, probes, train, chosen, seed, workers, autocast)
     found = count_correct(subject, probes, of, measured, workers, autocast)
     seconds = time.monotonic() - started
@@ -346,6 +356,14 @@ def _refuse_broken(data: Labelled, broken: set[int]) -> None:
         raise ValueError(f"image {data.images.label(min(broken))} does not decode: replace or remove it")
 
 
+def _check_decoding(data: Labelled, chosen: torch.Tensor, workers: int) -> None:
+    if not isinstance(data.images, UnlabelledImages) or data.images.squares is not None:
+        return
+    with _bar("checking", len(chosen)) as bar:
+        for pixels, _ in _labelled_squares(data, iter(chosen.split(100)), workers, pin=False):
+            bar.update(len(pixels))
+
+
 def _central(pixels: torch.Tensor) -> torch.Tensor:
     size = pixels.shape[-1]
     crop = round(CROP * size)
@@ -392,6 +410,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             recipe = with_epochs(recipe, args.epochs)
         if args.precision is not None:
             recipe = dataclasses.replace(recipe, precision=args.precision)
+        if recipe != LAYER_PROBES[args.recipe]:
+            recipe = dataclasses.replace(recipe, cost="")
         subject = load_subject(args.model, random=args.random, weights=args.weights, size=args.size)
         subject.backbone.to(args.device).to(memory_format=torch.channels_last)
         layers = args.layers or list(layer_modules(subject.backbone))
@@ -430,7 +450,8 @@ def with_epochs(recipe: LayerProbeRecipe, epochs: int) -> LayerProbeRecipe:
     """
     if epochs < 1:
         raise ValueError(f"--epochs must be at least 1, got {epochs}")
-    milestones = tuple(round(milestone * epochs / recipe.epochs) for milestone in recipe.milestones)
+    # at 0 the first epoch would begin with a rate that has fallen already
+    milestones = tuple(max(1, round(milestone * epochs / recipe.epochs)) for milestone in recipe.milestones)
     return dataclasses.replace(recipe, epochs=epochs, milestones=milestones)
 
 
