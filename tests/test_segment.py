@@ -65,7 +65,7 @@ def test_every_pixel_gets_its_scores(fc_size):
     places = torch.arange(side) + 0.5
     middle = torch.stack([(reach.sum(1) * places).sum(), (reach.sum(0) * places).sum()]) / reach.sum()
     expected = torch.tensor([6 * 32.0, 5 * 32.0]) + network.stride / 2
-    assert (middle - expected).abs().max() < network.stride / 2
+    assert (middle - expected).abs().max() < 6, "a padding that is off by 8 pixels is seen"
 
 
 def test_fc_layers_as_convolutions_compute_the_same():

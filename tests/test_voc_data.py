@@ -89,6 +89,27 @@ def test_boxes_are_from_pixel_edge_to_pixel_edge(devkit):
     assert read_annotations(devkit, "2007", "train")[0].boxes[0].tolist() == [0, 0, 160, 128]
 
 
+def test_what_real_annotations_have_besides(devkit):
+    """VOC's parts of persons, its fractional corners, and annotations that say nothing of difficulty."""
+    expected = read_annotations(devkit, "2007", "train")[0]
+    part = "<part><name>head</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>9</xmax><ymax>9</ymax></bndbox></part>"
+    change(devkit, "</object>", f"{part}</object>")
+    change(devkit, "<difficult>0</difficult>", "")
+    left = first_side(devkit, "xmin")
+    change(devkit, left, left.replace("</", ".25</"))
+    image = read_annotations(devkit, "2007", "train")[0]
+    assert torch.equal(image.labels, expected.labels) and not image.difficult[~expected.difficult].any()
+    moved = image.boxes - expected.boxes
+    assert moved[0, 0] == 0.25 and moved.sum() == 0.25
+
+
+def test_masks_with_a_palette_are_classes(tmp_path):
+    mask = Image.fromarray(np.array([[0, 1, 255], [20, 0, 2]], dtype=np.uint8), mode="P")
+    mask.putpalette([value for i in range(256) for value in (i, 255 - i, 7)])
+    mask.save(tmp_path / "mask.png")
+    assert open_mask(tmp_path / "mask.png", 20).tolist() == [[0, 1, 255], [20, 0, 2]]
+
+
 def test_classes_of_ones_own(devkit):
     change(devkit, "<name>car</name>", "<name>gull</name>", "000002")
     images = read_annotations(devkit, "2007", "train", ("gull", "aeroplane", "car"))
@@ -178,3 +199,7 @@ def test_what_is_not_there_is_said(devkit, tmp_path):
     (devkit / "VOC2007" / "ImageSets" / "Main" / "test.txt").write_text("")
     with pytest.raises(ValueError, match=r"test.txt names no images"):
         read_annotations(devkit, "2007", "test")
+    names = devkit / "VOC2007" / "ImageSets" / "Main" / "val.txt"
+    names.write_text(names.read_text().replace("\n", "\n\n", 1))
+    with pytest.raises(ValueError, match=r"val.txt has an empty line"):
+        read_annotations(devkit, "2007", "val")
