@@ -10,6 +10,12 @@ from conftest import ROOT
 
 import rotation_ssl
 
+VOC_COMMAND = {
+    f"training.{name}" for name in ("memory", "protocols", "report", "subject", "transfer", "voc_command")
+} | {
+    "training.voc_data",
+    "training.voc_metrics",
+}
 # what each module may import of the project; a module that is not here has no place in the plan yet
 ALLOWED = {
     "rotation_ssl": {f"rotation_ssl.backbones.{name}" for name in ("alexnet", "nin", "resnets")}
@@ -59,7 +65,7 @@ ALLOWED = {
     }
     | {"training.augment", "training.unlabelled"},
     "training.subject": {"rotation_ssl", "rotation_ssl.images", "rotation_ssl.zoo", "training.results"},
-    "training.report": {"training.results"},
+    "training.report": {"training.memory", "training.results"},
     "training.evaluate": {f"rotation_ssl.{name}" for name in ("features", "probes", "rotations")}
     | {f"training.{name}" for name in ("augment", "memory", "data", "protocols", "report", "results", "subject")},
     "training.finetune": {f"rotation_ssl.{name}" for name in ("zoo", "features", "probes")}
@@ -91,17 +97,14 @@ ALLOWED = {
     | {f"rotation_ssl.{name}" for name in ("features", "golden", "zoo")},
     "training.rescale": set(),
     "training.transfer": {"rotation_ssl.backbones.alexnet", "rotation_ssl.images"}
-    | {f"training.{name}" for name in ("optimizers", "protocols", "report", "rescale", "results", "subject")}
+    | {f"training.{name}" for name in ("optimizers", "protocols", "rescale", "subject", "voc_data")},
+    "training.voc_command": {f"training.{name}" for name in ("protocols", "report", "results", "subject", "transfer")}
     | {"training.voc_data", "training.voc_metrics"},
     "training.alexnet_costs": {"rotation_ssl"}
     | {f"training.{name}" for name in ("imagenet", "protocols", "recipes", "results", "subject")},
-    "training.segment": {"rotation_ssl.backbones.alexnet", "rotation_ssl.images"}
-    | {f"training.{name}" for name in ("memory", "protocols", "results", "subject", "transfer")}
-    | {"training.voc_data", "training.voc_metrics"},
-    "training.detect": {f"training.{name}" for name in ("memory", "protocols", "results", "subject", "transfer")}
-    | {"training.voc_data", "training.voc_metrics"},
-    "training.voc": {f"training.{name}" for name in ("memory", "protocols", "results", "subject", "transfer")}
-    | {"training.voc_data", "training.voc_metrics"},
+    "training.segment": {"rotation_ssl.backbones.alexnet", "rotation_ssl.images"} | VOC_COMMAND,
+    "training.detect": VOC_COMMAND,
+    "training.voc": VOC_COMMAND,
     "training.voc_metrics": set(),
     "training.voc_data": {"training.voc_metrics"},
 }

@@ -13,7 +13,8 @@ from training import detect
 from training.protocols import VOC_FAST_RCNN, VOC_FASTER_RCNN
 from training.results import read_file
 from training.subject import load_subject
-from training.transfer import averages, transfer_network
+from training.transfer import transfer_network
+from training.voc_command import averages
 from training.voc_data import CLASSES, AnnotatedImage, read_annotations
 from training.voc_metrics import average_precision, match_detections
 

@@ -240,7 +240,7 @@ def test_cached_features_are_those_of_the_images_as_they_are(small_cifar10):
 def test_bad_input_is_a_one_line_error_and_writes_nothing(
     arguments, message, small_cifar10, capsys, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(subject, "current_commit", lambda: "0" * 40)
+    monkeypatch.setattr("training.results.current_commit", lambda: "0" * 40)
     before = {file: file.read_bytes() for file in RESULTS_DIR.rglob("*") if file.is_file()}
     assert run(*arguments, "--data-dir", small_cifar10, "--output", tmp_path / "out") == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
@@ -250,7 +250,7 @@ def test_bad_input_is_a_one_line_error_and_writes_nothing(
 
 
 def test_uncommitted_code_is_not_recorded(small_cifar10, monkeypatch, capsys):
-    monkeypatch.setattr(subject, "current_commit", lambda: "0" * 40 + "-dirty")
+    monkeypatch.setattr("training.results.current_commit", lambda: "0" * 40 + "-dirty")
     assert run("rotnet_nin", "--record", "--data-dir", small_cifar10) == 2
     assert "--record needs committed code, this is 000" in capsys.readouterr().err
 

@@ -20,7 +20,7 @@ def small(small_cifar10, monkeypatch):
     )
     monkeypatch.setattr(measure, "REPORTED", {"rotnet_nin": Reported("CIFAR-10 test", numbers)})
     monkeypatch.setattr("training.results.REPORTED", {"rotnet_nin": Reported("CIFAR-10 test", numbers)})
-    monkeypatch.setattr(measure, "current_commit", lambda: "0" * 40)
+    monkeypatch.setattr("training.results.current_commit", lambda: "0" * 40)
     monkeypatch.setattr("training.data.WHOLE", {"cifar10": (40, 40)})
     return small_cifar10
 
@@ -49,7 +49,7 @@ def test_what_is_missing_is_measured_and_nothing_else(small, tmp_path, capsys):
     assert "0 numbers are missing" in capsys.readouterr().out
 
 
-def test_a_stopped_command_keeps_what_it_measured(small, tmp_path, monkeypatch):
+def test_a_stopped_command_keeps_what_it_measured(small, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "results"
     folder.mkdir()
     original = check.measure_features
@@ -61,8 +61,8 @@ def test_a_stopped_command_keeps_what_it_measured(small, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(check, "measure_features", stopped)
-        with pytest.raises(KeyboardInterrupt):
-            run(small, folder)
+        assert run(small, folder) == 130
+    assert "the same command goes on" in capsys.readouterr().err
     assert len(numbers(folder)) == 2
     assert run(small, folder) == 0
     assert len(numbers(folder)) == 7
@@ -95,6 +95,6 @@ def test_bad_arguments(small, tmp_path, capsys, more, message):
 def test_only_bundled_weights_and_committed_code(small, tmp_path, capsys, monkeypatch):
     assert measure.main(["rotnet_nin.nope", "--results", str(tmp_path)]) == 2
     assert "rotnet_nin.nope is not among the weights whose numbers are reported" in capsys.readouterr().err
-    monkeypatch.setattr(measure, "current_commit", lambda: "unknown")
+    monkeypatch.setattr("training.results.current_commit", lambda: "unknown")
     assert run(small, tmp_path) == 2
-    assert "need committed code, this is unknown" in capsys.readouterr().err
+    assert "the card needs committed code, this is unknown" in capsys.readouterr().err

@@ -17,16 +17,8 @@ from training import voc
 from training.protocols import VOC_CLASSIFICATION
 from training.results import read_file
 from training.subject import load_subject, preparation
-from training.transfer import (
-    Backbone,
-    Draws,
-    add_arguments,
-    averages,
-    batches,
-    cost_of,
-    smallest_side,
-    transfer_network,
-)
+from training.transfer import Backbone, Draws, batches, smallest_side, transfer_network
+from training.voc_command import add_arguments, averages, cost_of
 from training.voc_data import CLASSES, class_labels, read_annotations
 
 TINY = ("--size", 64, "--fc-size", 16, "--steps", 3, "--images-per-step", 4)

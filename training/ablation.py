@@ -24,7 +24,7 @@ from training.memory import TURN_OFF, keep_large_blocks
 from training.pretrain import finished_run
 from training.recipes import RECIPES, Recipe
 from training.report import keep_row
-from training.results import RESULTS_DIR, current_commit, read_file
+from training.results import RESULTS_DIR, read_file, require_committed
 from training.subject import load_subject
 
 ROWS = RESULTS_DIR / "ablation" / "runs.jsonl"
@@ -87,8 +87,8 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     keep_large_blocks()
     try:
-        if args.rows == ROWS and len(current_commit()) != 40:
-            raise ValueError(f"the card's rows need committed code, this is {current_commit()}: commit, then measure")
+        if args.rows == ROWS:
+            require_committed("the card")
         images = load_images("cifar10", args.data_dir, 32)
         if args.rows == ROWS:
             check_whole("cifar10", len(images.train), len(images.test))

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from rotation_ssl import zoo
 from rotation_ssl.backbones.nin import RotNetNIN
 from training.card import SPEED_FILE, speed_tables
-from training.results import current_commit
+from training.results import require_committed
 from training.speed import measure_speed
 
 ROOT = Path(__file__).parent.parent
@@ -89,8 +89,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--record", action="store_true", help="of speed: keep the figures for README.md")
     args = parser.parse_args(arguments)
     if args.what == "speed":
-        if args.record and len(current_commit()) != 40:
-            print(f"error: --record needs committed code, this is {current_commit()}", file=sys.stderr)
+        try:
+            if args.record:
+                require_committed("--record")
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
             return 2
         measured = measure_speed(args.rounds or ROUNDS["speed"])
         print(speed_tables(measured))

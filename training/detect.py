@@ -22,7 +22,6 @@ import hashlib
 import math
 import random
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,30 +39,17 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform, res
 from torchvision.ops import MultiScaleRoIAlign, roi_pool
 from tqdm import tqdm
 
-from training.memory import TURN_OFF, keep_large_blocks
+from training.memory import TURN_OFF
 from training.protocols import VOC_FAST_RCNN, VOC_FASTER_RCNN, VocDetection
-from training.results import check_device
-from training.subject import Subject
-from training.transfer import (
-    Backbone,
-    Draws,
-    InOrder,
+from training.report import run_measuring
+from training.transfer import Backbone, Draws, InOrder, batches, read_once, smallest_side, train_network
+from training.voc_command import (
     add_arguments,
     averages,
-    batches,
-    check_apart,
-    cost_of,
-    data_name,
-    has_fresh_fc,
+    count_present,
     keep_numbers,
-    output_of,
-    read_once,
-    settings_text,
-    smallest_side,
-    subject_of,
-    train_network,
+    prepare_transfer,
     training_of,
-    transfer_network,
     transfer_row,
 )
 from training.voc_data import (
@@ -432,49 +418,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--proposals", type=Path, metavar="FILE", help="regions of every image: Fast R-CNN")
     parser.add_argument("--side", type=int, help="shorter side of all images, instead of the recipe's several")
     args = parser.parse_args(arguments)
-    keep_large_blocks()
-    try:
-        check_device(args.device)
-        started = time.monotonic()
+
+    def measure() -> Path:
         recipe = VOC_FAST_RCNN if args.proposals else VOC_FASTER_RCNN
         recipe = dataclasses.replace(recipe, training=training_of(recipe.training, args))
         if args.side is not None:
             recipe = dataclasses.replace(recipe, train_sides=(args.side,), test_side=args.side)
-        subject: Subject = subject_of(args)
         name = "Fast R-CNN" if args.proposals else "Faster R-CNN"
-        output = output_of(args, subject, name.lower().replace(" ", "-"))
-        train = read_annotations(args.data_dir, args.year, args.train, args.classes)
-        test = read_annotations(args.data_dir, args.year, args.test, args.classes)
-        check_apart(train, test)
-        files = [image.file for image in train]
-        network = transfer_network(subject, len(args.classes), files, args.fc_size, not args.no_rescale, args.seed)
-        # before the detector takes the network over
-        told, fresh_fc = settings_text(args, recipe.training, subject, network), has_fresh_fc(subject, network)
-        detector, by_class = measure_detection(
-            recipe, network, train, test, len(args.classes), args.proposals, args.device, args.seed, args.workers,
-            output,
+        transfer = prepare_transfer(
+            args, parser, recipe.training, name.lower().replace(" ", "-"),
+            lambda split: read_annotations(args.data_dir, args.year, split, args.classes),
         )  # fmt: skip
-        present = sum(not math.isnan(value) for value in by_class["area"])
-        regions = hashlib.sha256(args.proposals.read_bytes()).hexdigest()[:12] if args.proposals else ""
-        told = f"proposals {regions}, {told}" if regions else told
+        if not args.proposals:
+            # the paper has Fast R-CNN alone
+            transfer = dataclasses.replace(transfer, cost="")
+        _, by_class = measure_detection(
+            recipe, transfer.network, transfer.train, transfer.test, len(args.classes), args.proposals, args.device,
+            args.seed, args.workers, transfer.output,
+        )  # fmt: skip
         settings = (
-            f"{name}, {present} classes, shorter side {', '.join(map(str, recipe.train_sides))} in training"
-            f" and {recipe.test_side} in the test, {told}"
+            f"{name}, {count_present(by_class)} classes, shorter side {', '.join(map(str, recipe.train_sides))} in"
+            f" training and {recipe.test_side} in the test"
         )
+        if args.proposals:
+            settings += f", proposals {hashlib.sha256(args.proposals.read_bytes()).hexdigest()[:12]}"
         rows = [
-            transfer_row(
-                subject, detector, value, started, protocol=f"PASCAL VOC detection ({name}), {kind} mAP", layer="all",
-                seed=args.seed, data=data_name(args), cost=cost_of(args, parser, fresh_fc) if args.proposals else "",
-                settings=settings,
-            )
+            transfer_row(transfer, args, value, f"PASCAL VOC detection ({name}), {kind} mAP", settings)
             for kind, value in averages(by_class).items()
-        ]  # fmt: skip
-        keep_numbers(output, rows, by_class, args.classes)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"rows are in {output / 'rows.jsonl'}; report.md, report.json and report.png beside it")
-    return 0
+        ]
+        return keep_numbers(transfer.output, rows, by_class, args.classes)
+
+    return run_measuring(measure, args.device)
 
 
 if __name__ == "__main__":

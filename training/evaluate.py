@@ -39,10 +39,10 @@ from rotation_ssl.probes import (
 from rotation_ssl.rotations import count_correct_rotations
 from training.augment import crop_and_flip
 from training.data import DATASETS, NAMES, Images, LabelledImages, check_whole, load_images
-from training.memory import TURN_OFF, available_memory, keep_large_blocks
+from training.memory import TURN_OFF, available_memory
 from training.protocols import PROBES, ProbeRecipe
-from training.report import keep_row, write_report
-from training.results import PARTS, Row, check_device
+from training.report import keep_row, run_measuring, write_report
+from training.results import PARTS, Row
 from training.subject import Subject, load_subject, measured_row, preparation, record_file
 
 PROTOCOLS = {
@@ -395,9 +395,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="folder of rows and report [runs/evaluate/<weights>]")
     parser.add_argument("--record", action="store_true", help="write the rows to training/results/, for the card")
     args = parser.parse_args(arguments)
-    keep_large_blocks()
-    try:
-        check_device(args.device)
+
+    def measure() -> Path:
         subject = load_subject(
             args.model, random=args.random, seed=args.random_seed, weights=args.weights, size=args.size
         )
@@ -426,11 +425,9 @@ def main(arguments: list[str] | None = None) -> int:
                 keep_row(row, file)
         if not args.record:
             write_report(output, file)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"rows are in {file}" + ("" if args.record else "; report.md, report.json and report.png beside it"))
-    return 0
+        return file
+
+    return run_measuring(measure, args.device)
 
 
 if __name__ == "__main__":

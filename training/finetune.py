@@ -39,11 +39,11 @@ from training.data import (
     labels_subset,
     load_images,
 )
-from training.memory import TURN_OFF, keep_large_blocks
+from training.memory import TURN_OFF
 from training.optimizers import learning_rate_factor, set_learning_rates
 from training.protocols import TRANSFERS, TransferRecipe
-from training.report import keep_row, write_report
-from training.results import PARTS, Row, check_device
+from training.report import keep_row, run_measuring, write_report
+from training.results import PARTS, Row
 from training.subject import Subject, load_subject, measured_row, preparation, record_file
 
 
@@ -283,9 +283,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.precision is not None:
         recipe = dataclasses.replace(recipe, precision=args.precision)
     options = {"random": args.random, "weights": args.weights, "size": args.size}
-    keep_large_blocks()
-    try:
-        check_device(args.device)
+
+    def measure() -> Path:
         subject = transfer_subject(recipe, args.model, 0, **options)
         layer = args.layer or recommended_layer(subject)
         output = args.output or Path("runs") / "finetune" / subject.name
@@ -308,11 +307,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 keep_row(row, file)
         if not args.record:
             write_report(output, file)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"rows are in {file}" + ("" if args.record else "; report.md, report.json and report.png beside it"))
-    return 0
+        return file
+
+    return run_measuring(measure, args.device)
 
 
 if __name__ == "__main__":

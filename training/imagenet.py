@@ -33,10 +33,10 @@ from rotation_ssl.images import find_images
 from rotation_ssl.probes import max_pooled_probe
 from training.augment import Windows, crop_and_flip, take_windows
 from training.data import NAMES, check_whole, load_cifar10, tinyimagenet_files
-from training.memory import TURN_OFF, keep_large_blocks
+from training.memory import TURN_OFF
 from training.protocols import LAYER_PROBES, LayerProbeRecipe
-from training.report import keep_row, write_report
-from training.results import PARTS, Row, check_device
+from training.report import keep_row, run_measuring, write_report
+from training.results import PARTS, Row
 from training.subject import Subject, load_subject, measured_row, preparation, record_file
 from training.unlabelled import UnlabelledImages, open_dataset, open_entries, open_files, stream
 
@@ -402,9 +402,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="folder of rows and report [runs/imagenet/<weights>]")
     parser.add_argument("--record", action="store_true", help="write the rows to training/results/, for the card")
     args = parser.parse_args(arguments)
-    keep_large_blocks()
-    try:
-        check_device(args.device)
+
+    def measure() -> Path:
         recipe = LAYER_PROBES[args.recipe]
         if args.epochs is not None:
             recipe = with_epochs(recipe, args.epochs)
@@ -435,11 +434,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 keep_row(row, file)
         if not args.record:
             write_report(output, file)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"rows are in {file}" + ("" if args.record else "; report.md, report.json and report.png beside it"))
-    return 0
+        return file
+
+    return run_measuring(measure, args.device)
 
 
 def with_epochs(recipe: LayerProbeRecipe, epochs: int) -> LayerProbeRecipe:

@@ -22,7 +22,7 @@ from training.check import measure_again
 from training.data import NAMES, check_whole, load_images
 from training.memory import TURN_OFF, keep_large_blocks
 from training.report import keep_row
-from training.results import REPORTED, RESULTS_DIR, Row, check_device, current_commit, missing_rows, read_rows
+from training.results import REPORTED, RESULTS_DIR, Row, check_device, missing_rows, read_rows, require_committed
 
 
 def missing(weights: str, results: Path) -> list[Row]:
@@ -36,7 +36,7 @@ def missing(weights: str, results: Path) -> list[Row]:
     sha256 = zoo.bundled()[weights]["sha256"]
     rows = [row for row in read_rows(results) if row.weights != weights or row.sha256 == sha256]
     layers = list(layer_modules(timm.create_model(weights.split(".", 1)[0], device="meta")))
-    return missing_rows(rows, weights, layers, every=True)
+    return missing_rows(rows, weights, layers)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -67,8 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.list or not wanted:
             print(*(row.number for row in wanted), f"{len(wanted)} numbers are missing", sep="\n")
             return 0
-        if len(current_commit()) != 40:
-            raise ValueError(f"the card's rows need committed code, this is {current_commit()}: commit, then measure")
+        require_committed("the card")
         (dataset,) = [dataset for dataset, name in NAMES.items() if name == wanted[0].data]
         folder = {"cifar10": args.data_dir, "tinyimagenet": args.tinyimagenet}[dataset]
         if folder is None:
@@ -80,6 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 130
     print("now: python -m training.publish figures, and render")
     return 0
 

@@ -1,15 +1,43 @@
-"""The report of an evaluation, from its rows: a table to read, a figure to look at, the numbers for programs."""
+"""What comes of measuring: rows as they are measured, and their report, a table, a figure and numbers for programs."""
 
 import dataclasses
 import json
 import statistics
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from training.results import Row, read_file, write_rows
+from training.memory import keep_large_blocks
+from training.results import RESULTS_DIR, Row, check_device, read_file, write_rows
+
+
+def run_measuring(measure: Callable[[], Path], device: str) -> int:
+    """Do the work of a command that measures: an error is one line, and what was measured before it is kept.
+
+    Args:
+        measure: the work; it returns the file of its rows, with the report beside where they are the user's own.
+        device: where it is to be done, checked first.
+
+    Returns:
+        The exit status.
+    """
+    keep_large_blocks()
+    try:
+        check_device(device)
+        file = measure()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; numbers that were measured are kept", file=sys.stderr)
+        return 130
+    recorded = file.parent == RESULTS_DIR
+    print(f"rows are in {file}" + ("" if recorded else "; report.md, report.json and report.png beside it"))
+    return 0
 
 
 def keep_row(row: Row, file: Path) -> None:

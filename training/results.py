@@ -105,7 +105,7 @@ class Numbers:
     """The numbers of one protocol that the card has of a network: of each layer, seed and number of labels.
 
     ``layers`` is empty for all of them, and (``''``,) where the protocol has none. ``published`` and ``random`` say of
-    which weights; ``required`` ones must be there for a card to be written.
+    which weights. A card is written when all of them are there.
     """
 
     protocol: str
@@ -115,7 +115,6 @@ class Numbers:
     labels: tuple[int | None, ...] = (None,)
     published: bool = True
     random: bool = True
-    required: bool = True
 
 
 @dataclass(frozen=True)
@@ -136,11 +135,11 @@ ON_CIFAR10 = Reported(
         Numbers("k-NN"),
         Numbers("linear probe", "cached"),
         Numbers("non-linear probe", "cached", seeds=THREE),
-        Numbers("convolutional probe", "cached", ("block2",), seeds=THREE, required=False),
-        Numbers("fine-tuned, convolutional probe", "cpu", ("block2",), (0,), random=False, required=False),
-        Numbers("fine-tuned, non-linear probe", "cpu", ("block2",), (0,), random=False, required=False),
-        Numbers("few labels, convolutional probe", "cpu", ("block2",), (0,), FEW, random=False, required=False),
-        Numbers("supervised", "cpu", ("block2",), (0,), FEW, published=False, required=False),
+        Numbers("convolutional probe", "cached", ("block2",), seeds=THREE),
+        Numbers("fine-tuned, convolutional probe", "cpu", ("block2",), (0,), random=False),
+        Numbers("fine-tuned, non-linear probe", "cpu", ("block2",), (0,), random=False),
+        Numbers("few labels, convolutional probe", "cpu", ("block2",), (0,), FEW, random=False),
+        Numbers("supervised", "cpu", ("block2",), (0,), FEW, published=False),
     ),
 )
 ON_TINYIMAGENET = Reported(
@@ -245,14 +244,13 @@ def complaints(
     return found
 
 
-def missing_rows(rows: Sequence[Row], weights: str, layers: Sequence[str], every: bool = False) -> list[Row]:
+def missing_rows(rows: Sequence[Row], weights: str, layers: Sequence[str]) -> list[Row]:
     """The numbers of :data:`REPORTED` that published weights ``model.tag``, or random ones beside them, have no row of.
 
     Args:
         rows: all rows.
         weights: the published name.
         layers: of its network.
-        every: not only those that are required.
 
     Returns:
         Rows of those numbers, without a value.
@@ -262,13 +260,23 @@ def missing_rows(rows: Sequence[Row], weights: str, layers: Sequence[str], every
     wanted = [
         Row(name, n.protocol, layer, float("nan"), "measured", reported.data, n.cost,
             labels_per_class=labels, draw="" if labels is None else "first", seed=seed)
-        for n in reported.numbers if n.required or every
+        for n in reported.numbers
         for name, of in ((weights, n.published), (f"{model}.random", n.random)) if of
         for layer in n.layers or layers
         for labels in n.labels
         for seed in n.seeds
     ]  # fmt: skip
     return [row for row in wanted if row.key not in have]
+
+
+def require_committed(what: str) -> None:
+    """Refuse to measure by code that no commit has: a row of the card names the commit that made it.
+
+    Raises:
+        ValueError: ``what`` needs committed code, and what this is instead.
+    """
+    if len(current_commit()) != 40:
+        raise ValueError(f"{what} needs committed code, this is {current_commit()}: commit, then measure")
 
 
 @functools.cache

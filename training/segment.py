@@ -16,10 +16,8 @@ report.json and report.png, and the trained network as network.safetensors.
 import argparse
 import dataclasses
 import functools
-import math
 import random
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,29 +30,11 @@ from tqdm import tqdm
 
 from rotation_ssl.backbones.alexnet import POOL_SIZE, RotNetAlexNet
 from rotation_ssl.images import normalize
-from training.memory import TURN_OFF, keep_large_blocks
+from training.memory import TURN_OFF
 from training.protocols import VOC_SEGMENTATION, VocSegmentation
-from training.results import check_device
-from training.transfer import (
-    Backbone,
-    Draws,
-    InOrder,
-    add_arguments,
-    batches,
-    check_apart,
-    cost_of,
-    data_name,
-    has_fresh_fc,
-    keep_numbers,
-    output_of,
-    read_once,
-    settings_text,
-    subject_of,
-    train_network,
-    training_of,
-    transfer_network,
-    transfer_row,
-)
+from training.report import run_measuring
+from training.transfer import Backbone, Draws, InOrder, batches, read_once, train_network
+from training.voc_command import add_arguments, count_present, keep_numbers, prepare_transfer, training_of, transfer_row
 from training.voc_data import MaskedImage, check_large_enough, open_mask, open_pixels, pixels_tensor, read_masks
 from training.voc_metrics import IGNORED, confusion_matrix, intersections_over_unions, mean_over_classes
 
@@ -248,35 +228,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     add_arguments(parser, "2012", "train", "val")
     args = parser.parse_args(arguments)
-    keep_large_blocks()
-    try:
-        check_device(args.device)
-        started = time.monotonic()
+
+    def measure() -> Path:
         recipe = dataclasses.replace(VOC_SEGMENTATION, training=training_of(VOC_SEGMENTATION.training, args))
-        subject = subject_of(args)
-        output = output_of(args, subject, "segmentation")
-        train = read_masks(args.data_dir, args.year, args.train)
-        test = read_masks(args.data_dir, args.year, args.test)
-        check_apart(train, test)
-        files = [image.file for image in train]
-        network = transfer_network(subject, len(args.classes), files, args.fc_size, not args.no_rescale, args.seed)
-        # before the segmenter takes the network over
-        settings, fresh_fc = settings_text(args, recipe.training, subject, network), has_fresh_fc(subject, network)
-        fcn, values = measure_segmentation(
-            recipe, network, train, test, len(args.classes), args.device, args.seed, args.workers, output
+        transfer = prepare_transfer(
+            args, parser, recipe.training, "segmentation", lambda split: read_masks(args.data_dir, args.year, split)
         )
-        present = sum(not math.isnan(value) for value in values)
-        row = transfer_row(
-            subject, fcn, mean_over_classes(values), started, protocol="PASCAL VOC segmentation, mean IoU", layer="all",
-            seed=args.seed, data=data_name(args), cost=cost_of(args, parser, fresh_fc),
-            settings=f"FCN, {present} classes with the background, {settings}",
+        _, values = measure_segmentation(
+            recipe, transfer.network, transfer.train, transfer.test, len(args.classes), args.device, args.seed,
+            args.workers, transfer.output,
         )  # fmt: skip
-        keep_numbers(output, [row], {"IoU": values}, ("background", *args.classes))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"rows are in {output / 'rows.jsonl'}; report.md, report.json and report.png beside it")
-    return 0
+        by_class = {"IoU": values}
+        row = transfer_row(
+            transfer, args, mean_over_classes(values), "PASCAL VOC segmentation, mean IoU",
+            f"FCN, {count_present(by_class)} classes with the background",
+        )  # fmt: skip
+        return keep_numbers(transfer.output, [row], by_class, ("background", *args.classes))
+
+    return run_measuring(measure, args.device)
 
 
 if __name__ == "__main__":

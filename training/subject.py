@@ -20,7 +20,7 @@ from tqdm import tqdm
 import rotation_ssl  # noqa: F401  registers the models with timm
 from rotation_ssl import zoo
 from rotation_ssl.images import normalize
-from training.results import RESULTS_DIR, Row, current_commit, device_name, library_versions
+from training.results import RESULTS_DIR, Row, current_commit, device_name, library_versions, require_committed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,8 +156,7 @@ def record_file(subject: Subject, own_settings: bool) -> Path:
         raise ValueError(f"--record is for weights of the manifest and random ones: {subject.name} has no entry there")
     if own_settings:
         raise ValueError("--record is for whole data sets and the recipes as they are: leave out what changes them")
-    if len(current_commit()) != 40:
-        raise ValueError(f"--record needs committed code, this is {current_commit()}: commit, then measure")
+    require_committed("--record")
     return RESULTS_DIR / f"{subject.name}.jsonl"
 
 

@@ -1,17 +1,13 @@
-"""What the three PASCAL VOC commands share: the network that is transferred, its training loop, its numbers."""
+"""What is transferred to PASCAL VOC: the network, its samples, its training loop."""
 
-import argparse
-import dataclasses
 import random
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torchvision
 from safetensors.torch import save_model
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -21,20 +17,13 @@ from rotation_ssl.backbones.alexnet import FcHead, RotNetAlexNet
 from rotation_ssl.images import square
 from training.optimizers import learning_rate_factor, set_learning_rates
 from training.protocols import Training
-from training.report import keep_row, write_report
 from training.rescale import centre, fold_batch_norms, rescale
-from training.results import Row, current_commit, device_name, library_versions
-from training.subject import Subject, load_subject, preparation
-from training.voc_data import CLASSES, open_pixels
-from training.voc_metrics import mean_over_classes
+from training.subject import Subject, preparation
+from training.voc_data import open_pixels
 
 FC_SIZE = 4096  # of the paper's fc6 and fc7
 RESCALING_IMAGES = 32
 NETWORK = "network.safetensors"
-# options that leave the protocol as it is: what is transferred, and where and how it is worked on
-NOT_OF_THE_PROTOCOL = frozenset(
-    ("model", "weights", "random", "data_dir", "layers", "proposals", "seed", "workers", "device", "output")
-)
 
 
 class Draws(Dataset):
@@ -273,146 +262,10 @@ def train_network(
         save_model(network, str(output / NETWORK))
 
 
-def add_arguments(parser: argparse.ArgumentParser, year: str, train: str, test: str) -> None:
-    """The options that the three commands have in common; the data's defaults are the paper's."""
-    parser.add_argument("model", metavar="MODEL", help="any model or model.tag of timm, rotnet_alexnet among them")
-    parser.add_argument("--weights", type=Path, metavar="FILE", help="start from a safetensors file")
-    parser.add_argument("--random", action="store_true", help="start from random weights")
-    parser.add_argument("--data-dir", type=Path, default=Path("data/VOCdevkit"), help="the VOCdevkit [%(default)s]")
-    parser.add_argument("--year", default=year, help="of VOCdevkit/VOC<year> [%(default)s]")
-    parser.add_argument("--train", default=train, metavar="SPLIT", help="what is trained on [%(default)s]")
-    parser.add_argument("--test", default=test, metavar="SPLIT", help="what is measured [%(default)s]")
-    parser.add_argument("--classes", nargs="+", default=list(CLASSES), metavar="CLASS", help="of the data [VOC's 20]")
-    parser.add_argument("--steps", type=int, help="of the training, instead of the recipe's")
-    parser.add_argument("--images-per-step", type=int, metavar="N", help="instead of the recipe's")
-    parser.add_argument("--lr", type=float, help="learning rate, instead of the recipe's")
-    parser.add_argument(
-        "--fc-size", type=int, metavar="N", help="width of AlexNet's fc6 and fc7 [the weights', or 4096]"
-    )
-    parser.add_argument("--no-rescale", action="store_true", help="leave the layers' scales as they are")
-    parser.add_argument("--seed", type=int, default=0, help="of all that is random [%(default)s]")
-    parser.add_argument("--workers", type=int, default=0, help="processes that read images [%(default)s]")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps [%(default)s]")
-    parser.add_argument(
-        "--output", type=Path, help="new folder of rows, report and network [runs/voc/<weights>/<what is trained>]"
-    )
-
-
-def training_of(training: Training, args: argparse.Namespace) -> Training:
-    """A recipe's training with what the command line changes.
-
-    Raises:
-        ValueError: a value out of range.
-    """
-    given = {"steps": args.steps, "images_per_step": args.images_per_step, "lr": args.lr}
-    return dataclasses.replace(training, **{name: value for name, value in given.items() if value is not None})
-
-
-def cost_of(args: argparse.Namespace, parser: argparse.ArgumentParser, fresh_fc: bool) -> str:
-    """The row's word for what the training costs: 'paper' for the recipe and the data as they are, '' for others.
-
-    Args:
-        args: of the command line.
-        parser: gives the defaults.
-        fresh_fc: weights without fc6 and fc7 were given new ones.
-    """
-    as_it_is = all(
-        value == parser.get_default(name) for name, value in vars(args).items() if name not in NOT_OF_THE_PROTOCOL
-    )
-    return "paper" if as_it_is and (args.random or not fresh_fc) else ""
-
-
-def output_of(args: argparse.Namespace, subject: Subject, what: str) -> Path:
-    """The folder of a training, a new one for each.
-
-    Args:
-        args: of the command line.
-        subject: the backbone.
-        what: is trained, in a word that is good as a folder's name.
-
-    Raises:
-        ValueError: it has a trained network already.
-    """
-    output = args.output or Path("runs") / "voc" / subject.name / f"{what}-seed{args.seed}"
-    if (output / NETWORK).exists():
-        raise ValueError(f"{output / NETWORK} is another training's: give a new --output, or remove it")
-    return output
-
-
-def data_name(args: argparse.Namespace) -> str:
-    """What the row calls the measured images: VOC's own name where the classes are VOC's, else the folder's as well."""
-    name = f"VOC{args.year} {args.test}"
-    return name if tuple(args.classes) == CLASSES else f"{args.data_dir.resolve().name}, {name}"
-
-
-def subject_of(args: argparse.Namespace, size: int | None = None) -> Subject:
-    """The backbone that the command line names, as :func:`training.subject.load_subject`."""
-    if len(set(args.classes)) != len(args.classes):
-        raise ValueError(f"--classes names a class twice: {', '.join(args.classes)}")
-    seed = args.seed if args.random else 0
-    return load_subject(args.model, random=args.random, seed=seed, weights=args.weights, size=size)
-
-
 def has_fresh_fc(subject: Subject, network: nn.Module) -> bool:
     """Whether a transferred network has fc6 and fc7 that its subject's weights have not, or of another width."""
     wanted = getattr(getattr(network, "head", None), "fc_size", 0)
     return bool(wanted) and wanted != getattr(getattr(subject.backbone, "head", None), "fc_size", 0)
-
-
-def transfer_row(subject: Subject, network: nn.Module, value: float, started: float, **fields: Any) -> Row:
-    """The row of a number that is no count: a mean of precisions or overlaps, begun at ``started`` (monotonic)."""
-    return Row(
-        weights=subject.name,
-        value=value,
-        source="measured",
-        sha256=subject.sha256,
-        commit=current_commit(),
-        versions=library_versions() | {"torchvision": torchvision.__version__},
-        device=device_name(next(network.parameters()).device),
-        threads=torch.get_num_threads(),
-        seconds=round(time.monotonic() - started, 1),
-        **fields,
-    )
-
-
-def settings_text(args: argparse.Namespace, training: Training, subject: Subject, network: nn.Module) -> str:
-    """What a row says of its training, in a few words: data, steps, and what was done to the network before."""
-    fc_size = getattr(getattr(network, "head", None), "fc_size", 0)
-    parts = [
-        f"trained on {args.train}",
-        f"{training.steps:,} steps of {training.images_per_step} images",
-        f"rate {training.lr:g}",
-        f"{'fresh ' if has_fresh_fc(subject, network) else ''}fc6 and fc7 of {fc_size:,}" if fc_size else "",
-        "batch norm folded",
-        "" if args.no_rescale else "layers rescaled",
-    ]
-    return ", ".join(filter(None, parts))
-
-
-def keep_numbers(
-    output: Path, rows: Sequence[Row], by_class: dict[str, Sequence[float]], classes: Sequence[str]
-) -> None:
-    """Write rows and their report into a folder, print them, and the numbers of every class, in percent.
-
-    Args:
-        output: the folder.
-        rows: the means.
-        by_class: of each row's protocol the numbers of the classes.
-        classes: their names, as many.
-    """
-    names = [name for name, value in zip(classes, next(iter(by_class.values())), strict=True) if value == value]
-    tqdm.write(f"  {'':24s}{' '.join(f'{name[:8]:>8s}' for name in names)}")
-    for title, values in by_class.items():
-        known = [f"{100 * value:8.1f}" for value in values if value == value]
-        tqdm.write(f"  {title:24s}{' '.join(known)}")
-    for row in rows:
-        keep_row(row, output / "rows.jsonl")
-    write_report(output, output / "rows.jsonl")
-
-
-def averages(by_class: dict[str, Sequence[float]]) -> dict[str, float]:
-    """The mean over classes of each kind of number."""
-    return {kind: mean_over_classes(values) for kind, values in by_class.items()}
 
 
 def _loaded(load: Callable[..., Any], *arguments: Any) -> Any:

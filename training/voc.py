@@ -18,10 +18,8 @@ network as network.safetensors.
 import argparse
 import dataclasses
 import functools
-import math
 import random
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,28 +30,18 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from training.memory import TURN_OFF, keep_large_blocks
+from training.memory import TURN_OFF
 from training.protocols import VOC_CLASSIFICATION, VocClassification
-from training.results import check_device
+from training.report import run_measuring
 from training.subject import Subject, preparation
-from training.transfer import (
-    Draws,
-    InOrder,
+from training.transfer import Draws, InOrder, batches, read_once, train_network
+from training.voc_command import (
     add_arguments,
     averages,
-    batches,
-    check_apart,
-    cost_of,
-    data_name,
-    has_fresh_fc,
+    count_present,
     keep_numbers,
-    output_of,
-    read_once,
-    settings_text,
-    subject_of,
-    train_network,
+    prepare_transfer,
     training_of,
-    transfer_network,
     transfer_row,
 )
 from training.voc_data import (
@@ -240,39 +228,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--layers", choices=LAYERS, default="all", help="which layers are trained [%(default)s]")
     parser.add_argument("--size", type=int, help="side of the crops [the model's own]")
     args = parser.parse_args(arguments)
-    keep_large_blocks()
-    try:
-        check_device(args.device)
-        started = time.monotonic()
+
+    def measure() -> Path:
         recipe = dataclasses.replace(VOC_CLASSIFICATION, training=training_of(VOC_CLASSIFICATION.training, args))
-        subject = subject_of(args, args.size)
-        output = output_of(args, subject, f"classification-{args.layers}")
-        train = read_annotations(args.data_dir, args.year, args.train, args.classes)
-        test = read_annotations(args.data_dir, args.year, args.test, args.classes)
-        check_apart(train, test)
-        files = [image.file for image in train]
-        network = transfer_network(subject, len(args.classes), files, args.fc_size, not args.no_rescale, args.seed)
-        settings = settings_text(args, recipe.training, subject, network)
-        by_class = measure_classification(
-            recipe, subject, network, args.layers, train, test, len(args.classes), args.device, args.seed, args.workers,
-            output,
+        transfer = prepare_transfer(
+            args, parser, recipe.training, f"classification-{args.layers}",
+            lambda split: read_annotations(args.data_dir, args.year, split, args.classes), args.size,
         )  # fmt: skip
-        present = sum(not math.isnan(value) for value in by_class["area"])
+        size = transfer.subject.size
+        by_class = measure_classification(
+            recipe, transfer.subject, transfer.network, args.layers, transfer.train, transfer.test, len(args.classes),
+            args.device, args.seed, args.workers, transfer.output,
+        )  # fmt: skip
+        settings = f"{count_present(by_class)} classes, {recipe.test_crops} crops of {size} pixels"
         rows = [
-            transfer_row(
-                subject, network, value, started,
-                protocol=f"PASCAL VOC classification, {kind} mAP", layer=args.layers, seed=args.seed,
-                data=data_name(args), cost=cost_of(args, parser, has_fresh_fc(subject, network)),
-                settings=f"{present} classes, {recipe.test_crops} crops of {subject.size} pixels, {settings}",
-            )
+            transfer_row(transfer, args, value, f"PASCAL VOC classification, {kind} mAP", settings, args.layers)
             for kind, value in averages(by_class).items()
-        ]  # fmt: skip
-        keep_numbers(output, rows, by_class, args.classes)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"rows are in {output / 'rows.jsonl'}; report.md, report.json and report.png beside it")
-    return 0
+        ]
+        return keep_numbers(transfer.output, rows, by_class, args.classes)
+
+    return run_measuring(measure, args.device)
 
 
 if __name__ == "__main__":
