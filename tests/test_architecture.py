@@ -171,7 +171,7 @@ def test_importing_changes_nothing_and_loads_no_training():
     assert result.returncode == 0, result.stderr
 
 
-def test_readme_snippets_and_commands_are_real(small_cifar10, monkeypatch, tmp_path):
+def test_readme_snippets_are_real(monkeypatch, tmp_path):
     readme = (ROOT / "README.md").read_text()
     snippets = [s for s in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "OWNER" not in s]
     assert len(snippets) >= 4
@@ -185,10 +185,3 @@ def test_readme_snippets_and_commands_are_real(small_cifar10, monkeypatch, tmp_p
             save_file(timm.create_model("rotnet_nin").state_dict(), tmp_path / "mine.safetensors")
             snippet = snippet.replace("mine.safetensors", str(tmp_path / "mine.safetensors"))
         exec(compile(snippet, "README.md", "exec"), {})
-    commands = re.findall(r"python -m (training\.\S+)(.*)", readme.replace("\n", " \n"))
-    assert len(commands) >= 6
-    for module, rest in commands:
-        assert module in ALLOWED
-        told = (ROOT / f"{module.replace('.', '/')}.py").read_text()
-        for option in re.findall(r"--[a-z-]+", rest.split("`")[0]):
-            assert option == "--help" or f'"{option}"' in told, f"{module} has no {option}"

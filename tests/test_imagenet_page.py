@@ -5,7 +5,6 @@ import re
 import shlex
 import shutil
 
-import pytest
 from conftest import ROOT
 
 from training import imagenet, pretrain
@@ -63,14 +62,3 @@ def test_the_tables_are_those_of_the_command():
     assert imagenet_cost_table() in PAGE, "anew: python -m training.alexnet_costs"
     assert layer_table(read_rows()) in PAGE, "anew: python -m training.alexnet_costs"
     assert "_50.0 %_" in PAGE and "_36.5 %_" in PAGE
-
-
-@pytest.mark.parametrize("name", COMMANDS)
-def test_every_option_of_the_page_exists(name, capsys):
-    with pytest.raises(SystemExit):
-        COMMANDS[name](["--help"])
-    told = capsys.readouterr().out
-    own = [command for command in re.findall(r"^python -m .*$", PAGE, re.MULTILINE) if f" {name} " in command]
-    assert own
-    for option in {option for command in own for option in re.findall(r"--[a-z-]+", command)}:
-        assert option in told, option

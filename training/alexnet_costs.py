@@ -8,6 +8,7 @@ regions and suppressing boxes are not. Memory is weights, gradients, momentum an
 pass, for the largest images; the framework's own comes on top.
 """
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -208,7 +209,12 @@ def _hours(operations: float) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the tables."""
+    """Print the tables; returns the exit status."""
+    argparse.ArgumentParser(
+        prog="python -m training.alexnet_costs",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args(arguments)
     rows = read_rows()
     print(layer_table(rows), imagenet_cost_table(), paper_table(rows), cost_table(), sep="\n", end="")
     return 0
