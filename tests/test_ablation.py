@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from conftest import ROOT
 
 from training import ablation, card
 from training.data import load_images
@@ -72,3 +73,8 @@ def test_the_table_has_ours_and_the_papers(images, tmp_path):
     mean = 50 * (rows[0].value + rows[1].value)
     (line,) = [line for line in card.ablation_table(rows, read_rows()).splitlines() if "90, 270" in line]
     assert f"| {mean:.2f} ± " in line and "_85.52 %_ (paper, table 2)" in line
+
+
+def test_the_card_has_every_set_of_rotations():
+    assert all(ablation.measured(ablation.ROWS, name) for name in ablation.ROTATION_SETS)
+    assert card.ablation_table(read_file(ablation.ROWS), read_rows()) in (ROOT / "MODEL_CARD.md").read_text()

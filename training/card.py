@@ -174,7 +174,9 @@ def ablation_table(measured: Sequence[Row], rows: Sequence[Row]) -> str:
         "",
         f"Networks pretrained on {' or '.join(f'{count:,}' for count in sorted(seen))} rotated images each (recipes"
         " `nin-cifar10-ablation...`, `python -m training.ablation`; not published). ± is the standard deviation over"
-        " seeds of the probe: pretraining was done once each.",
+        " seeds of the probe: pretraining was done once each, and another seed of it alone moves such numbers by some"
+        " tenths of a point (training/STUDY.md). In steps of 45 degrees all eight views are resampled and masked to a"
+        " circle, so that row differs by more than the number of rotations.",
         "",
         "| network, degrees | recipe | non-linear probe (cached) of block2 | paper, 100 epochs |",
         "|---|---|---|---|",
