@@ -64,7 +64,7 @@ def draw(
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ValueError("the figure needs matplotlib: pip install 'rotation-ssl[demo]'") from error
+        raise ValueError("the figure needs matplotlib: pip install matplotlib") from error
     columns = 3 if len(squares) > 15 else 1
     rows = -(-len(squares) // columns)
     pictures = 2 + len(maps)

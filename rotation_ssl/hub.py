@@ -56,7 +56,7 @@ Returns:
 Raises:
     ValueError: no such weights, or a file that is damaged or does not fit.
 
-Weights, with what `python -m training.evaluate` measured on them:
+Weights, with what this project measured on them:
 {chr(10).join(measured)}
 """
 

@@ -179,6 +179,12 @@ def test_readme_snippets_are_real(monkeypatch, tmp_path):
 
     monkeypatch.chdir(ROOT)
     for snippet in snippets:
+        if "features.safetensors" in snippet:
+            from rotation_ssl import cli
+
+            file = tmp_path / "features.safetensors"
+            assert cli.main(["features", "rotation_ssl/samples/photos", "-o", str(file)]) == 0
+            snippet = snippet.replace("features.safetensors", str(file))
         if "mine.safetensors" in snippet:
             import timm
 

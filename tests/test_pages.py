@@ -6,6 +6,8 @@ import re
 import pytest
 from conftest import ROOT
 
+# the heads of the commands' files are what --help prints
+HEADS = [file for file in (ROOT / "training").glob("*.py") if "python -m training" in file.read_text()]
 PAGES = [
     ROOT / "README.md",
     ROOT / "MODEL_CARD.md",
@@ -14,8 +16,8 @@ PAGES = [
 ]
 COMMANDS = [
     (page.name, module, rest.split("`")[0])
-    for page in PAGES
-    for module, rest in re.findall(r"python -m (training\.\w+)(.*)", page.read_text().replace("\\\n", " "))
+    for page in (*PAGES, *HEADS)
+    for module, rest in re.findall(r"python -m (training\.[a-z_]+)(.*)", page.read_text().replace("\\\n", " "))
 ]
 
 
@@ -31,5 +33,5 @@ def test_options_are_those_of_the_command(module, capsys):
 
 
 def test_every_page_that_has_commands_is_read():
-    pages = {"imagenet.md", "loading.md", "pretraining.md", "transfer.md"}
-    assert {page for page, _, _ in COMMANDS} == {"README.md", "MODEL_CARD.md", "STUDY.md", *pages}
+    pages = {"README.md", "MODEL_CARD.md", "STUDY.md", "imagenet.md", "loading.md", "pretraining.md", "transfer.md"}
+    assert {page for page, _, _ in COMMANDS if page.endswith(".md")} >= pages

@@ -407,6 +407,14 @@ def test_held_out_images_are_never_trained_on(images, tmp_path):
     assert json.loads((tmp_path / "a" / "run.json").read_text())["holdout_rotation_accuracy"]["n"] == 40
 
 
+def test_held_out_images_are_made_to_fit_a_backbone_of_one_size(images, tmp_path):
+    recipe = dataclasses.replace(
+        TINY, model="test_vit", stages=(Stage(2, 16),), padding=0, optimizer=AdamW(), holdout=10
+    )  # fmt: skip
+    pretrain(recipe, images, tmp_path)
+    assert json.loads((tmp_path / "run.json").read_text())["holdout_rotation_accuracy"]["n"] == 40
+
+
 def test_crops_that_are_resized_and_arguments_of_the_model(images, tmp_path):
     recipe = dataclasses.replace(
         TINY, model="rotnet_alexnet", model_args=(("fc_size", 0),), scale=(0.4, 1.0), padding=0,

@@ -53,7 +53,10 @@ def test_a_measurement_is_a_process_of_its_own():
 
 def test_the_tables_by_hand():
     def case(rate, flop, gib):
-        return {"images_per_second": rate, "flop": flop, "peak_bytes": gib * 2**30}
+        return {
+            "images_per_second": rate, "slowest": rate - 10, "fastest": rate + 10, "flop": flop,
+            "peak_bytes": gib * 2**30,
+        }  # fmt: skip
 
     names = (
         "naive", "training in fp32", "training without kept blocks", "training", "features without kept blocks",
@@ -69,7 +72,8 @@ def test_the_tables_by_hand():
             "cases": {name: case(*value) for name, value in zip(names, (*values, *products), strict=True)},
         }
     )  # fmt: skip
-    assert "Matrix products reach 400 GFLOP/s in bf16 and 100 in fp32." in text
+    assert "Square matrix products reach 400 GFLOP/s in bf16 and 100 in fp32;" in text
+    assert "training in bf16 was between 190 and 210 images/s." in text
     assert "| training, naive: one image at a time, fp32, NCHW | 50 | 1.00 | 50% | 1.0 GiB |" in text
     assert "| **training in bf16, as the commands do it** | 200 | 4.00 | 50% | 4.0 GiB |" in text
     assert "| **features in bf16, as the commands do it** | 500 | 1.25 | 62% | 6.0 GiB |" in text

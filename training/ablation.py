@@ -1,17 +1,17 @@
-"""The paper's table 2 at a small budget: which rotations to tell apart, and is a deeper network better.
+"""The paper's table 2 at a small budget: which rotations to tell apart (with --only also table 1: how many blocks).
 
     python -m training.ablation --data-dir DIR
     python -m training.ablation --data-dir DIR --only nin-cifar10-ablation-r8
 
-Every recipe `...-ablation...` pretrains on the training images of CIFAR-10 (`--data-dir DIR`), on as many rotated
-images as the others, and is measured by the non-linear probe of block2 on the test images, with several seeds of the
-probe. Numbers are result rows in training/results/ablation/, written as they are measured, and rendered into the card
-by `python -m training.publish render`. A recipe that has its rows is passed over, a stopped one goes on where it was.
+Every recipe `...-ablation...` of rotnet_nin, or those of --only, pretrains on the training images of CIFAR-10
+(`--data-dir DIR`), on as many rotated images as the others, and is measured by the non-linear probe of block2 on the
+test images, with several seeds of the probe. Numbers are result rows in training/results/ablation/, written as they are
+measured, and rendered into the card by `python -m training.publish render`. A recipe that has its rows is passed over,
+a stopped one goes on where it was.
 """
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,14 +58,13 @@ def run_ablation(
         KeyboardInterrupt: pretraining was stopped; its checkpoint is kept.
     """
     weights = finished_run(recipe, images.train.images, output, device)
-    commit = json.loads((output / "run.json").read_text())["commit"]
     subject = load_subject(recipe.model, weights=weights)
     subject.backbone.to(device).to(memory_format=torch.channels_last)
     autocast = torch.bfloat16 if recipe.precision == "bf16" else None
     for row in measure_features(
         subject, images, plan([LAYER], ["nonlinear"], "cached", seeds), device, autocast=autocast
     ):
-        keep_row(dataclasses.replace(row, recipe=recipe.name, commit=commit), file)
+        keep_row(dataclasses.replace(row, recipe=recipe.name), file)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -75,13 +75,15 @@ def speed_tables(measured: dict[str, Any]) -> str:
     products = {name: value for name, value in flops.items() if name.startswith("product")}
     peak_fp32 = max(value for name, value in products.items() if "fp32" in name)
     peak = max(value for name, value in products.items() if "fp32" not in name)
+    ours = cases["training"]
     lines = [
         f"On {measured['device']}, {measured['threads']} threads; {measured['rounds']} fresh processes of each, "
-        f"taken in turns, and their medians (commit `{measured['commit'][:7]}`). 32 pixels, 512 turned images a step, "
-        f"128 a batch of features. Matrix products reach {peak / 1e9:.0f} GFLOP/s in bf16 and {peak_fp32 / 1e9:.0f} in "
-        "fp32.",
+        f"taken in turns, and their medians (commit `{measured['commit'][:7]}`); training in bf16 was between "
+        f"{ours['slowest']:.0f} and {ours['fastest']:.0f} images/s. 32 pixels, 512 turned images a step, 128 a batch"
+        f" of features. Square matrix products reach {peak / 1e9:.0f} GFLOP/s in bf16 and {peak_fp32 / 1e9:.0f} in"
+        " fp32; convolutions may be faster than those.",
         "",
-        "| | images/s | ratio | of the products' peak | peak memory |",
+        "| | images/s | ratio | to the products | peak memory |",
         "|---|---|---|---|---|",
     ]
     rows = (
@@ -98,7 +100,9 @@ def speed_tables(measured: dict[str, Any]) -> str:
         lines.append(f"| {title} | {rate:.0f} | {ratio:.2f} | {flops[name] / highest:.0%} | {memory:.1f} GiB |")
     lines += [
         "",
-        "| training: pixels | turned images a step | images/s | of the products' peak | peak memory |",
+        "How training grows with the image and the batch, one process each:",
+        "",
+        "| pixels | turned images a step | images/s | to the products | peak memory |",
         "|---|---|---|---|---|",
     ]
     for case in measured["growth"]:
@@ -123,8 +127,8 @@ def weights_table(rows: Sequence[Row], entries: dict[str, Any]) -> str:
         cells = [
             f"`{name}`",
             entry["data"],
-            f"{images:,}" if images else entry["recipe"],
-            f"{entry['size'] / 1e6:.1f} MB" if entry["size"] else entry["source"],
+            f"{images:,}" if images else "not known",
+            f"{entry['size'] / 1e6:.1f} MB" if entry["size"] else "not known",
             reported.data if reported and own else "",
             _cell(own, "rotation accuracy", "", ""),
             f"`{layer}`",
@@ -175,8 +179,9 @@ def ablation_table(measured: Sequence[Row], rows: Sequence[Row]) -> str:
         f"Networks pretrained on {' or '.join(f'{count:,}' for count in sorted(seen))} rotated images each (recipes"
         " `nin-cifar10-ablation...`, `python -m training.ablation`; not published). ± is the standard deviation over"
         " seeds of the probe: pretraining was done once each, and another seed of it alone moves such numbers by some"
-        " tenths of a point (training/STUDY.md). In steps of 45 degrees all eight views are resampled and masked to a"
-        " circle, so that row differs by more than the number of rotations.",
+        " tenths of a point (training/STUDY.md): the differences here are within chance. As many rotated images of"
+        " fewer rotations are of more upright ones: two rotations have seen twice as many as four, eight half as many."
+        " In steps of 45 degrees all eight views are resampled and masked to a circle. Features are computed in bf16.",
         "",
         "| network, degrees | recipe | non-linear probe (cached) of block2 | paper, 100 epochs |",
         "|---|---|---|---|",

@@ -7,9 +7,9 @@
 DIR holds CIFAR-10. Numbers of Tiny-ImageNet are measured where --tinyimagenet says where it is; where it does not, they
 are named as not measured. The weights' sha256 and golden outputs, and the rows, are always checked first. --quick takes
 minutes: of the published weights, rotation accuracy and k-NN on the first fifth of the test images, whose counts the
-rows keep. The whole check measures every row of training/results/ that this project measured; it prints first how long
-that took. Exit status 1 when a number does not hold, when a row was edited or is missing, or when weights are not the
-bytes that were measured; 2 when data or device are not there.
+rows keep. The whole check measures every row of published and of random weights (training/results/*.jsonl) again; it
+prints first how long that took where it was reported. Exit status 1 when a number does not hold, when a row was edited
+or is missing, or when weights are not the bytes that were measured; 2 when data or device are not there.
 
 What counts as holding: where nothing is trained, as many right answers but for one in a thousand images (other
 hardware flips a few); where a probe is trained, the same accuracy within three standard deviations over the reported

@@ -1,8 +1,8 @@
 """Measure what the card has of published weights and has no row of yet, number by number.
 
     python -m training.measure rotnet_nin.cifar10 --data-dir DIR
-    python -m training.measure rotnet_alexnet.tinyimagenet --tinyimagenet tiny-imagenet-200
-    python -m training.measure rotnet_nin.cifar10 --data-dir DIR --only "few labels, convolutional probe" --list
+    python -m training.measure rotnet_nin.cifar10 --data-dir DIR --list
+    python -m training.measure rotnet_nin.cifar10 --data-dir DIR --only "few labels, convolutional probe"
 
 Rows are written to training/results/ as they are measured, those of random weights beside those of the published ones;
 a command that was stopped goes on where it was. Rows of other bytes than the published ones are measured anew. The code

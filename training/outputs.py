@@ -34,6 +34,12 @@ def describe_run(recipe: Recipe, progress: Progress, accelerator: Accelerator) -
     }
 
 
+def trained_size(recipe: Recipe, model: nn.Module) -> int:
+    """Side of the whole images that a trained network takes: of one that takes a single size, the crops'."""
+    fixed = getattr(model, "pretrained_cfg", {}).get("fixed_input_size")
+    return recipe.stages[-1].crop if fixed else recipe.input_size
+
+
 def write_run(output: Path, recipe: Recipe, run: dict[str, Any], model: nn.Module) -> None:
     """Write run.json, curve.png, config.json and, last, model.safetensors (fp32): where it is, the run is finished.
 
@@ -45,8 +51,7 @@ def write_run(output: Path, recipe: Recipe, run: dict[str, Any], model: nn.Modul
     content = save(state, metadata={"format": "pt"})
     unfinished = output / "model.tmp"
     unfinished.write_bytes(content)
-    fixed = getattr(model, "pretrained_cfg", {}).get("fixed_input_size")
-    size = recipe.stages[-1].crop if fixed else recipe.input_size
+    size = trained_size(recipe, model)
     cfg = {
         **NOT_OF_THESE_WEIGHTS,
         "tag": recipe.name,

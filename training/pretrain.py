@@ -55,7 +55,7 @@ from training.checkpoint import (
 from training.eighths import count_correct_eighths, eighths_loss
 from training.memory import TURN_OFF, keep_large_blocks
 from training.optimizers import create_optimizers, learning_rate_factor, renormalize_filters, set_learning_rates
-from training.outputs import describe_run, write_run
+from training.outputs import describe_run, trained_size, write_run
 from training.recipes import PRECISIONS, RECIPES, Muon, Recipe, with_image_size, with_steps
 from training.results import current_commit, multiplies_bfloat16
 from training.unlabelled import UnlabelledImages, open_images, stream
@@ -351,12 +351,13 @@ def renew_statistics(recipe: Recipe, model: nn.Module, batches: Iterator[torch.T
 def holdout_accuracy(
     recipe: Recipe, model: nn.Module, images: torch.Tensor | UnlabelledImages, device: torch.device | str = "cpu"
 ) -> tuple[int, int]:
-    """Right guesses and their number on the held-out images, the last ones, whole, at the recipe's input size."""
+    """Right guesses and their number on the held-out images, the last ones, whole, at the size the network takes."""
     cfg = resolve_model_data_config(model)
     indices = torch.arange(len(images) - recipe.holdout, len(images)).split(EVALUATION_BATCH)
     squares = (pixels.to(device) for pixels, _ in stream(images, indices))
-    if recipe.input_size != recipe.image_size:
-        squares = (take_boxes(pixels, whole_boxes(len(pixels)), recipe.input_size) for pixels in squares)
+    size = trained_size(recipe, model)
+    if size != recipe.image_size:
+        squares = (take_boxes(pixels, whole_boxes(len(pixels)), size) for pixels in squares)
     batches = (normalize(pixels, cfg["mean"], cfg["std"]) for pixels in squares)
     if recipe.rotation_unit == 45:
         return count_correct_eighths(model, batches)

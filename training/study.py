@@ -87,7 +87,7 @@ QUESTIONS: dict[str, tuple[Recipe, ...]] = {
         variant("sgd-lr-0.1", optimizer=Sgd(lr=0.1), schedule=LinearSchedule(warmup=0.2)),
         variant("sgd-lr-0.4", optimizer=Sgd(lr=0.4), schedule=LinearSchedule(warmup=0.2)),
     ),
-    "Batch, rotated images (256)": (
+    "Batch, rotated images (256 at a rate of 0.1; the rate as its square root)": (
         variant("batch-128", images_per_step=32, optimizer=Muon(lr=0.07)),
         variant("batch-512", images_per_step=128, optimizer=Muon(lr=0.14)),
     ),
