@@ -236,8 +236,12 @@ def measure_speed(rounds: int = 3) -> dict[str, Any]:
         **{f"product {size}": Case("product", size=size) for size in GEMM_SIZES},
         **{f"product {size} in fp32": Case("product", size=size, precision="fp32") for size in GEMM_SIZES},
     }
-    growth = [Case("training", size=size, images=256) for size in SIZES]
-    growth += [Case("training", images=images) for images in BATCHES]
+    grid = dict.fromkeys((*((size, 256) for size in SIZES), *((32, images) for images in BATCHES)))
+    growth = [
+        replace(case, size=size, images=images)
+        for size, images in grid
+        for case in (headline["naive"], headline["training"], headline["features"])
+    ]
     speeds: dict[str, list[Speed]] = {name: [] for name in headline}
     grown = []
     with tqdm(total=rounds * len(headline) + len(growth), unit="measurement") as bar:
@@ -247,7 +251,7 @@ def measure_speed(rounds: int = 3) -> dict[str, Any]:
                 speeds[name].append(measure(case))
                 bar.update()
         for case in growth:
-            bar.set_description(f"{case.size} pixels, {case.images} images a step")
+            bar.set_description(f"{case.what}: {case.size} pixels, {case.images} images a step")
             grown.append({**asdict(case), **_plain([measure(case)])})
             bar.update()
     return {
