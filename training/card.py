@@ -103,7 +103,7 @@ def speed_tables(measured: dict[str, Any]) -> str:
         "",
         "How each grows with the image and the batch, one process each:",
         "",
-        "| pixels | images a step | training, naive, images/s | training, images/s | ratio | to the products"
+        "| pixels | images a step or batch | training, naive, images/s | training, images/s | ratio | to the products"
         " | peak memory | features, images/s | to the products | peak memory |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -188,7 +188,7 @@ def ablation_table(measured: Sequence[Row], rows: Sequence[Row]) -> str:
         f"Networks pretrained on {' or '.join(f'{count:,}' for count in sorted(seen))} rotated images each (recipes"
         " `nin-cifar10-ablation...`, `python -m training.ablation`; not published). ± is the standard deviation over"
         " seeds of the probe: pretraining was done once each, and another seed of it alone moves such numbers by some"
-        " tenths of a point (training/STUDY.md): the differences here are within chance. As many rotated images of"
+        " tenths of a point (training/STUDY.md): differences of that size say nothing. As many rotated images of"
         " fewer rotations are of more upright ones: two rotations have seen twice as many as four, eight half as many."
         " In steps of 45 degrees all eight views are resampled and masked to a circle. Features are computed in bf16.",
         "",
