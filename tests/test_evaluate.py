@@ -188,9 +188,10 @@ def test_the_size_is_what_stands_beside_the_weights(tmp_path):
 
 
 def test_random_weights_have_the_layers_of_the_bundled_ones(set_manifest):
+    entry = zoo.manifest()["rotnet_alexnet.tinyimagenet"]
+    set_manifest({NAME: zoo.manifest()[NAME]})
     assert subject.load_subject("rotnet_alexnet", random=True).backbone.head.fc_size == 4096
-    entry = zoo.manifest()[NAME] | {"input_size": [3, 128, 128], "model_args": {"fc_size": 0}}
-    set_manifest({"rotnet_alexnet.tiny": entry})
+    set_manifest({"rotnet_alexnet.tinyimagenet": entry})
     random = subject.load_subject("rotnet_alexnet", random=True)
     assert random.backbone.head.fc_size == 0 and random.size == 128
 
@@ -224,7 +225,7 @@ def test_cached_features_are_those_of_the_images_as_they_are(small_cifar10):
     [
         (["resnet_of_nobody"], "no model 'resnet_of_nobody'"),
         (["rotnet_nin.nope"], "no weights tagged"),
-        (["rotnet_alexnet"], "has no pretrained weights"),
+        (["rotnet_nin3"], "has no pretrained weights"),
         (["vit_tiny_patch16_224", "--random", "--size", "32"], "does not take images of 32 pixels"),
         (["rotnet_nin", "--layers", "block7"], "no layer block7"),
         (["rotnet_nin", "--record"], "this is not the whole of CIFAR-10: 40 training and 40 test images"),

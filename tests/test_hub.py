@@ -70,6 +70,9 @@ def test_default_tag_and_named_tag_are_timms(offline):
     expected = timm.create_model("rotnet_nin", pretrained=True).state_dict()
     for model in (load("rotnet_nin"), load("rotnet_nin", weights="cifar10")):
         assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+    alexnet = load("rotnet_alexnet")
+    expected = timm.create_model("rotnet_alexnet.tinyimagenet", pretrained=True).state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in alexnet.state_dict().items())
 
 
 def test_random_weights_and_arguments(offline):
@@ -86,7 +89,7 @@ def test_weights_from_a_file(nin_state, tmp_path):
     assert model.num_classes == 10
 
 
-@pytest.mark.parametrize("name", ["rotnet_alexnet", "rotnet_nin3", "rotnet_nin5", "rotnet_resnet18", "rotnet_resnet50"])
+@pytest.mark.parametrize("name", ["rotnet_nin3", "rotnet_nin5", "rotnet_resnet18", "rotnet_resnet50"])
 def test_no_weights_yet(name):
     with pytest.raises(ValueError, match="pretrained=False"):
         load(name)

@@ -111,7 +111,7 @@ def test_unknown_tag_lists_the_known():
         timm.create_model("rotnet_nin.nope", pretrained=True)
 
 
-@pytest.mark.parametrize("name", ["rotnet_alexnet", "rotnet_nin3", "rotnet_nin5", "rotnet_resnet18", "rotnet_resnet50"])
+@pytest.mark.parametrize("name", ["rotnet_nin3", "rotnet_nin5", "rotnet_resnet18", "rotnet_resnet50"])
 def test_models_without_weights_say_so(name):
     with pytest.raises(
         ValueError, match=rf"{name} has no pretrained weights; use pretrained=False.*rotnet_nin\.cifar10"
@@ -171,6 +171,21 @@ def convolutions(state):
 def assert_convolutions(model, state):
     own = convolutions(model.state_dict())
     assert own.keys() == convolutions(state).keys() and all(torch.equal(own[name], state[name]) for name in own)
+
+
+def test_the_default_alexnet_is_its_bundled_convolutions(offline):
+    state = load_file(zoo.weights_file("rotnet_alexnet.tinyimagenet"))
+    assert sum(tensor.numel() for tensor in state.values()) < 2_500_000
+    published = timm.create_model("rotnet_alexnet", pretrained=True)
+    assert published.head.fc_size == 0 and published.pretrained_cfg["tag"] == "tinyimagenet"
+    assert all(torch.equal(tensor, state[name]) for name, tensor in published.state_dict().items())
+    tuned = timm.create_model("rotnet_alexnet", pretrained=True, num_classes=20)
+    assert tuned.get_classifier().weight.shape == (20, 256)
+    assert_convolutions(tuned, state)
+    with pytest.warns(UserWarning, match="fc6"):
+        grown = timm.create_model("rotnet_alexnet", pretrained=True, num_classes=20, fc_size=32)
+    assert grown.head.fc_size == 32
+    assert_convolutions(grown, state)
 
 
 def test_weights_without_fc_layers_give_a_network_without_them(tmp_path):

@@ -1,8 +1,8 @@
 """ImageNet-style probes: classifiers on every layer of a frozen backbone, all trained in one pass over fresh crops.
 
     python -m training.imagenet imagenet-linear-paper rotnet_alexnet.gidaris_in1k --data-dir ILSVRC2012 --device cuda
-    python -m training.imagenet imagenet-linear-cpu rotnet_alexnet --random --dataset tinyimagenet --data-dir DIR
-    python -m training.imagenet imagenet-nonlinear-cpu rotnet_alexnet --weights FILE --layers conv4 --data-dir DIR
+    python -m training.imagenet imagenet-linear-cpu rotnet_alexnet --dataset tinyimagenet --data-dir DIR
+    python -m training.imagenet imagenet-nonlinear-cpu rotnet_alexnet --random --layers conv4 --data-dir DIR
 
 The data are a folder of train/<class>/* and val/<class>/* (ImageNet, Places205), Tiny-ImageNet or CIFAR-10 as they are
 distributed, or a labelled data set of torchvision by timm's name (torch/places365). They are decoded by --workers as

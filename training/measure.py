@@ -2,6 +2,7 @@
 
     python -m training.measure rotnet_nin.cifar10 --data-dir DIR
     python -m training.measure rotnet_nin.cifar10 --data-dir DIR --list
+    python -m training.measure rotnet_alexnet.tinyimagenet --tinyimagenet DIR
     python -m training.measure rotnet_nin.cifar10 --data-dir DIR --only "few labels, convolutional probe"
 
 Rows are written to training/results/ as they are measured, those of random weights beside those of the published ones;
