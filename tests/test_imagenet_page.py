@@ -7,13 +7,14 @@ import shutil
 
 from conftest import ROOT
 
-from training import imagenet, pretrain
+from training import check, imagenet, pretrain
 from training.alexnet_costs import imagenet_cost_table, layer_table
 from training.protocols import LAYER_PROBES
 from training.recipes import RECIPES
 from training.results import read_rows
 
 PAGE = (ROOT / "docs" / "imagenet.md").read_text()
+TINY = "tiny-imagenet-200"
 COMMANDS = {"training.pretrain": pretrain.main, "training.imagenet": imagenet.main}
 SMALL = {
     "training.pretrain": ["--cpu", "--steps", "1", "--images-per-step", "2", "--image-size", "80", "--tracker", "none"],
@@ -32,7 +33,7 @@ def test_the_page(small_cifar10, tmp_path, monkeypatch):
         monkeypatch.setitem(LAYER_PROBES, name, dataclasses.replace(recipe, batch_size=20, image_size=64, fc_size=16))
     # the network's own fc layers, which the weights of the first command decide elsewhere, are 4096 wide
     monkeypatch.setattr("timm.create_model", narrow(imagenet.timm.create_model))
-    commands = re.findall(r"^python -m .*$", PAGE, re.MULTILINE)
+    commands = [command for command in page_commands() if TINY not in command]
     assert len(commands) == 5
     for command in commands:
         words = shlex.split(command)
@@ -41,6 +42,26 @@ def test_the_page(small_cifar10, tmp_path, monkeypatch):
         assert (output / ("report.md" if words[2] == "training.imagenet" else "model.safetensors")).is_file()
     (linear,) = [read for read in (tmp_path / "runs" / "imagenet" / "linear").glob("rows.jsonl")]
     assert len(linear.read_text().splitlines()) == 5
+
+
+def test_the_commands_of_the_bundled_weights(small_tinyimagenet, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert small_tinyimagenet.name == TINY
+    for name, recipe in LAYER_PROBES.items():
+        monkeypatch.setitem(LAYER_PROBES, name, dataclasses.replace(recipe, batch_size=20))
+    (train, probe, again) = (shlex.split(command)[2:] for command in page_commands() if TINY in command)
+    two_stages = ["--steps", "4"]
+    assert pretrain.main([*train[1:], *SMALL[train[0]], *two_stages]) == 0
+    assert (tmp_path / "runs" / "alexnet-tiny" / "model.safetensors").is_file()
+    assert imagenet.main([*probe[1:], *SMALL[probe[0]]]) == 0
+    rows = (tmp_path / "runs" / "imagenet" / "tiny" / "rows.jsonl").read_text()
+    assert rows.count('"weights": "rotnet_alexnet.tinyimagenet"') == 5
+    assert again[0] == "training.check" and check.main([*again[1:], "--only", "rotation"]) == 1
+    assert "20" in capsys.readouterr().out, "other images than those of the card"
+
+
+def page_commands():
+    return re.findall(r"^python -m .*$", PAGE, re.MULTILINE)
 
 
 def narrow(create_model):

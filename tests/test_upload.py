@@ -44,6 +44,10 @@ def run(*arguments):
     return publish.main([str(argument) for argument in arguments])
 
 
+def publish_one(*arguments):
+    return run("--namespace", "ORG", "--weights", NAME, *arguments)
+
+
 def manifest_of(folder):
     return json.loads((folder / "manifest.json").read_text())
 
@@ -117,10 +121,10 @@ def test_config_is_enough_without_the_registrys_help(hub, weights_dir, monkeypat
 
 
 def test_twice_uploads_nothing_new(hub, weights_dir):
-    assert run("--namespace", "ORG") == 0
+    assert publish_one() == 0
     first, revision = list(hub.uploads), hub.repositories[REPOSITORY]["main"]
     told = manifest_of(weights_dir)
-    assert run("--namespace", "ORG") == 0
+    assert publish_one() == 0
     assert hub.uploads == first and hub.repositories[REPOSITORY]["main"] == revision
     assert manifest_of(weights_dir) == told
 
@@ -130,12 +134,12 @@ def test_interrupted_anywhere_and_run_again(hub, weights_dir, step, capsys):
     before = (weights_dir / "manifest.json").read_bytes()
     for method in ("POST", "GET", "HEAD"):
         hub.answer(method, step, 403, times=3)
-    assert run("--namespace", "ORG") == 2
+    assert publish_one() == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
     assert (weights_dir / "manifest.json").read_bytes() == before, "nothing is pinned before it is verified"
     hub.answers.clear()
-    assert run("--namespace", "ORG") == 0
+    assert publish_one() == 0
     revision = hub.repositories[REPOSITORY]["main"]
     assert manifest_of(weights_dir)[NAME]["hub"]["revision"] == revision
     assert hub.repositories[REPOSITORY]["tags"] == {"v0.1": revision}
@@ -151,23 +155,23 @@ def test_killed_after_the_upload_and_run_again(hub, weights_dir, tmp_path):
         "from training import publish, upload\n"
         "upload.REPOSITORY = 'ORG/rotation_ssl'\n"
         "upload._verify = lambda *args: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "publish.main(['--namespace', 'ORG'])\n"
+        "publish.main(['--namespace', 'ORG', '--weights', sys.argv[2]])\n"
     )
     environment = {**os.environ, **HUB_ENVIRONMENT, "HF_HOME": str(tmp_path / "home")}
-    command = [sys.executable, "-c", code, str(weights_dir)]
+    command = [sys.executable, "-c", code, str(weights_dir), NAME]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == -9, result.stderr
     uploaded, revision = list(hub.uploads), hub.repositories[REPOSITORY]["main"]
     assert uploaded and "hub" not in manifest_of(weights_dir)[NAME]
-    assert run("--namespace", "ORG") == 0
+    assert publish_one() == 0
     assert hub.uploads == uploaded and manifest_of(weights_dir)[NAME]["hub"]["revision"] == revision
 
 
 def test_nothing_is_published_without_an_address(hub, weights_dir, monkeypatch, capsys):
     monkeypatch.setattr(upload, "REPOSITORY", "OWNER/rotation_ssl")
-    assert run("--namespace", "ORG") == 2
+    assert publish_one() == 2
     assert "set REPOSITORY in training/card.py" in capsys.readouterr().err and not hub.repositories
-    assert run("--namespace", "ORG", "--dry-run") == 0
+    assert publish_one("--dry-run") == 0
 
 
 @pytest.mark.parametrize(
@@ -176,7 +180,7 @@ def test_nothing_is_published_without_an_address(hub, weights_dir, monkeypatch, 
 )
 def test_refused_by_the_hub(hub, weights_dir, status, message, capsys):
     hub.answer("POST", "/commit/", status, times=9)
-    assert run("--namespace", "ORG") == 2
+    assert publish_one() == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert "hub" not in manifest_of(weights_dir)[NAME]
@@ -191,62 +195,62 @@ def test_a_commit_in_between_is_noticed(hub, weights_dir, monkeypatch, capsys):
         return found
 
     monkeypatch.setattr(upload, "_digests", commit_meanwhile)
-    assert run("--namespace", "ORG") == 2
+    assert publish_one() == 2
     assert "someone else committed meanwhile" in capsys.readouterr().err
 
 
 def test_a_hub_that_serves_other_bytes_is_not_pinned(hub, weights_dir, capsys):
     hub.corrupt.add("model.safetensors")
-    assert run("--namespace", "ORG") == 2
+    assert publish_one() == 2
     assert "is not what was uploaded: nothing was published" in capsys.readouterr().err
     assert "hub" not in manifest_of(weights_dir)[NAME] and hub.repositories[REPOSITORY]["tags"] == {}
 
 
 def test_a_version_never_moves(hub, weights_dir, monkeypatch, capsys, tmp_path):
-    assert run("--namespace", "ORG") == 0
+    assert publish_one() == 0
     first, uploaded = hub.repositories[REPOSITORY]["main"], list(hub.uploads)
     other = tmp_path / "card.md"
     other.write_text(upload.CARD_TEMPLATE.read_text() + "one more line\n")
     monkeypatch.setattr(upload, "CARD_TEMPLATE", other)
-    assert run("--namespace", "ORG") == 2
+    assert publish_one() == 2
     assert "v0.1 of ORG/rotnet_nin.cifar10 has other README.md, and a version never moves" in capsys.readouterr().err
     assert hub.repositories[REPOSITORY] | {"commits": 0} == {"commits": 0, "main": first, "tags": {"v0.1": first}}
     assert hub.uploads == uploaded
-    assert run("--namespace", "ORG", "--version", "v0.2") == 0
+    assert publish_one("--version", "v0.2") == 0
     assert manifest_of(weights_dir)[NAME]["hub"]["version"] == "v0.2"
     assert hub.uploads == [*uploaded, "README.md"]
 
 
 def test_what_others_do_to_main_does_not_matter_to_a_version(hub, weights_dir):
-    assert run("--namespace", "ORG") == 0
+    assert publish_one() == 0
     told = manifest_of(weights_dir)
     edited = hub.commit(REPOSITORY, {"README.md": b"edited by hand"})
-    assert run("--namespace", "ORG") == 0
+    assert publish_one() == 0
     assert manifest_of(weights_dir) == told and hub.repositories[REPOSITORY]["main"] == edited
 
 
 def test_golden_outputs_of_another_machine_are_kept(hub, weights_dir, capsys):
-    assert run("--namespace", "ORG") == 0
+    assert publish_one() == 0
     uploaded, file = list(hub.uploads), weights_dir / f"{NAME}.golden.safetensors"
     golden = load_file(file)
     save_file(golden | {"logits": golden["logits"] + 1e-5}, file)
-    assert run("--namespace", "ORG") == 0 and hub.uploads == uploaded
+    assert publish_one() == 0 and hub.uploads == uploaded
     save_file(golden | {"logits": golden["logits"] + 1e-2}, file)
-    assert run("--namespace", "ORG") == 2
+    assert publish_one() == 2
     assert "has other golden.safetensors" in capsys.readouterr().err
 
 
 def test_no_connection(hub, weights_dir, monkeypatch, capsys):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     monkeypatch.setattr(upload, "HfApi", lambda: huggingface_hub.HfApi(endpoint="http://127.0.0.1:9"))
-    assert run("--namespace", "ORG") == 2
+    assert publish_one() == 2
     error = capsys.readouterr().err
     assert "no connection" in error and error.count("error: ") == 1
 
 
 def test_a_dry_run_asks_nothing_of_the_hub(hub, weights_dir, capsys):
     before = (weights_dir / "manifest.json").read_bytes()
-    assert run("--namespace", "ORG", "--dry-run") == 0
+    assert publish_one("--dry-run") == 0
     out = capsys.readouterr().out
     assert hub.requests == [] and (weights_dir / "manifest.json").read_bytes() == before
     assert REPOSITORY in out and "backbone.safetensors" in out and published_manifest()[NAME]["sha256"] in out
