@@ -166,7 +166,10 @@ def draw_figures(data_dir: Path, download: bool = False) -> list[Path]:
         backbone, stamp = timm.create_model(name, pretrained=True).eval(), entry["sha256"]
         kinds = ("layers", "few-labels", "filters", "attention", "neighbours")
         files = {kind: FIGURES_DIR / f"{name}.{kind}.png" for kind in kinds}
-        draw_accuracy_by_layer(rows, name, files["layers"])
+        if rows_by_layer(rows, name):
+            draw_accuracy_by_layer(rows, name, files["layers"])
+        else:
+            files.pop("layers").unlink(missing_ok=True)
         if not draw_few_labels(rows, name, files["few-labels"]):
             files.pop("few-labels").unlink(missing_ok=True)
         draw_filters(backbone, files["filters"], stamp)
@@ -199,10 +202,9 @@ def stale_figures(rows: list[Row], entries: dict[str, Any]) -> list[Path]:
     stale = []
     for name, entry in entries.items():
         wanted = {kind: entry["sha256"] for kind in ("filters", "attention", "neighbours")}
-        wanted["layers"] = rows_stamp(rows_by_layer(rows, name))
-        few = rows_few_labels(rows, name)
-        if few:
-            wanted["few-labels"] = rows_stamp(few)
+        for kind, shown in (("layers", rows_by_layer(rows, name)), ("few-labels", rows_few_labels(rows, name))):
+            if shown:
+                wanted[kind] = rows_stamp(shown)
         for kind, stamp in wanted.items():
             file = FIGURES_DIR / f"{name}.{kind}.png"
             if not file.is_file() or stamp_of(file) != stamp:
