@@ -262,7 +262,7 @@ def test_it_learns(layers, tmp_path):
         (["rotnet_alexnet", "--random", "--layers", "fc6-8", "--fc-size", "0", "--steps", "1"], "give --layers all"),
         (["rotnet_resnet18", "--random", "--size", "64"], "cannot be rescaled"),
         (["rotnet_alexnet", "--random", "--lr", "0"], "lr must be above 0"),
-        (["rotnet_alexnet"], "has no pretrained weights"),
+        (["rotnet_nin3"], "has no pretrained weights"),
     ],
 )
 def test_bad_input_is_a_one_line_error(arguments, message, devkit, capsys, tmp_path):
