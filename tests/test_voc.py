@@ -125,7 +125,8 @@ def test_frozen_layers_do_not_move(devkit):
 
 
 def test_fc_layers_are_those_of_the_weights_or_fresh():
-    subject = load_subject("rotnet_alexnet", random=True, size=64)
+    convolutions = load_subject("rotnet_alexnet", random=True, size=64)
+    subject = dataclasses.replace(convolutions, backbone=timm.create_model("rotnet_alexnet", fc_size=48))
     kept = transfer_network(subject, 5, [], scaled=False)
     torch.testing.assert_close(kept.head.fc7[0].weight.norm(1), fold_of(subject.backbone.head.fc7).norm(1))
     fresh = transfer_network(subject, 5, [], 32, scaled=False)

@@ -368,7 +368,7 @@ ALEXNET_TINYIMAGENET_CPU = Recipe(
     padding=0,
     scale=(0.35, 1.0),
     precision="bf16",
-    note="about 100 minutes on 2 cores that multiply bfloat16",
+    note="about 90 minutes on 2 cores that multiply bfloat16",
 )
 
 # A start for images of one's own: of no paper, its settings are untuned.
