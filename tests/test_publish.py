@@ -9,7 +9,7 @@ import statistics
 import pytest
 import timm
 from conftest import ROOT
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from rotation_ssl import zoo
 from rotation_ssl.features import layer_modules
@@ -146,6 +146,8 @@ def test_an_alexnet_is_bundled_and_reported_on_its_own_data(copied, tmp_path):
         and entry["data"].startswith("Tiny-ImageNet")
     )
     assert entry["size"] < 10_000_000, "convolutions and a head of 4: fit for a wheel"
+    golden = load_file(copied / "weights" / f"{name}.golden.safetensors")
+    assert golden["input"].shape[1:] == (3, 128, 128), "of the size that the weights are for"
     with pytest.raises(ValueError, match=f"{name} rotation accuracy has no row: measure it"):
         publish.render()
     rows = []

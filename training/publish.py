@@ -96,7 +96,10 @@ def bundle(run_dir: Path, name: str) -> None:
     if not re.fullmatch("[0-9a-f]{40}", run["commit"]):
         raise ValueError(f"{run_dir} was trained by commit {run['commit']!r}: commit, then train what is published")
     content = weights.read_bytes()
-    model = timm.create_model(recipe["model"], pretrained=True, pretrained_cfg_overlay={"file": str(weights)})
+    # the size is the recipe's, not that of the weights that are bundled already or of the paper
+    input_size = (3, *[RECIPES[recipe["name"]].input_size] * 2)
+    overlay = {"file": str(weights), "input_size": input_size}
+    model = timm.create_model(recipe["model"], pretrained=True, pretrained_cfg_overlay=overlay)
     cfg = resolve_model_data_config(model)
     entry = {
         "source": "bundled",
@@ -111,8 +114,7 @@ def bundle(run_dir: Path, name: str) -> None:
         "seed": recipe["seed"],
         "commit": run["commit"],
         "recommended_layer": RECOMMENDED_LAYERS[recipe["model"]],
-        "input_size": [cfg["input_size"][0], *[RECIPES[recipe["name"]].input_size] * 2],
-        **{key: list(cfg[key]) for key in ("mean", "std")},
+        **{key: list(cfg[key]) for key in ("input_size", "mean", "std")},
         **({"model_args": dict(recipe["model_args"])} if recipe.get("model_args") else {}),
         "metrics": {},
     }
