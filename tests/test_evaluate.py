@@ -196,6 +196,14 @@ def test_random_weights_have_the_layers_of_the_bundled_ones(set_manifest):
     assert random.backbone.head.fc_size == 0 and random.size == 128
 
 
+def test_random_weights_beside_a_tag_are_of_its_network_and_size():
+    default = subject.load_subject("rotnet_alexnet", random=True)
+    beside = subject.load_subject("rotnet_alexnet.gidaris_in1k", random=True)
+    assert (default.size, default.backbone.head.fc_size) == (128, 0)
+    assert (beside.size, beside.backbone.head.fc_size) == (224, 4096)
+    assert beside.name == "rotnet_alexnet.random"
+
+
 def test_maps_are_pooled_to_what_memory_bears():
     nin = subject.load_subject("rotnet_nin", random=True)
     image = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)

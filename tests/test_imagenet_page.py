@@ -57,7 +57,7 @@ def test_the_commands_of_the_bundled_weights(small_tinyimagenet, tmp_path, monke
     rows = (tmp_path / "runs" / "imagenet" / "tiny" / "rows.jsonl").read_text()
     assert rows.count('"weights": "rotnet_alexnet.tinyimagenet"') == 5
     assert again[0] == "training.check" and check.main([*again[1:], "--only", "rotation"]) == 1
-    assert "20" in capsys.readouterr().out, "other images than those of the card"
+    assert "measured other images (Tiny-ImageNet val, 80)" in capsys.readouterr().out
 
 
 def page_commands():

@@ -46,8 +46,9 @@ def load_subject(
 
     Args:
         model: ``model.tag`` or ``model`` for its default tag; the part before the dot names the network.
-        random: take the network as initialised with ``seed``, with the layers that its bundled weights have; it is
-            called ``model.random`` (``model.random1`` for seed 1, and so on).
+        random: take the network as initialised with ``seed``, with the layers and the input size of the weights of
+            that name, for ``model`` the bundled ones; it is called ``model.random`` (``model.random1`` for seed 1, and
+            so on).
         seed: of the random weights.
         weights: a safetensors file of the user's; called ``model@`` and the first 12 digits of its sha256.
         size: side of the images in pixels; None: what the config.json beside the weights says, or the model's own.
@@ -64,7 +65,7 @@ def load_subject(
     torch.manual_seed(seed)
     try:
         if random:
-            backbone = timm.create_model(architecture, **_bundled_args(architecture))
+            backbone = timm.create_model(model, **_published_args(model))
         elif weights:
             backbone = _with_file(architecture, weights)
         else:
@@ -160,9 +161,13 @@ def record_file(subject: Subject, own_settings: bool) -> Path:
     return RESULTS_DIR / f"{subject.name}.jsonl"
 
 
-def _bundled_args(architecture: str) -> dict[str, Any]:
-    """The arguments of the network whose weights are bundled, that random ones may be compared with them."""
-    entries = (entry for name, entry in zoo.bundled().items() if name.split(".", 1)[0] == architecture)
+def _published_args(model: str) -> dict[str, Any]:
+    """The arguments of the network whose weights are published as ``model.tag``, or of ``model``'s bundled ones, that
+    random ones may be compared with them.
+    """
+    if model in zoo.manifest():
+        return dict(zoo.manifest()[model].get("model_args", {}))
+    entries = (entry for name, entry in zoo.bundled().items() if name.split(".", 1)[0] == model)
     return dict(next(entries, {}).get("model_args", {}))
 
 
