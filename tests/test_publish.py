@@ -50,7 +50,7 @@ def test_every_measured_number_is_in_the_card():
 
 PROBED = {
     "rotnet_nin": ("k-NN", "linear probe", "non-linear probe"),
-    "rotnet_alexnet": (),
+    "rotnet_alexnet": ("ImageNet linear probe",),
 }
 
 
@@ -160,6 +160,8 @@ def test_an_alexnet_is_bundled_and_reported_on_its_own_data(copied, tmp_path):
             row(protocol="ImageNet linear probe", cost="cpu", layer=f"conv{i}", value=0.1 + i / 100, seed=0, **tiny)
             for i in range(1, 6)
         ]
+        nonlinear = {"protocol": "ImageNet non-linear probe", "cost": "cpu", "seed": 0}
+        rows += [row(layer=layer, value=0.3, **nonlinear, **tiny) for layer in ("conv4", "conv5")]
         transfer = common | {"data": "CIFAR-10 test"}
         rows.append(row(protocol="ImageNet linear probe", cost="cpu", layer="conv3", value=0.6543, seed=0, **transfer))
     for weights in (name, "rotnet_alexnet.random"):
@@ -173,7 +175,7 @@ def test_an_alexnet_is_bundled_and_reported_on_its_own_data(copied, tmp_path):
     assert "of the validation images of Tiny-ImageNet (chance is 25 %)" in own and "**81.23 %**" in own
     assert own.index("65.43 %") > own.index("test images of CIFAR-10"), "the transfer in a table of its own"
     headline = next(line for line in text.splitlines() if line.startswith(f"| `{name}`"))
-    assert "Tiny-ImageNet val | 81.23 % | `conv4` |  |  |  |" in headline
+    assert "Tiny-ImageNet val | 81.23 % | `conv4` | 30.00 % | 14.00 % |  |" in headline
     # the paper's, for want of the data
     assert "nothing of it was run by this project" in own and "_50.00 %_" in own and "_36.50 %_" in own
     assert "_31.70 %_ (unchecked)" in own and "of Places205" in own

@@ -142,7 +142,14 @@ ON_CIFAR10 = Reported(
         Numbers("supervised", "cpu", ("block2",), (0,), FEW, published=False),
     ),
 )
-ON_TINYIMAGENET = Reported("Tiny-ImageNet val", (ROTATION,))
+ON_TINYIMAGENET = Reported(
+    "Tiny-ImageNet val",
+    (
+        ROTATION,
+        Numbers("ImageNet linear probe", "cpu", seeds=(0,)),
+        Numbers("ImageNet non-linear probe", "cpu", ("conv4", "conv5"), seeds=(0,)),
+    ),
+)
 REPORTED = {
     **dict.fromkeys(("rotnet_nin", "rotnet_nin3", "rotnet_nin5"), ON_CIFAR10),
     "rotnet_alexnet": ON_TINYIMAGENET,
