@@ -323,13 +323,13 @@ def test_missing_rows_by_hand():
     assert len(missing) == 2 * (1 + 2 + 3 * 2 + 3) + 2 + 2 * 5
     assert not [number for number in missing if "k-NN" in number]
     # AlexNet's numbers are of Tiny-ImageNet: those of other data do not count
-    turned = {"weights": "rotnet_alexnet.a", "protocol": "rotation accuracy", "layer": ""}
-    rows = [row(data=data, **turned) for data in ("CIFAR-10 test", "Tiny-ImageNet val")]
+    linear = {"weights": "rotnet_alexnet.a", "protocol": "ImageNet linear probe", "cost": "cpu", "seed": 0}
+    rows = [row(layer="conv1", data=data, **linear) for data in ("CIFAR-10 test", "Tiny-ImageNet val")]
     layers = [f"conv{i}" for i in range(1, 6)]
-    missing = {r.number for r in missing_rows(rows[:1], "rotnet_alexnet.a", layers)}
+    missing = [r.number for r in missing_rows(rows[:1], "rotnet_alexnet.a", layers)]
+    assert len(missing) == 2 * (1 + 5 + 2) and "rotnet_alexnet.a ImageNet linear probe (cpu) conv1 seed 0" in missing
     there = {r.number for r in missing_rows(rows, "rotnet_alexnet.a", layers)}
-    assert missing - there == {"rotnet_alexnet.a rotation accuracy"}
-    assert "rotnet_alexnet.random rotation accuracy" in there
+    assert set(missing) - there == {"rotnet_alexnet.a ImageNet linear probe (cpu) conv1 seed 0"}
 
 
 def test_few_labels_are_of_published_weights_and_supervised_networks_of_random_ones():
