@@ -201,7 +201,9 @@ def test_random_weights_beside_a_tag_are_of_its_network_and_size():
     beside = subject.load_subject("rotnet_alexnet.gidaris_in1k", random=True)
     assert (default.size, default.backbone.head.fc_size) == (128, 0)
     assert (beside.size, beside.backbone.head.fc_size) == (224, 4096)
-    assert beside.name == "rotnet_alexnet.random"
+    assert (default.name, beside.name) == ("rotnet_alexnet.random", "rotnet_alexnet.gidaris_in1k-random")
+    with pytest.raises(ValueError, match="in1k-random has no entry there"):
+        subject.record_file(beside, own_settings=False)
 
 
 def test_maps_are_pooled_to_what_memory_bears():

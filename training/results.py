@@ -34,14 +34,15 @@ COSTS = ("", "paper", "cached", "cpu")
 class Row:
     """A number: ``value`` is a fraction, ``correct / n`` where it was counted.
 
-    ``weights`` is a published ``model.tag``, ``model.random`` for a network as initialised, ``model@sha256`` (12
-    digits) for other weights, or for quoted numbers the model that they are of. ``cost`` is a part of the protocol:
-    'paper' (fresh augmentation every epoch, the authors' epochs), 'cached' (a frozen pass over a few views, probes
-    trained from them), 'cpu' (a fixed budget of images), or '' where nothing is trained. ``counts`` are the right
-    answers in each tenth of the test images, in their order. ``settings`` says what the protocol's name leaves open.
-    ``strength`` is the L2 penalty that a linear probe chose: two candidates may be so close that the next machine would
-    choose the other, so that a number is measured again with the one it was measured with. ``recipe`` names what made
-    weights that are not published: a variant of ``training/study.py``.
+    ``weights`` is a published ``model.tag``, ``model.random`` for a network as initialised (``model.tag-random`` for
+    that of weights that are not bundled), ``model@sha256`` (12 digits) for other weights, or for quoted numbers the
+    model that they are of. ``cost`` is a part of the protocol: 'paper' (fresh augmentation every epoch, the authors'
+    epochs), 'cached' (a frozen pass over a few views, probes trained from them), 'cpu' (a fixed budget of images), or
+    '' where nothing is trained. ``counts`` are the right answers in each tenth of the test images, in their order.
+    ``settings`` says what the protocol's name leaves open. ``strength`` is the L2 penalty that a linear probe chose:
+    two candidates may be so close that the next machine would choose the other, so that a number is measured again with
+    the one it was measured with. ``recipe`` names what made weights that are not published: a variant of
+    ``training/study.py``.
     """
 
     weights: str

@@ -25,13 +25,17 @@ from training.results import RESULTS_DIR, Row, current_commit, device_name, libr
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """A backbone in eval mode, its name in the rows, the sha256 of its weights, and the side of the images it takes."""
+    """A backbone in eval mode, its name in the rows, the sha256 of its weights, and the side of the images it takes.
+
+    ``random`` says that the weights are as initialised.
+    """
 
     name: str
     architecture: str
     backbone: nn.Module
     sha256: str
     size: int
+    random: bool = False
 
     @property
     def published(self) -> bool:
@@ -48,7 +52,7 @@ def load_subject(
         model: ``model.tag`` or ``model`` for its default tag; the part before the dot names the network.
         random: take the network as initialised with ``seed``, with the layers and the input size of the weights of
             that name, for ``model`` the bundled ones; it is called ``model.random`` (``model.random1`` for seed 1, and
-            so on).
+            so on), beside published weights that are not bundled ``model.tag-random``.
         seed: of the random weights.
         weights: a safetensors file of the user's; called ``model@`` and the first 12 digits of its sha256.
         size: side of the images in pixels; None: what the config.json beside the weights says, or the model's own.
@@ -76,7 +80,9 @@ def load_subject(
     digest = hashlib.sha256(save({k: v.contiguous() for k, v in backbone.state_dict().items()})).hexdigest()
     name = f"{architecture}@{digest[:12]}"
     if random:
-        name = f"{architecture}.random{seed or ''}"
+        # the rows of model.random are of the network of the bundled weights
+        beside = model in zoo.manifest() and model not in zoo.bundled()
+        name = f"{model}-random{seed or ''}" if beside else f"{architecture}.random{seed or ''}"
     elif weights:
         digest = hashlib.sha256(weights.read_bytes()).hexdigest()
         name = f"{architecture}@{digest[:12]}"
@@ -91,7 +97,7 @@ def load_subject(
         raise ValueError(
             f"{architecture} does not take images of {size} pixels ({reason}): give another size"
         ) from error
-    return Subject(name, architecture, backbone, digest, size)
+    return Subject(name, architecture, backbone, digest, size, random)
 
 
 def subject_of_row(weights: str) -> Subject:

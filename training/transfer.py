@@ -92,8 +92,7 @@ def transfer_network(
     torch.manual_seed(seed)
     prepare = preparation(subject.backbone, subject.size)
     network: Any = fold_batch_norms(subject.backbone)
-    random_weights = subject.name.startswith(f"{subject.architecture}.random")
-    learned = set() if random_weights else set(network.modules())
+    learned = set() if subject.random else set(network.modules())
     if isinstance(network, RotNetAlexNet):
         wanted = network.head.fc_size or FC_SIZE if fc_size is None else fc_size
         if network.head.fc_size != wanted:
