@@ -1,7 +1,9 @@
 """Detection on a small VOCdevkit: regions go where they belong, both modes beat chance, bad proposals are named."""
 
 import dataclasses
+import json
 import random
+import statistics
 
 import pytest
 import torch
@@ -63,6 +65,8 @@ def test_the_command_end_to_end(mode, devkit, proposals, tmp_path):
     assert [row.protocol for row in rows] == [f"PASCAL VOC detection ({mode}), {kind} mAP" for kind in detect.KINDS]
     assert all(0 <= row.value <= 1 and row.n is None and row.cost == "" for row in rows)
     assert rows[0].settings.startswith(f"{mode}, 2 classes, shorter side 128 in training and 128 in the test, ")
+    by_class = json.loads((tmp_path / "classes.json").read_text())
+    assert list(by_class) == list(detect.KINDS) and statistics.mean(by_class["area"].values()) == rows[1].value
     assert ("proposals " in rows[0].settings) == bool(regions) and "2 steps of 1 images" in rows[0].settings
     state = load_file(tmp_path / "network.safetensors")
     assert state["roi_heads.box_predictor.cls_score.weight"].shape == (21, 16)
@@ -74,6 +78,19 @@ def test_other_networks_detect_too(devkit):
     network = transfer_network(subject, 20, [image.file for image in images], scaled=False)
     detector, by_class = detect.measure_detection(small(VOC_FASTER_RCNN), network, images, images, 20)
     assert detector.backbone.out_channels == 512 and len(by_class["area"]) == 20
+    # the padding of small images is no part of the map's scale
+    pool = detector.roi_heads.box_roi_pool
+    ramp = torch.arange(4.0).repeat_interleave(32)[None].expand(64, -1)
+    features = torch.nn.functional.avg_pool2d(ramp[None, None], 32)
+    maps = pool({"0": features}, [torch.tensor([[64.0, 0.0, 96.0, 32.0]])], [(40, 128)])
+    assert maps.shape == (1, 1, 6, 6) and maps.min() >= 1.9
+
+
+def test_a_network_for_one_size_is_refused(devkit):
+    images = read_annotations(devkit, "2007", "train")
+    vit = transfer_network(load_subject("vit_tiny_patch16_224", random=True), 20, [], scaled=False)
+    with pytest.raises(ValueError, match="VisionTransformer does not take images of any size"):
+        detect.measure_detection(small(VOC_FASTER_RCNN), vit, images, images, 20)
 
 
 def test_fast_rcnn_looks_where_it_is_told(devkit):
@@ -90,7 +107,8 @@ def test_fast_rcnn_looks_where_it_is_told(devkit):
     features, (scaled,), sizes = seen[0]
     # longest is 400: twice as large, not three times
     assert sizes == [(200, 400)] and scaled.tolist() == (2 * regions).tolist()
-    assert features["0"].shape[-2:] == (13, 25) or features["0"].shape[-2:] == (14, 26)
+    # padded to 224 x 416 pixels: 14 x 26 cells of 16
+    assert features["0"].shape[-2:] == (14, 26)
     assert found["boxes"].shape[1] == 4 and (found["boxes"] <= torch.tensor([200.0, 100, 200, 100])).all()
 
 
@@ -164,6 +182,9 @@ def test_proposals_are_written_and_read(tmp_path, devkit):
     boxes = torch.tensor([[0, 0, 10, 20], [-1, 5, 161, 128]])
     detect.write_proposals(file, {image.name: boxes})
     detect.check_proposals_file(file, [image])
+    # numpy's own floats
+    save_file({image.name: boxes.double()}, tmp_path / "doubles.safetensors")
+    assert detect._proposals_of(tmp_path / "doubles.safetensors", image).dtype == torch.float32
     # a pixel outside is rounding, and cut off
     assert detect._proposals_of(file, image).tolist() == [[0, 0, 10, 20], [0, 5, 160, 128]]
 
@@ -211,6 +232,7 @@ def test_it_learns(mode, tmp_path):
         (["--proposals", "{devkit}/VOC2007/Annotations/000001.xml"], "are no safetensors file"),
         (["--proposals", "{few}"], "have none for 9 images, 000002 among them"),
         (["--side", "10"], "as it is scaled: the network's strides leave nothing of a side under"),
+        (["--fc-size", "-1"], "--fc-size must be 0 (no fc layers) or more"),
         (["--side", "0"], "sides must be at least 1 pixel"),
         (["--test", "nothing"], "there are the splits"),
     ],

@@ -48,7 +48,7 @@ def test_the_papers_pooling_by_hand():
     probes = build_probes(IMAGENET_LINEAR_PAPER, alexnet, layers, classes=1000)
     assert [probes[layer][0].output_size for layer in layers] == [12, 7, 5, 6, 6]
     assert [probes[layer][-1].in_features for layer in layers] == [9216, 9408, 9600, 9216, 9216]
-    assert not any(name.endswith("1.weight") for name in probes.state_dict()), "batch norm has no scale"
+    assert not any("1.weight" in probe.state_dict() for probe in probes.values()), "batch norm has no scale"
 
 
 def test_the_linear_classifier_by_hand():
@@ -73,7 +73,7 @@ def test_layers_learn_a_handful_and_the_backbone_stays(train, autocast):
     # chance is 2
     assert all(sum(parts) >= 18 for parts in counts.values()), f"of 20 images of 10 classes: {counts}"
     assert all(torch.equal(tensor, before[name]) for name, tensor in subject.backbone.state_dict().items())
-    assert not subject.backbone.training and not probes.training
+    assert not subject.backbone.training and not any(probe.training for probe in probes.values())
 
 
 def test_the_rest_of_the_network_learns_a_handful(subject, train):
@@ -148,9 +148,18 @@ def test_a_broken_file_is_named(subject, small_tinyimagenet):
     data = open_labelled("tinyimagenet", small_tinyimagenet, "train", 64)
     with pytest.raises(ValueError, match=f"image .*{broken.name} does not decode: replace or remove it"):
         read_into_memory(data, 0)
-    again = open_labelled("tinyimagenet", small_tinyimagenet, "train", 64)
+    # and where the images are decoded as they are trained on
+    again, val = (open_labelled("tinyimagenet", small_tinyimagenet, split, 64) for split in ("train", "val"))
     with pytest.raises(ValueError, match=f"image .*{broken.name} does not decode: replace or remove it"):
-        next(iter(measure_layers(with_epochs(LINEAR, 1), subject, ["conv1"], again, again, "x val")))
+        next(iter(measure_layers(with_epochs(LINEAR, 1), subject, ["conv1"], again, val, "x val")))
+
+
+def test_a_broken_file_of_torchvisions_data_sets_is_named(small_tinyimagenet):
+    broken = sorted(small_tinyimagenet.glob("train/*/images/*"))[7]
+    broken.write_bytes(b"no image")
+    data = open_labelled("torch/image_folder", small_tinyimagenet / "train", "train", 64)
+    with pytest.raises(ValueError, match=f"image .*{broken.name} does not decode: replace or remove it"):
+        read_into_memory(data, 0)
 
 
 def test_what_cannot_be_probed(subject, train):
@@ -160,6 +169,9 @@ def test_what_cannot_be_probed(subject, train):
     assert build_probes(LINEAR, resnet, ["layer4"], 10)
     with pytest.raises(ValueError, match="the rest of test_resnet after a layer is not known"):
         build_probes(NONLINEAR, resnet, ["layer4"], 10)
+    # layers with dots in their names, of a network that gives tokens
+    vit = load_subject("test_vit", random=True, size=160)
+    assert list(build_probes(LINEAR, vit, ["blocks.0", "blocks.1"], 10)) == ["blocks.0", "blocks.1"]
     with pytest.raises(ValueError, match="takes 10 images a step, there are 9"):
         train_probes(LINEAR, subject, build_probes(LINEAR, subject, ["conv1"], 10), train, torch.arange(9))
     hot = dataclasses.replace(LINEAR, lr=1e30)
@@ -192,8 +204,16 @@ def test_the_command_writes_rows_and_a_report(small_tinyimagenet, tmp_path, caps
         *(("conv1", 0, "cpu"), ("conv3", 0, "cpu"), ("conv1", 1, "cpu"), ("conv3", 1, "cpu")),
         *(("conv1", 0, ""), ("conv3", 0, "")),
     ]
-    assert {(row.weights, row.data) for row in rows} == {("rotnet_alexnet.random", "Tiny-ImageNet val")}
+    assert {(row.weights, row.data) for row in rows} == {("rotnet_alexnet.random", "Tiny-ImageNet val at 64 pixels")}
     assert [row.settings.split("; ")[1][:8] for row in rows] == 4 * ["2 epochs"] + 2 * ["1 epochs"]
+    # what could not be kept is said before anything is trained
+    monkeypatch.setattr(imagenet, "measure_layers", lambda *args: pytest.fail("trained"))
+    (tmp_path / "file").touch()
+    assert imagenet.main([*arguments, "--output", str(tmp_path / "file")]) == 2
+    assert f"{tmp_path / 'file'} is no folder that one may write to: give another --output" in capsys.readouterr().err
+    (tmp_path / "out" / "rows.jsonl").write_text("{}\n")
+    assert imagenet.main(arguments) == 2
+    assert "rows.jsonl, line 1 is not a result row" in capsys.readouterr().err
     report = (tmp_path / "out" / "report.md").read_text()
     assert "ImageNet linear probe" in report and (tmp_path / "out" / "report.png").exists()
 

@@ -100,11 +100,12 @@ def test_what_the_paper_did_is_called_so():
     parser = argparse.ArgumentParser()
     add_arguments(parser, "2007", "trainval", "test")
 
-    def cost(*options, fresh_fc=False):
-        return cost_of(parser.parse_args(["rotnet_alexnet", *options]), parser, fresh_fc)
+    def cost(*options, size=224, fresh_fc=False):
+        return cost_of(parser.parse_args(["rotnet_alexnet", *options]), parser, size, fresh_fc)
 
     assert cost() == cost("--seed", "3", "--workers", "4", "--output", "x") == cost("--random") == "paper"
     assert cost("--random", fresh_fc=True) == "paper" and cost(fresh_fc=True) == ""
+    assert cost("--random", size=128) == "", "the bundled weights' size is not the paper's"
     for options in ("--steps 9", "--lr 1", "--images-per-step 2", "--no-rescale", "--fc-size 9", "--train train"):
         assert cost(*options.split()) == "", options
 

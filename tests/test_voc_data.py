@@ -147,6 +147,9 @@ def test_bad_annotations_are_named(devkit):
     change(devkit, "<width>160</width>", "<width>320</width>")
     with pytest.raises(ValueError, match=says("says 320 x 128 pixels", file.name, "000001.jpg")):
         read_annotations(devkit, "2007", "trainval")
+    file.write_text('<?xml version="1.0" encoding="cp-unknown"?><annotation/>')
+    with pytest.raises(ValueError, match=says("does not read", file.name)):
+        read_annotations(devkit, "2007", "trainval")
     file.write_text("<annotation>")
     with pytest.raises(ValueError, match=says("does not read", file.name)):
         read_annotations(devkit, "2007", "trainval")
@@ -194,6 +197,8 @@ def test_what_is_not_there_is_said(devkit, tmp_path):
         read_annotations(tmp_path / "nowhere", "2007", "test")
     with pytest.raises(ValueError, match="expected VOCdevkit/VOC2012"):
         read_annotations(devkit, "2012", "test")
+    with pytest.raises(ValueError, match=r"VOC2011 is not read, .*: take VOC2012"):
+        read_annotations(devkit, "2011", "test")
     with pytest.raises(ValueError, match="there are the splits test, train, trainval, val"):
         read_annotations(devkit, "2007", "validation")
     (devkit / "VOC2007" / "ImageSets" / "Main" / "test.txt").write_text("")

@@ -1,4 +1,4 @@
-"""VOC's numbers: worked by hand, the same as scikit-learn's, and the laws that they keep."""
+"""VOC's numbers: worked by hand, the same as scikit-learn's and pycocotools', and the laws that they keep."""
 
 import math
 
@@ -7,6 +7,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from sklearn.metrics import average_precision_score, jaccard_score, precision_recall_curve
 
 from training.voc_metrics import (
@@ -134,6 +136,54 @@ def test_the_surer_detection_takes_the_object():
     twice = [boxes((0, 0, 10, 10), (0, 0, 10, 11))]
     _, right, _ = match_detections(twice, [torch.tensor([0.6, 0.3])], truths, easy)
     assert right.tolist() == [True, False]
+
+
+def coco_precision(found, scores, truths, difficult):
+    """11-point average precision at an overlap of 0.5, by pycocotools: difficult objects are its crowds."""
+    images, sides = range(len(truths)), lambda box: [*box[:2], box[2] - box[0], box[3] - box[1]]
+    objects = [
+        {"image_id": image, "category_id": 1, "bbox": sides(box), "area": 100, "iscrowd": int(hard)}
+        for image in images
+        for box, hard in zip(truths[image].tolist(), difficult[image].tolist(), strict=True)
+    ]
+    truth = COCO()
+    truth.dataset = {
+        "images": [{"id": image} for image in images],
+        "annotations": [{"id": number, **entry} for number, entry in enumerate(objects, 1)],
+        "categories": [{"id": 1}],
+        "info": {},
+    }
+    truth.createIndex()
+    results = truth.loadRes(
+        [
+            {"image_id": image, "category_id": 1, "bbox": sides(box), "score": score}
+            for image in images
+            for box, score in zip(found[image].tolist(), scores[image].tolist(), strict=True)
+        ]
+    )
+    judge = COCOeval(truth, results, "bbox")
+    judge.params.iouThrs, judge.params.recThrs = np.array([0.5]), np.arange(11) / 10
+    judge.evaluate()
+    judge.accumulate()
+    return judge.eval["precision"][0, :, 0, 0, -1].mean()
+
+
+@given(st.data())
+def test_pycocotools_says_the_same(data):
+    """Objects apart from one another, and detections of their size: with others the two match differently."""
+    count = data.draw(st.integers(1, 4))
+    places = [data.draw(st.lists(st.integers(0, 9), min_size=1, max_size=6, unique=True)) for _ in range(count)]
+    truths = [boxes(*((40 * place, 0, 40 * place + 10, 10) for place in own)) for own in places]
+    difficult = [torch.tensor([data.draw(st.booleans()) for _ in own]) for own in places]
+    difficult[0][0] = False
+    # of any place, an object's or not; moved by 9 pixels of 10 they miss
+    shots = st.lists(st.tuples(st.integers(0, 9), st.sampled_from((0, 1, 2, 9))), min_size=1, max_size=8)
+    found = [boxes(*((40 * at + by, 0, 40 * at + by + 10, 10) for at, by in data.draw(shots))) for _ in range(count)]
+    ranks = torch.tensor(data.draw(st.permutations(range(sum(map(len, found)))))) / 64
+    scores = list(ranks.split([len(own) for own in found]))
+    kept, right, total = match_detections(found, scores, truths, difficult)
+    ours = average_precision(kept, right, "11-point", total)
+    assert ours == pytest.approx(coco_precision(found, scores, truths, difficult))
 
 
 @given(st.data())

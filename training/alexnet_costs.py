@@ -116,13 +116,13 @@ def imagenet_cost_table() -> str:
     model = timm.create_model("rotnet_alexnet", device="meta").eval()
     subject = Subject("rotnet_alexnet.random", "rotnet_alexnet", model, "", 224)
     for probe, layers in ((IMAGENET_LINEAR_PAPER, LAYERS), (IMAGENET_NONLINEAR_PAPER, ("conv4", "conv5"))):
-        probes = build_probes(probe, subject, layers, classes=1000).eval()
+        probes = build_probes(probe, subject, layers, classes=1000)
         maps = {"conv1": (64, 55), "conv2": (192, 27), "conv3": (384, 13), "conv4": (256, 13), "conv5": (256, 13)}
         trained = Work(0, 0)
         for layer in layers:
             channels, side = maps[layer]
-            trained += work_of(probes[layer], 1, channels, side, side)
-        parameters = sum(p.numel() for p in probes.parameters())
+            trained += work_of(probes[layer].eval(), 1, channels, side, side)
+        parameters = sum(p.numel() for p in nn.ModuleList(probes.values()).parameters())
         lines.append(
             _imagenet_line(
                 f"`{probe.name}`, {', '.join(layers)}",

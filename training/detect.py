@@ -12,7 +12,8 @@ scale is measured. Objects marked difficult are neither trained on nor counted.
 The file of proposals is a safetensors file with a tensor (n, 4) for each image's name ('000005'), float32: left, top,
 right, bottom in pixels from the image's corner; training.detect.write_proposals writes one, docs/transfer.md shows
 how. Settings are the recipes VOC_FAST_RCNN and VOC_FASTER_RCNN in training/protocols.py. Numbers are in --output as
-rows.jsonl, report.md, report.json and report.png, and the trained network as network.safetensors.
+rows.jsonl, report.md, report.json and report.png, those of every class as classes.json, and the trained network as
+network.safetensors.
 """
 
 import argparse
@@ -22,7 +23,7 @@ import hashlib
 import math
 import random
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
-from torchvision.ops import MultiScaleRoIAlign, roi_pool
+from torchvision.ops import roi_align, roi_pool
 from tqdm import tqdm
 
 from training.memory import TURN_OFF
@@ -152,18 +153,26 @@ class FcHead(nn.Module):
         return self.drop(self.fc7(self.drop(self.fc6(maps.flatten(1)))))
 
 
-class RoiMaxPool(nn.Module):
-    """Fast R-CNN's pooling, in the place of torchvision's RoIAlign."""
+class RegionPool(nn.Module):
+    """The regions' maps by one of torchvision's poolings, on a network's only map.
 
-    def __init__(self, side: int, reduction: int) -> None:
+    torchvision's MultiScaleRoIAlign guesses the map's scale from the first images it gets, and wrongly where padding is
+    a large part of them.
+
+    Args:
+        pool: of a map, its regions, the side of what comes out, and the map's scale: roi_pool, or roi_align.
+        reduction: pixels of the image to a cell of the map.
+    """
+
+    def __init__(self, pool: Callable[..., torch.Tensor], reduction: int) -> None:
         super().__init__()
-        self.side, self.reduction = side, reduction
+        self.pool, self.reduction = pool, reduction
 
     def forward(
         self, features: dict[str, torch.Tensor], regions: list[torch.Tensor], sizes: list[tuple[int, int]]
     ) -> torch.Tensor:
-        """Maps (R, C, side, side) of all regions of all images."""
-        return roi_pool(features["0"], regions, self.side, 1 / self.reduction)
+        """Maps (R, C, 6, 6) of all regions of all images."""
+        return self.pool(features["0"], regions, POOLED, 1 / self.reduction)
 
 
 def build_detector(recipe: VocDetection, network: nn.Module, classes: int, given_regions: bool) -> nn.Module:
@@ -189,7 +198,6 @@ def build_detector(recipe: VocDetection, network: nn.Module, classes: int, given
         detector = FasterRCNN(
             backbone,
             rpn_anchor_generator=AnchorGenerator(((32, 64, 128, 256, 512),), ((0.5, 1.0, 2.0),)),
-            box_roi_pool=MultiScaleRoIAlign(["0"], POOLED, 2),
             box_head=box_head,
             box_predictor=predictor,
             box_batch_size_per_image=recipe.regions,
@@ -197,9 +205,10 @@ def build_detector(recipe: VocDetection, network: nn.Module, classes: int, given
             **sides,
             **settings,
         )
+        detector.roi_heads.box_roi_pool = RegionPool(functools.partial(roi_align, sampling_ratio=2), backbone.reduction)
         return detector
     heads = RoIHeads(
-        RoiMaxPool(POOLED, backbone.reduction),
+        RegionPool(roi_pool, backbone.reduction),
         box_head,
         predictor,
         fg_iou_thresh=0.5,
@@ -363,8 +372,8 @@ def _opened(file: Path) -> Any:
 
 
 def _proposals_of(file: Path, image: AnnotatedImage) -> torch.Tensor:
-    boxes = _opened(file).get_tensor(image.name)
-    _check_proposals(image.name, boxes)
+    boxes = _opened(file).get_tensor(image.name).float()
+    _check_proposals(f"{image.name} in {file}", boxes)
     edges = torch.tensor([image.width, image.height] * 2)
     if (boxes < -1).any() or (boxes > edges + 1).any():
         raise ValueError(
@@ -424,7 +433,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         recipe = dataclasses.replace(recipe, training=training_of(recipe.training, args))
         if args.side is not None:
             recipe = dataclasses.replace(recipe, train_sides=(args.side,), test_side=args.side)
-        name = "Fast R-CNN" if args.proposals else "Faster R-CNN"
+        name, given = "Faster R-CNN", ""
+        if args.proposals:
+            name = "Fast R-CNN"
+            check_proposals_file(args.proposals, [])
+            given = f", proposals {hashlib.sha256(args.proposals.read_bytes()).hexdigest()[:12]}"
         transfer = prepare_transfer(
             args, parser, recipe.training, name.lower().replace(" ", "-"),
             lambda split: read_annotations(args.data_dir, args.year, split, args.classes),
@@ -438,10 +451,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )  # fmt: skip
         settings = (
             f"{name}, {count_present(by_class)} classes, shorter side {', '.join(map(str, recipe.train_sides))} in"
-            f" training and {recipe.test_side} in the test"
+            f" training and {recipe.test_side} in the test{given}"
         )
-        if args.proposals:
-            settings += f", proposals {hashlib.sha256(args.proposals.read_bytes()).hexdigest()[:12]}"
         rows = [
             transfer_row(transfer, args, value, f"PASCAL VOC detection ({name}), {kind} mAP", settings)
             for kind, value in averages(by_class).items()

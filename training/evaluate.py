@@ -41,7 +41,7 @@ from training.augment import crop_and_flip
 from training.data import DATASETS, NAMES, Images, LabelledImages, check_whole, load_images
 from training.memory import TURN_OFF, available_memory
 from training.protocols import PROBES, ProbeRecipe
-from training.report import keep_row, run_measuring, write_report
+from training.report import check_rows, keep_row, run_measuring, write_report
 from training.results import PARTS, Row
 from training.subject import Subject, load_subject, measured_row, preparation, record_file
 
@@ -418,6 +418,7 @@ def main(arguments: list[str] | None = None) -> int:
             map_grids(subject, images.test.images[:1], layers, LINEAR_GRID, args.device)
         if args.record:
             check_whole(args.dataset, len(images.train), len(images.test))
+        check_rows(file)
         if "rotation" in wanted:
             keep_row(measure_rotation(subject, images.test, images.name, args.device), file)
         if measurements:

@@ -42,7 +42,7 @@ from training.data import (
 from training.memory import TURN_OFF
 from training.optimizers import learning_rate_factor, set_learning_rates
 from training.protocols import TRANSFERS, TransferRecipe
-from training.report import keep_row, run_measuring, write_report
+from training.report import check_rows, keep_row, run_measuring, write_report
 from training.results import PARTS, Row
 from training.subject import Subject, load_subject, measured_row, preparation, record_file
 
@@ -299,6 +299,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             check_whole(args.dataset, len(images.train), len(images.test))
         for labels in args.labels_per_class or []:
             labels_subset(images.train, labels)
+        check_rows(file)
         for labels in args.labels_per_class or [None]:
             for seed in range(args.seeds):
                 # a training uses its backbone up: each takes a new one

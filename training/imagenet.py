@@ -18,7 +18,7 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from training.augment import Windows, crop_and_flip, take_windows
 from training.data import NAMES, check_whole, load_cifar10, tinyimagenet_files
 from training.memory import TURN_OFF
 from training.protocols import LAYER_PROBES, LayerProbeRecipe
-from training.report import keep_row, run_measuring, write_report
+from training.report import check_rows, keep_row, run_measuring, write_report
 from training.results import PARTS, Row
 from training.subject import Subject, load_subject, measured_row, preparation, record_file
 from training.unlabelled import UnlabelledImages, open_dataset, open_entries, open_files, stream
@@ -124,8 +124,10 @@ def split_holdout(data: Labelled, holdout: int, seed: int = 0) -> tuple[torch.Te
     return order[:-holdout], order[-holdout:]
 
 
-def build_probes(recipe: LayerProbeRecipe, subject: Subject, layers: Sequence[str], classes: int) -> nn.ModuleDict:
-    """A new classifier on each layer.
+def build_probes(
+    recipe: LayerProbeRecipe, subject: Subject, layers: Sequence[str], classes: int
+) -> dict[str, nn.Module]:
+    """A new classifier on each layer, by its name, which may have dots in it.
 
     Raises:
         ValueError: no such layer, a backbone that gives no maps of its layers, or whose rest cannot be trained anew.
@@ -140,7 +142,7 @@ def build_probes(recipe: LayerProbeRecipe, subject: Subject, layers: Sequence[st
     device = next(backbone.parameters()).device
     with torch.no_grad():
         maps = layer_maps(subject, torch.zeros(2, 3, subject.size, subject.size, device=device), layers)
-    probes = nn.ModuleDict()
+    probes: dict[str, nn.Module] = {}
     for layer, features in maps.items():
         if recipe.classifier == "linear":
             channels, side = features.shape[1], min(features.shape[2:])
@@ -148,7 +150,8 @@ def build_probes(recipe: LayerProbeRecipe, subject: Subject, layers: Sequence[st
             probes[layer] = max_pooled_probe(channels, cells, classes)
         else:
             probes[layer] = _rest_of_network(subject, list(known).index(layer), classes, recipe.fc_size)
-    return probes.to(device)
+        probes[layer].to(device)
+    return probes
 
 
 def layer_maps(subject: Subject, images: torch.Tensor, layers: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -167,7 +170,7 @@ def layer_maps(subject: Subject, images: torch.Tensor, layers: Sequence[str]) ->
 def train_probes(
     recipe: LayerProbeRecipe,
     subject: Subject,
-    probes: nn.ModuleDict,
+    probes: Mapping[str, nn.Module],
     data: Labelled,
     chosen: torch.Tensor,
     seed: int = 0,
@@ -193,8 +196,9 @@ def train_probes(
         raise ValueError(f"{recipe.name} takes {recipe.batch_size} images a step, there are {len(chosen)}")
     device = next(subject.backbone.parameters()).device
     prepare, layers = preparation(subject.backbone, subject.size), list(probes)
+    classifiers = nn.ModuleList(probes.values())
     optimizer = torch.optim.SGD(
-        probes.parameters(), recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, nesterov=True,
+        classifiers.parameters(), recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, nesterov=True,
         fused=True,
     )  # fmt: skip
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(recipe.milestones), recipe.factor)
@@ -204,7 +208,7 @@ def train_probes(
     orders = torch.Generator().manual_seed(seed + 1)
     indices = (chosen[part] for _ in range(recipe.epochs) for part in _epoch(len(chosen), recipe.batch_size, orders))
     squares = _labelled_squares(data, indices, workers, pin=device.type == "cuda")
-    probes.train()
+    classifiers.train()
     with _bar(recipe.name, recipe.epochs * steps * recipe.batch_size) as bar:
         for epoch in range(recipe.epochs):
             losses: list[torch.Tensor] = []
@@ -230,13 +234,13 @@ def train_probes(
                     losses.clear()
             scheduler.step()
     squares.close()
-    probes.eval()
+    classifiers.eval()
 
 
 @torch.inference_mode()
 def count_correct(
     subject: Subject,
-    probes: nn.ModuleDict,
+    probes: Mapping[str, nn.Module],
     data: Labelled,
     chosen: torch.Tensor,
     workers: int = 0,
@@ -429,9 +433,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         train = read_into_memory(train, args.workers)
         val = train if args.holdout else read_into_memory(val, args.workers)
         name = NAMES.get(args.dataset) or f"{args.data_dir.resolve().name} val"
+        check_rows(file)
         for seed in range(args.seeds):
             for row in measure_layers(recipe, subject, layers, train, val, name, args.holdout, seed, args.workers):
-                keep_row(row, file)
+                keep_row(dataclasses.replace(row, data=f"{row.data} at {args.size} pixels") if args.size else row, file)
         if not args.record:
             write_report(output, file)
         return file

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import statistics
 import sys
 from collections.abc import Callable
@@ -40,11 +41,27 @@ def run_measuring(measure: Callable[[], Path], device: str) -> int:
     return 0
 
 
+def check_rows(file: Path) -> None:
+    """Refuse a results file that rows cannot be written to, before hours go into them; nothing is made yet.
+
+    Raises:
+        ValueError: rows are there already that cannot be read.
+        OSError: the folder cannot be made or written to.
+    """
+    there = next(folder for folder in file.absolute().parents if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise OSError(
+            f"{file} cannot be written, for {there} is no folder that one may write to: give another --output"
+        )
+    if file.exists():
+        read_file(file)
+
+
 def keep_row(row: Row, file: Path) -> None:
-    """Write a number to its results file as soon as it is measured, and print it, past any progress bar."""
-    write_rows(file, [row])
+    """Print a number, past any progress bar, and write it to its results file, as soon as it is measured."""
     counted = "" if row.correct is None or row.n is None else f"{row.correct:,} of {row.n:,}, "
     tqdm.write(f"  {row.number}: {100 * row.value:.2f} % ({counted}{row.seconds or 0:.0f} s)")
+    write_rows(file, [row])
 
 
 def write_report(folder: Path, rows_file: Path) -> None:

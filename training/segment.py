@@ -10,7 +10,7 @@ masks give as 255 do not count. VOC2012's train and val are taken where nothing 
 its splits.
 
 Settings are the recipe VOC_SEGMENTATION in training/protocols.py. Numbers are in --output as rows.jsonl, report.md,
-report.json and report.png, and the trained network as network.safetensors.
+report.json and report.png, those of every class as classes.json, and the trained network as network.safetensors.
 """
 
 import argparse

@@ -87,8 +87,11 @@ def transfer_network(
         seed: of what is fresh.
 
     Raises:
-        ValueError: fc layers for a network that is no AlexNet, or what :mod:`training.rescale` refuses.
+        ValueError: fc layers for a network that is no AlexNet or of a negative width, or what :mod:`training.rescale`
+            refuses.
     """
+    if fc_size is not None and fc_size < 0:
+        raise ValueError(f"--fc-size must be 0 (no fc layers) or more, got {fc_size}")
     torch.manual_seed(seed)
     prepare = preparation(subject.backbone, subject.size)
     network: Any = fold_batch_norms(subject.backbone)
@@ -123,7 +126,7 @@ class Backbone(nn.Module):
     images padded by 8 pixels (of the mean colour) for that.
 
     Raises:
-        ValueError: a network that timm cannot cut.
+        ValueError: a network that timm cannot cut, or one that takes images of one size alone.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -137,6 +140,15 @@ class Backbone(nn.Module):
         self.reduction: int = info[-1]["reduction"]
         self.padding = 8 if isinstance(whole, RotNetAlexNet) else 0
         whole.prune_intermediate_layers([len(info) - 1])
+        device = next(whole.parameters()).device
+        try:
+            with torch.inference_mode():
+                self(torch.zeros(1, 3, 4 * self.reduction, 6 * self.reduction, device=device))
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"{type(whole).__name__} does not take images of any size ({reason}): take a convolutional network"
+            ) from error
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """The last layer's map."""

@@ -157,7 +157,7 @@ def open_dataset(data: str, data_dir: Path, split: str, download: bool = False) 
 
 def open_entries(dataset: Any, size: int) -> UnlabelledImages:
     """The images of a data set of :func:`open_dataset`."""
-    return UnlabelledImages(size, len(dataset), partial(_read_entry, dataset))
+    return UnlabelledImages(size, len(dataset), partial(_read_entry, dataset), partial(_entry_name, dataset))
 
 
 def stream(
@@ -201,6 +201,11 @@ def _file_name(files: np.ndarray, index: int) -> str:
 
 def _read_file(files: np.ndarray, index: int) -> Image.Image:
     return read_image(Path(_file_name(files, index)))
+
+
+def _entry_name(dataset: Any, index: int) -> str:
+    files = getattr(dataset, "imgs", None)  # torchvision's folders and Places365: file and class of every image
+    return str(files[index][0]) if files else str(index)
 
 
 def _read_entry(dataset: Any, index: int) -> Image.Image:

@@ -1,7 +1,7 @@
 """PASCAL VOC classification: which of 20 classes does an image show; mean average precision (table 7 of the paper).
 
     python -m training.voc rotnet_alexnet.gidaris_in1k --data-dir VOCdevkit --layers fc6-8
-    python -m training.voc rotnet_alexnet --random --data-dir VOCdevkit --layers all --device cuda
+    python -m training.voc rotnet_alexnet.gidaris_in1k --random --data-dir VOCdevkit --layers all --device cuda
 
 MODEL is any model of timm or of this package, with its published weights, --random ones, or those of a file. Its batch
 norm is folded and its layers are rescaled; then a fresh classifier is trained, with fc6 and fc7 alone (--layers fc6-8)
@@ -11,8 +11,8 @@ of ten random crops of each test image is measured; objects marked difficult do 
 Three numbers are written, and printed for every class: VOC2007's 11-point average precision, the area under the best
 precision (VOC2010 and later), and the area in steps, which is what scikit-learn calls average precision and the code
 of Kraehenbuehl et al., whose settings are taken, prints. Settings are the recipe VOC_CLASSIFICATION in
-training/protocols.py. Numbers are in --output as rows.jsonl, report.md, report.json and report.png, and the trained
-network as network.safetensors.
+training/protocols.py. Numbers are in --output as rows.jsonl, report.md, report.json and report.png, those of every
+class as classes.json, and the trained network as network.safetensors.
 """
 
 import argparse

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,7 @@ from torch import nn
 from tqdm import tqdm
 
 from training.protocols import Training
-from training.report import keep_row, write_report
+from training.report import check_rows, keep_row, write_report
 from training.results import Row, current_commit, device_name, library_versions
 from training.subject import Subject, load_subject
 from training.transfer import NETWORK, check_apart, has_fresh_fc, transfer_network
@@ -25,6 +26,7 @@ from training.voc_metrics import mean_over_classes
 NOT_OF_THE_PROTOCOL = frozenset(
     ("model", "weights", "random", "data_dir", "layers", "proposals", "seed", "workers", "device", "output")
 )
+PAPER_SIZE = 224  # pixels that the paper's AlexNet is for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,18 +82,19 @@ def training_of(training: Training, args: argparse.Namespace) -> Training:
     return dataclasses.replace(training, **{name: value for name, value in given.items() if value is not None})
 
 
-def cost_of(args: argparse.Namespace, parser: argparse.ArgumentParser, fresh_fc: bool) -> str:
+def cost_of(args: argparse.Namespace, parser: argparse.ArgumentParser, size: int, fresh_fc: bool) -> str:
     """The row's word for what the training costs: 'paper' for the recipe and the data as they are, '' for others.
 
     Args:
         args: of the command line.
         parser: gives the defaults.
+        size: side of the images that the backbone is for.
         fresh_fc: weights without fc6 and fc7 were given new ones.
     """
     as_it_is = all(
         value == parser.get_default(name) for name, value in vars(args).items() if name not in NOT_OF_THE_PROTOCOL
     )
-    return "paper" if as_it_is and (args.random or not fresh_fc) else ""
+    return "paper" if as_it_is and size == PAPER_SIZE and (args.random or not fresh_fc) else ""
 
 
 def output_of(args: argparse.Namespace, subject: Subject, what: str) -> Path:
@@ -154,7 +157,8 @@ def prepare_transfer(
     check_apart(train, test)
     files = [image.file for image in train]
     network = transfer_network(subject, len(args.classes), files, args.fc_size, not args.no_rescale, args.seed)
-    cost = cost_of(args, parser, has_fresh_fc(subject, network))
+    cost = cost_of(args, parser, subject.size, has_fresh_fc(subject, network))
+    check_rows(output / "rows.jsonl")
     return Transfer(
         subject, network, train, test, output, settings_text(args, training, subject, network), cost, started
     )
@@ -209,7 +213,7 @@ def settings_text(args: argparse.Namespace, training: Training, subject: Subject
 def keep_numbers(
     output: Path, rows: Sequence[Row], by_class: Mapping[str, Sequence[float]], classes: Sequence[str]
 ) -> Path:
-    """Write rows and their report into a folder, print them, and the numbers of every class, in percent.
+    """Write rows and their report into a folder, and the numbers of every class as classes.json; print them in percent.
 
     Args:
         output: the folder.
@@ -225,6 +229,11 @@ def keep_numbers(
     for title, values in by_class.items():
         known = [f"{100 * value:8.1f}" for value in values if value == value]
         tqdm.write(f"  {title:24s}{' '.join(known)}")
+    numbers = {
+        title: {name: value for name, value in zip(classes, values, strict=True) if value == value}
+        for title, values in by_class.items()
+    }
+    (output / "classes.json").write_text(json.dumps(numbers, indent=1) + "\n")
     file = output / "rows.jsonl"
     for row in rows:
         keep_row(row, file)

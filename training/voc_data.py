@@ -179,6 +179,8 @@ def check_large_enough(file: Path, width: int, height: int, smallest: int, scale
 
 
 def _open(kind: Any, data_dir: Path, year: str, split: str, lists: str) -> Any:
+    if year == "2011":
+        raise ValueError("VOC2011 is not read, for torchvision looks for it in another layout: take VOC2012")
     root = data_dir.absolute().parent if data_dir.name == "VOCdevkit" else data_dir
     folder = root / "VOCdevkit" / f"VOC{year}"
     if not folder.is_dir():
@@ -213,7 +215,7 @@ def _annotated(image: Path, annotation: Path, classes: Sequence[str]) -> Annotat
             for entry in content["object"]
         ]
         said = tuple(int(content["size"][side]) for side in ("width", "height")) if "size" in content else None
-    except (ElementTree.ParseError, KeyError, TypeError, ValueError) as error:
+    except (ElementTree.ParseError, LookupError, TypeError, ValueError) as error:
         raise ValueError(
             f"annotation {annotation} does not read ({type(error).__name__}: {error}); expected VOC's XML"
         ) from error
