@@ -33,7 +33,7 @@ def test_the_page(small_cifar10, tmp_path, monkeypatch):
         monkeypatch.setitem(LAYER_PROBES, name, dataclasses.replace(recipe, batch_size=20, image_size=64, fc_size=16))
     # the network's own fc layers, which the weights of the first command decide elsewhere, are 4096 wide
     monkeypatch.setattr("timm.create_model", narrow(imagenet.timm.create_model))
-    commands = [command for command in page_commands() if TINY not in command]
+    commands = [command for command in page_commands() if not of_bundled_weights(command)]
     assert len(commands) == 5
     for command in commands:
         words = shlex.split(command)
@@ -44,24 +44,31 @@ def test_the_page(small_cifar10, tmp_path, monkeypatch):
     assert len(linear.read_text().splitlines()) == 5
 
 
-def test_the_commands_of_the_bundled_weights(small_tinyimagenet, tmp_path, monkeypatch, capsys):
+def test_the_commands_of_the_bundled_weights(small_tinyimagenet, small_cifar10, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert small_tinyimagenet.name == TINY
+    shutil.copytree(small_cifar10, tmp_path / "data" / "cifar10")
     for name, recipe in LAYER_PROBES.items():
-        monkeypatch.setitem(LAYER_PROBES, name, dataclasses.replace(recipe, batch_size=20))
-    (train, probe, again) = (shlex.split(command)[2:] for command in page_commands() if TINY in command)
+        monkeypatch.setitem(LAYER_PROBES, name, dataclasses.replace(recipe, batch_size=20, fc_size=16))
+    train, *probes, again = (shlex.split(command)[2:] for command in page_commands() if of_bundled_weights(command))
     two_stages = ["--steps", "4"]
     assert pretrain.main([*train[1:], *SMALL[train[0]], *two_stages]) == 0
     assert (tmp_path / "runs" / "alexnet-tiny" / "model.safetensors").is_file()
-    assert imagenet.main([*probe[1:], *SMALL[probe[0]]]) == 0
-    rows = (tmp_path / "runs" / "imagenet" / "tiny" / "rows.jsonl").read_text()
-    assert rows.count('"weights": "rotnet_alexnet.tinyimagenet"') == 5
+    for probe in probes:
+        assert imagenet.main([*probe[1:], *SMALL[probe[0]]]) == 0
+    for output, layers in (("tiny", 5 + 2), ("cifar10", 5)):
+        rows = (tmp_path / "runs" / "imagenet" / output / "rows.jsonl").read_text()
+        assert rows.count('"weights": "rotnet_alexnet.tinyimagenet"') == layers
     assert again[0] == "training.check" and check.main([*again[1:], "--only", "rotation"]) == 1
     assert "measured other images (Tiny-ImageNet val, 80)" in capsys.readouterr().out
 
 
 def page_commands():
     return re.findall(r"^python -m .*$", PAGE, re.MULTILINE)
+
+
+def of_bundled_weights(command):
+    return TINY in command or "cifar10" in command
 
 
 def narrow(create_model):
