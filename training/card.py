@@ -298,7 +298,7 @@ def _compute(name: str, entry: dict[str, Any], rows: Sequence[Row]) -> list[str]
     versions = run["versions"]
     measured = [*select(rows, name), *select(rows, f"{_model_of(name)}.random")]
     return [
-        f"- `{name}` was pretrained in {run['seconds'] / 60:.0f} minutes on {run['threads']} threads of {run['device']}"
+        f"- `{name}` was pretrained in {_minutes(run['seconds'])} on {run['threads']} threads of {run['device']}"
         f" (torch {versions['torch']}, timm {versions['timm']}).",
         *_origin_lines(measured),
     ]
@@ -452,10 +452,15 @@ def _origin_lines(rows: Sequence[Row]) -> list[str]:
         key = row.weights, row.device, row.threads, row.versions.get("torch"), row.commit
         origins[key] = origins.get(key, 0.0) + (row.seconds or 0.0)
     return [
-        f"- {seconds / 60:.0f} minutes for numbers of `{weights}`, its passes to cache features not counted, on"
+        f"- {_minutes(seconds)} for numbers of `{weights}`, its passes to cache features not counted, on"
         f" {threads} threads of {device} (torch {torch}), at commit `{commit}`."
         for (weights, device, threads, torch, commit), seconds in sorted(origins.items())
     ]
+
+
+def _minutes(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return "1 minute" if minutes == 1 else f"{minutes} minutes"
 
 
 def _hub_snippet() -> str:
