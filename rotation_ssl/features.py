@@ -1,5 +1,6 @@
 """Frozen features of any layer of any timm model, several layers in one pass."""
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -30,6 +31,10 @@ def layer_modules(backbone: nn.Module) -> dict[str, str]:
     return dict(zip(short if unique else modules, modules, strict=True))
 
 
+class _Complete(Exception):
+    """Every layer asked for has given its features: the rest of the forward pass is not needed."""
+
+
 def extract_features(
     backbone: nn.Module,
     images: torch.Tensor,
@@ -44,15 +49,19 @@ def extract_features(
 ) -> dict[str, torch.Tensor]:
     """Features of every image at each layer, from one pass of the frozen backbone in eval mode.
 
+    The pass stops after the last layer asked for. The backbone itself is not touched: its mode stays as it is for
+    everybody else, no buffer moves, and several threads may use it at the same time.
+
     Args:
-        backbone: a timm model; each module's train/eval mode is as before afterwards, no buffer moves.
+        backbone: a timm model, in train or eval mode.
         images: (N, C, H, W), of any dtype that ``prepare`` takes; normalised floats without it.
-        layers: names of :func:`layer_modules` ('block1', 'conv3'), or any module's own name ('blocks.block1.0').
+        layers: names of :func:`layer_modules` ('block1', 'conv3'), or any module's own name ('blocks.block1.0'). Of a
+            module that runs several times in a pass the first output is taken.
         pool: 'avg' or 'max' to at most grid x grid cells, 'flatten' for all of the map, None to keep the map.
         grid: cells a side, one for all layers or by layer; a smaller map keeps its size. 1 is the global pooling.
         prepare: applied to every batch, on the backbone's device, before the backbone: normalisation, say.
         batch_size: images a batch.
-        dtype: of the result; torch.bfloat16 halves the memory.
+        dtype: of the result, a floating-point type; torch.bfloat16 halves the memory.
         autocast: compute in this type (torch.bfloat16) where PyTorch holds that safe; None: as the weights are.
 
     Returns:
@@ -62,52 +71,57 @@ def extract_features(
 
     Raises:
         ValueError: no layer asked for, one that does not exist (the error lists those that do), no images, an unknown
-            pooling, or a layer whose output is neither vector, square of tokens, nor map.
+            pooling, a grid, batch size or dtype out of range, a layer whose output is neither vector, square of tokens,
+            nor map, or a ``prepare`` or layer that does not give one row for each image.
     """
     modules = dict(backbone.named_modules())
     names = layer_modules(backbone)
     unknown = [layer for layer in layers if names.get(layer, layer) not in modules or not layer]
     if unknown or not layers:
         raise ValueError(f"no layer {', '.join(unknown) or 'asked for'} in this backbone; it has {', '.join(names)}")
-    if pool not in POOLS:
-        raise ValueError(f"pool must be one of {', '.join(map(repr, POOLS))}, got {pool!r}")
+    cells = _check_options(layers, pool, grid, batch_size, dtype)
     if len(images) == 0:
         raise ValueError("no images to extract features from")
     device = next((parameter.device for parameter in backbone.parameters()), torch.device("cpu"))
-    features: dict[str, torch.Tensor] = {}
     info: Any = backbone.feature_info
     channels = {entry["module"]: entry["num_chs"] for entry in info if "num_chs" in entry}
-    start = 0
+    found: dict[str, torch.Tensor] = {}
 
     def keep(layer: str, output: torch.Tensor) -> None:
-        cells = grid if isinstance(grid, int) else grid[layer]
-        pooled = _pool(_to_map(output, backbone, layer, channels.get(names.get(layer, layer))), pool, cells)
-        if layer not in features:
-            # outside of inference mode: what it makes cannot be trained on
-            with torch.inference_mode(False):
-                features[layer] = torch.empty((len(images), *pooled.shape[1:]), dtype=dtype)
+        pooled = _pool(_to_map(output, backbone, layer, channels.get(names.get(layer, layer))), pool, cells[layer])
         # copied at once: the network's next layer may overwrite its input in place
-        features[layer][start : start + len(pooled)] = pooled
+        found.setdefault(layer, pooled.to("cpu", dtype, copy=True))
+        if len(found) == len(cells):
+            raise _Complete
 
-    hooks = [
-        modules[names.get(layer, layer)].register_forward_hook(lambda _, __, output, layer=layer: keep(layer, output))
-        for layer in layers
-    ]
-    training = [module for module in backbone.modules() if module.training]
-    backbone.eval()
-    try:
-        with torch.inference_mode(), torch.autocast(device.type, autocast, enabled=autocast is not None):
-            for start in range(0, len(images), batch_size):
-                batch = images[start : start + batch_size].to(device)
-                backbone(batch if prepare is None else prepare(batch))
-    finally:
-        for module in training:
-            module.training = True
-        for hook in hooks:
-            hook.remove()
-    unused = [layer for layer in layers if layer not in features]
-    if unused:
-        raise ValueError(f"layer {', '.join(unused)} does not run in this backbone's forward pass; take another")
+    view = _eval_view(backbone)
+    for layer in cells:
+        module = view.get_submodule(names.get(layer, layer))
+        module.register_forward_hook(lambda _, __, output, layer=layer: keep(layer, output))
+    features: dict[str, torch.Tensor] = {}
+    with torch.inference_mode(), torch.autocast(device.type, autocast, enabled=autocast is not None):
+        for start in range(0, len(images), batch_size):
+            batch = images[start : start + batch_size].to(device)
+            rows = len(batch)
+            batch = batch if prepare is None else prepare(batch)
+            if len(batch) != rows:
+                raise ValueError(f"prepare gave {len(batch)} images for {rows}: it must give one for each")
+            found.clear()
+            try:
+                view(batch)
+            except _Complete:
+                pass
+            else:
+                unused = ", ".join(layer for layer in layers if layer not in found)
+                raise ValueError(f"layer {unused} does not run in this backbone's forward pass; take another")
+            for layer, part in found.items():
+                if len(part) != rows:
+                    raise ValueError(f"layer {layer} gives {len(part)} rows for {rows} images; take another")
+                if layer not in features:
+                    # outside of inference mode: what it makes cannot be trained on
+                    with torch.inference_mode(False):
+                        features[layer] = torch.empty((len(images), *part.shape[1:]), dtype=dtype)
+                features[layer][start : start + rows] = part
     return {layer: features[layer] for layer in layers}
 
 
@@ -130,6 +144,37 @@ def attention_map(features: torch.Tensor, power: float, size: tuple[int, int]) -
     maps = features.float().abs().pow(power).sum(1, keepdim=True)
     maps = F.interpolate(maps, size=size, mode="bilinear", align_corners=False)[:, 0]
     return maps / maps.amax((1, 2), keepdim=True).clamp_min(1e-12)
+
+
+def _eval_view(backbone: nn.Module) -> nn.Module:
+    """The backbone in eval mode under hooks of its own: modules are copied, parameters and buffers are shared.
+
+    Hooks on the backbone itself would get what other threads pass through it, and eval() would change their mode.
+    """
+    # attributes too: weight norm keeps the weight that it computes in one
+    attributes = (value for module in backbone.modules() for value in vars(module).values())
+    own = (*backbone.parameters(), *backbone.buffers(), *(v for v in attributes if isinstance(v, torch.Tensor)))
+    return copy.deepcopy(backbone, {id(tensor): tensor for tensor in own}).eval()
+
+
+def _check_options(
+    layers: Sequence[str], pool: str | None, grid: int | Mapping[str, int], batch_size: int, dtype: torch.dtype
+) -> dict[str, int]:
+    """Cells a side of each layer."""
+    if pool not in POOLS:
+        raise ValueError(f"pool must be one of {', '.join(map(repr, POOLS))}, got {pool!r}")
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size must be a positive number of images, got {batch_size!r}")
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating-point type, got {dtype}")
+    lacking = [layer for layer in layers if isinstance(grid, Mapping) and layer not in grid]
+    if lacking:
+        raise ValueError(f"grid has no entry for {', '.join(lacking)}")
+    cells = {layer: grid[layer] if isinstance(grid, Mapping) else grid for layer in layers}
+    wrong = [side for side in cells.values() if not isinstance(side, int) or side < 1]
+    if wrong:
+        raise ValueError(f"grid must be a positive number of cells a side, got {wrong[0]!r}")
+    return cells
 
 
 def _to_map(output: torch.Tensor, backbone: nn.Module, layer: str, channels: int | None) -> torch.Tensor:

@@ -1,6 +1,11 @@
+import contextlib
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import timm
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rotation_ssl.features import attention_map, extract_features, layer_modules
 
@@ -77,6 +82,96 @@ def test_tokens_and_channels_last_outputs_are_maps(name, layer, shape):
         index = list(layer_modules(model)).index(layer)
         expected = model.forward_intermediates(images, [index], intermediates_only=True)[0]
         torch.testing.assert_close(pooled, expected.mean((2, 3)).detach())
+
+
+@pytest.fixture(scope="module")
+def shared():
+    """A small model that many threads use, images that tell their rows apart, and the rows of one thread."""
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU(inplace=True))
+    model.feature_info = [{"module": name} for name in "012"]
+    model.train()
+    images = torch.arange(24.0).view(24, 1, 1, 1) + torch.rand(24, 3, 6, 6)
+    return model, images, extract_features(model, images, ["0", "1", "2"])
+
+
+@settings(max_examples=25)
+@given(st.lists(st.integers(1, 23), max_size=7, unique=True), st.integers(1, 8))
+def test_any_split_over_threads_gives_the_rows_of_one_thread(shared, cuts, batch_size):
+    model, images, expected = shared
+    parts = torch.tensor_split(images, sorted(cuts))
+    with ThreadPoolExecutor(8) as threads:
+        jobs = [threads.submit(extract_features, model, p, ["0", "1", "2"], batch_size=batch_size) for p in parts]
+        found = [job.result() for job in jobs]
+    for layer, rows in expected.items():
+        torch.testing.assert_close(torch.cat([part[layer] for part in found]), rows)
+
+
+def test_the_mode_that_others_see_never_changes(backbone):
+    seen = []
+
+    def look(batch):
+        seen.append({module.training for module in backbone.modules()})
+        return batch
+
+    extract_features(backbone.train(), torch.randn(4, 3, 32, 32), ["block1"], prepare=look, batch_size=2)
+    assert seen == [{True}, {True}]
+
+
+def test_hooks_of_the_user_are_kept_and_run(backbone):
+    calls = []
+    backbone.blocks.block1.register_forward_hook(lambda *_: calls.append("user"))
+    extract_features(backbone, torch.randn(1, 3, 32, 32), ["block1"])
+    assert calls == ["user"] and len(backbone.blocks.block1._forward_hooks) == 1
+
+
+def test_the_pass_stops_after_the_last_layer_asked_for(backbone):
+    class Trap(torch.nn.Module):
+        def forward(self, x):
+            raise AssertionError("the rest of the network was run")
+
+    backbone.blocks.block3 = Trap()
+    features = extract_features(backbone, torch.randn(1, 3, 32, 32), ["block2", "block1"])
+    assert list(features) == ["block2", "block1"]
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_weight_norm_is_no_obstacle(old):
+    from torch.nn.utils import parametrizations, weight_norm
+
+    with pytest.warns(FutureWarning) if old else contextlib.nullcontext():
+        conv = (weight_norm if old else parametrizations.weight_norm)(torch.nn.Conv2d(1, 2, 1))
+    model = torch.nn.Sequential(conv)
+    model.feature_info = [{"module": "0"}]
+    images = torch.randn(2, 1, 1, 1)
+    assert torch.equal(extract_features(model, images, ["0"])["0"], model(images).detach().flatten(1))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"grid": 0}, "grid must be a positive number of cells a side, got 0"),
+        ({"grid": {"block1": -3}}, "grid must be a positive number of cells a side, got -3"),
+        ({"grid": {"block2": 1}}, "grid has no entry for block1"),
+        ({"batch_size": -1}, "batch_size must be a positive number of images, got -1"),
+        ({"batch_size": 0}, "batch_size must be a positive number of images, got 0"),
+        ({"dtype": torch.int8}, "dtype must be a floating-point type, got torch.int8"),
+        ({"prepare": lambda batch: batch[:1]}, "prepare gave 1 images for 3: it must give one for each"),
+    ],
+)
+def test_options_out_of_range_are_named(backbone, options, message):
+    with pytest.raises(ValueError, match=message):
+        extract_features(backbone, torch.randn(3, 3, 32, 32), ["block1"], **options)
+
+
+def test_a_layer_that_mixes_images_is_named():
+    class Windows(torch.nn.Module):
+        def forward(self, x):
+            return x.flatten(1).view(2 * len(x), -1)
+
+    model = torch.nn.Sequential(Windows())
+    model.feature_info = [{"module": "0"}]
+    with pytest.raises(ValueError, match="layer 0 gives 6 rows for 3 images"):
+        extract_features(model, torch.randn(3, 1, 4, 4), ["0"])
 
 
 def test_bfloat16_is_near(backbone):
