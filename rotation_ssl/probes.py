@@ -3,6 +3,7 @@
 They measure features, so they know nothing of backbones: pair them with :func:`rotation_ssl.features.extract_features`.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -30,23 +31,26 @@ def knn_predict(
         test_features: (M, D).
         num_classes: K.
         k: neighbours that vote, at most N.
-        temperature: of the votes.
+        temperature: of the votes, positive.
 
     Returns:
         (M,) int64; of classes with equal votes the first.
 
     Raises:
-        ValueError: shapes that do not fit, features that are not finite, or k out of range.
+        ValueError: shapes that do not fit, features that are not finite, or k or temperature out of range.
     """
     _check(train_features, train_labels, test_features, num_classes)
     if not 1 <= k <= len(train_features):
         raise ValueError(f"k must be 1 to the {len(train_features)} training images, got {k}")
-    train = F.normalize(train_features.float(), dim=1)
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+    train = _unit_rows(train_features)
     predictions = []
     for part in test_features.split(1000):
-        similarity, neighbours = (F.normalize(part.float(), dim=1) @ train.T).topk(k, dim=1)
-        votes = torch.zeros(len(part), num_classes, device=train.device)
-        votes.scatter_add_(1, train_labels[neighbours], (similarity / temperature).exp())
+        similarity, neighbours = (_unit_rows(part) @ train.T).topk(k, dim=1)
+        # relative to the nearest neighbour: exp of the similarities themselves overflows at small temperatures
+        weights = ((similarity - similarity[:, :1]).double() / temperature).exp()
+        votes = weights.new_zeros(len(part), num_classes).scatter_add_(1, train_labels[neighbours], weights)
         predictions.append(votes.argmax(1))
     return torch.cat(predictions)
 
@@ -73,21 +77,26 @@ def linear_predict(
         test_features: (M, D).
         num_classes: K.
         validation: images of the split, fewer than N.
-        strengths: candidates, taken from the strongest to the weakest.
+        strengths: candidates, none negative, taken from the strongest to the weakest.
         iterations: of L-BFGS for each fit, at most.
 
     Returns:
         (M,) int64 predictions, and the strength chosen.
 
     Raises:
-        ValueError: shapes that do not fit, features that are not finite, or a split out of range.
+        ValueError: shapes that do not fit, features that are not finite or too large, or a split, strength or number of
+            iterations out of range.
     """
     _check(train_features, train_labels, test_features, num_classes)
+    if not strengths:
+        raise ValueError("no strengths to choose from: give at least one")
     if not 0 < validation < len(train_features):
         raise ValueError(f"validation must be 1 to {len(train_features) - 1} training images, got {validation}")
     train_features, test_features = train_features.float(), test_features.float()
     mean = train_features.mean(0)
     deviation = train_features.std(0, correction=0).clamp_min(1e-6)
+    if not (mean.isfinite().all() and deviation.isfinite().all()):
+        raise ValueError("features are too large to be standardised in float32: divide them by a constant")
     train, test = (train_features - mean) / deviation, (test_features - mean) / deviation
     if len(strengths) > 1:
         strength = _choose_strength(train, train_labels, num_classes, validation, strengths, iterations)
@@ -108,7 +117,14 @@ def fit_logistic(
     """Multinomial logistic regression by L-BFGS: weight (K, D) and bias (K,), float32, of a linear layer.
 
     Minimises the mean cross-entropy plus ``strength`` / 2 times the squared norm of the weight, from zero or ``start``.
+
+    Raises:
+        ValueError: a strength that is negative or not finite, or no iterations.
     """
+    if not (math.isfinite(strength) and strength >= 0):
+        raise ValueError(f"strength must be finite and not negative, got {strength}")
+    if iterations < 1:
+        raise ValueError(f"iterations must be at least 1, got {iterations}")
     # a row for each class: with (D, K) CPUs take the gradient, a product with ten columns, several times as long
     if start is None:
         start = torch.zeros(num_classes, features.shape[1], device=features.device), features.new_zeros(num_classes)
@@ -250,6 +266,17 @@ def _choose_strength(
     return best[1]
 
 
+def _unit_rows(features: torch.Tensor) -> torch.Tensor:
+    """Rows of length 1 in float32; rows of zeros stay zeros.
+
+    Each row is first scaled by the power of two that brings its largest value near 1, which is exact: the squares of
+    large and of small values would leave float32's range.
+    """
+    features = features.float()
+    exponent = features.abs().amax(1, keepdim=True).frexp().exponent.clamp(-126, 126)
+    return F.normalize(features.ldexp(-exponent), dim=1)
+
+
 def _check(train: torch.Tensor, labels: torch.Tensor, test: torch.Tensor, num_classes: int) -> None:
     if train.ndim != 2 or test.ndim != 2 or train.shape[1] != test.shape[1]:
         raise ValueError(f"features must be (N, D) and (M, D), got {tuple(train.shape)} and {tuple(test.shape)}")
@@ -259,5 +286,6 @@ def _check(train: torch.Tensor, labels: torch.Tensor, test: torch.Tensor, num_cl
         raise ValueError(f"no features: {len(train)} of training, {len(test)} of test images")
     if int(labels.min()) < 0 or int(labels.max()) >= num_classes:
         raise ValueError(f"labels must be in 0..{num_classes - 1}, got {int(labels.min())}..{int(labels.max())}")
-    if not (train.isfinite().all() and test.isfinite().all()):
+    # in float32, the type that is computed in: a larger double is none there
+    if not (train.float().isfinite().all() and test.float().isfinite().all()):
         raise ValueError("features hold values that are not finite: check the weights and the images")

@@ -71,45 +71,79 @@ def rotation_loss(
         Scalar, the mean over the R * N rotated images, computed in float32; differentiable.
 
     Raises:
-        ValueError: as :func:`rotate_all`, or the model does not give R logits an image.
+        ValueError: as :func:`rotate_all`, no images, or the model does not give R logits an image.
     """
     logits = model(rotate_all(images, rotations))
-    if logits.ndim != 2 or logits.shape[1] != len(rotations):
-        raise ValueError(
-            f"the model must give {len(rotations)} logits an image, one for each rotation, got shape "
-            f"{tuple(logits.shape)}: create it with num_classes={len(rotations)}"
-        )
-    labels = rotation_labels(len(images), rotations, logits.device)
-    return F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
+    return cross_entropy_of_rotations(logits, len(rotations), label_smoothing)
 
 
 def count_correct_rotations(
     model: nn.Module, batches: Iterable[torch.Tensor], rotations: Sequence[int] = ROTATIONS
 ) -> tuple[int, int]:
-    """How many rotated images the model, in eval mode, guesses right: the pretext task's own test.
+    """How many rotated images the model, in eval mode, predicts correctly: the pretext task's own test.
 
     Args:
-        model: maps (R * N, C, H, H) to logits (R * N, R); each module's train/eval mode is as before
+        model: maps (R * N, C, H, H) to logits (R * N, R); in eval mode meanwhile, each module's mode is as before
             afterwards.
         batches: batches of upright normalised images (N, C, H, H).
         rotations: as in :func:`rotate_all`.
 
     Returns:
-        The number of right guesses and the number of rotated images, R times the images; their ratio is the accuracy.
+        The number of correct predictions and of rotated images, R times the images; their ratio is the accuracy.
+
+    Raises:
+        ValueError: as :func:`rotate_all`, the model does not give R logits an image, or gives some that are not finite.
+    """
+    return count_correct(model, (rotate_all(images, rotations) for images in batches), len(rotations))
+
+
+def cross_entropy_of_rotations(logits: torch.Tensor, num_rotations: int, label_smoothing: float = 0.0) -> torch.Tensor:
+    """Mean cross-entropy of a rotation-major batch's logits (R * N, R), in float32: a differentiable scalar.
+
+    Raises:
+        ValueError: no logits, or not R of them an image.
+    """
+    _check_logits(logits, num_rotations)
+    if len(logits) == 0:
+        raise ValueError("the batch has no images: give at least one")
+    return F.cross_entropy(logits.float(), _labels(logits, num_rotations), label_smoothing=label_smoothing)
+
+
+def count_correct(model: nn.Module, batches: Iterable[torch.Tensor], num_rotations: int) -> tuple[int, int]:
+    """Correct predictions and their number over rotation-major batches (R * N, C, H, H), the model in eval mode.
+
+    Raises:
+        ValueError: the model does not give R logits an image, or gives some that are not finite.
     """
     training = [module for module in model.modules() if module.training]
     model.eval()
     correct = total = 0
     try:
         with torch.inference_mode():
-            for images in batches:
-                guesses = model(rotate_all(images, rotations)).argmax(1)
-                correct += int((guesses == rotation_labels(len(images), rotations, guesses.device)).sum())
-                total += len(guesses)
+            for rotated in batches:
+                logits = model(rotated)
+                _check_logits(logits, num_rotations)
+                if not logits.isfinite().all():
+                    raise ValueError("the model's logits are not finite: check its weights and the images")
+                correct += int((logits.argmax(1) == _labels(logits, num_rotations)).sum())
+                total += len(logits)
     finally:
         for module in training:
             module.training = True
     return correct, total
+
+
+def _check_logits(logits: torch.Tensor, num_rotations: int) -> None:
+    if logits.ndim != 2 or logits.shape[1] != num_rotations:
+        raise ValueError(
+            f"the model must give {num_rotations} logits an image, one for each rotation, got shape "
+            f"{tuple(logits.shape)}: create it with num_classes={num_rotations}"
+        )
+
+
+def _labels(logits: torch.Tensor, num_rotations: int) -> torch.Tensor:
+    """Labels of a rotation-major batch: the position of each row's rotation."""
+    return torch.arange(num_rotations, device=logits.device).repeat_interleave(len(logits) // num_rotations)
 
 
 def _check_rotations(rotations: Sequence[int]) -> None:

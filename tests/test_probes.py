@@ -3,6 +3,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from torch.nn import functional as F
@@ -43,6 +45,32 @@ def test_knn_ignores_the_length_of_features():
     test, _ = clusters(20, seed=1)
     scaled = train * torch.rand(60, 1).add(0.1)
     assert torch.equal(knn_predict(train, labels, test, 3), knn_predict(scaled, labels, 7 * test, 3))
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-6, 1e-300])
+def test_knn_at_small_temperatures_is_the_nearest_neighbour(temperature):
+    train, labels = clusters(60)
+    test, _ = clusters(20, seed=1)
+    nearest = (F.normalize(test, dim=1) @ F.normalize(train, dim=1).T).argmax(1)
+    assert torch.equal(knn_predict(train, labels, test, 3, temperature=temperature), labels[nearest])
+
+
+@given(st.integers(-100, 100), st.integers(-100, 100))
+def test_knn_does_not_depend_on_powers_of_two(train_power, test_power):
+    train, labels = clusters(60)
+    test, _ = clusters(20, seed=1)
+    scaled = knn_predict(train * 2.0**train_power, labels, test * 2.0**test_power, 3)
+    assert torch.equal(scaled, knn_predict(train, labels, test, 3))
+
+
+@pytest.mark.parametrize("scale", [1e30, 1e-30])
+def test_large_and_small_features_are_as_good(scale):
+    train, labels = clusters(60)
+    test, _ = clusters(20, seed=1)
+    if scale > 1:
+        linear = linear_predict(scale * train, labels, scale * test, 3, validation=20)[0]
+        assert torch.equal(linear, linear_predict(train, labels, test, 3, validation=20)[0])
+    assert torch.equal(knn_predict(scale * train, labels, scale * test, 3), knn_predict(train, labels, test, 3))
 
 
 def test_knn_agrees_with_scikit_learn():
@@ -104,6 +132,7 @@ def test_a_weak_penalty_wins_where_only_a_difference_of_features_tells():
         ({"labels": torch.full((6,), 3)}, r"0\.\.2"),
         ({"test": torch.zeros(2, 4)}, r"\(N, D\)"),
         ({"train": torch.full((6, 5), float("nan"))}, "not finite"),
+        ({"train": torch.full((6, 5), 1e300, dtype=torch.float64)}, "not finite"),
         ({"test": torch.zeros(0, 5)}, "no features"),
     ],
 )
@@ -123,6 +152,18 @@ def test_ranges():
         knn_predict(train, labels, train, 3, k=7)
     with pytest.raises(ValueError, match="validation must be 1 to 5"):
         linear_predict(train, labels, train, 3, validation=6)
+    for temperature in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="temperature must be positive and finite"):
+            knn_predict(train, labels, train, 3, k=2, temperature=temperature)
+    for strengths in ((math.nan,), (0.1, -1.0), (math.inf, 0.1)):
+        with pytest.raises(ValueError, match="strength must be finite and not negative"):
+            linear_predict(train, labels, train, 3, validation=2, strengths=strengths)
+    with pytest.raises(ValueError, match="no strengths"):
+        linear_predict(train, labels, train, 3, validation=2, strengths=())
+    with pytest.raises(ValueError, match="iterations must be at least 1, got 0"):
+        linear_predict(train, labels, train, 3, validation=2, iterations=0)
+    with pytest.raises(ValueError, match="too large to be standardised"):
+        linear_predict(torch.full((6, 5), 3e38), labels, train, 3, validation=2)
 
 
 def set_weights(module, *values):

@@ -146,6 +146,27 @@ def test_loss_refuses_a_head_of_another_width(marked):
         rotation_loss(Oracle(1.0), marked, (0, 2))
 
 
+def test_loss_of_no_images_is_refused(marked):
+    with pytest.raises(ValueError, match="the batch has no images"):
+        rotation_loss(Oracle(1.0), marked[:0])
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        (nn.Linear(25, 10), r"must give 4 logits an image.*got shape \(12, 10\): create it with num_classes=4"),
+        (lambda flat: flat[:, :4] * math.nan, "logits are not finite"),
+    ],
+)
+def test_counting_refuses_what_is_no_prediction_of_the_rotation(marked, head, message):
+    class Model(nn.Module):
+        def forward(self, images):
+            return head(images.flatten(1))
+
+    with pytest.raises(ValueError, match=message):
+        count_correct_rotations(Model(), [marked])
+
+
 def test_count_correct_and_mode(marked):
     model = Oracle(1.0)
     model.train()

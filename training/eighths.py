@@ -21,7 +21,8 @@ from functools import lru_cache
 
 import torch
 from torch import nn
-from torch.nn import functional as F
+
+from rotation_ssl.rotations import count_correct, cross_entropy_of_rotations
 
 EIGHTHS = (0, 1, 2, 3, 4, 5, 6, 7)
 CUTOFF = 0.36  # cycles a pixel; the pixels' own limit is 0.5, and at 0.42 white noise is 5 % sharper upright than at 45
@@ -81,42 +82,23 @@ def eighths_loss(model: nn.Module, images: torch.Tensor, label_smoothing: float 
     Raises:
         ValueError: as :func:`rotate_eighths`, or the model does not give eight logits an image.
     """
-    logits = model(rotate_eighths(images))
-    if logits.ndim != 2 or logits.shape[1] != len(EIGHTHS):
-        raise ValueError(
-            f"the model must give {len(EIGHTHS)} logits an image, one for each rotation, got shape "
-            f"{tuple(logits.shape)}: create it with num_classes={len(EIGHTHS)}"
-        )
-    return F.cross_entropy(logits.float(), _labels(len(images), logits.device), label_smoothing=label_smoothing)
+    return cross_entropy_of_rotations(model(rotate_eighths(images)), len(EIGHTHS), label_smoothing)
 
 
 def count_correct_eighths(model: nn.Module, batches: Iterable[torch.Tensor]) -> tuple[int, int]:
-    """How many views the model, in eval mode, guesses right.
+    """How many views the model, in eval mode, predicts correctly.
 
     Args:
         model: maps (8 * N, C, H, H) to logits (8 * N, 8); each module's train/eval mode is as before afterwards.
         batches: batches of images as in :func:`rotate_eighths`, upright.
 
     Returns:
-        The number of right guesses and the number of views, eight times the images; their ratio is the accuracy.
+        The number of correct predictions and of views, eight times the images; their ratio is the accuracy.
+
+    Raises:
+        ValueError: as :func:`rotation_ssl.rotations.count_correct`.
     """
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    correct = total = 0
-    try:
-        with torch.inference_mode():
-            for images in batches:
-                guesses = model(rotate_eighths(images)).argmax(1)
-                correct += int((guesses == _labels(len(images), guesses.device)).sum())
-                total += len(guesses)
-    finally:
-        for module in training:
-            module.training = True
-    return correct, total
-
-
-def _labels(num_images: int, device: torch.device) -> torch.Tensor:
-    return torch.arange(len(EIGHTHS), device=device).repeat_interleave(num_images)
+    return count_correct(model, map(rotate_eighths, batches), len(EIGHTHS))
 
 
 @lru_cache(maxsize=8)
