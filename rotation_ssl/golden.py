@@ -4,6 +4,7 @@ from pathlib import Path
 
 import timm
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
 from torch import nn
@@ -35,15 +36,21 @@ def golden_difference(name: str) -> float:
     nan where any of them is not a number. Compare with :data:`GOLDEN_TOLERANCE`.
 
     Raises:
-        ValueError: no such weights, or they cannot be loaded, or have no golden outputs.
+        ValueError: no such weights, or they cannot be loaded, or their golden outputs are missing or corrupt.
     """
     file = golden_file(name)
     if not file.is_file():
         raise ValueError(f"{name} has no golden outputs: {file} does not exist")
-    golden = load_file(file)
-    outputs = _outputs(timm.create_model(name, pretrained=True), golden["input"])
-    # torch's maximum, unlike Python's, is nan where any of them is
-    return float(torch.stack([(outputs[key] - golden[key]).abs().max() for key in outputs]).max())
+    model = timm.create_model(name, pretrained=True)
+    try:
+        golden = load_file(file)
+        outputs = _outputs(model, golden["input"])
+        # torch's maximum, unlike Python's, is nan where any of them is
+        return float(torch.stack([(outputs[key] - golden[key]).abs().max() for key in outputs]).max())
+    except (SafetensorError, KeyError, RuntimeError) as error:
+        raise ValueError(
+            f"the golden outputs of {name} are corrupt: {file} ({str(error).splitlines()[0]}); reinstall rotation-ssl"
+        ) from error
 
 
 def _outputs(model: nn.Module, batch: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -49,14 +49,36 @@ def sha256_of(file: Path) -> str:
     return digest.hexdigest()
 
 
+class Mismatch(ValueError):
+    """A file is not there, or is not the bytes that it should be; the error says which."""
+
+
+def read_verified(file: Path, sha256: str, size: int) -> bytes:
+    """The content of a file of this size and sha256. It is read once: what is returned is what was hashed.
+
+    Raises:
+        Mismatch: there is no such file, or it has another size or hash.
+    """
+    if not file.is_file():
+        raise Mismatch(f"{file} does not exist")
+    with file.open("rb") as stream:
+        # no more than that: what another program put there may be of any size
+        content = stream.read(size + 1)
+        if len(content) != size:
+            raise Mismatch(f"{file} has {os.fstat(stream.fileno()).st_size:,} bytes, not {size:,}")
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != sha256:
+        raise Mismatch(f"{file} has sha256 {digest}, not {sha256}")
+    return content
+
+
 def difference(file: Path, sha256: str, size: int) -> str:
     """What tells a file from the one that has this size and sha256, for an error; '' when it is that one."""
-    if not file.is_file():
-        return f"{file} does not exist"
-    if file.stat().st_size != size:
-        return f"{file} has {file.stat().st_size:,} bytes, not {size:,}"
-    digest = sha256_of(file)
-    return "" if digest == sha256 else f"{file} has sha256 {digest}, not {sha256}"
+    try:
+        read_verified(file, sha256, size)
+    except Mismatch as error:
+        return str(error)
+    return ""
 
 
 def release_cache() -> Path:
@@ -64,10 +86,10 @@ def release_cache() -> Path:
     return Path(torch.hub.get_dir()) / "rotation_ssl"
 
 
-def hub_file(name: str, entry: dict[str, Any], cache_dir: str | Path | None = None) -> Path:
-    """A published file of the Hub at its pinned revision, verified: from the cache without a request, or downloaded.
+def read_hub(name: str, entry: dict[str, Any], cache_dir: str | Path | None = None) -> tuple[Path, bytes]:
+    """A published file of the Hub at its pinned revision, and its verified content.
 
-    A cached file of other bytes is fetched anew, once.
+    It comes from the cache without a request, or is downloaded. A corrupt file is downloaded again, once.
 
     Args:
         name: ``model.tag``, for errors.
@@ -75,27 +97,32 @@ def hub_file(name: str, entry: dict[str, Any], cache_dir: str | Path | None = No
         cache_dir: in place of the client's own cache.
 
     Raises:
-        OSError: not cached and not to be had: offline, no such repository, no permission, no space.
+        OSError: not cached, and it could not be downloaded: offline, no such repository, no permission, no space.
         ValueError: the Hub serves other bytes than the manifest says.
     """
     hub = entry["hub"]
     where = f"{hub['file']} of {hub['repository']}@{hub['revision']}"
     file = download_from_hub(name, hub["repository"], hub["revision"], hub["file"], cache_dir)
-    wrong = difference(file, entry["sha256"], entry["size"])
-    if not wrong:
-        return file
+    try:
+        return file, read_verified(file, entry["sha256"], entry["size"])
+    except Mismatch as error:
+        wrong = error
     try:
         file = download_from_hub(name, hub["repository"], hub["revision"], hub["file"], cache_dir, force=True)
     except OSError as error:
-        raise OSError(f"the cached weights of {name} are damaged ({wrong}), and fetching failed: {error}") from error
-    wrong = difference(file, entry["sha256"], entry["size"])
-    if wrong:
-        # of no use to anyone: the next load would only find it damaged again
+        raise OSError(
+            f"the cached weights of {name} are corrupt ({wrong}), and downloading them failed: {error}"
+        ) from error
+    try:
+        return file, read_verified(file, entry["sha256"], entry["size"])
+    except Mismatch as error:
+        # of no use to anyone: the next load would only find it corrupt again
         with contextlib.suppress(OSError):
             file.resolve().unlink()
             file.unlink(missing_ok=True)
-        raise ValueError(f"{where} is not what rotation_ssl published as {name}: {wrong}; nothing was loaded")
-    return file
+        raise ValueError(
+            f"{where} is not what rotation_ssl published as {name}: {error}; nothing was loaded"
+        ) from error
 
 
 def cached_hub_file(repository: str, revision: str, file: str, cache_dir: str | Path | None = None) -> Path | None:
@@ -154,10 +181,12 @@ def download_from_hub(
         raise ConnectionError(f"{name} cannot be fetched: {where}: the connection failed ({error})") from error
 
 
-def release_file(
+def read_release(
     name: str, entry: dict[str, Any], cache_dir: str | Path | None = None, accept_new_hash: bool = False
-) -> Path:
-    """Weights of the authors' release, converted and verified: from the cache, or downloaded and converted now.
+) -> tuple[Path, bytes]:
+    """The file of weights of the authors' release, converted, and its verified content.
+
+    It comes from the cache, or is downloaded and converted now.
 
     The authors publish no hash. Where the manifest has none either, the first download is trusted: a warning says so,
     and its sha256 and that of the converted file are kept beside it. Later loads and downloads have to match them.
@@ -174,23 +203,25 @@ def release_file(
     """
     folder = Path(cache_dir) if cache_dir else release_cache()
     file, record = folder / f"{name}.safetensors", folder / f"{name}.json"
-    if not accept_new_hash and not _recorded_difference(file, record, entry):
-        return file
+    if not accept_new_hash:
+        with contextlib.suppress(Mismatch):
+            return file, _read_recorded(file, record, entry)
     if constants.HF_HUB_OFFLINE:
         raise FileNotFoundError(_missing(name, f"{entry['url']} (converted, {file})"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f"{name}.lock"):
-            # another process may have fetched it meanwhile
-            if accept_new_hash or _recorded_difference(file, record, entry):
-                _fetch_release(name, entry, file, record, accept_new_hash)
+            if not accept_new_hash:
+                # another process may have fetched it meanwhile
+                with contextlib.suppress(Mismatch):
+                    return file, _read_recorded(file, record, entry)
+            return file, _fetch_release(name, entry, file, record, accept_new_hash)
     except (ConnectionError, FileNotFoundError, TimeoutError):
         raise
     except OSError as error:
         raise OSError(
             f"the cache {folder} cannot be written ({error}): make room, or set TORCH_HOME to another folder"
         ) from error
-    return file
 
 
 def read_record(name: str, cache_dir: str | Path | None = None) -> dict[str, Any] | None:
@@ -265,7 +296,7 @@ def _set_aside(repository: str, revision: str, file: str, cache_dir: str | Path 
             aside.replace(there)
 
 
-def _fetch_release(name: str, entry: dict[str, Any], file: Path, record: Path, accept_new_hash: bool) -> None:
+def _fetch_release(name: str, entry: dict[str, Any], file: Path, record: Path, accept_new_hash: bool) -> bytes:
     archive = file.with_name(f"{name}.archive")  # one name: what a killed process left is written over
     for left in file.parent.glob(f"{name}.*.tmp"):
         left.unlink(missing_ok=True)
@@ -305,15 +336,17 @@ def _fetch_release(name: str, entry: dict[str, Any], file: Path, record: Path, a
             f" {digest}, remembered in {record}; later loads have to match it",
             stacklevel=2,
         )
+    return content
 
 
-def _recorded_difference(file: Path, record: Path, entry: dict[str, Any]) -> str:
+def _read_recorded(file: Path, record: Path, entry: dict[str, Any]) -> bytes:
+    """The content of a converted file that is what was recorded when it was fetched; Mismatch where it is not."""
     known = _read_record(record)
     if known is None:
-        return f"{record} does not exist"
+        raise Mismatch(f"{record} does not exist")
     if entry.get("archive_sha256") not in (None, known["archive_sha256"]):
-        return f"{record} is of another archive than the manifest's"
-    return difference(file, known["sha256"], known["size"])
+        raise Mismatch(f"{record} is of another archive than the manifest's")
+    return read_verified(file, known["sha256"], known["size"])
 
 
 def _read_record(record: Path) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -141,7 +142,8 @@ def name_of(source):
 
 def expected_state(source):
     if source == "bundled":
-        return load_file(zoo.WEIGHTS_DIR / f"{BUNDLED}.safetensors")
+        # not load_file, whose tensors change with the file
+        return load((zoo.WEIGHTS_DIR / f"{BUNDLED}.safetensors").read_bytes())
     if source == "hub":
         return load(hub_weights())
     return convert(read_checkpoint(DATA / ARCHIVE)).state_dict
@@ -251,11 +253,88 @@ def test_door(door, source, state, told, hub, release, wheel_copy, go_offline, t
         with pytest.raises(FileNotFoundError, match=what):
             go_through(door, source, folder)
     elif told == DAMAGED:
-        with pytest.raises(ValueError, match=r"are damaged: .* has sha256"):
+        with pytest.raises(ValueError, match=r"are corrupt: .* has sha256"):
             go_through(door, source, folder)
     else:
         with pytest.raises(huggingface_hub.errors.LocalEntryNotFoundError):
             go_through(door, source, folder)
+
+
+# each source through timm, and a folder; a file of the Hub lies in the client's cache, read as the others are
+RACES = [("timm", "bundled"), ("timm", "hub"), ("timm", "release"), ("local-dir", "release")]
+
+
+@pytest.mark.filterwarnings("ignore:no published hash")
+@pytest.mark.parametrize(("door", "source"), RACES)
+def test_a_file_that_changes_once_it_is_hashed_changes_nothing(
+    door, source, hub, release, wheel_copy, tmp_path, monkeypatch
+):
+    folder = tmp_path / "folder"
+    if door == "local-dir":
+        make_folder(source, folder)
+    else:
+        go_through(door, source, folder)
+    file = cached(source, folder, door)
+    expected = expected_state(source)
+    sha256 = hashlib.sha256
+
+    def hash_then_change(content=b""):
+        digest = sha256(content)
+        if len(content) == file.stat().st_size:
+            corrupt(file)
+        return digest
+
+    monkeypatch.setattr(sources.hashlib, "sha256", hash_then_change)
+    state_dict = go_through(door, source, folder)
+    monkeypatch.undo()
+    with pytest.raises(sources.Mismatch):
+        sources.read_verified(file, sha256(save(expected)).hexdigest(), file.stat().st_size)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in state_dict.items())
+
+
+SWAP = """
+import os, pathlib, sys
+file, other, good = (pathlib.Path(name) for name in sys.argv[2:])
+print("ready", flush=True)
+while True:
+    if sys.argv[1] == "rename":
+        for version in (other, good):
+            os.link(version, "swap")
+            os.replace("swap", file)
+    else:
+        with file.open("r+b") as stream:
+            for content in (other.read_bytes(), good.read_bytes()):
+                stream.seek(len(content) // 2)
+                stream.write(content[len(content) // 2 :])
+                stream.flush()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["rename", "in place"])
+def test_another_process_that_swaps_the_file_never_gets_other_weights_loaded(how, wheel_copy, tmp_path):
+    """Each of 500 loads gives the published bytes or says that the file is corrupt."""
+    file = wheel_copy / f"{BUNDLED}.safetensors"
+    good, other = (shutil.copyfile(file, tmp_path / name) for name in ("good", "other"))
+    corrupt(other)
+    expected = expected_state("bundled")
+    loaded = refused = 0
+    command = [sys.executable, "-c", SWAP, how, str(file), str(other), str(good)]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as swapping:
+        assert swapping.stdout.readline() == "ready\n"
+        try:
+            for _ in range(500):
+                try:
+                    state_dict = timm.create_model(BUNDLED, pretrained=True).state_dict()
+                except ValueError as error:
+                    assert "corrupt" in str(error)
+                    refused += 1
+                else:
+                    assert all(torch.equal(tensor, expected[name]) for name, tensor in state_dict.items())
+                    loaded += 1
+        finally:
+            swapping.kill()
+    assert loaded + refused == 500 and loaded and refused
 
 
 def test_a_model_with_classes_of_its_own_gets_the_verified_backbone(served):
@@ -287,7 +366,7 @@ def test_a_damaged_cache_without_links_is_fetched_anew(hub, served, monkeypatch,
     corrupt(file)
     damaged = file.read_bytes()
     go_offline()
-    with pytest.raises(OSError, match=r"are damaged .* and fetching failed"):
+    with pytest.raises(OSError, match=r"are corrupt .* and downloading them failed"):
         zoo.weights_file(HUBBED)
     assert file.read_bytes() == damaged, "what cannot be replaced is not taken away"
 
@@ -508,7 +587,7 @@ def test_a_wrong_hash_in_the_manifest_is_noticed(set_manifest, offline):
     entries = published_manifest()
     entries[BUNDLED]["sha256"] = "0" * 64
     set_manifest(entries)
-    with pytest.raises(ValueError, match=rf"weights of {BUNDLED} are damaged: .* has sha256 .*, not 0000"):
+    with pytest.raises(ValueError, match=rf"weights of {BUNDLED} are corrupt: .* has sha256 .*, not 0000"):
         timm.create_model(BUNDLED, pretrained=True)
 
 

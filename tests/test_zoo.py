@@ -1,4 +1,4 @@
-"""Weights that are damaged, renamed or of another network are refused, whichever way they come."""
+"""Weights that are corrupt, renamed or of another network are refused, whichever way they come."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
 from rotation_ssl import zoo
-from rotation_ssl.golden import golden_file
+from rotation_ssl.golden import golden_difference, golden_file
 
 BUNDLED = "rotnet_nin.cifar10"
 
@@ -89,14 +89,14 @@ def test_one_changed_byte_is_caught(damaged_wheel):
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    with pytest.raises(ValueError, match=r"rotnet_nin\.cifar10 are damaged: .* has sha256"):
+    with pytest.raises(ValueError, match=r"rotnet_nin\.cifar10 are corrupt: .* has sha256"):
         create_damaged(damaged_wheel)
 
 
 def test_a_truncated_file_is_caught(damaged_wheel):
     file = damaged_wheel / zoo.manifest()[BUNDLED]["file"]
     file.write_bytes(file.read_bytes()[:-1000])
-    with pytest.raises(ValueError, match=r"are damaged: .* bytes, not [\d,]+ as the manifest says"):
+    with pytest.raises(ValueError, match=r"are corrupt: .* bytes, not [\d,]+ as the manifest says"):
         create_damaged(damaged_wheel)
 
 
@@ -114,7 +114,7 @@ def test_unknown_tag_lists_the_known():
 @pytest.mark.parametrize("name", ["rotnet_nin3", "rotnet_nin5", "rotnet_resnet18", "rotnet_resnet50"])
 def test_models_without_weights_say_so(name):
     with pytest.raises(
-        ValueError, match=rf"{name} has no pretrained weights; use pretrained=False.*rotnet_nin\.cifar10"
+        ValueError, match=rf"{name} has no pretrained weights: use pretrained=False; there are none of {name} yet"
     ):
         timm.create_model(name, pretrained=True)
 
@@ -268,6 +268,106 @@ def test_values_that_are_not_finite_are_refused(nin_state, tmp_path, value):
         from_file(saved(nin_state, tmp_path / "mine.safetensors"))
 
 
+@pytest.mark.parametrize("how", ["file", "state_dict"])
+@pytest.mark.parametrize(
+    ("key", "change", "message"),
+    [
+        ("head.fc.weight", lambda t: t.double() + 1e300, "not finite in head.fc.weight"),
+        ("head.fc.weight", lambda t: t.to(torch.int8), r"types head.fc.weight torch.int8 for torch.float32"),
+        ("head.fc.bias", lambda t: t.bool(), r"types head.fc.bias torch.bool for torch.float32"),
+        ("head.fc.bias", lambda t: t.to(torch.complex64), r"types head.fc.bias torch.complex64 for torch.float32"),
+        ("head.fc.bias", lambda t: t.to(torch.float8_e4m3fn), r"types head.fc.bias torch.float8_e4m3fn for"),
+        ("blocks.block1.0.bn.num_batches_tracked", lambda t: t.float(), r"num_batches_tracked torch.float32 for"),
+        ("head.fc.weight", lambda t: t.sum(), r"shapes head.fc.weight \(\) for \(4, 192\)"),
+        ("blocks.block1.0.conv.weight", lambda t: t[:, :0], r"\(192, 0, 5, 5\) for \(192, 3, 5, 5\)"),
+        ("blocks.block1.0.conv.weight", lambda t: t[:, :1], r"\(192, 1, 5, 5\) for \(192, 3, 5, 5\)"),
+        ("blocks.block1.0.conv.weight", lambda t: torch.cat([t, t, t[:, :1]], 1), r"\(192, 7, 5, 5\) for"),
+        ("blocks.block1.0.conv.weight", lambda t: t.sum(), r"blocks.block1.0.conv.weight \(\) for"),
+    ],
+)
+def test_tensors_that_would_not_be_what_they_were_are_refused(nin_state, tmp_path, how, key, change, message):
+    nin_state[key] = change(nin_state[key]).contiguous()
+    overlay = (
+        {"state_dict": nin_state}
+        if how == "state_dict"
+        else {"file": str(saved(nin_state, tmp_path / "m.safetensors"))}
+    )
+    with pytest.raises(ValueError, match=message):
+        timm.create_model("rotnet_nin", pretrained=True, pretrained_cfg_overlay=overlay)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_floating_point_types_are_taken(nin_state, tmp_path, dtype):
+    state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in nin_state.items()}
+    model = from_file(saved(state, tmp_path / "mine.safetensors"))
+    assert all(torch.equal(tensor, state[name].to(tensor.dtype)) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("channels", [1, 7])
+def test_weights_of_other_channels_come_back_as_they_were(tmp_path, channels):
+    state = timm.create_model("rotnet_nin", in_chans=channels).state_dict()
+    model = from_file(saved(state, tmp_path / "mine.safetensors"), in_chans=channels)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_the_same_key_with_and_without_a_prefix_is_refused(nin_state, tmp_path):
+    nin_state["module.head.fc.bias"] = torch.ones(4)
+    with pytest.raises(ValueError, match=r"keys both with and without a prefix: module\.head\.fc\.bias"):
+        from_file(saved(nin_state, tmp_path / "mine.safetensors"))
+
+
+@pytest.mark.parametrize("given", [{}, {"epoch": 3}])
+def test_a_state_dict_that_holds_no_tensors_is_refused(given):
+    with pytest.raises(ValueError, match="the state_dict given must hold tensors, and nothing else"):
+        timm.create_model("rotnet_nin", pretrained=True, pretrained_cfg_overlay={"state_dict": given})
+
+
+def test_the_configuration_keeps_no_second_copy_of_the_weights(nin_state):
+    overlay = {"state_dict": nin_state}
+    for options in ({}, {"features_only": True}):
+        model = timm.create_model("rotnet_nin", pretrained=True, pretrained_cfg_overlay=overlay, **options)
+        assert not model.pretrained_cfg.get("state_dict")
+        json.dumps(model.pretrained_cfg)
+
+
+@pytest.fixture
+def manifest_file(damaged_wheel):
+    zoo.manifest.cache_clear()
+    yield damaged_wheel / "manifest.json"
+    zoo.manifest.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "Expecting property name"),
+        (b"\xff", "can't decode byte"),
+        (b"[" * 100_000, "recursion"),
+        (b"[]", "items"),
+        (b'{"a.b": {"source": "ftp"}}', "'ftp'"),
+        (b'{"a.b": {"source": "bundled", "file": "x"}}', "a.b lacks sha256, size, license"),
+    ],
+)
+def test_a_damaged_manifest_is_named(manifest_file, content, message):
+    manifest_file.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"manifest\.json is not a manifest of weights \(.*{message}.*reinstall"):
+        zoo.manifest()
+    manifest_file.unlink()
+    with pytest.raises(ValueError, match=r"manifest\.json is not a manifest of weights \(.*No such file"):
+        zoo.manifest()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda content: content[:1000], lambda content: content.replace(b"block2", b"block9"), lambda content: b""],
+)
+def test_damaged_golden_outputs_are_named(damaged_wheel, damage):
+    file = damaged_wheel / f"{BUNDLED}.golden.safetensors"
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(ValueError, match=rf"the golden outputs of {BUNDLED} are corrupt: .*reinstall"):
+        golden_difference(BUNDLED)
+
+
 def test_truncated_own_file_is_refused(nin_state, tmp_path):
     file = saved(nin_state, tmp_path / "mine.safetensors")
     file.write_bytes(file.read_bytes()[:1000])
@@ -304,7 +404,7 @@ def test_local_folder(nin_state, tmp_path):
     assert all(torch.equal(tensor, nin_state[name]) for name, tensor in model.state_dict().items())
     whole = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[:-1000])
-    with pytest.raises(ValueError, match="holds no whole safetensors file"):
+    with pytest.raises(ValueError, match="is not a whole safetensors file"):
         timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
     nin_state["extra.weight"] = torch.zeros(1)
     saved(nin_state, tmp_path / "model.safetensors")

@@ -53,7 +53,7 @@ def upload_of(name: str) -> Upload:
     """
     if not zoo.manifest().get(name, {}).get("sha256"):
         raise ValueError(f"{name} cannot be published: there are {', '.join(zoo.bundled())}, and folders of `convert`")
-    return Upload(name, zoo.manifest()[name], zoo.weights_file(name).read_bytes())
+    return Upload(name, zoo.manifest()[name], zoo.read_weights(name))
 
 
 def upload_of_folder(folder: Path, license_name: str, data: str, layer: str) -> Upload:
