@@ -1,5 +1,6 @@
 """Image files -> batches that a backbone takes."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
@@ -10,43 +11,83 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
+_BITS_PER_SAMPLE = 258  # a tag of TIFF
 
 
 def read_image(file: Path | IO[bytes] | Image.Image) -> Image.Image:
-    """One image as RGB, whatever its mode, upright as its EXIF orientation says.
+    """One image as RGB of 8 bits, whatever its mode, upright as its EXIF orientation says.
+
+    Grey values of more bits are scaled by what the file can hold: 65535 of a 16-bit image becomes 255.
 
     Args:
         file: a path, an open file, or an image that was opened already.
 
     Raises:
-        ValueError: it does not exist, or does not decode; the error names the file.
+        ValueError: it does not exist, does not decode, or holds 32-bit integers or floats, whose range is not known;
+            the error names the file.
     """
     try:
+        if isinstance(file, Path) and not file.is_file() and file.exists():
+            # opening a named pipe would wait for whoever writes to it
+            raise ValueError("it is not a regular file")
         with file if isinstance(file, Image.Image) else Image.open(file) as image:
             image.load()
             image.getexif()
             # what turns the image has read its orientation; it would write the other tags anew, and fail at a wrong one
             image.info.pop("exif", None)
-            return _to_rgb(ImageOps.exif_transpose(image))
+            white, upright = _white(image), ImageOps.exif_transpose(image)
+            if white is not None:
+                return _to_rgb(upright if white == 255 else _to_8_bits(upright, white))
     except FileNotFoundError as error:
         raise ValueError(f"image {file} does not exist") from error
     except Exception as error:
         # what Pillow's many readers raise on damaged files is not one family
         raise ValueError(f"image {file} does not decode ({error}); replace or remove it") from error
+    kind = "floats" if upright.mode == "F" else "32-bit or signed integers"
+    raise ValueError(f"image {file} holds {kind} (mode {upright.mode}), whose range is not known; convert it to 8 bits")
 
 
 def find_images(folder: Path) -> list[Path]:
-    """The image files below a folder, sorted by path; those whose name begins with a dot are passed over.
+    """The image files below a folder, sorted by path; files whose name begins with a dot are skipped.
 
     Raises:
         ValueError: no such folder, or none in it.
     """
-    if not folder.is_dir():
+    images, others = find_files(folder)
+    if not images:
+        has = f"; it has {count_suffixes(others)}" if others else ""
+        raise ValueError(f"image folder {folder} holds no images ({', '.join(IMAGE_SUFFIXES)}){has}")
+    return images
+
+
+def find_files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The image files below a folder and its other files, each sorted by path; names that begin with a dot are skipped.
+
+    An image file is a regular file with one of :data:`IMAGE_SUFFIXES`, or a link to one; a link that leads nowhere
+    counts as an image, one that cannot be read.
+
+    Raises:
+        ValueError: no such folder.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder; give the folder that holds the images")
+    if not folder.exists():
         raise ValueError(f"image folder {folder} does not exist")
-    found = sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and not f.name.startswith("."))
-    if not found:
-        raise ValueError(f"image folder {folder} holds no images ({', '.join(IMAGE_SUFFIXES)})")
-    return found
+    images, others = [], []
+    for file in sorted(folder.rglob("*")):
+        if file.name.startswith("."):
+            continue
+        if file.suffix.lower() in IMAGE_SUFFIXES and (file.is_file() or not file.exists()):
+            images.append(file)
+        elif not file.is_dir():
+            others.append(file)
+    return images, others
+
+
+def count_suffixes(files: Sequence[Path]) -> str:
+    """How many files there are of each suffix: '3 .gif files, 1 file without suffix'."""
+    kinds = Counter((file.suffix.lower(), file.is_file()) for file in files)
+    return ", ".join(_count(suffix, regular, n) for (suffix, regular), n in sorted(kinds.items()))
 
 
 def read_images(files: Sequence[Path], size: int) -> torch.Tensor:
@@ -77,6 +118,31 @@ def square(image: Image.Image, size: int) -> Image.Image:
     )
     left, top = (resized.width - size) // 2, (resized.height - size) // 2
     return resized.crop((left, top, left + size, top + size))
+
+
+def _count(suffix: str, regular: bool, n: int) -> str:
+    noun = "file" if n == 1 else "files"
+    return f"{n:,} {f'{suffix} {noun}' if suffix else f'{noun} without suffix'}{'' if regular else ' (not regular)'}"
+
+
+def _white(image: Image.Image) -> int | None:
+    """The largest value that an image's mode and file can hold; None where that is not known."""
+    if image.mode.startswith("I;16"):
+        # Pillow reads TIFFs of 12 bits as 16-bit ones, unscaled
+        bits: int = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,))[0]
+        return 2**bits - 1
+    if image.mode == "I":
+        # PNG has no wider integers, and Pillow scales those of PPM; TIFFs have signed and 32-bit ones
+        return 65535 if image.format in ("PNG", "PPM") else None
+    return None if image.mode == "F" else 255
+
+
+def _to_8_bits(image: Image.Image, white: int) -> Image.Image:
+    values = np.asarray(image).astype(np.int64)
+    grey = ((values * 255 + white // 2) // white).astype(np.uint8)
+    if "transparency" in image.info:
+        grey[values == image.info["transparency"]] = 255
+    return Image.fromarray(grey)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -1,11 +1,15 @@
 import hashlib
+import io
+import os
+import struct
+import zlib
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from rotation_ssl.images import normalize, read_image
+from rotation_ssl.images import count_suffixes, find_files, find_images, normalize, read_image
 from training.data import CIFAR10_CLASSES, load_cifar10, load_folder, load_images, tinyimagenet_files
 from training.unlabelled import UnlabelledImages, open_images
 
@@ -60,6 +64,126 @@ def test_modes_become_rgb(tmp_path, mode, suffix):
 def test_transparent_pixels_are_white(tmp_path):
     Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "clear.png")
     assert np.asarray(read_image(tmp_path / "clear.png")).min() == 255
+
+
+RAMP = np.array([[0, 127, 128, 257], [385, 386, 65407, 65535]], dtype=np.uint16)
+# v / 257, rounded: 127 / 257 is under a half, 128 / 257 over it
+EIGHT_BITS = [0, 0, 0, 1, 1, 2, 255, 255]
+
+
+def png(values, colour, *chunks):
+    """A PNG of 16 bits of values (H, W) or (H, W, C); Pillow writes only grey ones."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, colour, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+def pgm(values, largest):
+    return b"P5 %d %d %d\n" % (*values.shape[::-1], largest) + values.astype(">u2").tobytes()
+
+
+def tiff(values):
+    stream = io.BytesIO()
+    Image.fromarray(values).save(stream, "TIFF")
+    return stream.getvalue()
+
+
+def tiff12(values):
+    """A TIFF of 12 bits a pixel, two of them in three bytes."""
+    first, second = values.reshape(-1, 2).T.astype(np.uint16)
+    data = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], 1).astype(np.uint8).tobytes()
+    height, width = values.shape
+    tags = {256: width, 257: height, 258: 12, 259: 1, 262: 1, 273: 122, 277: 1, 278: height, 279: len(data)}
+    entries = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in tags.items())
+    return (b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + entries).ljust(122, b"\0") + data
+
+
+SIXTEEN_BITS = {
+    "grey.png": png(RAMP, 0),
+    "little-endian.tif": tiff(RAMP),
+    "big-endian.tif": tiff(RAMP.astype(">u2")),
+    "grey.pgm": pgm(RAMP, 65535),
+}
+
+
+@pytest.mark.parametrize("name", SIXTEEN_BITS)
+def test_16_bits_are_scaled_to_8(tmp_path, name):
+    (tmp_path / name).write_bytes(SIXTEEN_BITS[name])
+    image = np.asarray(read_image(tmp_path / name))
+    assert image.shape == (2, 4, 3) and (image == image[..., :1]).all()
+    assert image[..., 0].ravel().tolist() == EIGHT_BITS
+
+
+def test_fewer_than_16_bits_in_a_16_bit_mode(tmp_path):
+    values = np.array([[0, 8, 9, 2048], [4086, 4087, 4094, 4095]])
+    (tmp_path / "a.tif").write_bytes(tiff12(values))
+    (tmp_path / "a.pgm").write_bytes(pgm(values, 4095))
+    expected = [0, 0, 1, 128, 254, 255, 255, 255]  # v / 16.06, rounded
+    for name in ("a.tif", "a.pgm"):
+        assert np.asarray(read_image(tmp_path / name))[..., 0].ravel().tolist() == expected
+
+
+@pytest.mark.parametrize(("colour", "channels"), [(2, 3), (4, 2), (6, 4)])
+def test_16_bits_of_colour_or_alpha(tmp_path, colour, channels):
+    """Pillow itself drops the lower byte of these."""
+    values = np.repeat(RAMP[..., None], channels, axis=2)
+    if channels in (2, 4):
+        values[..., -1] = 65535
+    (tmp_path / "a.png").write_bytes(png(values, colour))
+    assert np.array_equal(np.asarray(read_image(tmp_path / "a.png"))[..., 1], RAMP >> 8)
+
+
+def test_the_transparent_grey_of_16_bits_is_white(tmp_path):
+    (tmp_path / "a.png").write_bytes(png(RAMP, 0, (b"tRNS", struct.pack(">H", 257))))
+    assert np.asarray(read_image(tmp_path / "a.png"))[..., 0].ravel().tolist() == [0, 0, 0, 255, 1, 2, 255, 255]
+
+
+def test_pngs_of_16_bits_as_older_pillow_opens_them():
+    image = Image.fromarray(RAMP.astype(np.int32))
+    image.format = "PNG"
+    assert image.mode == "I" and np.asarray(read_image(image))[..., 0].ravel().tolist() == EIGHT_BITS
+
+
+@pytest.mark.parametrize(
+    ("values", "mode"), [(RAMP.astype(np.int32), "I"), (RAMP.astype(np.float32), "F"), (np.eye(4, dtype="f4"), "F")]
+)
+def test_values_of_no_known_range_are_refused(tmp_path, values, mode):
+    (tmp_path / "deep.tif").write_bytes(tiff(values))
+    with pytest.raises(ValueError, match=rf"deep\.tif holds .*\(mode {mode}\), whose range is not known; convert it"):
+        read_image(tmp_path / "deep.tif")
+
+
+def test_only_regular_files_are_images(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "real.png")
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "link.png").symlink_to("real.png")
+    (tmp_path / "nowhere.png").symlink_to("gone.png")
+    (tmp_path / ".hidden.png").touch()
+    for name in ("b.gif", "a.GIF", "README"):
+        (tmp_path / name).touch()
+    os.mkfifo(tmp_path / "pipe.png")
+    images, others = find_files(tmp_path)
+    assert [file.name for file in images] == ["link.png", "nowhere.png", "real.png"] and find_images(tmp_path) == images
+    assert count_suffixes(others) == "1 file without suffix, 2 .gif files, 1 .png file (not regular)"
+    assert read_image(tmp_path / "link.png").size == (4, 4)
+    for name in ("pipe.png", "folder.png"):
+        with pytest.raises(ValueError, match=rf"{name} does not decode \(it is not a regular file\)"):
+            read_image(tmp_path / name)
+
+
+def test_folders_without_images_say_what_they_have(tmp_path):
+    (tmp_path / "a.gif").touch()
+    with pytest.raises(ValueError, match=r"holds no images \(\.png, \.jpg, .*\.tiff\); it has 1 \.gif file"):
+        find_images(tmp_path)
+    with pytest.raises(ValueError, match=r"a\.gif is not a folder; give the folder that holds the images"):
+        find_images(tmp_path / "a.gif")
+    with pytest.raises(ValueError, match="nowhere does not exist"):
+        find_images(tmp_path / "nowhere")
 
 
 def test_other_sizes_are_resized_and_cropped(tmp_path):
