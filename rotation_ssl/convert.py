@@ -9,6 +9,7 @@ clockwise: its classes 1 and 3 change places.
 """
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -124,6 +125,8 @@ AUTHORS_SIZES: dict[str, dict[str, Any]] = {"rotnet_alexnet": {"input_size": (3,
 def write_folder(converted: Converted, folder: Path, tag: str, provenance: Mapping[str, Any]) -> None:
     """Write weights as the folder that ``timm.create_model('local-dir:FOLDER', pretrained=True)`` takes.
 
+    transformers takes it, too: ``TimmWrapperForImageClassification.from_pretrained(FOLDER)``.
+
     It holds model.safetensors and config.json, timm's with three more entries: 'sha256' and 'size' of the weights,
     which every load of a ``rotnet_*`` model compares, and 'provenance'.
 
@@ -138,7 +141,7 @@ def write_folder(converted: Converted, folder: Path, tag: str, provenance: Mappi
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is not an empty folder: give another")
-    content = save(converted.state_dict)
+    content = save(converted.state_dict, metadata={"format": "pt"})
     model = timm.create_model(converted.model, num_classes=converted.num_classes, device="meta", **converted.model_args)
     cfg: dict[str, Any] = {"tag": tag}
     if converted.origin == AUTHORS:
@@ -171,6 +174,10 @@ def write_config(
     }
     unfinished = file.with_name(f"{file.name}.tmp")
     save_config_for_hf(model, str(unfinished), model_config=described)
+    config = json.loads(unfinished.read_text())
+    # both read it at the top level; transformers passes it beside model_args, where it would be given twice
+    config.get("model_args", {}).pop("num_classes", None)
+    unfinished.write_text(json.dumps(config, indent=2))
     unfinished.replace(file)
 
 
