@@ -53,11 +53,7 @@ def find_images(folder: Path) -> list[Path]:
     Raises:
         ValueError: no such folder, or none in it.
     """
-    images, others = find_files(folder)
-    if not images:
-        has = f"; it has {count_suffixes(others)}" if others else ""
-        raise ValueError(f"image folder {folder} holds no images ({', '.join(IMAGE_SUFFIXES)}){has}")
-    return images
+    return find_files(folder)[0]
 
 
 def find_files(folder: Path) -> tuple[list[Path], list[Path]]:
@@ -67,7 +63,7 @@ def find_files(folder: Path) -> tuple[list[Path], list[Path]]:
     counts as an image, one that cannot be read.
 
     Raises:
-        ValueError: no such folder.
+        ValueError: no such folder, or no images in it.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; give the folder that holds the images")
@@ -81,6 +77,9 @@ def find_files(folder: Path) -> tuple[list[Path], list[Path]]:
             images.append(file)
         elif not file.is_dir():
             others.append(file)
+    if not images:
+        has = f"; it has {count_suffixes(others)}" if others else ""
+        raise ValueError(f"image folder {folder} holds no images ({', '.join(IMAGE_SUFFIXES)}){has}")
     return images, others
 
 

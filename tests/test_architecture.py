@@ -37,7 +37,18 @@ ALLOWED = {
     | {f"rotation_ssl.backbones.{name}" for name in ("alexnet", "nin", "resnets")},
     "rotation_ssl.demo": {"rotation_ssl", "rotation_ssl.features", "rotation_ssl.images"},
     "rotation_ssl.cli": {"rotation_ssl"}
-    | {f"rotation_ssl.{n}" for n in ("checkpoints", "convert", "features", "golden", "images", "sources", "zoo")},
+    | {f"rotation_ssl.cli.{n}" for n in ("convert", "features", "fetch", "info", "list", "options", "verify")},
+    "rotation_ssl.cli.__main__": {"rotation_ssl.cli"},
+    "rotation_ssl.cli.options": {"rotation_ssl.zoo"},
+    "rotation_ssl.cli.list": {"rotation_ssl.zoo", "rotation_ssl.cli.info", "rotation_ssl.cli.options"},
+    "rotation_ssl.cli.info": {"rotation_ssl.sources", "rotation_ssl.zoo", "rotation_ssl.cli.options"},
+    "rotation_ssl.cli.fetch": {"rotation_ssl.sources", "rotation_ssl.zoo", "rotation_ssl.cli.options"},
+    "rotation_ssl.cli.verify": {f"rotation_ssl.{n}" for n in ("checkpoints", "golden", "sources", "zoo")}
+    | {"rotation_ssl.cli.options"},
+    "rotation_ssl.cli.convert": {"rotation_ssl", "rotation_ssl.cli.options"}
+    | {f"rotation_ssl.{n}" for n in ("checkpoints", "convert", "sources")},
+    "rotation_ssl.cli.features": {f"rotation_ssl.{n}" for n in ("features", "images", "sources", "zoo")}
+    | {"rotation_ssl.cli.options"},
     "hubconf": {"rotation_ssl.hub"},
     "training": set(),
     "training.memory": set(),

@@ -1,11 +1,14 @@
 """The command line: what it prints for people and for programs, its exit status, and what it refuses."""
 
+import csv
 import json
+import os
 import shutil
 import subprocess
 import sys
 import warnings
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -14,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from rotation_ssl import cli, golden, sources, zoo
+from rotation_ssl.cli import features
 from rotation_ssl.features import extract_features
 from rotation_ssl.images import normalize, read_images
 
@@ -27,7 +31,10 @@ def run(capsys):
     """Run the command: its exit status, and what it printed, read as JSON where that was asked for."""
 
     def call(*arguments):
-        status = cli.main([str(argument) for argument in arguments])
+        try:
+            status = cli.main([str(argument) for argument in arguments])
+        except SystemExit as refused:  # of arguments
+            status = refused.code
         captured = capsys.readouterr()
         if status == 2:
             error = captured.err.splitlines()[-1]  # after a progress bar, where there is one
@@ -71,6 +78,21 @@ def test_info(run, released):
     assert "archive_sha256: not known" in run("info", RELEASED)[1]
     status, error = run("info", "rotnet_nin.nope")
     assert status == 2 and "rotnet_nin.nope" in error and NAME in error
+    assert "rotnet_alexnet" not in error, "only those of the network"
+    assert "rotnet_alexnet.tinyimagenet" in run("info", "nothing")[1]
+
+
+def test_a_models_name_means_its_default_tag(run, released, tmp_path, monkeypatch):
+    assert run("info", "rotnet_nin", "--json")[1]["name"] == NAME
+    assert run("info", "rotnet_alexnet", "--json")[1]["name"] == "rotnet_alexnet.tinyimagenet"
+    assert run("fetch", "rotnet_nin", "--json")[1] == run("fetch", NAME, "--json")[1]
+    assert run("verify", "rotnet_nin", "--json") == run("verify", NAME, "--json")
+    status, error = run("info", "rotnet_resnet18")
+    assert status == 2 and "no published weights 'rotnet_resnet18'" in error
+    # a folder of that name is what is meant
+    monkeypatch.chdir(tmp_path)
+    run("convert", ARCHIVE, "-o", "rotnet_nin")
+    assert run("verify", "rotnet_nin", "--json")[1][0]["file"] == "rotnet_nin/model.safetensors"
 
 
 def test_fetch_then_verify_offline(run, released, go_offline):
@@ -136,7 +158,7 @@ def test_verify_a_file(run, tmp_path, nin_state):
     save_file(nin_state, tmp_path / "mine.safetensors")
     assert "not finite in head.fc.bias" in run("verify", tmp_path / "mine.safetensors")[1]
     status, error = run("verify", "nowhere")
-    assert status == 2 and "nowhere is neither published weights" in error
+    assert status == 2 and "no file nowhere, and no published weights 'nowhere'" in error
 
 
 def test_convert_then_load_and_verify(run, tmp_path):
@@ -194,8 +216,16 @@ def test_features_of_other_layers_and_pools(run, tmp_path):
     [
         (("--layers", "conv9"), "no layer conv9"),
         (("--model", "rotnet_nope"), "no model 'rotnet_nope'"),
+        (("--model", ""), "no model ''"),
+        (("--model",), "argument --model: expected one argument"),
+        (("--model", "local-dir:/nowhere"), "Config file not found"),
         (("--model", "rotnet_nin5"), "rotnet_nin5 has no pretrained weights"),
         (("--device", "nowhere"), "device 'nowhere' cannot be used"),
+        (("--device", "meta"), "device 'meta' cannot be used (Cannot copy out of meta tensor; no data!)"),
+        (("--grid", "-3"), "argument --grid: must be a whole number of at least 1, got -3"),
+        (("--batch-size", "0"), "argument --batch-size: must be a whole number of at least 1, got 0"),
+        (("--batch-size", "many"), "argument --batch-size: must be a whole number of at least 1, got many"),
+        (("--format", "npz"), "f.safetensors does not end in .npz, as --format says"),
     ],
 )
 def test_features_refuses(run, tmp_path, options, message):
@@ -203,17 +233,130 @@ def test_features_refuses(run, tmp_path, options, message):
     assert status == 2 and message in error and not (tmp_path / "f.safetensors").exists()
 
 
-def test_features_names_the_broken_image_and_keeps_what_was_there(run, tmp_path):
+@pytest.fixture
+def images(tmp_path):
+    """Two good images, a broken one between them, one that leads nowhere, and what is no image."""
+    folder = tmp_path / "images"
+    (folder / "in").mkdir(parents=True)
+    shutil.copyfile(SAMPLES / "cifar10" / "cat_00000.png", folder / "a.png")
+    shutil.copyfile(SAMPLES / "cifar10" / "dog_00012.png", folder / "in" / "c, d.png")
+    (folder / "b.png").write_bytes((SAMPLES / "cifar10" / "cat_00000.png").read_bytes()[:100])
+    (folder / "gone.jpg").symlink_to("nowhere.jpg")
+    for name in ("1.gif", "2.gif", "notes.txt"):
+        (folder / name).touch()
+    os.mkfifo(folder / "pipe.png")
+    return folder
+
+
+GOOD = ["a.png", "in/c, d.png"]
+
+
+def test_broken_images_are_skipped_and_named(run, images, tmp_path):
+    status, text = run("features", images, "-o", tmp_path / "f.safetensors", "--batch-size", 1)
+    assert status == 1
+    result, not_read, broken = text.splitlines()
+    assert "block2 (2, 192) of 2 images" in result
+    assert not_read == "not read: 2 .gif files, 1 .png file (not regular), 1 .txt file"
+    assert broken == "skipped 2 broken images: b.png, gone.jpg"
+    with safe_open(tmp_path / "f.safetensors", "pt") as stored:
+        assert json.loads(stored.metadata()["files"]) == GOOD
+        features = stored.get_tensor("block2")
+    for file in ("b.png", "gone.jpg"):
+        (images / file).unlink()
+    status, result = run("features", images, "-o", tmp_path / "g.safetensors", "--json")
+    assert status == 0 and result["broken"] == {}
+    assert result["not_read"] == {".gif": 2, ".txt": 1, ".png": 1}
+    torch.testing.assert_close(load_file(tmp_path / "g.safetensors")["block2"], features)
+
+
+def test_strict_takes_no_broken_image(run, images, tmp_path):
+    status, error = run("features", images, "-o", tmp_path / "f.safetensors", "--strict")
+    assert status == 2 and "b.png does not decode" in error and not (tmp_path / "f.safetensors").exists()
+    for file in GOOD:
+        (images / file).unlink()
+    status, error = run("features", images, "-o", tmp_path / "f.safetensors")
+    assert status == 2 and "none of the 2 images can be read" in error and "b.png does not decode" in error
+    assert not (tmp_path / "f.safetensors").exists()
+
+
+def test_formats_hold_the_same(run, images, tmp_path):
+    options = ("--layers", "block1", "block4", "--grid", 2)
+    for suffix in ("safetensors", "npz", "csv"):
+        assert run("features", images, "-o", tmp_path / f"f.{suffix}", "--format", suffix, *options)[0] == 1
+        assert run("features", images, "-o", tmp_path / f"g.{suffix}", *options)[0] == 1
+        assert (tmp_path / f"f.{suffix}").stat().st_size == (tmp_path / f"g.{suffix}").stat().st_size
+    expected = {layer: tensor.numpy() for layer, tensor in load_file(tmp_path / "f.safetensors").items()}
+    with np.load(tmp_path / "f.npz") as stored:
+        assert stored["files"].tolist() == GOOD and set(stored) == {"files", "block1", "block4"}
+        assert all(np.array_equal(stored[layer], array) for layer, array in expected.items())
+    with (tmp_path / "f.csv").open(newline="") as stream:
+        columns, *rows = csv.reader(stream)
+    assert columns == ["file", *(f"block1_{i}" for i in range(384)), *(f"block4_{i}" for i in range(768))]
+    assert [row[0] for row in rows] == GOOD
+    values = np.array([row[1:] for row in rows]).astype(np.float32)
+    assert np.array_equal(values, np.concatenate([expected["block1"], expected["block4"]], axis=1)), "digit for digit"
+
+
+def test_outputs_that_nobody_wants_to_lose(run, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(timm, "create_model", lambda *args, **kwargs: pytest.fail("checked before the work"))
+    (tmp_path / "kept.csv").write_text("of yesterday")
+    (tmp_path / "image.csv").symlink_to(images / "a.png")
+    (tmp_path / "folder.csv").mkdir()
+    os.mkfifo(tmp_path / "pipe.csv")
+    (tmp_path / "closed").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "closed")
+    refusals = {
+        "image.csv": "is one of the images",
+        "images/a.png": "is one of the images",
+        "folder.csv": "exists and is not a regular file",
+        "pipe.csv": "exists and is not a regular file",
+        "no.suffix": "ends in none of .safetensors, .npz, .csv",
+        "nowhere/f.csv": "nowhere is not a folder",
+        "closed/f.csv": "closed is not writable",
+    }
+    for name, message in refusals.items():
+        for force in ((), ("--force",)):
+            status, error = run("features", images, "-o", tmp_path / name, *force)
+            assert status == 2 and message in error
+    status, error = run("features", images, "-o", tmp_path / "kept.csv")
+    assert status == 2 and "kept.csv exists; give another --output, or --force" in error
+    assert (tmp_path / "kept.csv").read_text() == "of yesterday"
+    assert "is not a regular file" in run("features", images, "-o", "/dev/null")[1]
+
+
+def test_force_replaces_a_file(run, images, tmp_path):
+    (tmp_path / "kept.csv").write_text("of yesterday")
+    assert run("features", images, "-o", tmp_path / "kept.csv", "--force")[0] == 1
+    assert (tmp_path / "kept.csv").read_text().startswith("file,block2_0,")
+
+
+def test_folders_that_are_none(run, tmp_path):
     (tmp_path / "images").mkdir()
-    (tmp_path / "images" / "half.png").write_bytes((SAMPLES / "cifar10" / "cat_00000.png").read_bytes()[:100])
-    (tmp_path / "f.safetensors").write_bytes(b"of yesterday")
-    status, error = run("features", tmp_path / "images", "-o", tmp_path / "f.safetensors")
-    assert status == 2 and "half.png does not decode" in error
-    assert (tmp_path / "f.safetensors").read_bytes() == b"of yesterday"
-    status, error = run("features", SAMPLES / "cifar10", "-o", tmp_path / "nowhere" / "f.safetensors")
-    assert status == 2 and "nowhere is not a folder" in error
-    (tmp_path / "images" / "half.png").unlink()
     assert "holds no images" in run("features", tmp_path / "images", "-o", tmp_path / "f.safetensors")[1]
+    status, error = run("features", SAMPLES / "cifar10" / "cat_00000.png", "-o", tmp_path / "f.safetensors")
+    assert status == 2 and "cat_00000.png is not a folder; give the folder that holds the images" in error
+
+
+def test_converted_weights_have_the_layer_of_their_architecture(run, images, tmp_path):
+    run("convert", ARCHIVE, "-o", tmp_path / "theirs")
+    output = ("-o", tmp_path / "f.safetensors", "--json")
+    result = run("features", images, *output, "--model", f"local-dir:{tmp_path / 'theirs'}")[1]
+    assert list(result["shapes"]) == [published_manifest()[RELEASED]["recommended_layer"]]
+    assert result["model"] == f"local-dir:{tmp_path / 'theirs'}"
+    torch.save(timm.create_model("resnet34", num_classes=4).state_dict(), tmp_path / "some.pth")
+    run("convert", tmp_path / "some.pth", "-o", tmp_path / "others")
+    status, error = run("features", images, *output, "--force", "--model", f"local-dir:{tmp_path / 'others'}")
+    assert status == 2 and "no recommended layer: give --layers, of act1, layer1, layer2, layer3, layer4" in error
+
+
+def test_an_interrupt_is_one_line(monkeypatch, images, tmp_path, capsys):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(features, "read_images", interrupt)
+    assert cli.main(["features", str(images), "-o", str(tmp_path / "f.csv")]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted"
+    assert [file.name for file in tmp_path.iterdir()] == ["images"]
 
 
 def test_help_is_worth_reading(capsys):

@@ -1,0 +1,54 @@
+"""rotation-ssl convert."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import rotation_ssl
+from rotation_ssl import sources
+from rotation_ssl.checkpoints import read_checkpoint
+from rotation_ssl.cli.options import add_command
+from rotation_ssl.convert import AUTHORS, convert, write_folder
+
+
+def add(commands: Any) -> None:
+    """Add the command."""
+    added = add_command(
+        commands, "convert", run, "turn another project's checkpoint into a folder that timm's local-dir: takes"
+    )
+    added.add_argument(
+        "file", type=Path, metavar="FILE", help="of the authors, VISSL, mmselfsup, or a ResNet; .tar.gz too"
+    )
+    added.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="new, or empty")
+    added.add_argument("--epoch", type=int, help="which of an archive's checkpoints [the last]")
+    added.add_argument("--tag", help="name of the weights, as in model.tag [whose form they have]")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; returns the exit status."""
+    converted = convert(read_checkpoint(args.file, args.epoch))
+    tag = args.tag or {AUTHORS: "gidaris", "torchvision-style": "torchvision"}.get(
+        converted.origin, converted.origin.lower()
+    )
+    provenance = {
+        "file": args.file.name,
+        "file_sha256": sources.sha256_of(args.file),
+        "converter": f"rotation_ssl {rotation_ssl.__version__}",
+    }
+    write_folder(converted, args.output, tag, provenance)
+    result = {
+        "folder": str(args.output),
+        "model": converted.model,
+        "num_classes": converted.num_classes,
+        "origin": converted.origin,
+        "left_out": list(converted.left_out),
+    }
+    if args.json:
+        print(json.dumps(result, indent=1))
+        return 0
+    print(f"{converted.model} with {converted.num_classes} classes, of {converted.origin}: {args.output}")
+    if converted.left_out:
+        print(f"left out: {', '.join(converted.left_out)}")
+    print(f"load it: timm.create_model('local-dir:{args.output}', pretrained=True), after `import rotation_ssl`")
+    return 0

@@ -1,0 +1,208 @@
+"""rotation-ssl features."""
+
+import argparse
+import csv
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from safetensors.torch import save
+from timm.data import resolve_model_data_config
+from torch import nn
+from tqdm import tqdm
+
+from rotation_ssl import sources, zoo
+from rotation_ssl.cli.options import add_command, positive
+from rotation_ssl.features import POOLS, extract_features, layer_modules
+from rotation_ssl.images import count_suffixes, find_files, normalize, read_images
+
+FORMATS = ("safetensors", "npz", "csv")
+NAMED = 10  # so many broken images are named for people; --json names all
+DETAILS = """
+
+Formats, by the suffix of FILE:
+    .safetensors  a tensor (N, D) by layer; its metadata has 'files' (JSON), 'model', 'pool' and 'grid'
+    .npz          an array (N, D) by layer, and 'files' (N,)
+    .csv          a row an image: 'file', then the columns LAYER_0, LAYER_1, ... of each layer;
+                  pandas.read_csv(FILE, index_col="file")
+
+Files are named relative to IMAGES, in the order of the rows. Broken images are skipped and named, and the exit status
+is then 1; with --strict the first one is an error, and nothing is written.
+"""
+
+
+def add(commands: Any) -> None:
+    """Add the command."""
+    added = add_command(commands, "features", run, "features of a layer for every image below a folder", DETAILS)
+    added.add_argument("images", type=Path, metavar="IMAGES", help="a folder; folders in it too")
+    added.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="to write")
+    added.add_argument("--format", choices=FORMATS, help="of FILE [as its suffix says]")
+    added.add_argument("--force", action="store_true", help="replace FILE if it exists")
+    added.add_argument("--strict", action="store_true", help="a broken image is an error")
+    added.add_argument("--model", default="rotnet_nin", help="model or model.tag, hf-hub: or local-dir: [%(default)s]")
+    added.add_argument("--layers", nargs="+", metavar="LAYER", help="[the one recommended for the weights]")
+    added.add_argument("--pool", default="avg", choices=[pool for pool in POOLS if pool], help="[%(default)s]")
+    added.add_argument("--grid", type=positive, default=1, help="pool to so many cells a side [%(default)s]")
+    added.add_argument("--batch-size", type=positive, default=64, help="images a batch [%(default)s]")
+    added.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps [%(default)s]")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; returns the exit status."""
+    images, others = find_files(args.images)
+    check_output(args.output, args.format, images, args.force)
+    model = load_model(args.model, args.device)
+    layers = args.layers or [recommended_layer(model, args.model)]
+    broken: dict[Path, str] = {}
+    parts: dict[str, list[torch.Tensor]] = {layer: [] for layer in layers}
+    for batch in read_batches(model, images, args.batch_size, None if args.strict else broken):
+        for layer, part in extract_features(model, batch, layers, pool=args.pool, grid=args.grid).items():
+            parts[layer].append(part)
+    if len(broken) == len(images):
+        raise ValueError(f"none of the {len(images):,} images can be read: {broken[images[0]]}")
+    features = {layer: torch.cat(part) for layer, part in parts.items()}
+    name = f"{args.model.split('.', 1)[0]}.{model.pretrained_cfg.get('tag')}"
+    metadata = {
+        "files": json.dumps([_name(file, args.images) for file in images if file not in broken]),
+        "model": name if name in zoo.manifest() else args.model,
+        "pool": args.pool,
+        "grid": str(args.grid),
+    }
+    sources.replace_file(args.output, lambda path: write(path, args.output.suffix.lower()[1:], features, metadata))
+    result = {
+        "file": str(args.output),
+        "model": metadata["model"],
+        "images": len(images) - len(broken),
+        "shapes": {layer: list(tensor.shape) for layer, tensor in features.items()},
+        "broken": {_name(file, args.images): why for file, why in broken.items()},
+        "not_read": dict(Counter(file.suffix.lower() for file in others)),
+    }
+    print(json.dumps(result, indent=1) if args.json else _report(result, others))
+    return 1 if broken else 0
+
+
+def check_output(file: Path, form: str | None, images: Sequence[Path], force: bool) -> None:
+    """Refuse a file that cannot be written or that nobody wants to lose, before the work.
+
+    Raises:
+        ValueError: it is one of the images, exists and is not a regular file, exists without ``force``, is in no folder
+            or one that is not writable, or has another suffix than that of the format.
+    """
+    if file.exists() and any(image.exists() and file.samefile(image) for image in images):
+        raise ValueError(f"{file} is one of the images; give another --output")
+    if (file.exists() or file.is_symlink()) and not file.is_file():
+        raise ValueError(f"{file} exists and is not a regular file; give another --output")
+    suffix = file.suffix.lower()
+    if form and suffix != f".{form}":
+        raise ValueError(f"{file} does not end in .{form}, as --format says; change one of them")
+    if suffix[1:] not in FORMATS:
+        raise ValueError(f"{file} ends in none of {', '.join(f'.{form}' for form in FORMATS)}; give another --output")
+    if not file.parent.is_dir():
+        raise ValueError(f"{file} cannot be written: {file.parent} is not a folder")
+    if not os.access(file.parent, os.W_OK | os.X_OK):
+        raise ValueError(f"{file} cannot be written: the folder {file.parent} is not writable")
+    if file.exists() and not force:
+        raise ValueError(f"{file} exists; give another --output, or --force to replace it")
+
+
+def load_model(name: str, device: str) -> Any:
+    """A network with weights, on a device.
+
+    Raises:
+        ValueError: no such model, weights or device.
+    """
+    try:
+        # one that gives values back, unlike meta
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise ValueError(f"device {device!r} cannot be used ({str(error).splitlines()[0]}); give another") from error
+    if not timm.is_model(name.split(".", 1)[0]) and ":" not in name:
+        raise ValueError(f"no model {name!r}; there are {', '.join(timm.list_models('rotnet_*'))}, and timm's")
+    try:
+        return timm.create_model(name, pretrained=True).to(device)
+    except RuntimeError as error:
+        raise ValueError(f"{name} could not be loaded ({str(error).splitlines()[0]})") from error
+
+
+def recommended_layer(model: Any, name: str) -> str:
+    """The layer that the manifest recommends for the weights, or for others of the same architecture.
+
+    Raises:
+        ValueError: no weights of the architecture are published.
+    """
+    architecture, tag = (model.pretrained_cfg.get(key) for key in ("architecture", "tag"))
+    own = {key: entry for key, entry in zoo.manifest().items() if key.split(".", 1)[0] == architecture}
+    for entry in (own.get(f"{architecture}.{tag}"), *own.values()):
+        if entry:
+            return str(entry["recommended_layer"])
+    raise ValueError(f"{name} has no recommended layer: give --layers, of {', '.join(layer_modules(model))}")
+
+
+def read_batches(
+    model: nn.Module, files: Sequence[Path], batch_size: int, broken: dict[Path, str] | None
+) -> Iterator[torch.Tensor]:
+    """The images as the model takes them, (at most batch_size, 3, H, H) each time, with a progress bar.
+
+    What is wrong with images that cannot be read goes into ``broken``.
+
+    Raises:
+        ValueError: without ``broken``: an image that cannot be read.
+    """
+    cfg = resolve_model_data_config(model)
+    with tqdm(total=len(files), desc="features", unit="img", mininterval=0.5) as bar:
+        for start in range(0, len(files), batch_size):
+            read = []
+            for file in files[start : start + batch_size]:
+                try:
+                    read.append(read_images([file], cfg["input_size"][-1]))
+                except ValueError as error:
+                    if broken is None:
+                        raise
+                    broken[file] = str(error)
+                bar.update()
+            if read:
+                yield normalize(torch.cat(read), cfg["mean"], cfg["std"])
+
+
+def write(file: Path, form: str, features: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """Write features (N, D) by layer, in one of :data:`FORMATS`."""
+    files = json.loads(metadata["files"])
+    arrays: dict[str, Any] = {layer: tensor.numpy() for layer, tensor in features.items()}
+    if form == "safetensors":
+        file.write_bytes(save(dict(features), dict(metadata)))
+    elif form == "npz":
+        with file.open("wb") as stream:
+            np.savez(stream, files=np.array(files), **arrays)
+    else:
+        # file names need not be text: their bytes are written as they are
+        with file.open("w", newline="", encoding="utf-8", errors="surrogateescape") as stream:
+            writer = csv.writer(stream)
+            writer.writerow(
+                ["file", *(f"{layer}_{i}" for layer, array in arrays.items() for i in range(array.shape[1]))]
+            )
+            for name, *rows in zip(files, *arrays.values(), strict=True):
+                # numpy writes a float32 with the fewest digits that give it back
+                writer.writerow([name, *np.concatenate(rows).astype(str)])
+
+
+def _name(file: Path, folder: Path) -> str:
+    return file.relative_to(folder).as_posix()
+
+
+def _report(result: Mapping[str, Any], others: Sequence[Path]) -> str:
+    shapes = ", ".join(f"{layer} {tuple(shape)}" for layer, shape in result["shapes"].items())
+    lines = [f"{result['file']}: {shapes} of {result['images']:,} images by {result['model']}"]
+    if others:
+        lines.append(f"not read: {count_suffixes(others)}")
+    broken = list(result["broken"])
+    if broken:
+        more = f" and {len(broken) - NAMED:,} more" if len(broken) > NAMED else ""
+        noun = "image" if len(broken) == 1 else "images"
+        lines.append(f"skipped {len(broken):,} broken {noun}: {', '.join(broken[:NAMED])}{more}")
+    return "\n".join(lines)

@@ -1,0 +1,55 @@
+"""What the commands share: how they are added and refuse arguments, and what a name of weights means."""
+
+import argparse
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import timm
+
+from rotation_ssl import zoo
+
+
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong with the arguments, as the commands do with everything else."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print it, and exit with status 2."""
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+
+
+def add_command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int], text: str, details: str = ""
+) -> argparse.ArgumentParser:
+    """A command with ``--json``: ``text`` is its line among the others, with ``details`` the top of its own help."""
+    added: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=text,
+        description=f"{text[0].upper()}{text[1:]}.{details}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    added.add_argument("--json", action="store_true", help="print what a program would read")
+    added.set_defaults(run=run)
+    return added
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text}")
+    return int(text)
+
+
+def published_name(name: str) -> str:
+    """``model.tag`` of published weights; the name of a model alone means its default tag, as in timm.
+
+    Raises:
+        ValueError: no such weights; the error lists those of the model, where it has any.
+    """
+    model = name.split(".", 1)[0]
+    default = f"{model}.{timm.get_pretrained_cfg(model).tag}" if name == model and timm.is_model(model) else name
+    for known in (name, default):
+        if known in zoo.manifest():
+            return known
+    own = [known for known in zoo.manifest() if known.split(".", 1)[0] == model]
+    of_model = f"of {model} " if own else ""
+    raise ValueError(f"no published weights {name!r}; {of_model}there are: {', '.join(own or sorted(zoo.manifest()))}")

@@ -1,0 +1,123 @@
+"""rotation-ssl verify."""
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rotation_ssl import sources, zoo
+from rotation_ssl.checkpoints import read_checkpoint
+from rotation_ssl.cli.options import add_command, published_name
+from rotation_ssl.golden import GOLDEN_TOLERANCE, golden_difference, golden_file
+
+
+def add(commands: Any) -> None:
+    """Add the command."""
+    added = add_command(commands, "verify", run, "hash weights on this machine again, and compare their golden outputs")
+    added.add_argument("what", nargs="?", metavar="TAG|FILE", help="a name, a file or a folder [all that are here]")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; returns the exit status."""
+    if args.what is None:
+        results = [verify_tag(name) for name in zoo.manifest()]
+    elif args.what in zoo.manifest():
+        results = [verify_tag(args.what)]
+    elif Path(args.what).exists():
+        results = [verify_file(Path(args.what))]
+    else:
+        results = [verify_tag(_name(args.what))]
+    if args.json:
+        print(json.dumps(results, indent=1))
+    else:
+        verdicts = {True: "holds", False: "BROKEN", None: "unknown"}
+        for result in results:
+            print(f"{verdicts[result['holds']]:8s} {result['name'] or result['file']}: {result['why']}")
+    return 1 if any(result["holds"] is False for result in results) else 0
+
+
+def verify_tag(name: str) -> dict[str, Any]:
+    """Hash published weights that are on this machine, and run them: 'name', 'file', 'holds', 'why'.
+
+    Weights that are not here are not fetched: 'holds' is None.
+    """
+    file = zoo.cached_file(name)
+    if file is None and zoo.manifest()[name]["source"] != "bundled":
+        return {"name": name, "file": None, "holds": None, "why": f"not here; rotation-ssl fetch {name}"}
+    wrong, known = _hash_difference(name, file)
+    if wrong:
+        return {"name": name, "file": str(file), "holds": False, "why": wrong}
+    if not golden_file(name).is_file():
+        return {"name": name, "file": str(file), "holds": True, "why": f"{known}; no golden outputs to compare"}
+    furthest = golden_difference(name)
+    return {
+        "name": name,
+        "file": str(file),
+        "holds": furthest < GOLDEN_TOLERANCE,
+        "why": f"{known}; golden outputs differ by {furthest:.1e}, allowed are {GOLDEN_TOLERANCE:g}",
+    }
+
+
+def verify_file(path: Path) -> dict[str, Any]:
+    """Which published weights a file or folder holds; 'holds' is None for weights that nobody published.
+
+    Raises:
+        ValueError: it cannot be read as weights, or holds values that are not finite.
+    """
+    folder_config = path / "config.json"
+    file = path / "model.safetensors" if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(f"{file} does not exist")
+    digest = sources.sha256_of(file)
+    for name, entry in zoo.manifest().items():
+        release = entry["source"] == "release"
+        record = sources.read_record(name) or {} if release else entry
+        if record.get("sha256") == digest:
+            told = "as recorded when it was fetched" if release else "as published"
+            return {"name": name, "file": str(file), "holds": True, "why": f"sha256 {digest}, {told}"}
+    config = json.loads(folder_config.read_text()) if path.is_dir() and folder_config.is_file() else {}
+    expected = config.get("sha256") if isinstance(config, dict) else None
+    if expected and expected != digest:
+        return {"name": None, "file": str(file), "holds": False, "why": f"sha256 {digest}, config.json has {expected}"}
+    tensors = dict(_tensors(read_checkpoint(file)))
+    if not tensors:
+        raise ValueError(f"{file} holds no tensors")
+    broken = [key for key, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
+    if broken:
+        raise ValueError(f"{file} holds values that are not finite in {', '.join(broken[:3])}")
+    why = f"sha256 {digest}, as its config.json says; not published" if expected else f"sha256 {digest}; not published"
+    return {"name": None, "file": str(file), "holds": True if expected else None, "why": why}
+
+
+def _name(what: str) -> str:
+    try:
+        return published_name(what)
+    except ValueError as error:
+        raise ValueError(f"no file {what}, and {error}") from error
+
+
+def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a checkpoint, whatever is around them."""
+    if isinstance(value, torch.Tensor):
+        yield name, value
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from _tensors(part, f"{name}.{key}".lstrip("."))
+    elif isinstance(value, (list, tuple)):
+        for i, part in enumerate(value):
+            yield from _tensors(part, f"{name}[{i}]")
+
+
+def _hash_difference(name: str, file: Path | None) -> tuple[str, str]:
+    """What is wrong with the bytes of published weights, and how far good ones are known."""
+    entry = zoo.manifest()[name]
+    if file is None:
+        return f"{entry['file']} is missing from the package; reinstall rotation-ssl", ""
+    if entry["source"] == "release":
+        record = sources.read_record(name)
+        assert record is not None
+        return sources.difference(file, record["sha256"], record["size"]), "sha256 as recorded when it was fetched"
+    return sources.difference(file, entry["sha256"], entry["size"]), "sha256 as published"
