@@ -3,11 +3,13 @@
     python -m rotation_ssl.demo [IMAGE ...] [-o FIGURE]
 
 Without images it takes the samples that come with the package, and turns the i-th of them by i quarter turns first, so
-that there is something to find out. With images of your own it takes them as they are.
+that there is something to find out. With images of your own it takes them as they are. The figure needs matplotlib,
+what is printed does not.
 """
 
 import argparse
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,7 @@ from rotation_ssl.features import attention_map, extract_features, layer_modules
 from rotation_ssl.images import read_image
 
 SAMPLES_DIR = Path(__file__).parent / "samples"
+NEEDS_MATPLOTLIB = "needs matplotlib: pip install 'rotation-ssl[demo]'"
 POWERS = {"block1": 1.0, "block2": 2.0, "block3": 4.0}
 
 
@@ -64,7 +67,7 @@ def draw(
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ValueError("the figure needs matplotlib: pip install matplotlib") from error
+        raise ValueError(f"the figure {NEEDS_MATPLOTLIB}") from error
     columns = 3 if len(squares) > 15 else 1
     rows = -(-len(squares) // columns)
     pictures = 2 + len(maps)
@@ -98,6 +101,8 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     files = args.images or sorted(p for p in SAMPLES_DIR.rglob("*") if p.suffix in (".png", ".jpg"))
     try:
+        if args.output.exists() and any(file.exists() and args.output.samefile(file) for file in files):
+            raise ValueError(f"{args.output} is one of the images; give another --output")
         squares = [square_crop(read_image(file)) for file in files]
         turns = [0 if args.images else i % 4 for i in range(len(files))]
         squares = [torch.rot90(square, k, (-2, -1)) for square, k in zip(squares, turns, strict=True)]
@@ -114,6 +119,9 @@ def main(arguments: list[str] | None = None) -> int:
         if not args.images:
             right = int((rotations == torch.tensor(turns)).sum())
             print(f"{right} of {len(files)} turned images guessed right (chance is a quarter)")
+        if find_spec("matplotlib") is None:
+            print(f"no figure: it {NEEDS_MATPLOTLIB}")
+            return 0
         maps = {
             layer: attention_map(features[layer], p, (batch.shape[-2], batch.shape[-1])) for layer, p in POWERS.items()
         }

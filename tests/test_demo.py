@@ -1,3 +1,6 @@
+import shutil
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -25,6 +28,24 @@ def test_demo_on_own_images(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "chelsea.jpg" in out and "turned" not in out
     assert (tmp_path / "own.png").exists()
+
+
+def test_without_matplotlib_the_results_are_printed(tmp_path, capsys, monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert demo.main([str(SAMPLES / "photos" / "chelsea.jpg"), "-o", str(tmp_path / "own.png")]) == 0
+    captured = capsys.readouterr()
+    assert "chelsea.jpg" in captured.out and captured.err == ""
+    assert captured.out.endswith("no figure: it needs matplotlib: pip install 'rotation-ssl[demo]'\n")
+    assert not (tmp_path / "own.png").exists()
+
+
+def test_no_image_is_written_over(tmp_path, capsys):
+    photo = shutil.copyfile(SAMPLES / "photos" / "chelsea.jpg", tmp_path / "photo.jpg")
+    assert demo.main([str(photo), "-o", str(photo)]) == 2
+    assert "photo.jpg is one of the images" in capsys.readouterr().err
+    assert photo.read_bytes() == (SAMPLES / "photos" / "chelsea.jpg").read_bytes()
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not an image"])
