@@ -224,6 +224,17 @@ def test_gradient_checkpointing_changes_nothing(name):
     torch.testing.assert_close(*gradients)
 
 
+def test_alexnet_names_the_smallest_images():
+    model = timm.create_model("rotnet_alexnet", fc_size=0).eval()
+    assert model.forward_features(torch.zeros(1, 3, 63, 64)).shape == (1, 256, 1, 1)
+    with pytest.raises(ValueError, match="images of 62 x 80 pixels are too small for AlexNet: 63 is the least"):
+        model(torch.zeros(1, 3, 62, 80))
+    # the convolutions need less
+    assert len(model.forward_intermediates(torch.zeros(1, 3, 32, 32), indices=[0, 1], stop_early=True)[1]) == 2
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(torch.fx.symbolic_trace(model)(x), model(x))
+
+
 def test_alexnet_refuses_gradient_checkpointing_and_odd_poolings():
     model = timm.create_model("rotnet_alexnet", device="meta")
     with pytest.raises(ValueError, match="not supported"):

@@ -92,7 +92,7 @@ def load_subject(
     try:
         with torch.inference_mode():
             backbone.eval()(torch.zeros(1, 3, size, size))
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, ValueError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
             f"{architecture} does not take images of {size} pixels ({reason}): give another size"

@@ -220,7 +220,12 @@ class RotNetAlexNet(nn.Module):
         return take_indices
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Unpooled features, after pool5: (N, 256, 6, 6) for 224-pixel images."""
+        """Unpooled features, after pool5: (N, 256, 6, 6) for 224-pixel images.
+
+        Raises:
+            ValueError: images of fewer than 63 pixels a side, which leave pool5 nothing.
+        """
+        _check_size(x)
         return self.features(x)
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
@@ -230,6 +235,16 @@ class RotNetAlexNet(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits (N, num_classes)."""
         return self.forward_head(self.forward_features(x))
+
+
+def _check_size(x: torch.Tensor) -> None:
+    # a plain number: torch.jit.script knows no constants of modules
+    if not torch.jit.is_tracing() and min(x.shape[-2], x.shape[-1]) < 63:
+        raise ValueError(f"images of {x.shape[-2]} x {x.shape[-1]} pixels are too small for AlexNet: 63 is the least")
+
+
+# not traced: what torch.fx traces has no sizes to compare
+torch.fx.wrap("_check_size")
 
 
 def _fc(in_features: int, out_features: int, **dd: Any) -> nn.Sequential:
