@@ -5,6 +5,7 @@ import json
 import pytest
 import timm
 import torch
+import transformers
 from conftest import DATA
 from safetensors.torch import load_file
 from timm.models._hub import save_for_hf
@@ -13,6 +14,8 @@ from rotation_ssl.checkpoints import read_checkpoint
 from rotation_ssl.convert import Converted, convert, write_folder
 from training.outputs import write_run
 from training.recipes import NIN_CIFAR10_CPU
+from training.results import read_rows
+from training.upload import hub_files, upload_of
 
 ARCHIVE = DATA / "CIFAR10_RotNet_NIN4blocks.tar.gz"
 
@@ -29,11 +32,19 @@ def train(folder):
     write_run(folder, NIN_CIFAR10_CPU, run, timm.create_model("rotnet_nin"))
 
 
+def publish(folder):
+    """What a repository of the Hub holds."""
+    folder.mkdir()
+    for name, content in hub_files(upload_of("rotnet_nin.cifar10"), "ORG/x", "v0.1", read_rows()).items():
+        (folder / name).write_bytes(content)
+
+
 FOLDERS = {
     "authors": lambda folder: write_folder(convert(read_checkpoint(ARCHIVE)), folder, "gidaris", {}),
     "without fc layers": lambda folder: write_folder(converted_alexnet(4), folder, "vissl", {}),
     "without a head": lambda folder: write_folder(converted_alexnet(0), folder, "vissl", {}),
     "trained": train,
+    "published": publish,
 }
 
 
@@ -60,7 +71,6 @@ def test_config_is_timms_own_but_for_the_argument_given_twice(folder, tmp_path):
 
 
 def test_transformers_itself(folder):
-    transformers = pytest.importorskip("transformers")
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     x = torch.randn(2, 3, *model.pretrained_cfg["input_size"][1:])
     with torch.inference_mode():

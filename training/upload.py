@@ -20,11 +20,11 @@ from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from safetensors.torch import load, save
-from timm.models._hub import save_config_for_hf
 from torch import nn
 
 import rotation_ssl
 from rotation_ssl import zoo
+from rotation_ssl.convert import write_config
 from rotation_ssl.features import layer_modules
 from rotation_ssl.golden import GOLDEN_TOLERANCE, golden_file, golden_outputs
 from training.card import FIGURES, REPOSITORY, ROOT, evaluation_lines, select
@@ -118,7 +118,7 @@ def hub_files(upload: Upload, repository: str, version: str, rows: Sequence[Row]
     """
     name, entry, state = upload.name, upload.entry, load(upload.content)
     architecture, tag = name.split(".", 1)
-    config, model = _config(name, entry, state)
+    config, model = _config(name, entry, upload.content, state)
     files = {
         WEIGHTS: upload.content,
         "config.json": config,
@@ -217,20 +217,16 @@ def current_version() -> str:
     return "v" + ".".join(rotation_ssl.__version__.split(".")[:2])
 
 
-def _config(name: str, entry: dict[str, Any], state: dict[str, torch.Tensor]) -> tuple[bytes, Any]:
+def _config(name: str, entry: dict[str, Any], content: bytes, state: dict[str, torch.Tensor]) -> tuple[bytes, Any]:
     """config.json as timm's hf-hub: takes it, without the package's registry, and the model."""
     architecture, tag = name.split(".", 1)
     overlay = {"state_dict": state, **{key: tuple(entry[key]) for key in ("input_size", "mean", "std")}}
     args = {"fc_size": 0} if architecture == "rotnet_alexnet" and "head.fc6.0.weight" not in state else {}
     model = timm.create_model(architecture, pretrained=True, pretrained_cfg_overlay=overlay, **args).eval()
-    described = {
-        "pretrained_cfg": {"tag": tag, "license": entry["license"]},
-        "sha256": entry["sha256"],
-        "size": entry["size"],
-    }
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.json"
-        save_config_for_hf(model, str(file), model_config=described)
+        cfg, provenance = {"tag": tag, "license": entry["license"]}, {key: entry[key] for key in ("origin", "recipe")}
+        write_config(model, content, file, cfg, provenance)
         return file.read_bytes(), model
 
 
