@@ -2,7 +2,8 @@
 
 It keeps repositories in memory: commits with their files, tags, large files by sha256. Tests look at ``requests`` and
 ``uploads``, and make it misbehave: ``answer`` gives a status to the requests that match, ``corrupt`` serves wrong bytes
-of the right size, ``cut`` breaks connections off.
+of the right size, ``cut`` breaks connections off, ``short`` serves half of a file as if it were the whole, ``reason``
+stands beside the status and in the request id of errors.
 """
 
 import base64
@@ -21,6 +22,7 @@ class Hub:
         self.repositories, self.large = {}, {}
         self.requests, self.uploads = [], []
         self.answers, self.corrupt, self.cut = [], set(), set()
+        self.short, self.reason = set(), None
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler_of(self))
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}"
@@ -67,7 +69,9 @@ def handler_of(hub):
 
         def reply(self, status, body=b"", headers=None):
             content = body if isinstance(body, bytes) else json.dumps(body).encode()
-            self.send_response(status)
+            self.send_response(status, hub.reason if status >= 400 else None)
+            if hub.reason and status >= 400:
+                self.send_header("X-Request-Id", hub.reason)
             for key, value in (headers or {}).items():
                 self.send_header(key, value)
             if "Content-Length" not in (headers or {}):
@@ -217,6 +221,8 @@ def handler_of(hub):
                 first, last = int(asked[1]), int(asked[2] or len(content) - 1)
                 headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
                 content, status = content[first : last + 1], 206
+            if path in hub.short and self.command == "GET":
+                content = content[: len(content) // 2]
             headers["Content-Length"] = str(len(content))
             if path in hub.cut and self.command == "GET":
                 content, self.close_connection = content[: len(content) // 2], True
