@@ -4,9 +4,11 @@ A file is told by its content, not by its name: safetensors, a pickle of ``torch
 age), or a gzipped tar archive with such a pickle in it. Nothing is ever unpacked to the disk.
 """
 
+import contextlib
 import gzip
 import io
 import pickle
+import pickletools
 import re
 import tarfile
 import zipfile
@@ -19,8 +21,9 @@ from safetensors.torch import load
 
 MAX_BYTES = 2**30  # of a file as unpacked: the largest known, the authors' AlexNet, has 228 MB
 MAX_MEMBERS = 1000
+MAX_TUPLES = 50_000  # of a pickle: a tensor takes about five
 _BLOCK = 1 << 20
-_CHECKPOINT = re.compile(r"model_net_epoch(\d+)")  # as the authors' code names them
+_CHECKPOINT = re.compile(r"model_net_epoch(\d{1,9})")  # as the authors' code names them
 
 
 class _Refused(ValueError):
@@ -37,8 +40,9 @@ def read_checkpoint(file: Path, epoch: int | None = None, max_bytes: int = MAX_B
 
     Raises:
         ValueError: no such file, none of the three, a damaged one, one that would run code or unpack to more than
-            ``max_bytes``, tensors without plain values (sparse, quantized), or an archive with members outside of it,
-            links, or no checkpoint that can be told from the others.
+            ``max_bytes``, a pickle of more than ``MAX_TUPLES`` tuples, tensors without plain values (sparse,
+            quantized), or an archive with members outside of it, links, or no checkpoint that can be told from the
+            others.
     """
     if not file.is_file():
         raise ValueError(f"there is no checkpoint file {file}")
@@ -56,7 +60,7 @@ def read_checkpoint(file: Path, epoch: int | None = None, max_bytes: int = MAX_B
         raise ValueError(f"checkpoint {file} {error}") from error
     except Exception as error:
         # damaged bytes make these readers raise nearly anything
-        what = (str(error).splitlines() or [""])[0][:200]
+        what = _some([(str(error).splitlines() or [""])[0]])
         raise ValueError(
             f"{file} is damaged or not a checkpoint, which is safetensors, a pickle of torch.save or a .tar.gz archive"
             f" of one ({type(error).__name__}: {what})"
@@ -67,11 +71,13 @@ def read_checkpoint(file: Path, epoch: int | None = None, max_bytes: int = MAX_B
 def _read_pickle(content: bytes, max_bytes: int) -> Any:
     is_zip = content.startswith(b"PK\x03\x04")  # torch's own test
     stream = _rewrite_zip(content, max_bytes) if is_zip else io.BytesIO(content)
+    if not is_zip:
+        _check_tuples(content)
     try:
         return torch.load(stream, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if unsafe := re.search(r"GLOBAL (\S+)", str(error)):
-            raise _Refused(f"is not read: its pickle asks for {unsafe[1][:100]}, which could run code") from error
+            raise _Refused(f"is not read: its pickle asks for {_some([unsafe[1]])}, which could run code") from error
         # torch's own words advise to try again without safety
         raise _Refused("is damaged, not a checkpoint, or holds more than tensors, dicts and lists") from error
 
@@ -91,9 +97,28 @@ def _rewrite_zip(content: bytes, max_bytes: int) -> io.BytesIO:
                 raise _Refused(f"is a zip archive compressed by method {entry.compress_type}, which torch never reads")
             with archive.open(entry) as stream:
                 # without a size, it unpacks first and cuts to the size that the entry claims afterwards
-                stored.writestr(entry.filename, stream.read(entry.file_size))
+                unpacked_entry = stream.read(entry.file_size)
+            # torch's reader takes an entry's name in any case
+            if entry.filename.lower().endswith(".pkl"):
+                _check_tuples(unpacked_entry)
+            stored.writestr(entry.filename, unpacked_entry)
     rewritten.seek(0)
     return rewritten
+
+
+def _check_tuples(content: bytes) -> None:
+    """Python hashes a key of nested tuples without a bound on their depth: enough of them crash the process."""
+    stream, tuples = io.BytesIO(content), 0
+    # what is not a pickle is refused by torch, in its own words
+    with contextlib.suppress(Exception):
+        # outside of a zip archive: magic number, version, system, checkpoint; then come the bytes of the tensors
+        for _ in range(4):
+            for operation, _, _ in pickletools.genops(stream):
+                tuples += operation.name.startswith("TUPLE")
+                if tuples > MAX_TUPLES:
+                    break
+    if tuples > MAX_TUPLES:
+        raise _Refused(f"is not read: its pickle has more than {MAX_TUPLES:,} tuples")
 
 
 def _check_tensors(checkpoint: Any, max_bytes: int) -> None:

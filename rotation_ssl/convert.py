@@ -32,11 +32,11 @@ _ALEXNET_CONV = re.compile(r"_feature_blocks\.([02456])\.([01])\.(\w+)")
 _ALEXNET_FC = re.compile(r"_feature_blocks\.8\.([1245])\.(\w+)")
 _ALEXNET_HEAD = re.compile(r"_feature_blocks\.9\.0\.(weight|bias)")
 # VISSL's MLP head: Linear, batch norm, ReLU (and perhaps dropout), twice, then Linear; numbers of those with weights
-_VISSL_FC = re.compile(r"0\.clf\.(\d+)\.(\w+)")
+_VISSL_FC = re.compile(r"0\.clf\.(\d{1,3})\.(\w+)")
 _VISSL_FCS = ((0, 1, 3, 4, 6), (0, 1, 4, 5, 8))
 _FCS = ("head.fc6.0", "head.fc6.1", "head.fc7.0", "head.fc7.1", "head.fc")
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_BLOCK = re.compile(r"layer([1-4])\.(\d+)\.conv\d\.weight")
+_FLOATS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
+_BLOCK = re.compile(r"layer([1-4])\.(\d{1,3})\.conv\d\.weight")
 # blocks of layer1..layer4, and whether they are bottlenecks
 _RESNETS: dict[tuple[tuple[int, ...], bool], str] = {
     ((2, 2, 2, 2), False): "rotnet_resnet18",
@@ -188,7 +188,9 @@ def _tensors(checkpoint: Mapping[str, Any]) -> dict[str, torch.Tensor]:
             checkpoint = checkpoint[name]
     state = _named(checkpoint)
     if not state:
-        raise ValueError(f"the checkpoint holds no tensors; its keys are {_some(sorted(map(str, checkpoint)))}")
+        # only keys of text are shown: others, nested tuples for example, may have no text
+        keys = sorted(key if isinstance(key, str) else f"a key of type {type(key).__name__}" for key in checkpoint)
+        raise ValueError(f"the checkpoint holds no tensors; its keys are {_some(keys)}")
     while prefix := next((p for p in _PREFIXES if any(key.startswith(p) for key in state)), None):
         stripped = {key.removeprefix(prefix): value for key, value in state.items()}
         if len(stripped) < len(state):
@@ -219,9 +221,12 @@ def _from_authors(network: dict[str, torch.Tensor]) -> Converted:
 def _from_vissl(checkpoint: Mapping[str, Any]) -> Converted:
     try:
         model = checkpoint["classy_state_dict"]["base_model"]["model"]
-        trunk, heads = _named(model["trunk"]), _named(model.get("heads") or {})
+        heads = model.get("heads")
+        trunk, heads = _named(model["trunk"]), _named({} if heads is None else heads)
     except (LookupError, TypeError, AttributeError) as error:
-        raise ValueError("a checkpoint of VISSL without classy_state_dict.base_model.model.trunk") from error
+        raise ValueError(
+            "a checkpoint of VISSL without classy_state_dict.base_model.model.trunk, or with heads that are no dict"
+        ) from error
     trunk = {key.removeprefix("base_model."): value for key, value in trunk.items()}
     if any(_ALEXNET_CONV.fullmatch(key) for key in trunk):
         unknown = [key for key in trunk if not _ALEXNET_CONV.fullmatch(key)]
@@ -253,7 +258,8 @@ def _vissl_fcs(heads: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         weight, bias, mean = (state.get(f"{name}.{key}") for key in ("0.weight", "0.bias", "1.running_mean"))
         if weight is None or weight.shape != shape:
             return {}
-        if bias is not None and mean is not None and bias.shape == mean.shape:
+        # other types stay where they are, and are refused by name
+        if bias is not None and mean is not None and bias.shape == mean.shape and {bias.dtype, mean.dtype} <= _FLOATS:
             state[f"{name}.1.running_mean"] = mean - state.pop(f"{name}.0.bias")
     return state
 
@@ -262,8 +268,8 @@ def _from_mmselfsup(tensors: dict[str, torch.Tensor]) -> Converted:
     state = {key: value for key, value in tensors.items() if not key.startswith("head.")}
     for key in ("weight", "bias"):
         value = tensors.get(f"head.fc_cls.{key}")
-        if value is None or value.shape[:1] != (4,):
-            raise ValueError(f"a head of mmselfsup without four rows in head.fc_cls.{key}")
+        if value is None or value.shape[:1] != (4,) or value.dtype not in _FLOATS:
+            raise ValueError(f"a head of mmselfsup without four rows of floats in head.fc_cls.{key}")
         state[f"fc.{key}"] = value[[0, 3, 2, 1]]
     left_out = tuple(key for key in tensors if key.startswith("head.") and not key.startswith("head.fc_cls."))
     return _from_resnet(state, "mmselfsup", left_out)
@@ -302,7 +308,8 @@ def _with_counters(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def _classes(state: Mapping[str, torch.Tensor], classifier: str) -> int:
     weight = state.get(f"{classifier}.weight")
-    return 0 if weight is None or weight.ndim == 0 else len(weight)
+    # without values it may claim any number of rows
+    return 0 if weight is None or weight.ndim == 0 or weight.numel() == 0 else len(weight)
 
 
 def _check(found: Converted) -> None:
@@ -320,7 +327,7 @@ def _check(found: Converted) -> None:
         "has other types of": [
             f"{key} {value.dtype} for {wanted.dtype}"
             for key, value, wanted in both
-            if value.dtype not in (_FLOATS if wanted.is_floating_point() else (wanted.dtype,))
+            if value.dtype not in (_FLOATS if wanted.is_floating_point() else {wanted.dtype})
         ],
         "has values that are not finite in": [
             # as float32, the type of the model: a larger double is none there
@@ -349,6 +356,6 @@ def _authors_key(key: str) -> str | None:
 
 
 def _some(names: list[str], most: int = 10) -> str:
-    # keys are other people's too: an error is one line of them
-    told = ", ".join(name if name.isprintable() else repr(name) for name in names[:most])
+    # keys are other people's too: an error is one line of them, and not a page
+    told = ", ".join((name if name.isprintable() else repr(name))[:200] for name in names[:most])
     return told + (f" and {len(names) - most} more" if len(names) > most else "")

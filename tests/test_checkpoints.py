@@ -340,6 +340,50 @@ def test_a_list_that_holds_itself(write):
     assert read["l"][1] is read["l"]
 
 
+def nested_key(depth):
+    """{(((...()...))): 1} as a pickle."""
+    return b"\x80\x02})" + b"\x85" * depth + b"K\x01s."
+
+
+def legacy_of(pickled_checkpoint):
+    """A checkpoint file with this pickle in the place of the dict with the network."""
+    system = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
+    before = b"".join(pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, system))
+    return before + pickled_checkpoint + pickle.dumps([], 2)
+
+
+def zip_of(pickled_checkpoint, name="data.pkl"):
+    stream = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(FORMS["zip"])) as source, zipfile.ZipFile(stream, "w") as target:
+        for entry in source.infolist():
+            path, is_it = entry.filename, entry.filename.endswith("data.pkl")
+            target.writestr(path.replace("data.pkl", name), pickled_checkpoint if is_it else source.read(entry))
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("made", [legacy_of, zip_of, lambda content: zip_of(content, "DATA.PKL")])
+def test_keys_of_nested_tuples(write, made):
+    # ten times as many would crash Python, which hashes them
+    assert_refused(write(made(nested_key(100_000))), "pickle has more than 50,000 tuples")
+    ((key, value),) = read_checkpoint(write(made(nested_key(3)))).items()
+    assert (key, value) == (((((),),),), 1)
+
+
+def test_lists_and_dicts_may_be_nested(write):
+    lists = b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b"."
+    dicts = b"\x80\x02}" + b"K\x01}" * 100_000 + b"s" * 100_000 + b"."
+    for content in (lists, dicts):
+        assert len(read_checkpoint(write(legacy_of(content)))) == 1
+
+
+def test_texts_of_a_pickle_are_told_without_control_characters(write):
+    hostile = b"\x80\x02c\x1b[2Jevil\nname\n."
+    told = assert_refused(write(legacy_of(hostile)), "could run code")
+    assert told.isprintable()
+    header = b'{"\x1b[2J": 5}'
+    assert assert_refused(write(struct.pack("<Q", len(header)) + header), "damaged").isprintable()
+
+
 class Runs:
     """Runs code when unpickled."""
 

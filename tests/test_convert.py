@@ -11,7 +11,9 @@ import timm
 import torch
 import torchvision
 from conftest import DATA
-from safetensors.torch import load_file
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -420,17 +422,32 @@ def test_other_networks_of_the_authors_are_refused(nin_state):
             {"epoch": 3, 5: torch.ones(1), "state_dict": {"a": 1, "b\n": []}},
             r"holds no tensors; its keys are a, 'b\\n'",
         ),
+        (
+            {1: torch.ones(1), (2,): 3, None: 4},
+            "its keys are a key of type NoneType, a key of type int, a key of type tu",
+        ),
+        ({"a" * 10**6: torch.ones(1)}, r"no form that is known here \(a{200}\)"),
+        ({f"layer1.{'9' * 5000}.conv1.weight": torch.ones(1)}, r"no form that is known here"),
         ({f"layer{i}": torch.ones(1) for i in range(30)}, r"no form that is known here \(layer0, .* and 20 more\)"),
         ({"features.0.weight": torch.ones(1)}, r"no form that is known here \(features\.0\.weight\)"),
         ({"fc.bias": torch.ones(4), "module.fc.bias": torch.ones(4)}, r"both with and without 'module\.': fc\.bias"),
         ({"classy_state_dict": {"base_model": {}}}, r"without classy_state_dict\.base_model\.model\.trunk"),
         ({"classy_state_dict": None}, r"without classy_state_dict\.base_model\.model\.trunk"),
         (vissl([], {}), r"without classy_state_dict\.base_model\.model\.trunk"),
+        (vissl({}, torch.ones(2)), "with heads that are no dict"),
+        (vissl({}, [torch.ones(2)]), "with heads that are no dict"),
         (vissl({"a.b": torch.ones(1)}, {}), r"no form that is known here \(a\.b\)"),
         (vissl({"_feature_blocks.0.0.weight": torch.ones(1), "b": torch.ones(1)}, {}), "AlexNet .* does not have: b"),
-        ({"head.fc_cls.weight": torch.ones(4, 2048)}, r"without four rows in head\.fc_cls\.bias"),
-        ({"head.fc_cls.weight": torch.ones(())}, r"without four rows in head\.fc_cls\.weight"),
-        ({"head.fc_cls.weight": torch.ones(1000, 2), "head.fc_cls.bias": torch.ones(1000)}, "without four rows"),
+        ({"head.fc_cls.weight": torch.ones(4, 2048)}, r"without four rows of floats in head\.fc_cls\.bias"),
+        ({"head.fc_cls.weight": torch.ones(())}, r"without four rows of floats in head\.fc_cls\.weight"),
+        (
+            {"head.fc_cls.weight": torch.ones(1000, 2), "head.fc_cls.bias": torch.ones(1000)},
+            "without four rows of floats",
+        ),
+        (
+            {"head.fc_cls.weight": torch.ones(4, 2, dtype=torch.int8)},
+            r"without four rows of floats in head\.fc_cls\.we",
+        ),
     ],
 )
 def test_unknown_forms_are_refused(checkpoint, match):
@@ -444,6 +461,8 @@ def test_damaged_resnets_are_refused():
     assert_refused(state | {"projector.0.weight": torch.ones(1)}, r"it has unknown projector\.0\.weight")
     assert_refused(state | {"fc.weight": torch.ones(4, 2048)}, r"fc\.weight \(4, 2048\) for \(4, 512\)")
     assert_refused(state | {"conv1.weight": state["conv1.weight"] / 0}, r"not finite in conv1\.weight")
+    # two quintillion rows, and no value
+    assert_refused(state | {"fc.weight": torch.ones(2**61, 0)}, r"it has unknown fc\.weight, fc\.bias")
     shallow = {key: value for key, value in state.items() if not key.startswith("layer4.1")}
     assert_refused(shallow, "no form that is known here")
 
@@ -453,6 +472,10 @@ def damaged_heads(heads):
     return {
         "no mean": {key: value for key, value in heads.items() if key != "0.clf.1.running_mean"},
         "bias of another size": heads | {"0.clf.3.bias": torch.ones(7)},
+        "bias of eight bits": heads | {"0.clf.0.bias": torch.zeros(4096).to(torch.float8_e4m3fn)},
+        "mean of integers": heads | {"0.clf.4.running_mean": torch.zeros(4096, dtype=torch.int8)},
+        "bias and mean of bits": heads
+        | {f"0.clf.{key}": torch.zeros(4096, dtype=torch.bool) for key in ("0.bias", "1.running_mean")},
         "no classifier": {key: value for key, value in heads.items() if key != "0.clf.6.weight"},
     }
 
@@ -462,12 +485,151 @@ def damaged_heads(heads):
     [
         ("no mean", r"lacks head\.fc6\.1\.running_mean"),
         ("bias of another size", r"has unknown head\.fc7\.0\.bias"),
+        ("bias of eight bits", r"has unknown head\.fc6\.0\.bias"),
+        ("mean of integers", r"has other types of head\.fc7\.1\.running_mean torch\.int8 for torch\.float32"),
+        ("bias and mean of bits", r"has other types of head\.fc6\.1\.running_mean torch\.bool for torch\.float32"),
         ("no classifier", r"has unknown head\.fc\.bias"),
     ],
 )
 def test_damaged_heads_of_vissl_are_refused(vissl_alexnet, kind, match):
     _, trunk, heads = vissl_alexnet
     assert_refused(vissl(trunk, damaged_heads(heads)[kind]), match)
+
+
+@pytest.mark.parametrize("name", ["state_dict", "network", "model", "classy_state_dict", "heads"])
+@pytest.mark.parametrize("shape", [(), (0,), (3,)])
+def test_tensors_with_the_names_of_wrappers(tmp_path, name, shape):
+    save_file({name: torch.ones(shape)}, tmp_path / "file")
+    assert_refused(read_checkpoint(tmp_path / "file"), "no form that is known|without classy_state_dict")
+    state = torchvision.models.resnet18(num_classes=4).state_dict()
+    save_file(state | {name: torch.ones(shape)}, tmp_path / "file")
+    assert_refused(read_checkpoint(tmp_path / "file"), rf"it has unknown {name}|without classy_state_dict")
+
+
+def light(state):
+    """The same shapes and types in a file of a few thousand bytes: each tensor is one value."""
+    return {key: torch.ones((), dtype=value.dtype).expand(value.shape) for key, value in state.items()}
+
+
+def forms():
+    """A checkpoint of each form that is known, before what wraps it."""
+    resnet = light(torchvision.models.resnet18(num_classes=4).state_dict())
+    trunk = {key: value for key, value in resnet.items() if not key.startswith("fc.")}
+    alexnet = light(timm.create_model("rotnet_alexnet", fc_size=0, num_classes=0, device="meta").state_dict())
+    blocks = {
+        name: number for number, name in {"0": "conv1", "2": "conv2", "4": "conv3", "5": "conv4", "6": "conv5"}.items()
+    }
+    convolutions = {}
+    for key, value in alexnet.items():
+        _, block, kind, name = key.split(".")
+        convolutions[f"_feature_blocks.{blocks[block]}.{'01'[kind == 'bn']}.{name}"] = value
+    fcs = {"0.clf.0.weight": (4096, 9216), "0.clf.3.weight": (4096, 4096), "0.clf.6.weight": (4, 4096)}
+    fcs |= {f"0.clf.{i}.{name}": (4096,) for i in (1, 4) for name in ("weight", "bias", "running_mean", "running_var")}
+    fcs |= {"0.clf.0.bias": (4096,), "0.clf.3.bias": (4096,), "0.clf.6.bias": (4,)}
+    return {
+        "authors": as_authors(light(timm.create_model("rotnet_nin3").state_dict()), 3),
+        "authors' AlexNet": convolutions,
+        "torchvision": resnet,
+        "mmselfsup": {f"backbone.{key}": value for key, value in trunk.items()}
+        | {f"head.fc_cls.{name}": resnet[f"fc.{name}"] for name in ("weight", "bias")},
+        "VISSL's ResNet": (trunk, {f"0.clf.0.{name}": resnet[f"fc.{name}"] for name in ("weight", "bias")}),
+        "VISSL's AlexNet": (convolutions, {key: torch.ones(()).expand(shape) for key, shape in fcs.items()}),
+    }
+
+
+FORMS = forms()
+DTYPES = [
+    getattr(torch, name)
+    for name in (
+        *("float16", "bfloat16", "float32", "float64", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz"),
+        *("float8_e5m2fnuz", "float8_e8m0fnu", "float4_e2m1fn_x2", "bool", "uint8", "int8", "int16", "int64", "uint16"),
+        *("uint32", "uint64", "complex64", "complex128"),
+    )
+    if hasattr(torch, name)
+]
+NAMES = (
+    "state_dict",
+    "network",
+    "model",
+    "classy_state_dict",
+    "trunk",
+    "heads",
+    "fc.weight",
+    "head.fc.weight",
+    "a\x1b",
+)
+SHAPES = [(), (0,), (4,), (64, 0, 7, 7), (64, 1, 7, 7), (64, 7, 7, 7), (2**61, 0), (4096,), (4, 512), (4, 0)]
+
+
+@st.composite
+def odd_values(draw, like=None):
+    """A tensor of a shape or type that does not belong there, or no tensor at all."""
+    if draw(st.integers(0, 5)) == 0:
+        return draw(
+            st.sampled_from([None, 1, "text", [], {}, [torch.ones(2)], {"a": torch.ones(2)}, {1: torch.ones(2)}])
+        )
+    shapes = SHAPES if like is None else [like, *SHAPES]
+    shape = draw(st.sampled_from(shapes) | st.lists(st.integers(0, 5), max_size=4).map(tuple))
+    dtype = draw(st.sampled_from(DTYPES))
+    if dtype.itemsize == 1:
+        # of some of these torch can make no ones or zeros
+        return torch.zeros(shape, dtype=torch.uint8).view(dtype)
+    return torch.full(shape, draw(st.sampled_from([0.0, 1.0])), dtype=torch.float64).to(dtype)
+
+
+@st.composite
+def odd_dicts(draw, state):
+    """The tensors of a checkpoint, but for a few."""
+    changed = dict(state)
+    for key in draw(st.lists(st.sampled_from(list(state)), max_size=2)):
+        if draw(st.booleans()):
+            changed.pop(key, None)
+        else:
+            changed[key] = draw(odd_values(tuple(state[key].shape)))
+    keys = st.sampled_from(NAMES) | st.integers(0, 2) | st.none() | st.tuples(st.integers(0, 2))
+    return changed | draw(st.dictionaries(keys, odd_values(), max_size=1))
+
+
+@st.composite
+def odd_checkpoints(draw):
+    form = FORMS[draw(st.sampled_from(list(FORMS)))]
+    if isinstance(form, tuple):
+        checkpoint = vissl(*(draw(odd_dicts(part)) for part in form))
+        inner = checkpoint["classy_state_dict"]["base_model"]["model"]
+        if draw(st.integers(0, 4)) == 0:
+            inner[draw(st.sampled_from(["trunk", "heads"]))] = draw(odd_values())
+        return checkpoint
+    checkpoint = draw(odd_dicts(form))
+    for wrapper in draw(st.lists(st.sampled_from(NAMES[:3]), max_size=3, unique=True)):
+        checkpoint = {"epoch": 3, wrapper: checkpoint}
+    return checkpoint
+
+
+@pytest.fixture(scope="module")
+def checkpoint_file(tmp_path_factory):
+    return tmp_path_factory.mktemp("odd") / "checkpoint"
+
+
+@settings(max_examples=50)
+@given(checkpoint=odd_checkpoints())
+def test_a_checkpoint_is_converted_or_refused_in_one_line(checkpoint_file, checkpoint):
+    torch.save(checkpoint, checkpoint_file)
+    try:
+        converted = convert(read_checkpoint(checkpoint_file))
+    except ValueError as error:
+        assert str(error).isprintable() and len(str(error)) < 10_000
+    else:
+        arguments = {"num_classes": converted.num_classes, **converted.model_args}
+        model = timm.create_model(converted.model, device="meta", **arguments)
+        assert all(value.is_contiguous() for value in converted.state_dict.values())
+        model.load_state_dict(converted.state_dict, assign=True)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_forms_that_are_changed_above_are_whole(form):
+    whole = FORMS[form]
+    converted = convert(vissl(*whole) if isinstance(whole, tuple) else whole)
+    assert converted.num_classes == (0 if form == "authors' AlexNet" else 4)
 
 
 def test_a_folder_is_for_images_of_the_authors_size(set_manifest, tmp_path):
