@@ -6,7 +6,10 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import warnings
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -45,17 +48,26 @@ def run(capsys):
     return call
 
 
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
 @pytest.fixture
 def released(hub, set_manifest, tmp_path):
-    """The release is a file of the tests."""
+    """The release is a file of the tests, on loopback."""
     entries = published_manifest()
     folder = tmp_path / "release"
     folder.mkdir()
     shutil.copyfile(ARCHIVE, folder / ARCHIVE.name)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
     for name in (RELEASED, "rotnet_alexnet.gidaris_in1k"):
-        entries[name]["url"] = (folder / ARCHIVE.name).as_uri()
+        entries[name]["url"] = f"http://127.0.0.1:{server.server_port}/{ARCHIVE.name}"
     set_manifest(entries)
-    return folder / ARCHIVE.name
+    yield folder / ARCHIVE.name
+    server.shutdown()
+    server.server_close()
 
 
 def test_list(run, released):
