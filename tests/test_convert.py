@@ -661,7 +661,7 @@ def test_a_folder_for_timm(tmp_path):
         flipped = content.copy()
         flipped[position] ^= 1
         (folder / "model.safetensors").write_bytes(flipped)
-        with pytest.raises(ValueError, match="are damaged"):
+        with pytest.raises(ValueError, match="are corrupt"):
             timm.create_model(f"local-dir:{folder}", pretrained=True)
 
 
