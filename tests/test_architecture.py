@@ -26,7 +26,8 @@ ALLOWED = {
     "rotation_ssl.images": set(),
     "rotation_ssl.checkpoints": set(),
     "rotation_ssl.convert": set(),
-    "rotation_ssl.sources": {"rotation_ssl.checkpoints", "rotation_ssl.convert"},
+    "rotation_ssl.download": {"rotation_ssl.checkpoints"},
+    "rotation_ssl.sources": {f"rotation_ssl.{n}" for n in ("checkpoints", "convert", "download")},
     "rotation_ssl.zoo": {"rotation_ssl.sources"},
     "rotation_ssl.golden": {"rotation_ssl.zoo", "rotation_ssl.features", "rotation_ssl.images"},
     "rotation_ssl.backbones": set(),
@@ -54,7 +55,7 @@ ALLOWED = {
     "training.memory": set(),
     "training.recipes": set(),
     "training.protocols": {"training.recipes"},
-    "training.eighths": set(),
+    "training.eighths": {"rotation_ssl.rotations"},
     "training.optimizers": {"training.recipes"},
     "training.data": {"rotation_ssl.images"},
     "training.augment": set(),
@@ -105,7 +106,7 @@ ALLOWED = {
     "training.publish": {f"rotation_ssl.{name}" for name in ("zoo", "features", "golden", "images")}
     | {f"training.{name}" for name in ("card", "data", "figures", "recipes", "results", "upload")},
     "training.upload": {"rotation_ssl", "training.card", "training.results"}
-    | {f"rotation_ssl.{name}" for name in ("features", "golden", "zoo")},
+    | {f"rotation_ssl.{name}" for name in ("convert", "features", "golden", "zoo")},
     "training.rescale": set(),
     "training.transfer": {"rotation_ssl.backbones.alexnet", "rotation_ssl.images"}
     | {f"training.{name}" for name in ("optimizers", "protocols", "rescale", "subject", "voc_data")},

@@ -169,6 +169,9 @@ def test_verify_a_file(run, tmp_path, nin_state):
     nin_state["head.fc.bias"][0] = float("nan")
     save_file(nin_state, tmp_path / "mine.safetensors")
     assert "not finite in head.fc.bias" in run("verify", tmp_path / "mine.safetensors")[1]
+    nin_state["head.fc.bias"] = torch.zeros(4).to(torch.float8_e4m3fn)
+    save_file(nin_state, tmp_path / "mine.safetensors")
+    assert run("verify", tmp_path / "mine.safetensors", "--json")[1][0]["holds"] is None
     status, error = run("verify", "nowhere")
     assert status == 2 and "no file nowhere, and no published weights 'nowhere'" in error
 

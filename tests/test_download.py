@@ -14,7 +14,7 @@ from threading import Thread
 import pytest
 from conftest import DATA
 
-from rotation_ssl import sources
+from rotation_ssl import download, sources
 
 ARCHIVE = DATA / "CIFAR10_RotNet_NIN4blocks.tar.gz"
 NAME = "rotnet_nin.gidaris_cifar10"
@@ -120,7 +120,7 @@ def server():
 @pytest.fixture(autouse=True)
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(sources, "time", clock)
+    monkeypatch.setattr(download, "time", clock)
     return clock
 
 
@@ -132,7 +132,7 @@ def file(tmp_path):
 def assert_fails(file, url, error, match, **arguments):
     """A download of this URL is an error of one printable line, and leaves no file."""
     with pytest.raises(error, match=match) as caught:
-        sources.download(url, file, **arguments)
+        download.download(url, file, **arguments)
     assert str(caught.value).isprintable()
     assert not file.exists()
     return str(caught.value)
@@ -140,10 +140,10 @@ def assert_fails(file, url, error, match, **arguments):
 
 def test_a_whole_file(server, file):
     server.answers = [http(body=BODY)]
-    sources.download(server.url, file)
+    download.download(server.url, file)
     assert file.read_bytes() == BODY
     server.answers = [http(body=BODY, length="")]
-    sources.download(server.url, file)
+    download.download(server.url, file)
     assert file.read_bytes() == BODY
 
 
@@ -156,7 +156,7 @@ def test_a_short_body(server, file):
 
 def test_a_body_longer_than_announced_ends_there(server, file):
     server.answers = [http(body=BODY, length="300")]
-    sources.download(server.url, file)
+    download.download(server.url, file)
     assert file.read_bytes() == BODY[:300]
 
 
@@ -211,7 +211,7 @@ def test_a_redirect_to_an_invalid_url(server, file, location):
 def test_redirects_are_followed_without_their_bodies(server, file):
     # of a body without an end
     server.answers = [trickle(http("302 Found", length="", Location="/other")), http(body=BODY)]
-    sources.download(server.url, file)
+    download.download(server.url, file)
     assert file.read_bytes() == BODY and server.requests == ["/file", "/other"]
 
 
@@ -226,13 +226,13 @@ def test_redirects_are_followed_without_their_bodies(server, file):
     ],
 )
 def test_redirects_from_https_stay_there(asked, there, follows):
-    request = sources.urllib.request.Request(f"{asked}://host/file")
+    request = download.urllib.request.Request(f"{asked}://host/file")
     follow = (request, None, 302, "Found", {}, f"{there}://host/other")
     if follows:
-        assert sources._Redirects().redirect_request(*follow).full_url == f"{there}://host/other"
+        assert download._Redirects().redirect_request(*follow).full_url == f"{there}://host/other"
     else:
         with pytest.raises(OSError, match=f"it redirects from https to {there}://host/other"):
-            sources._Redirects().redirect_request(*follow)
+            download._Redirects().redirect_request(*follow)
 
 
 @pytest.mark.parametrize(
@@ -270,14 +270,14 @@ def test_a_server_that_does_not_speak_tls(server, file):
 def test_a_busy_server_is_asked_again(server, file, clock):
     for status in (429, 502, 503, 504):
         server.answers = [http(f"{status} Busy"), reset_after(b""), b"", http(f"{status} Busy"), http(body=BODY)]
-        sources.download(server.url, file)
+        download.download(server.url, file)
         assert file.read_bytes() == BODY
     assert clock.slept == [1, 2, 4, 8] * 4 and len(server.requests) == 20
 
 
 def test_a_connection_that_is_reset_before_the_first_byte_of_the_body(server, file, clock):
     server.answers = [reset_after(http(length="1024")), http(body=BODY)]
-    sources.download(server.url, file)
+    download.download(server.url, file)
     assert file.read_bytes() == BODY and clock.slept == [1]
 
 
@@ -296,7 +296,7 @@ def test_a_server_that_stays_busy(server, file, clock):
 )
 def test_a_server_says_when_to_try_again(server, file, clock, asked, slept):
     server.answers = [http("503 Busy", Retry_After=asked), http(body=BODY)]
-    sources.download(server.url, file)
+    download.download(server.url, file)
     assert clock.slept == slept
 
 
@@ -334,7 +334,7 @@ def test_nobody_listens(file, clock):
 def test_a_file_that_cannot_be_written(server, file):
     server.answers = [http(body=BODY)]
     with pytest.raises(OSError, match="No such file") as caught:
-        sources.download(server.url, file.parent / "nothing" / "archive")
+        download.download(server.url, file.parent / "nothing" / "archive")
     assert not isinstance(caught.value, ConnectionError)
 
 

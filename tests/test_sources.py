@@ -18,7 +18,7 @@ import torch
 from conftest import DATA, HUB_ENVIRONMENT, ROOT, published_manifest
 from safetensors.torch import load, load_file, save
 
-from rotation_ssl import sources, zoo
+from rotation_ssl import download, sources, zoo
 from rotation_ssl.checkpoints import read_checkpoint
 from rotation_ssl.convert import convert, write_folder
 
@@ -471,7 +471,7 @@ def test_a_release_that_is_not_there(release, served, set_manifest, url, message
 
 def test_a_release_that_is_too_large_is_not_downloaded(tmp_path, release):
     with pytest.raises(ValueError, match=r"more than the 1,000 allowed"):
-        sources.download(f"{release.url}/{ARCHIVE}", tmp_path / "archive", max_bytes=1000)
+        download.download(f"{release.url}/{ARCHIVE}", tmp_path / "archive", max_bytes=1000)
     assert not (tmp_path / "archive").exists()
 
 
@@ -486,7 +486,7 @@ def test_an_archive_of_another_model_is_refused(release, served, set_manifest):
 PROLOGUE = """
 import json, pathlib, resource, signal, sys, warnings
 import huggingface_hub, torch, rotation_ssl
-from rotation_ssl import sources, zoo
+from rotation_ssl import download, sources, zoo
 folder, entries = sys.argv[1], json.loads(sys.argv[2])
 torch.hub.get_dir = lambda: folder
 huggingface_hub.constants.HF_HUB_CACHE = folder + "/hub"

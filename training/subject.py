@@ -198,7 +198,7 @@ def _with_file(architecture: str, file: Path) -> nn.Module:
     except SafetensorError as error:
         raise ValueError(f"{file} is not a safetensors file ({error}): convert the weights first") from error
     backbone = timm.create_model(architecture, num_classes=0)
-    broken = [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
+    broken = [key for key, value in state.items() if value.is_floating_point() and not value.float().isfinite().all()]
     if broken:
         raise ValueError(f"{file} holds values that are not finite in {', '.join(broken[:3])}")
     expected = backbone.state_dict()

@@ -85,7 +85,7 @@ def verify_file(path: Path) -> dict[str, Any]:
     tensors = dict(_tensors(read_checkpoint(file)))
     if not tensors:
         raise ValueError(f"{file} holds no tensors")
-    broken = [key for key, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
+    broken = [key for key, value in tensors.items() if value.is_floating_point() and not value.float().isfinite().all()]
     if broken:
         raise ValueError(f"{file} holds values that are not finite in {', '.join(broken[:3])}")
     why = f"sha256 {digest}, as its config.json says; not published" if expected else f"sha256 {digest}; not published"
