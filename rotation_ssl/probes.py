@@ -63,6 +63,7 @@ def linear_predict(
     validation: int,
     strengths: Sequence[float] = LINEAR_STRENGTHS,
     iterations: int = 100,
+    evaluated: Callable[[], object] = lambda: None,
 ) -> tuple[torch.Tensor, float]:
     """Logistic regression on standardised features, its L2 strength chosen on a split of the training set.
 
@@ -79,6 +80,7 @@ def linear_predict(
         validation: images of the split, fewer than N.
         strengths: candidates, none negative, taken from the strongest to the weakest.
         iterations: of L-BFGS for each fit, at most.
+        evaluated: called after each evaluation of the loss, to show progress.
 
     Returns:
         (M,) int64 predictions, and the strength chosen.
@@ -99,10 +101,10 @@ def linear_predict(
         raise ValueError("features are too large to be standardised in float32: divide them by a constant")
     train, test = (train_features - mean) / deviation, (test_features - mean) / deviation
     if len(strengths) > 1:
-        strength = _choose_strength(train, train_labels, num_classes, validation, strengths, iterations)
+        strength = _choose_strength(train, train_labels, num_classes, validation, strengths, iterations, evaluated)
     else:
         strength = strengths[0]
-    fitted = fit_logistic(train, train_labels, num_classes, strength, iterations)
+    fitted = fit_logistic(train, train_labels, num_classes, strength, iterations, evaluated=evaluated)
     return F.linear(test, *fitted).argmax(1), strength
 
 
@@ -113,10 +115,12 @@ def fit_logistic(
     strength: float,
     iterations: int = 100,
     start: tuple[torch.Tensor, torch.Tensor] | None = None,
+    evaluated: Callable[[], object] = lambda: None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Multinomial logistic regression by L-BFGS: weight (K, D) and bias (K,), float32, of a linear layer.
 
-    Minimises the mean cross-entropy plus ``strength`` / 2 times the squared norm of the weight, from zero or ``start``.
+    Minimises the mean cross-entropy plus ``strength`` / 2 times the squared norm of the weight, from zero or ``start``;
+    ``evaluated`` is called after each evaluation of that.
 
     Raises:
         ValueError: a strength that is negative or not finite, or no iterations.
@@ -135,6 +139,7 @@ def fit_logistic(
         optimizer.zero_grad()
         loss = F.cross_entropy(F.linear(features, weight, bias), labels) + strength / 2 * weight.square().sum()
         loss.backward()
+        evaluated()
         return loss
 
     optimizer.step(closure)
@@ -256,11 +261,12 @@ def _choose_strength(
     validation: int,
     strengths: Sequence[float],
     iterations: int,
+    evaluated: Callable[[], object],
 ) -> float:
     fitted, held = train[:-validation], train[-validation:]
     solution, best = None, (-1, 0.0)
     for strength in sorted(strengths, reverse=True):
-        solution = fit_logistic(fitted, labels[:-validation], num_classes, strength, iterations, solution)
+        solution = fit_logistic(fitted, labels[:-validation], num_classes, strength, iterations, solution, evaluated)
         correct = int((F.linear(held, *solution).argmax(1) == labels[-validation:]).sum())
         best = max(best, (correct, strength))
     return best[1]

@@ -11,7 +11,8 @@ from conftest import ROOT
 import rotation_ssl
 
 VOC_COMMAND = {
-    f"training.{name}" for name in ("memory", "protocols", "report", "subject", "transfer", "voc_command")
+    f"training.{name}"
+    for name in ("memory", "progress", "protocols", "report", "results", "subject", "transfer", "voc_command")
 } | {
     "training.voc_data",
     "training.voc_metrics",
@@ -55,6 +56,8 @@ ALLOWED = {
     "training.memory": set(),
     "training.recipes": set(),
     "training.protocols": {"training.recipes"},
+    "training.precision": {"training.protocols", "training.recipes"},
+    "training.progress": set(),
     "training.eighths": {"rotation_ssl.rotations"},
     "training.optimizers": {"training.recipes"},
     "training.data": {"rotation_ssl.images"},
@@ -75,32 +78,35 @@ ALLOWED = {
         f"training.{name}"
         for name in ("batches", "checkpoint", "eighths", "memory", "optimizers", "outputs", "recipes", "results")
     }
-    | {"training.augment", "training.unlabelled"},
+    | {"training.augment", "training.precision", "training.unlabelled"},
     "training.subject": {"rotation_ssl", "rotation_ssl.images", "rotation_ssl.zoo", "training.results"},
     "training.report": {"training.memory", "training.results"},
     "training.evaluate": {f"rotation_ssl.{name}" for name in ("features", "probes", "rotations")}
-    | {f"training.{name}" for name in ("augment", "memory", "data", "protocols", "report", "results", "subject")},
+    | {f"training.{name}" for name in ("augment", "memory", "data", "protocols", "report", "results", "subject")}
+    | {"training.precision", "training.progress"},
     "training.finetune": {f"rotation_ssl.{name}" for name in ("zoo", "features", "probes")}
     | {
         f"training.{name}"
         for name in ("augment", "memory", "data", "optimizers", "protocols", "report", "results", "subject")
-    },
+    }
+    | {"training.precision", "training.progress"},
     "training.check": {"rotation_ssl.zoo", "rotation_ssl.features", "rotation_ssl.golden"}
     | {
         f"training.{n}"
-        for n in ("memory", "data", "evaluate", "finetune", "imagenet", "protocols", "results", "subject")
+        for n in ("memory", "data", "evaluate", "finetune", "imagenet", "progress", "protocols", "results", "subject")
     },
     "training.measure": {"rotation_ssl.zoo", "rotation_ssl.features"}
-    | {f"training.{n}" for n in ("check", "data", "memory", "report", "results")},
+    | {f"training.{n}" for n in ("check", "data", "memory", "progress", "report", "results")},
     "training.ablation": {f"training.{n}" for n in ("data", "evaluate", "memory", "pretrain", "recipes")}
-    | {f"training.{n}" for n in ("report", "results", "subject")},
+    | {f"training.{n}" for n in ("precision", "progress", "report", "results", "subject")},
     "training.study": {f"training.{n}" for n in ("card", "data", "evaluate", "figures", "memory")}
-    | {f"training.{n}" for n in ("pretrain", "recipes", "report", "results", "subject")},
+    | {f"training.{n}" for n in ("precision", "pretrain", "progress", "recipes", "report", "results", "subject")},
     "training.imagenet": {f"rotation_ssl.{name}" for name in ("features", "images", "probes")}
     | {
         f"training.{name}"
         for name in ("augment", "data", "memory", "protocols", "report", "results", "subject", "unlabelled")
-    },
+    }
+    | {"training.precision", "training.progress"},
     "training.figures": {"rotation_ssl.features", "rotation_ssl.images", "training.results"},
     "training.card": {"training.recipes", "training.report", "training.results"},
     "training.publish": {f"rotation_ssl.{name}" for name in ("zoo", "features", "golden", "images")}
@@ -109,7 +115,7 @@ ALLOWED = {
     | {f"rotation_ssl.{name}" for name in ("convert", "features", "golden", "zoo")},
     "training.rescale": set(),
     "training.transfer": {"rotation_ssl.backbones.alexnet", "rotation_ssl.images"}
-    | {f"training.{name}" for name in ("optimizers", "protocols", "rescale", "subject", "voc_data")},
+    | {f"training.{name}" for name in ("optimizers", "progress", "protocols", "rescale", "subject", "voc_data")},
     "training.voc_command": {f"training.{name}" for name in ("protocols", "report", "results", "subject", "transfer")}
     | {"training.voc_data", "training.voc_metrics"},
     "training.alexnet_costs": {"rotation_ssl"}

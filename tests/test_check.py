@@ -80,7 +80,7 @@ def test_what_was_measured_holds(results, small_cifar10, capsys):
     out = capsys.readouterr().out
     # 2 of the weights, then 13 of each and one of each with few labels
     assert out.count("holds ") == 2 + 26 + 2 and "BROKEN" not in out
-    assert "28 numbers; measuring them took " in out
+    assert "28 numbers; measuring took " in out
     assert "30 of 30 hold" in out
 
 
@@ -289,7 +289,7 @@ def test_numbers_of_data_that_are_not_given_are_named(results, small_module, cap
     arguments = ["--results", str(results), "--data-dir", str(small_module), "--only", "rotation", "--weights", NAME]
     assert check.main(arguments) == 0
     out = capsys.readouterr().out
-    assert "not measured: 1 numbers of Tiny-ImageNet val: give --tinyimagenet DIR" in out and "3 of 3 hold" in out
+    assert "not measured: 1 number of Tiny-ImageNet val: give --tinyimagenet DIR" in out and "3 of 3 hold" in out
     write_rows(file, [dataclasses.replace(rotation, data="holiday photographs")])
     assert check.main(arguments) == 2
     assert "there are rows of holiday photographs" in capsys.readouterr().err
@@ -345,5 +345,5 @@ def test_quick_check_of_the_whole(whole_cifar10, capsys):
     """The published numbers themselves, on the machine that runs the tests."""
     assert check.main(["--data-dir", str(whole_cifar10), "--quick", "--only", "rotation"]) == 0
     out = capsys.readouterr().out
-    assert "5 of 5 hold" in out and "not measured: 1 numbers of Tiny-ImageNet val: give --tinyimagenet DIR" in out
+    assert "5 of 5 hold" in out and "not measured: 1 number of Tiny-ImageNet val: give --tinyimagenet DIR" in out
     assert golden_file(NAME).exists()

@@ -239,7 +239,7 @@ def test_cached_features_are_those_of_the_images_as_they_are(small_cifar10):
         (["vit_tiny_patch16_224", "--random", "--size", "32"], "does not take images of 32 pixels"),
         (["rotnet_nin", "--layers", "block7"], "no layer block7"),
         (["rotnet_nin", "--record"], "this is not the whole of CIFAR-10: 40 training and 40 test images"),
-        (["resnet18", "--random", "--only", "rotation", "--size", "32"], "1000 outputs"),
+        (["resnet18", "--random", "--only", "rotation", "--size", "32"], "resnet18.random has 1000"),
         (["rotnet_nin", "--layers", "block7", "--only", "knn"], "block1, block2, block3, block4"),
         (["rotnet_nin", "--weights", "nowhere.safetensors"], "nowhere.safetensors does not exist"),
         (["rotnet_nin", "--weights", "a", "--random"], "exclude each other"),
@@ -305,7 +305,7 @@ def test_fewer_training_images_than_neighbours(tmp_path, capsys):
                 (folder / file.name).write_bytes(file.read_bytes())
     arguments = ("--dataset", "folder", "--data-dir", tmp_path / "few", "--only", "knn", "--output", tmp_path / "out")
     assert run("rotnet_nin", *arguments) == 2
-    assert "k-NN asks 20 neighbours, there are 6 training images" in capsys.readouterr().err
+    assert "k-NN asks 20 neighbours of 6 training images" in capsys.readouterr().err
 
 
 def test_what_does_not_fit_into_memory_is_refused_before_it_is_computed(small_cifar10, monkeypatch):

@@ -172,7 +172,7 @@ def test_what_cannot_be_probed(subject, train):
     # layers with dots in their names, of a network that gives tokens
     vit = load_subject("test_vit", random=True, size=160)
     assert list(build_probes(LINEAR, vit, ["blocks.0", "blocks.1"], 10)) == ["blocks.0", "blocks.1"]
-    with pytest.raises(ValueError, match="takes 10 images a step, there are 9"):
+    with pytest.raises(ValueError, match="takes 10 images a step, got 9"):
         train_probes(LINEAR, subject, build_probes(LINEAR, subject, ["conv1"], 10), train, torch.arange(9))
     hot = dataclasses.replace(LINEAR, lr=1e30)
     with pytest.raises(ValueError, match=r"a loss of imagenet-linear-cpu became \w+ in epoch"):
@@ -192,7 +192,7 @@ def test_the_command_writes_rows_and_a_report(small_tinyimagenet, tmp_path, caps
     ]
     assert imagenet.main([*arguments, "--epochs", "0"]) == 2
     assert imagenet.main(arguments) == 2
-    assert "takes 192 images a step, there are 20" in capsys.readouterr().err
+    assert "takes 192 images a step, got 20" in capsys.readouterr().err
     assert imagenet.main([*arguments, "--size", "32"]) == 2
     assert "rotnet_alexnet does not take images of 32 pixels" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -205,7 +205,7 @@ def test_the_command_writes_rows_and_a_report(small_tinyimagenet, tmp_path, caps
         *(("conv1", 0, ""), ("conv3", 0, "")),
     ]
     assert {(row.weights, row.data) for row in rows} == {("rotnet_alexnet.random", "Tiny-ImageNet val at 64 pixels")}
-    assert [row.settings.split("; ")[1][:8] for row in rows] == 4 * ["2 epochs"] + 2 * ["1 epochs"]
+    assert [row.settings.split("; ")[1][:8] for row in rows] == 4 * ["2 epochs"] + 2 * ["1 epoch "]
     # what could not be kept is said before anything is trained
     monkeypatch.setattr(imagenet, "measure_layers", lambda *args: pytest.fail("trained"))
     (tmp_path / "file").touch()

@@ -458,12 +458,19 @@ def test_a_processor_without_bfloat16_is_told(small_cifar10, tmp_path, monkeypat
     monkeypatch.setitem(RECIPES, "tiny", dataclasses.replace(TINY, name="tiny", image_size=32))
     # torch's own bf16 gradients of strided convolutions on maps of one pixel, as test_resnet's are here, may be NaN
     arguments = ["tiny", "--model", "rotnet_nin3", "--data-dir", str(small_cifar10), "--steps", "3", "--cpu"]
-    told = "this processor does not multiply bfloat16 itself: --precision fp32 is faster"
-    for precision, native, expected in (("bf16", False, True), ("bf16", True, False), ("fp32", False, False)):
-        monkeypatch.setattr(command, "multiplies_bfloat16", lambda native=native: native)
-        output = ["--precision", precision, "--output", str(tmp_path / f"{precision}-{native}")]
-        assert command.main([*arguments, *output]) == 0
+    told = "cpu is not known to multiply bfloat16: --precision fp32 may be many times faster"
+    for precision, flags, expected, computed in (
+        ("bf16", set(), True, "bf16"),
+        ("bf16", {"amx_bf16"}, False, "bf16"),
+        ("fp32", set(), False, "fp32"),
+        ("auto", set(), False, "fp32"),
+        ("auto", {"avx512_bf16"}, False, "bf16"),
+    ):
+        monkeypatch.setattr("training.precision.cpu_flags", lambda flags=flags: flags)
+        output = tmp_path / f"{precision}-{len(flags)}"
+        assert command.main([*arguments, "--precision", precision, "--output", str(output)]) == 0
         assert (told in capsys.readouterr().err) == expected
+        assert json.loads((output / "run.json").read_text())["recipe"]["precision"] == computed
 
 
 def test_command_line_errors_are_one_line(tmp_path, capsys):

@@ -193,7 +193,7 @@ def test_what_is_no_finished_run_is_refused(copied, run_dir):
     with pytest.raises(ValueError, match="held 5000 images out"):
         publish.bundle(run_dir, NAME)
     run["recipe"]["holdout"] = 0
-    for field, value in (("stages", [{"steps": 2, "crop": 32}]), ("precision", "fp32"), ("rotation_unit", 45)):
+    for field, value in (("stages", [{"steps": 2, "crop": 32}]), ("precision", "fp16"), ("rotation_unit", 45)):
         (run_dir / "run.json").write_text(json.dumps(run | {"recipe": run["recipe"] | {field: value}}))
         with pytest.raises(ValueError, match=rf"departed from its recipe: {field} .*; only the seed may differ"):
             publish.bundle(run_dir, NAME)

@@ -21,7 +21,9 @@ import torch
 from training.data import Images, check_whole, load_images
 from training.evaluate import measure_features, plan
 from training.memory import TURN_OFF, keep_large_blocks
+from training.precision import add_precision_argument, warn_if_emulated
 from training.pretrain import finished_run
+from training.progress import progress
 from training.recipes import RECIPES, Recipe
 from training.report import keep_row
 from training.results import RESULTS_DIR, read_file, require_committed
@@ -60,9 +62,8 @@ def run_ablation(
     weights = finished_run(recipe, images.train.images, output, device)
     subject = load_subject(recipe.model, weights=weights)
     subject.backbone.to(device).to(memory_format=torch.channels_last)
-    autocast = torch.bfloat16 if recipe.precision == "bf16" else None
     for row in measure_features(
-        subject, images, plan([LAYER], ["nonlinear"], "cached", seeds), device, autocast=autocast
+        subject, images, plan([LAYER], ["nonlinear"], "cached", seeds), device, features=recipe.precision
     ):
         keep_row(dataclasses.replace(row, recipe=recipe.name), file)
 
@@ -82,6 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--only", nargs="+", choices=ABLATIONS, default=ROTATION_SETS, metavar="RECIPE",
         help=f"{', '.join(ABLATIONS)} [those of rotnet_nin]",
     )  # fmt: skip
+    add_precision_argument(parser)
     parser.add_argument("--device", default="cpu", help="[%(default)s]")
     args = parser.parse_args(arguments)
     keep_large_blocks()
@@ -91,9 +93,11 @@ def main(arguments: list[str] | None = None) -> int:
         images = load_images("cifar10", args.data_dir, 32)
         if args.rows == ROWS:
             check_whole("cifar10", len(images.train), len(images.test))
-        for name in args.only:
-            if not measured(args.rows, name):
-                run_ablation(ABLATIONS[name], images, args.output / name, args.rows, device=args.device)
+        warn_if_emulated(args.precision, args.device)
+        todo = [ABLATIONS[name] for name in args.only if not measured(args.rows, name)]
+        for recipe in progress("recipes", len(todo), "recipe", todo):
+            asked = dataclasses.replace(recipe, precision=args.precision or recipe.precision)
+            run_ablation(asked, images, args.output / recipe.name, args.rows, device=args.device)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -15,12 +15,14 @@ What counts as holding: where nothing is trained, as many right answers but for 
 hardware flips a few); where a probe is trained, the same accuracy within three standard deviations over the reported
 seeds, and half a percentage point at least; where there is one seed, whose spread is not known, within three standard
 errors of the difference between two samples of as many test images. A linear probe, which no seed moves, is fitted with
-the penalty that the row says was chosen, and may be half a point away.
+the penalty that the row says was chosen, and may be half a point away. Trainings compute in bf16 where the device
+multiplies it, else in fp32: one that was reported in the other precision may be half a point further away.
 """
 
 import argparse
 import dataclasses
 import math
+import re
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -38,14 +40,16 @@ from training.evaluate import PROTOCOLS, Measurement, images_to_run, measure_fea
 from training.finetune import measure_transfer, transfer_subject
 from training.imagenet import Labelled, measure_layers
 from training.memory import TURN_OFF, keep_large_blocks
+from training.progress import progress
 from training.protocols import LAYER_PROBES, TRANSFERS
-from training.results import PARTS, RESULTS_DIR, Row, check_device, complaints, read_rows
+from training.results import PARTS, RESULTS_DIR, Row, check_device, complaints, counted, read_rows
 from training.subject import subject_of_row
 
 QUICK_PARTS = (0, 1)
 QUICK_PROTOCOLS = ("rotation accuracy", "k-NN")
 FLIPS = 1e-3
 TRAINED_TOLERANCE = 5e-3
+PRECISION_TOLERANCE = 5e-3  # XXX
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,12 +152,22 @@ def judge(row: Row, new: Row, rows: Sequence[Row]) -> Verdict:
     reported_n = row.n if parts == PARTS else new.n
     value = row.value if parts == PARTS else sum(row.counts[:parts]) / new.n
     tolerance = max(2 / new.n, FLIPS) if row.cost == "" else trained_tolerance(row, rows)
+    text = f"{100 * tolerance:.2f}"
+    if (then := precision_of(row)) != (now := precision_of(new)):
+        tolerance += PRECISION_TOLERANCE
+        text = f"{100 * tolerance:.2f} ({then} then, {now} now)"
     same = new.sha256 == row.sha256 and new.n == reported_n and new.data == row.data
     measured = f"{100 * new.value:.2f} %" if same else f"other {_difference(row, new)}"
     # a tolerance is inclusive: 40 of 40,000 are one in a thousand
     holds = same and abs(new.value - value) <= tolerance + 1e-9
     name = row.number if parts == PARTS else f"{row.number}, {new.n:,} images"
-    return Verdict(name, f"{100 * value:.2f} %", measured, f"{100 * tolerance:.2f}", holds)
+    return Verdict(name, f"{100 * value:.2f} %", measured, text, holds)
+
+
+def precision_of(row: Row) -> str:
+    """What a row was measured in: its settings say so where it may be anything but fp32."""
+    found = re.search(r"\b(bf16|fp32)\b", row.settings)
+    return found[0] if found else "fp32"
 
 
 def trained_tolerance(row: Row, rows: Sequence[Row]) -> float:
@@ -250,14 +264,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         measurable = {dataset: [row for row in rows if row.data == NAMES[dataset]] for dataset in folders}
         measurable = {dataset: own for dataset, own in measurable.items() if own}
         for dataset in [dataset for dataset in measurable if folders[dataset] is None]:
-            left_out.append(f"{len(measurable.pop(dataset))} numbers of {NAMES[dataset]}: give --{dataset} DIR")
+            numbers = counted(len(measurable.pop(dataset)), "number")
+            left_out.append(f"{numbers} of {NAMES[dataset]}: give --{dataset} DIR")
         given = [row for own in measurable.values() for row in own]
         seconds = expected_seconds(given, every, args.quick)
-        print(f"{len(given)} numbers; measuring them took {seconds / 60:.0f} minutes where they were reported")
+        minutes = counted(round(seconds / 60), "minute")
+        print(f"{counted(len(given), 'number')}; measuring took {minutes} where they were reported")
         for dataset, own in measurable.items():
             test_only = {row.protocol for row in own} == {"rotation accuracy"}
             images = load_images(dataset, folders[dataset], 0, args.download, test_only=test_only)
-            for row, new in measure_again(own, images, args.quick, args.device):
+            pairs = measure_again(own, images, args.quick, args.device)
+            for row, new in progress(NAMES[dataset], len(own), "number", pairs):
                 verdicts.append(judge(row, new, every))
                 tqdm.write(str(verdicts[-1]))
     except (ValueError, OSError) as error:

@@ -62,7 +62,7 @@ def load_images(
         if not 0 < holdout < len(train):
             raise ValueError(f"holdout must be 1 to {len(train) - 1} of the training images, got {holdout}")
         order = torch.arange(len(train))
-        name = f"{name.rpartition(' ')[0]}, last {holdout} training images"
+        name = f"{name.rpartition(' ')[0]}, last {holdout} training image{'s' * (holdout != 1)}"
         return Images(name, train.subset(order[:-holdout]), train.subset(order[-holdout:]))
     test = load_split(dataset, data_dir, "test", size, download)
     if test_only:
@@ -104,7 +104,7 @@ def labels_subset(
     for label, name in enumerate(data.classes):
         own = (data.labels == label).nonzero()[:, 0]
         if not 1 <= labels_per_class <= len(own):
-            raise ValueError(f"class {name} has {len(own)} images: {labels_per_class} labels a class cannot be had")
+            raise ValueError(f"labels of class {name} must be 1 to {len(own)}, all that it has, got {labels_per_class}")
         order = torch.arange(len(own)) if generator is None else torch.randperm(len(own), generator=generator)
         chosen.append(own[order[:labels_per_class]])
     return data.subset(torch.cat(chosen).sort().values)

@@ -38,11 +38,12 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 from torchvision.ops import roi_align, roi_pool
-from tqdm import tqdm
 
 from training.memory import TURN_OFF
+from training.progress import progress
 from training.protocols import VOC_FAST_RCNN, VOC_FASTER_RCNN, VocDetection
 from training.report import run_measuring
+from training.results import counted
 from training.transfer import Backbone, Draws, InOrder, batches, read_once, smallest_side, train_network
 from training.voc_command import (
     add_arguments,
@@ -275,7 +276,7 @@ def detect(
     detector.eval()
     load = functools.partial(_test_sample, tuple(images), proposals)
     found = []
-    with torch.inference_mode(), tqdm(total=len(images), desc="test", unit="img", mininterval=0.5) as bar:
+    with torch.inference_mode(), progress("test", len(images)) as bar:
         for ((image, boxes),) in batches(InOrder(load, len(images)), 1, workers):
             pixels = [image.to(device) / 255]
             (result,) = detector(pixels) if boxes is None else detector(pixels, [boxes.to(device)])
@@ -363,7 +364,7 @@ def check_proposals_file(file: Path, images: Sequence[AnnotatedImage]) -> None:
         raise ValueError(f"proposals {file} are no safetensors file ({error}); write them anew") from error
     missing = [image.name for image in images if image.name not in known]
     if missing:
-        raise ValueError(f"proposals {file} have none for {len(missing)} images, {missing[0]} among them")
+        raise ValueError(f"proposals {file} lack {counted(len(missing), 'image')}, {missing[0]} among them")
 
 
 @functools.lru_cache(maxsize=2)
@@ -449,9 +450,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             recipe, transfer.network, transfer.train, transfer.test, len(args.classes), args.proposals, args.device,
             args.seed, args.workers, transfer.output,
         )  # fmt: skip
+        classes = counted(count_present(by_class), "class", "classes")
         settings = (
-            f"{name}, {count_present(by_class)} classes, shorter side {', '.join(map(str, recipe.train_sides))} in"
-            f" training and {recipe.test_side} in the test{given}"
+            f"{name}, {classes}, shorter side {', '.join(map(str, recipe.train_sides))} in training and"
+            f" {recipe.test_side} in the test{given}"
         )
         rows = [
             transfer_row(transfer, args, value, f"PASCAL VOC detection ({name}), {kind} mAP", settings)

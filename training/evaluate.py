@@ -24,7 +24,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from rotation_ssl.features import extract_features, layer_modules
 from rotation_ssl.probes import (
@@ -40,9 +39,17 @@ from rotation_ssl.rotations import count_correct_rotations
 from training.augment import crop_and_flip
 from training.data import DATASETS, NAMES, Images, LabelledImages, check_whole, load_images
 from training.memory import TURN_OFF, available_memory
+from training.precision import (
+    add_precision_argument,
+    autocast_type,
+    resolve_precision,
+    resolved,
+    warn_if_emulated,
+)
+from training.progress import progress
 from training.protocols import PROBES, ProbeRecipe
 from training.report import check_rows, keep_row, run_measuring, write_report
-from training.results import PARTS, Row
+from training.results import PARTS, Row, counted
 from training.subject import Subject, load_subject, measured_row, preparation, record_file
 
 PROTOCOLS = {
@@ -98,10 +105,10 @@ def measure_rotation(
     started = time.monotonic()
     outputs = getattr(subject.backbone, "num_classes", None)
     if outputs != 4:
-        raise ValueError(f"{subject.name} has {outputs} outputs: rotation accuracy needs the 4 of the rotations")
+        raise ValueError(f"rotation accuracy needs the 4 outputs of the rotations, {subject.name} has {outputs}")
     chosen = [test.images.tensor_split(PARTS)[part] for part in parts]
     counts, total = [], 0
-    with _bar("rotation accuracy", sum(map(len, chosen))) as bar:
+    with progress("rotation accuracy", sum(map(len, chosen))) as bar:
         prepare = preparation(subject.backbone, subject.size, bar)
         for images in chosen:
             batches = (prepare(batch.to(device)) for batch in images.split(BATCH) if len(batch))
@@ -118,20 +125,32 @@ def measure_features(
     measurements: Sequence[Measurement],
     device: str = "cpu",
     test_parts: Sequence[int] = range(PARTS),
-    autocast: torch.dtype | None = None,
+    features: str | None = None,
+    probes: str | None = None,
 ) -> Iterator[Row]:
     """The numbers that are measured on frozen features, layer by layer, each as soon as it is there.
 
-    Features of the training images are computed in float32, or in ``autocast``'s type where one is given, and kept as
-    bfloat16, in one pass for all layers and all measurements that want maps of the same size: k-NN, linear and
-    non-linear probe share one, the convolutional probe has its own.
+    Features are kept as bfloat16, in one pass for all layers and all measurements that want maps of the same size:
+    k-NN, linear and non-linear probe share one, the convolutional probe has its own.
+
+    Args:
+        subject: the backbone, on the device.
+        images: training and test images.
+        measurements: what to measure.
+        device: where to train probes.
+        test_parts: tenths of the test images to measure on.
+        features: precision that the features are computed in, which the rows say then; None: fp32.
+        probes: precision of the trained probes; None: their recipes'. The rows say what 'auto' was.
 
     Raises:
         ValueError: a layer or protocol that does not exist, fewer training images than neighbours, features that do not
             fit into memory, or what the probes refuse.
     """
     if any(m.protocol == "k-NN" for m in measurements) and len(images.train) < NEIGHBOURS:
-        raise ValueError(f"k-NN asks {NEIGHBOURS} neighbours, there are {len(images.train)} training images")
+        raise ValueError(f"k-NN asks {NEIGHBOURS} neighbours of {counted(len(images.train), 'training image')}")
+    if features is not None:
+        features = resolve_precision(features, device)
+    autocast = autocast_type(features or "fp32")
     tenths = torch.arange(len(images.test)).tensor_split(PARTS)
     test = images.test.subset(torch.cat([tenths[part] for part in test_parts]))
     for grid in dict.fromkeys(_inputs(m)[1] for m in measurements):
@@ -147,22 +166,29 @@ def measure_features(
             for measurement in (m for m in own if m.layer == layer):
                 started = time.monotonic()
                 if grid is None:
-                    predictions, settings = _fresh_probe(subject, images, test, measurement, device)
+                    recipe = _probe_recipe(measurement, device, probes)
+                    predictions, settings = _fresh_probe(recipe, subject, images, test, measurement, device, autocast)
                 elif measurement.protocol == "linear probe":
                     predictions, settings, strength = _linear_probe(
                         images.train, views[0][layer], test_maps[layer], measurement.strength
                     )
                     measurement = dataclasses.replace(measurement, strength=strength)
+                elif measurement.protocol == "k-NN":
+                    predictions, settings = _nearest(images.train, views[0][layer], test_maps[layer])
                 else:
                     maps = [view[layer] for view in views]
-                    predictions, settings = _cached_probe(images.train, maps, test_maps[layer], measurement, device)
+                    recipe = _probe_recipe(measurement, device, probes)
+                    predictions, settings = _cached_probe(
+                        recipe, images.train, maps, test_maps[layer], measurement, device
+                    )
                     del maps
+                settings += "" if features is None else f"; features in {features}"
                 right = (predictions == test.labels).split([len(tenths[part]) for part in test_parts])
                 counts = [int(part.sum()) for part in right]
                 yield _row(subject, measurement, counts, len(test), images.name, settings, started)
             # gigabytes: not kept for the layers to come
-            for features in (*views, test_maps):
-                features.pop(layer, None)
+            for maps_of in (*views, test_maps):
+                maps_of.pop(layer, None)
 
 
 def _cache(
@@ -185,7 +211,7 @@ def _cache(
             f"the features of {', '.join(layers)} need {needed / 2**30:.1f} GiB of memory, {available / 2**30:.1f} are "
             "available: take fewer layers at a time with --layers"
         )
-    with _bar("features", views * len(train) + len(test)) as bar:
+    with progress("features", views * len(train) + len(test)) as bar:
         prepare = preparation(subject.backbone, subject.size, bar)
         cached = [_maps(subject.backbone, _view(train.images, view), grids, prepare, autocast) for view in range(views)]
         return cached, _maps(subject.backbone, test.images, grids, prepare, autocast)
@@ -227,6 +253,11 @@ def _recipe(measurement: Measurement) -> ProbeRecipe:
     return PROBES[key]
 
 
+def _probe_recipe(measurement: Measurement, device: str, precision: str | None) -> ProbeRecipe:
+    recipe = _recipe(measurement)
+    return resolved(dataclasses.replace(recipe, precision=precision or recipe.precision), device)
+
+
 def _view(images: torch.Tensor, view: int, padding: int = 4, padding_mode: str = "reflect") -> torch.Tensor:
     """The images as they are (view 0), or crops and mirrorings of them that are the same at every call."""
     if view == 0:
@@ -261,27 +292,38 @@ def _linear_probe(
 ) -> tuple[torch.Tensor, str, float]:
     strengths = LINEAR_STRENGTHS if strength is None else (strength,)
     classes, tenth, side = len(train.classes), max(1, len(train) // 10), test.shape[-1]
-    predictions, strength = linear_predict(
-        features.flatten(1).float(), train.labels, test.flatten(1).float(), classes, tenth, strengths
-    )
+    # L-BFGS evaluates the loss 125 times at most in 100 iterations; where it converges it stops before
+    fits = len(strengths) + (len(strengths) > 1)
+    with progress("linear probe", fits * 125, "evaluation") as bar:
+        predictions, strength = linear_predict(
+            features.flatten(1).float(), train.labels, test.flatten(1).float(), classes, tenth, strengths,
+            evaluated=bar.update,
+        )  # fmt: skip
     candidates = ", ".join(f"{s:g}" for s in LINEAR_STRENGTHS)
     settings = f"logistic regression, {side} x {side} average pooling, L2 {strength:g}, chosen of {candidates}"
     return predictions, settings, strength
 
 
+def _nearest(train: LabelledImages, maps: torch.Tensor, test: torch.Tensor) -> tuple[torch.Tensor, str]:
+    side = test.shape[-1]
+    # where the cells are of equal size, as those of maps of 8, 16 or 32, this is the global average
+    pooled = [m.float().mean((2, 3)) for m in (maps, test)]
+    predictions = knn_predict(pooled[0], train.labels, pooled[1], len(train.classes), k=NEIGHBOURS)
+    return predictions, f"k = {NEIGHBOURS}, cosine, mean of the {side} x {side} average-pooled cells"
+
+
 def _cached_probe(
-    train: LabelledImages, maps: list[torch.Tensor], test: torch.Tensor, measurement: Measurement, device: str
+    recipe: ProbeRecipe,
+    train: LabelledImages,
+    maps: list[torch.Tensor],
+    test: torch.Tensor,
+    measurement: Measurement,
+    device: str,
 ) -> tuple[torch.Tensor, str]:
     classes, side = len(train.classes), test.shape[-1]
-    if measurement.protocol == "k-NN":
-        # where the cells are of equal size, as those of maps of 8, 16 or 32, this is the global average
-        pooled = [m.float().mean((2, 3)) for m in (maps[0], test)]
-        predictions = knn_predict(pooled[0], train.labels, pooled[1], classes, k=NEIGHBOURS)
-        return predictions, f"k = {NEIGHBOURS}, cosine, mean of the {side} x {side} average-pooled cells"
-    recipe = _recipe(measurement)
     probe = _new_probe(measurement, test[:1], classes, device)
     views = maps[: recipe.views]
-    with _bar(f"{measurement.layer} {recipe.protocol}", recipe.epochs * len(train)) as bar:
+    with progress(f"{measurement.layer} {recipe.protocol}", recipe.epochs * len(train)) as bar:
 
         def batches(epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
             generator = _epoch_generator(measurement.seed, epoch)
@@ -294,25 +336,30 @@ def _cached_probe(
                 bar.update(len(chosen))
 
         _train(probe, recipe, batches)
-    settings = f"{side} x {side} average pooling, {len(views)} views, {recipe.epochs} epochs of SGD"
-    if recipe.precision != "fp32":
-        settings += f" in {recipe.precision}"
-    return probe_predict(probe, test), settings
+    trained = f"{counted(len(views), 'view')}, {counted(recipe.epochs, 'epoch')} of SGD in {recipe.precision}"
+    return probe_predict(probe, test), f"{side} x {side} average pooling, {trained}"
 
 
 def _fresh_probe(
-    subject: Subject, images: Images, test: LabelledImages, measurement: Measurement, device: str
+    recipe: ProbeRecipe,
+    subject: Subject,
+    images: Images,
+    test: LabelledImages,
+    measurement: Measurement,
+    device: str,
+    autocast: torch.dtype | None,
 ) -> tuple[torch.Tensor, str]:
-    recipe, train = _recipe(measurement), images.train
-    prepare = preparation(subject.backbone, subject.size)
+    train, prepare = images.train, preparation(subject.backbone, subject.size)
 
     def features(batch: torch.Tensor) -> torch.Tensor:
         layer = measurement.layer
-        maps = extract_features(subject.backbone, batch, [layer], pool=None, prepare=prepare, batch_size=BATCH)
+        maps = extract_features(
+            subject.backbone, batch, [layer], pool=None, prepare=prepare, batch_size=BATCH, autocast=autocast
+        )
         return (maps[layer][:, :, None, None] if maps[layer].ndim == 2 else maps[layer]).to(device)
 
     probe = _new_probe(measurement, features(test.images[:1]), len(train.classes), device)
-    with _bar(f"{measurement.layer} {recipe.protocol}", recipe.epochs * len(train)) as bar:
+    with progress(f"{measurement.layer} {recipe.protocol}", recipe.epochs * len(train)) as bar:
 
         def batches(epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
             generator = _epoch_generator(measurement.seed, epoch)
@@ -324,8 +371,10 @@ def _fresh_probe(
                 bar.update(len(chosen))
 
         _train(probe, recipe, batches)
-    predictions = torch.cat([probe_predict(probe, features(part)) for part in test.images.split(1000)])
-    return predictions, f"whole map, fresh crops and flips every epoch, {recipe.epochs} epochs of SGD"
+    parts = test.images.split(1000)
+    found = [probe_predict(probe, features(part)) for part in progress("measuring", len(parts), "batch", parts)]
+    trained = f"{counted(recipe.epochs, 'epoch')} of SGD in {recipe.precision}"
+    return torch.cat(found), f"whole map, fresh crops and flips every epoch, {trained}"
 
 
 def _new_probe(measurement: Measurement, example: torch.Tensor, classes: int, device: str) -> nn.Module:
@@ -339,8 +388,8 @@ def _train(
     probe: nn.Module, recipe: ProbeRecipe, batches: Callable[[int], Iterable[tuple[torch.Tensor, torch.Tensor]]]
 ) -> None:
     names = ("epochs", "milestones", "factor", "lr", "momentum", "weight_decay")
-    autocast = torch.bfloat16 if recipe.precision == "bf16" else None
-    train_probe(probe, batches, **{name: getattr(recipe, name) for name in names}, autocast=autocast)
+    settings = {name: getattr(recipe, name) for name in names}
+    train_probe(probe, batches, **settings, autocast=autocast_type(recipe.precision))
 
 
 def _shuffled(count: int, size: int, generator: torch.Generator) -> list[torch.Tensor]:
@@ -357,10 +406,6 @@ def _row(
     subject: Subject, measurement: Measurement, counts: Sequence[int], n: int, data: str, settings: str, started: float
 ) -> Row:
     return measured_row(subject, counts, n, data, settings, started, **dataclasses.asdict(measurement))
-
-
-def _bar(what: str, total: int) -> tqdm:
-    return tqdm(total=total, desc=what, unit="img", mininterval=0.5 if sys.stderr.isatty() else 30.0)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -391,12 +436,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--holdout", type=int, default=0, metavar="N", help="measure the last N training images instead"
     )
+    add_precision_argument(parser, "features in fp32, probes in their recipes'")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps [%(default)s]")
     parser.add_argument("--output", type=Path, help="folder of rows and report [runs/evaluate/<weights>]")
     parser.add_argument("--record", action="store_true", help="write the rows to training/results/, for the card")
     args = parser.parse_args(arguments)
 
     def measure() -> Path:
+        warn_if_emulated(args.precision, args.device)
         subject = load_subject(
             args.model, random=args.random, seed=args.random_seed, weights=args.weights, size=args.size
         )
@@ -406,8 +453,8 @@ def main(arguments: list[str] | None = None) -> int:
         if "rotation" in wanted and args.only == parser.get_default("only") and subject.backbone.num_classes != 4:
             wanted.remove("rotation")
         output = args.output or Path("runs") / "evaluate" / subject.name
-        own_data = args.dataset not in NAMES or args.holdout or args.size
-        file = record_file(subject, bool(own_data)) if args.record else output / "rows.jsonl"
+        own = args.dataset not in NAMES or args.holdout or args.size or args.precision
+        file = record_file(subject, bool(own)) if args.record else output / "rows.jsonl"
         measurements = plan(layers, wanted, args.cost, range(args.seeds))
         images = load_images(
             args.dataset, args.data_dir, subject.size, args.download, args.holdout, test_only=not measurements
@@ -422,7 +469,10 @@ def main(arguments: list[str] | None = None) -> int:
         if "rotation" in wanted:
             keep_row(measure_rotation(subject, images.test, images.name, args.device), file)
         if measurements:
-            for row in measure_features(subject, images, measurements, args.device):
+            rows = measure_features(
+                subject, images, measurements, args.device, features=args.precision, probes=args.precision
+            )
+            for row in progress("numbers", len(measurements), "number", rows):
                 keep_row(row, file)
         if not args.record:
             write_report(output, file)

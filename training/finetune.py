@@ -25,7 +25,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from rotation_ssl import zoo
 from rotation_ssl.features import layer_modules
@@ -41,9 +40,11 @@ from training.data import (
 )
 from training.memory import TURN_OFF
 from training.optimizers import learning_rate_factor, set_learning_rates
+from training.precision import add_precision_argument, autocast_type, resolved, warn_if_emulated
+from training.progress import progress
 from training.protocols import TRANSFERS, TransferRecipe
 from training.report import check_rows, keep_row, run_measuring, write_report
-from training.results import PARTS, Row
+from training.results import PARTS, Row, counted
 from training.subject import Subject, load_subject, measured_row, preparation, record_file
 
 
@@ -60,7 +61,7 @@ def measure_transfer(
     """Train a recipe's network on labelled images and measure it on the test images.
 
     Args:
-        recipe: all of the training's settings.
+        recipe: all of the training's settings; the row says which precision 'auto' was.
         subject: the backbone; it is used up by the training (of 'random' recipes it gives the network alone).
         layer: the last layer of the backbone that is kept.
         images: training and test images.
@@ -74,8 +75,9 @@ def measure_transfer(
             loss or logits that are not finite.
     """
     started = time.monotonic()
+    recipe = resolved(recipe, device)
     if recipe.images < recipe.batch_size:
-        raise ValueError(f"{recipe.name} takes {recipe.batch_size} images a step, {recipe.images} are less than one")
+        raise ValueError(f"{recipe.name} takes {recipe.batch_size} images a step, --images {recipe.images} is too few")
     train = images.train
     if labels_per_class is not None:
         generator = None if draw == "first" else torch.Generator().manual_seed(seed)
@@ -83,7 +85,8 @@ def measure_transfer(
     network = build_network(recipe, subject, layer, len(train.classes), seed).to(device)
     network.to(memory_format=torch.channels_last)
     prepare = preparation(subject.backbone, subject.size)
-    autocast = torch.autocast(device.split(":")[0], torch.bfloat16, enabled=recipe.precision == "bf16")
+    dtype = autocast_type(recipe.precision)
+    autocast = torch.autocast(device.split(":")[0], dtype, enabled=dtype is not None)
     train_network(recipe, network, train, prepare, seed, device, autocast)
     right = predict(network, images.test, prepare, device, autocast) == images.test.labels
     crops = recipe.images // recipe.batch_size * recipe.batch_size
@@ -176,12 +179,7 @@ def train_network(recipe, network, train, prepare, seed, device, autocast) -> No
     generator = torch.Generator().manual_seed(seed)
     network.train()
     losses: list[torch.Tensor] = []
-    with tqdm(
-        total=steps * recipe.batch_size,
-        desc=f"{recipe.name}, {len(train)} labels",
-        unit="img",
-        mininterval=0.5 if sys.stderr.isatty() else 30.0,
-    ) as bar:
+    with progress(f"{recipe.name}, {counted(len(train), 'label')}", steps * recipe.batch_size) as bar:
         for step, chosen in zip(range(steps), sample_stream(len(train), recipe.batch_size, generator), strict=False):
             set_learning_rates([optimizer], learning_rate_factor(recipe.schedule, step, steps))
             crops = crop_and_flip(
@@ -218,8 +216,10 @@ def sample_stream(count: int, size: int, generator: torch.Generator) -> Iterator
 
 def predict(network, test: LabelledImages, prepare, device: str, autocast) -> torch.Tensor:  # type: ignore[no-untyped-def]
     """The classes that the network names for the test images: (M,) int64."""
+    parts = test.images.split(250)
     with torch.inference_mode(), autocast:
-        logits = torch.cat([network(prepare(part.to(device))).cpu() for part in test.images.split(250)])
+        bar = progress("measuring", len(parts), "batch", parts)
+        logits = torch.cat([network(prepare(part.to(device))).cpu() for part in bar])
     if not logits.isfinite().all():
         raise ValueError("the network's logits are not finite: check the weights and the images")
     return logits.argmax(1)
@@ -272,7 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--holdout", type=int, default=0, metavar="N", help="measure the last N training images instead"
     )
-    parser.add_argument("--precision", choices=("fp32", "bf16"), help="bf16: autocast [the recipe's]")
+    add_precision_argument(parser)
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps [%(default)s]")
     parser.add_argument("--output", type=Path, help="folder of rows and report [runs/finetune/<weights>]")
     parser.add_argument("--record", action="store_true", help="write the rows to training/results/, for the card")
@@ -285,11 +285,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = {"random": args.random, "weights": args.weights, "size": args.size}
 
     def measure() -> Path:
+        warn_if_emulated(args.precision, args.device)
         subject = transfer_subject(recipe, args.model, 0, **options)
         layer = args.layer or recommended_layer(subject)
         output = args.output or Path("runs") / "finetune" / subject.name
         cifar10 = args.dataset == "cifar10" and not args.holdout and not args.size
-        own = not cifar10 or recipe != TRANSFERS[args.recipe]
+        own = not cifar10 or resolved(recipe, args.device) != resolved(TRANSFERS[args.recipe], args.device)
         file = record_file(subject, own) if args.record else output / "rows.jsonl"
         build_network(recipe, subject, layer, num_classes=2)
         images = load_images(args.dataset, args.data_dir, subject.size, args.download, args.holdout)
@@ -300,12 +301,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for labels in args.labels_per_class or []:
             labels_subset(images.train, labels)
         check_rows(file)
-        for labels in args.labels_per_class or [None]:
-            for seed in range(args.seeds):
-                # a training uses its backbone up: each takes a new one
-                subject = transfer_subject(recipe, args.model, seed, **options)
-                row = measure_transfer(recipe, subject, layer, images, labels, args.draw, seed, args.device)
-                keep_row(row, file)
+        trainings = [(labels, seed) for labels in args.labels_per_class or [None] for seed in range(args.seeds)]
+        for labels, seed in progress("trainings", len(trainings), "training", trainings, disable=len(trainings) == 1):
+            # a training uses its backbone up: each takes a new one
+            subject = transfer_subject(recipe, args.model, seed, **options)
+            row = measure_transfer(recipe, subject, layer, images, labels, args.draw, seed, args.device)
+            keep_row(row, file)
         if not args.record:
             write_report(output, file)
         return file

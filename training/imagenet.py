@@ -26,7 +26,6 @@ import timm
 import torch
 from torch import nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from rotation_ssl.features import layer_modules
 from rotation_ssl.images import find_images
@@ -34,9 +33,11 @@ from rotation_ssl.probes import max_pooled_probe
 from training.augment import Windows, crop_and_flip, take_windows
 from training.data import NAMES, check_whole, load_cifar10, tinyimagenet_files
 from training.memory import TURN_OFF
+from training.precision import add_precision_argument, autocast_type, resolved, warn_if_emulated
+from training.progress import progress
 from training.protocols import LAYER_PROBES, LayerProbeRecipe
 from training.report import check_rows, keep_row, run_measuring, write_report
-from training.results import PARTS, Row
+from training.results import PARTS, Row, counted
 from training.subject import Subject, load_subject, measured_row, preparation, record_file
 from training.unlabelled import UnlabelledImages, open_dataset, open_entries, open_files, stream
 
@@ -193,7 +194,7 @@ def train_probes(
         ValueError: fewer images than a batch, an image that does not decode, or a loss that is not finite.
     """
     if len(chosen) < recipe.batch_size:
-        raise ValueError(f"{recipe.name} takes {recipe.batch_size} images a step, there are {len(chosen)}")
+        raise ValueError(f"{recipe.name} takes {recipe.batch_size} images a step, got {len(chosen)}")
     device = next(subject.backbone.parameters()).device
     prepare, layers = preparation(subject.backbone, subject.size), list(probes)
     classifiers = nn.ModuleList(probes.values())
@@ -209,7 +210,7 @@ def train_probes(
     indices = (chosen[part] for _ in range(recipe.epochs) for part in _epoch(len(chosen), recipe.batch_size, orders))
     squares = _labelled_squares(data, indices, workers, pin=device.type == "cuda")
     classifiers.train()
-    with _bar(recipe.name, recipe.epochs * steps * recipe.batch_size) as bar:
+    with progress(recipe.name, recipe.epochs * steps * recipe.batch_size) as bar:
         for epoch in range(recipe.epochs):
             losses: list[torch.Tensor] = []
             for step in range(steps):
@@ -255,7 +256,7 @@ def count_correct(
     prepare, layers = preparation(subject.backbone, subject.size), list(probes)
     right: dict[str, list[torch.Tensor]] = {layer: [] for layer in layers}
     with (
-        _bar("measuring", len(chosen)) as bar,
+        progress("measuring", len(chosen)) as bar,
         torch.autocast(device.type, autocast, enabled=autocast is not None),
     ):
         for pixels, labels in _labelled_squares(data, iter(chosen.split(100)), workers, pin=device.type == "cuda"):
@@ -285,7 +286,7 @@ def measure_layers(
     Images to measure on that are not in memory are all decoded first: a broken one is no reason to train in vain.
 
     Args:
-        recipe: all settings.
+        recipe: all settings; the rows say which precision 'auto' was.
         subject: the backbone, on the device to work on.
         layers: names of the backbone's layers.
         train: the training images.
@@ -299,13 +300,14 @@ def measure_layers(
         ValueError: as :func:`build_probes`, :func:`train_probes` and :func:`count_correct`.
     """
     started = time.monotonic()
+    recipe = resolved(recipe, next(subject.backbone.parameters()).device)
     torch.manual_seed(seed)
     probes = build_probes(recipe, subject, layers, train.classes)
-    autocast = torch.bfloat16 if recipe.precision == "bf16" else None
+    autocast = autocast_type(recipe.precision)
     chosen, measured, of = torch.arange(len(train)), torch.arange(len(val)), val
     if holdout:
         chosen, measured = split_holdout(train, holdout)
-        of, name = train, f"{name.rpartition(' ')[0]}, {holdout} training images"
+        of, name = train, f"{name.rpartition(' ')[0]}, {counted(holdout, 'training image')}"
     _check_decoding(of, measured, workers)
     train_probes(recipe, subject, probes, train, chosen, seed, workers, autocast)
     found = count_correct(subject, probes, of, measured, workers, autocast)
@@ -316,7 +318,8 @@ def measure_layers(
             kind = f"max-pooled to {probe[0].output_size} x {probe[0].output_size}, batch norm, linear"
         else:
             kind = f"the rest of the network, fc layers of {recipe.fc_size}"
-        settings = f"{kind}; {recipe.epochs} epochs of SGD, {subject.size} pixels, {recipe.precision}"
+        epochs = counted(recipe.epochs, "epoch")
+        settings = f"{kind}; {epochs} of SGD, {subject.size} pixels, {recipe.precision}"
         row = measured_row(
             subject, counts, len(measured), name, settings, started,
             protocol=recipe.protocol, cost=recipe.cost, layer=layer, seed=seed,
@@ -363,7 +366,7 @@ def _refuse_broken(data: Labelled, broken: set[int]) -> None:
 def _check_decoding(data: Labelled, chosen: torch.Tensor, workers: int) -> None:
     if not isinstance(data.images, UnlabelledImages) or data.images.squares is not None:
         return
-    with _bar("checking", len(chosen)) as bar:
+    with progress("checking", len(chosen)) as bar:
         for pixels, _ in _labelled_squares(data, iter(chosen.split(100)), workers, pin=False):
             bar.update(len(pixels))
 
@@ -373,10 +376,6 @@ def _central(pixels: torch.Tensor) -> torch.Tensor:
     crop = round(CROP * size)
     start = torch.full((len(pixels),), (size - crop) // 2)
     return take_windows(pixels, Windows(start, start, torch.zeros(len(pixels), dtype=torch.bool)), crop, "reflect")
-
-
-def _bar(what: str, total: int) -> tqdm:
-    return tqdm(total=total, desc=what, unit="img", mininterval=0.5 if sys.stderr.isatty() else 30.0)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -401,40 +400,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--size", type=int, help="side of the images the backbone gets [the model's own]")
     parser.add_argument("--holdout", type=int, default=0, metavar="N", help="measure N training images instead")
     parser.add_argument("--workers", type=int, default=0, help="processes that decode images [%(default)s]")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), help="bf16: autocast [the recipe's]")
+    add_precision_argument(parser)
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps [%(default)s]")
     parser.add_argument("--output", type=Path, help="folder of rows and report [runs/imagenet/<weights>]")
     parser.add_argument("--record", action="store_true", help="write the rows to training/results/, for the card")
     args = parser.parse_args(arguments)
 
     def measure() -> Path:
+        warn_if_emulated(args.precision, args.device)
+        named = resolved(LAYER_PROBES[args.recipe], args.device)
         recipe = LAYER_PROBES[args.recipe]
         if args.epochs is not None:
             recipe = with_epochs(recipe, args.epochs)
         if args.precision is not None:
             recipe = dataclasses.replace(recipe, precision=args.precision)
-        if recipe != LAYER_PROBES[args.recipe]:
+        recipe = resolved(recipe, args.device)
+        if recipe != named:
             recipe = dataclasses.replace(recipe, cost="")
         subject = load_subject(args.model, random=args.random, weights=args.weights, size=args.size)
         subject.backbone.to(args.device).to(memory_format=torch.channels_last)
         layers = args.layers or list(layer_modules(subject.backbone))
         build_probes(recipe, subject, layers, classes=2)
         output = args.output or Path("runs") / "imagenet" / subject.name
-        own = args.dataset not in NAMES or args.holdout or args.size or recipe != LAYER_PROBES[args.recipe]
+        own = args.dataset not in NAMES or args.holdout or args.size or recipe != named
         file = record_file(subject, bool(own)) if args.record else output / "rows.jsonl"
         train = open_labelled(args.dataset, args.data_dir, "train", recipe.image_size, args.download)
         val = train if args.holdout else open_labelled(
             args.dataset, args.data_dir, "val", recipe.image_size, args.download
         )  # fmt: skip
         if val.classes != train.classes:
-            raise ValueError(f"there are {train.classes} classes to train on and {val.classes} to measure on")
+            raise ValueError(f"the classes to train on are {train.classes}, those to measure on {val.classes}")
         if args.record:
             check_whole(args.dataset, len(train), len(val))
         train = read_into_memory(train, args.workers)
         val = train if args.holdout else read_into_memory(val, args.workers)
         name = NAMES.get(args.dataset) or f"{args.data_dir.resolve().name} val"
         check_rows(file)
-        for seed in range(args.seeds):
+        for seed in progress("seeds", args.seeds, "seed", range(args.seeds), disable=args.seeds == 1):
             for row in measure_layers(recipe, subject, layers, train, val, name, args.holdout, seed, args.workers):
                 keep_row(dataclasses.replace(row, data=f"{row.data} at {args.size} pixels") if args.size else row, file)
         if not args.record:

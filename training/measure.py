@@ -22,8 +22,18 @@ from rotation_ssl.features import layer_modules
 from training.check import measure_again
 from training.data import NAMES, check_whole, load_images
 from training.memory import TURN_OFF, keep_large_blocks
+from training.progress import progress
 from training.report import keep_row
-from training.results import REPORTED, RESULTS_DIR, Row, check_device, missing_rows, read_rows, require_committed
+from training.results import (
+    REPORTED,
+    RESULTS_DIR,
+    Row,
+    check_device,
+    counted,
+    missing_rows,
+    read_rows,
+    require_committed,
+)
 
 
 def missing(weights: str, results: Path) -> list[Row]:
@@ -66,7 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"no protocol {', '.join(sorted(unknown))} of {args.weights} is reported: see --list")
         wanted = [row for row in wanted if not args.only or row.protocol in args.only]
         if args.list or not wanted:
-            print(*(row.number for row in wanted), f"{len(wanted)} numbers are missing", sep="\n")
+            verb = "is" if len(wanted) == 1 else "are"
+            print(*(row.number for row in wanted), f"{counted(len(wanted), 'number')} {verb} missing", sep="\n")
             return 0
         require_committed("the card")
         (dataset,) = [dataset for dataset, name in NAMES.items() if name == wanted[0].data]
@@ -75,7 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"{args.weights} is measured on {wanted[0].data}: give --{dataset} DIR")
         images = load_images(dataset, folder, 0, args.download)
         check_whole(dataset, len(images.train), len(images.test))
-        for _, row in measure_again(wanted, images, device=args.device):
+        pairs = measure_again(wanted, images, device=args.device)
+        for _, row in progress("numbers", len(wanted), "number", pairs):
             keep_row(row, args.results / f"{row.weights}.jsonl")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

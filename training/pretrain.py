@@ -30,7 +30,7 @@ from typing import Any
 import timm
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import gather_object
 from timm.data import resolve_model_data_config
 from timm.layers import convert_sync_batchnorm
@@ -56,8 +56,9 @@ from training.eighths import count_correct_eighths, eighths_loss
 from training.memory import TURN_OFF, keep_large_blocks
 from training.optimizers import create_optimizers, learning_rate_factor, renormalize_filters, set_learning_rates
 from training.outputs import describe_run, trained_size, write_run
+from training.precision import resolve_precision, resolved, warn_if_emulated
 from training.recipes import PRECISIONS, RECIPES, Muon, Recipe, with_image_size, with_steps
-from training.results import current_commit, multiplies_bfloat16
+from training.results import current_commit
 from training.unlabelled import UnlabelledImages, open_images, stream
 
 CURVE_EVERY = 10  # steps averaged into one point of the curve
@@ -68,7 +69,7 @@ EVALUATION_BATCH = 128
 def create_accelerator(
     recipe: Recipe, cpu: bool = False, accumulate: int = 1, trackers: str | None = None, output: Path | None = None
 ) -> Accelerator:
-    """Devices and processes as accelerate finds them, in the recipe's precision.
+    """Devices and processes as accelerate finds them, in the recipe's precision: 'auto' is what suits the device.
 
     Args:
         recipe: gives the precision.
@@ -89,9 +90,11 @@ def create_accelerator(
         with warnings.catch_warnings():
             # a tracker that is not installed is refused below, in our own words
             warnings.filterwarnings("ignore", message="`log_with=")
+            # the device is found first: it decides what 'auto' is
+            precision = resolve_precision(recipe.precision, PartialState(cpu=cpu).device)
             accelerator = Accelerator(
                 cpu=cpu,
-                mixed_precision="no" if recipe.precision == "fp32" else recipe.precision,
+                mixed_precision="no" if precision == "fp32" else precision,
                 gradient_accumulation_steps=accumulate,
                 log_with=trackers,
                 project_dir=output,
@@ -192,6 +195,7 @@ def pretrain(
         raise ValueError(f"{output} holds a run already: --resume an unfinished one, or give another --output")
     if resume and not checkpoint:
         raise ValueError(f"nothing to resume: there is no checkpoint in {output}; start without --resume")
+    recipe = resolved(recipe, accelerator.device)
     identity = _identity(recipe, count, accelerator, sync_batchnorm)
     progress = read_progress(checkpoint, identity) if checkpoint else Progress(identity, current_commit())
 
@@ -430,6 +434,9 @@ def _check_finished(recipe: Recipe, output: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{output} holds weights of an unknown run ({error}): give another --output") from error
     asked = json.loads(json.dumps(dataclasses.asdict(recipe)))
+    # nothing is computed any more: 'auto' was what it was
+    if recipe.precision == "auto" and finished.get("precision") in ("bf16", "fp32"):
+        del asked["precision"]
     different = [name for name in asked if name != "note" and finished.get(name) != asked[name]]
     if different:
         raise ValueError(
@@ -511,7 +518,7 @@ def build_parser() -> argparse.ArgumentParser:
     instead.add_argument("--image-size", type=int, help="side of the squares, crops and padding in proportion")
     instead.add_argument("--images-per-step", type=int, help="upright ones; each is turned by every rotation")
     instead.add_argument("--steps", type=int, help="each stage in proportion")
-    instead.add_argument("--precision", choices=PRECISIONS, help="bf16 wants avx512_bf16, amx_bf16 or a GPU")
+    instead.add_argument("--precision", choices=PRECISIONS, help="auto: bf16 where it is fast, else fp32")
     instead.add_argument("--holdout", type=int, help="training images kept out, the last ones, to tune on")
     instead.add_argument("--seed", type=int)
     return parser
@@ -538,9 +545,8 @@ def main(arguments: list[str] | None = None) -> int:
         with accelerator.local_main_process_first():
             # the others find what the first one downloads
             images = open_images(recipe.data, args.data_dir, recipe.image_size, args.download)
-        slow = recipe.precision == "bf16" and accelerator.device.type == "cpu" and not multiplies_bfloat16()
-        if slow and accelerator.is_main_process:
-            print("this processor does not multiply bfloat16 itself: --precision fp32 is faster", file=sys.stderr)
+        if accelerator.is_main_process:
+            warn_if_emulated(recipe.precision, accelerator.device)
         if isinstance(images, UnlabelledImages):
             images.set_holdout(recipe.holdout)
         if isinstance(images, UnlabelledImages) and not args.stream and images.fits_memory(accelerator.num_processes):

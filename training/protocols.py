@@ -17,8 +17,8 @@ class ProbeRecipe:
     most ``grid`` x ``grid`` cells; the first view is the image as it is, the others are crops at random positions of
     the image padded by ``padding`` pixels, half of them mirrored; each image of each epoch takes one of them at random.
     With ``views=0`` every epoch draws fresh crops, runs the backbone anew and takes the whole map (``grid`` is None).
-    ``milestones`` are the epochs at which the rate is multiplied by ``factor``. ``precision`` is 'fp32', or 'bf16' to
-    train the probe under autocast.
+    ``milestones`` are the epochs at which the rate is multiplied by ``factor``. ``precision`` is 'fp32', 'bf16' to
+    train the probe under autocast, or 'auto': bf16 where the device multiplies it, fp32 elsewhere.
     """
 
     protocol: str
@@ -47,7 +47,7 @@ CONVOLUTIONAL_PAPER = ProbeRecipe(
 # as good as 8 x 8 (81.0 %) at a third of the time, and four views (82.1 %) better than three (81.4 %).
 NONLINEAR_CACHED = ProbeRecipe("non-linear probe", "cached", epochs=20, milestones=(8, 14, 18), views=4, grid=4)
 CONVOLUTIONAL_CACHED = ProbeRecipe(
-    "convolutional probe", "cached", epochs=10, milestones=(4, 7, 9), views=2, grid=8, precision="bf16"
+    "convolutional probe", "cached", epochs=10, milestones=(4, 7, 9), views=2, grid=8, precision="auto"
 )
 
 PROBES = {
@@ -63,7 +63,7 @@ class TransferRecipe:
     ``start`` is 'frozen' (the backbone stays as it is), 'trained' (it is trained too, at ``backbone_lr``) or 'random'
     (it starts from random weights and is trained: the supervised baseline). ``classifier`` is 'convolutional' or
     'non-linear', as the probes are. Each step takes a random crop of the padded images, half of them mirrored.
-    ``precision`` is 'fp32', or 'bf16' for autocast.
+    ``precision`` is 'fp32', 'bf16' for autocast, or 'auto': bf16 where the device multiplies it, fp32 elsewhere.
     """
 
     name: str
@@ -96,7 +96,7 @@ FEW_LABELS_CPU = TransferRecipe(
     classifier="convolutional",
     images=CPU_IMAGES,
     schedule=CONVOLUTIONAL_SCHEDULE,
-    precision="bf16",
+    precision="auto",
 )
 SUPERVISED_CPU = dataclasses.replace(FEW_LABELS_CPU, name="supervised-cpu", protocol="supervised", start="random")
 # the paper prints no settings for its fine-tuned rows: the backbone at a tenth of the classifier's rate is ours
@@ -136,7 +136,8 @@ class LayerProbeRecipe:
     layer) or 'non-linear' (the rest of the network after the layer, anew, with fc layers of ``fc_size``). Images are
     squares of ``image_size`` pixels, of which random crops of 7/8 of the side are taken, half of them mirrored, and the
     central ones to measure on. ``milestones`` are the epochs at which the rate is multiplied by ``factor``.
-    ``precision`` is 'fp32', or 'bf16' for autocast of backbone and classifiers.
+    ``precision`` is 'fp32', 'bf16' for autocast of backbone and classifiers, or 'auto': bf16 where the device
+    multiplies it, fp32 elsewhere.
     """
 
     name: str
@@ -181,8 +182,8 @@ IMAGENET_LINEAR_CPU = dataclasses.replace(
     epochs=10,
     milestones=(3, 6, 8),
     image_size=64,
-    precision="bf16",
-    note="tables 5 and 6 of the paper, in fewer epochs and bf16, for 64-pixel images",
+    precision="auto",
+    note="tables 5 and 6 of the paper, in fewer epochs, for 64-pixel images",
 )
 IMAGENET_NONLINEAR_CPU = dataclasses.replace(
     IMAGENET_NONLINEAR_PAPER,
@@ -191,8 +192,8 @@ IMAGENET_NONLINEAR_CPU = dataclasses.replace(
     epochs=4,
     milestones=(2, 3),
     image_size=64,
-    precision="bf16",
-    note="table 4 of the paper, in fewer epochs and bf16, for 64-pixel images",
+    precision="auto",
+    note="table 4 of the paper, in fewer epochs, for 64-pixel images",
 )
 LAYER_PROBES = {
     recipe.name: recipe

@@ -47,7 +47,7 @@ from training.figures import (
     stamp_of,
 )
 from training.recipes import RECIPES
-from training.results import REPORTED, RESULTS_DIR, Row, complaints, read_rows
+from training.results import REPORTED, RESULTS_DIR, Row, complaints, counted, read_rows
 from training.upload import Upload, current_version, hub_files, publish, upload_of, upload_of_folder
 
 FIGURES_DIR = ROOT / "docs" / "figures"
@@ -82,7 +82,7 @@ def bundle(run_dir: Path, name: str) -> None:
     if recipe["model"] != name.split(".", 1)[0]:
         raise ValueError(f"{run_dir} is a run of {recipe['model']}, not of {name.split('.', 1)[0]}")
     if recipe["holdout"]:
-        raise ValueError(f"{run_dir} held {recipe['holdout']} images out: it is for tuning, not publishing")
+        raise ValueError(f"{run_dir} held {counted(recipe['holdout'], 'image')} out: it is for tuning, not publishing")
     for known, what in ((DATA_NAMES, recipe["data"]), (RECOMMENDED_LAYERS, recipe["model"])):
         if what not in known:
             raise ValueError(f"{run_dir} is of {what}: weights are bundled of {', '.join(known)}")
@@ -256,6 +256,8 @@ def _departures(recipe: dict[str, Any]) -> list[str]:
     run = json.loads(json.dumps(run))  # a default is a tuple, what was read a list
     if isinstance(run["flip"], bool):
         run["flip"] = "random" if run["flip"] else "none"
+    if named["precision"] == "auto" and run["precision"] in ("bf16", "fp32"):
+        named["precision"] = run["precision"]  # what 'auto' was there
     run = {field: run[field] for field in named if field not in ("seed", "note")}
     return [f"{field} {named[field]} -> {value}" for field, value in run.items() if value != named[field]]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 FLIPS = ("none", "random", "alternate")
 PADDING_MODES = ("reflect", "constant")
-PRECISIONS = ("fp32", "bf16", "fp16")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
 def check_field(good: bool, field: str, expected: str, value: object) -> None:
@@ -136,8 +136,8 @@ class Recipe:
     probability goes to all rotations alike. With ``average`` above 0 the published weights are an exponential average
     of the run's, that factor of the old kept at every step, with batch norm's statistics taken anew. ``holdout`` keeps
     that many of the training images, the last ones, out of training: tune on them, never on the test set.
-    ``precision`` is 'fp32', or 'bf16' for autocast: faster where the processor multiplies bfloat16 itself
-    (``avx512_bf16`` or ``amx_bf16`` in /proc/cpuinfo, or a GPU), several times slower where it does not.
+    ``precision`` is 'fp32', 'bf16' or 'fp16' (both by autocast), or 'auto': bf16 where the device multiplies it (a GPU,
+    or ``avx512_bf16`` or ``amx_bf16`` in /proc/cpuinfo), fp32 elsewhere, where bf16 is 6 to 15 times slower.
     """
 
     name: str
@@ -221,7 +221,7 @@ def with_steps(recipe: Recipe, steps: int) -> Recipe:
         ValueError: fewer steps than stages.
     """
     if steps < len(recipe.stages):
-        raise ValueError(f"{recipe.name} has {len(recipe.stages)} stages, a step each at least, got {steps} steps")
+        raise ValueError(f"{recipe.name} has {len(recipe.stages)} stages, a step each at least, got {steps}")
     stages: list[Stage] = []
     done = planned = 0
     for position, stage in enumerate(recipe.stages, 1):
@@ -259,7 +259,7 @@ NIN_CIFAR10_CPU = Recipe(
     schedule=LinearSchedule(warmup=0.1),
     images_per_step=64,
     padding=2,
-    precision="bf16",
+    precision="auto",
     note="training/STUDY.md says why; about 150 minutes on 2 cores that multiply bfloat16",
 )
 
@@ -367,7 +367,7 @@ ALEXNET_TINYIMAGENET_CPU = Recipe(
     images_per_step=64,
     padding=0,
     scale=(0.35, 1.0),
-    precision="bf16",
+    precision="auto",
     note="about 90 minutes on 2 cores that multiply bfloat16",
 )
 

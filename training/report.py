@@ -93,8 +93,11 @@ def report_text(rows: list[Row]) -> str:
             chosen = [row for row in own if series_name(row) == series]
             cells = [spread_text([row for row in chosen if row.layer == layer]) for layer in layers]
             lines.append(f"| {series} | {' | '.join(cells)} |")
-        settings = dict.fromkeys((row.protocol, row.settings) for row in own)
-        lines += ["", *(f"- {protocol}: {text}." for protocol, text in settings)]
+        settings: dict[tuple[str, str], dict[str, None]] = {}
+        for row in own:
+            settings.setdefault((series_name(row), row.settings), {}).setdefault(row.layer)
+        lines += [""]
+        lines += [f"- {', '.join(filter(None, (series, *of)))}: {text}." for (series, text), of in settings.items()]
         sections.append("\n".join(lines) + "\n")
     return "\n".join(sections)
 

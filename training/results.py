@@ -85,7 +85,7 @@ class Row:
     @property
     def number(self) -> str:
         """The number's name in one line, for tables and errors."""
-        few = f"{self.labels_per_class} labels a class ({self.draw})" if self.labels_per_class else ""
+        few = f"{counted(self.labels_per_class, 'label')} a class ({self.draw})" if self.labels_per_class else ""
         seed = "" if self.seed is None else f"seed {self.seed}"
         parts = (self.weights, self.protocol, self.cost and f"({self.cost})", self.layer, few, seed)
         return " ".join(part for part in parts if part)
@@ -319,12 +319,9 @@ def check_device(device: str) -> None:
         raise ValueError(f"device {device!r} cannot be used ({reason}); give --device cpu or another") from error
 
 
-def multiplies_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16 itself, as /proc/cpuinfo says; True where nothing says."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    flags = {flag for line in lines if line.startswith(("flags", "Features")) for flag in line.split()}
-    return not flags or not flags.isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """A number with its noun: '1 image', '2 images'."""
+    return f"{number} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def device_name(device: torch.device | str) -> str:

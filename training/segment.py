@@ -26,13 +26,14 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from rotation_ssl.backbones.alexnet import POOL_SIZE, RotNetAlexNet
 from rotation_ssl.images import normalize
 from training.memory import TURN_OFF
+from training.progress import progress
 from training.protocols import VOC_SEGMENTATION, VocSegmentation
 from training.report import run_measuring
+from training.results import counted
 from training.transfer import Backbone, Draws, InOrder, batches, read_once, train_network
 from training.voc_command import add_arguments, count_present, keep_numbers, prepare_transfer, training_of, transfer_row
 from training.voc_data import MaskedImage, check_large_enough, open_mask, open_pixels, pixels_tensor, read_masks
@@ -158,7 +159,7 @@ def segment(network: Fcn, images: Sequence[MaskedImage], device: str = "cpu", wo
     classes = network.score.out_channels
     confusion = torch.zeros(classes, classes, dtype=torch.int64)
     load = functools.partial(_test_sample, tuple(images), classes - 1)
-    with torch.inference_mode(), tqdm(total=len(images), desc="test", unit="img", mininterval=0.5) as bar:
+    with torch.inference_mode(), progress("test", len(images)) as bar:
         for ((pixels, mask),) in batches(InOrder(load, len(images)), 1, workers):
             predicted = network(pixels[None].to(device)).argmax(1)[0].cpu()
             confusion += confusion_matrix(predicted, mask, classes)
@@ -241,7 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         by_class = {"IoU": values}
         row = transfer_row(
             transfer, args, mean_over_classes(values), "PASCAL VOC segmentation, mean IoU",
-            f"FCN, {count_present(by_class)} classes with the background",
+            f"FCN, {counted(count_present(by_class), 'class', 'classes')} with the background",
         )  # fmt: skip
         return keep_numbers(transfer.output, [row], by_class, ("background", *args.classes))
 

@@ -29,7 +29,9 @@ from training.data import Images, load_images
 from training.evaluate import measure_features, plan
 from training.figures import STAMP_KEY, rows_stamp, stamp_of
 from training.memory import TURN_OFF, keep_large_blocks
+from training.precision import add_precision_argument, warn_if_emulated
 from training.pretrain import finished_run
+from training.progress import progress
 from training.recipes import CosineSchedule, LinearSchedule, Muon, Recipe, Sgd, Stage
 from training.report import keep_row
 from training.results import RESULTS_DIR, Row, read_file
@@ -53,7 +55,7 @@ BASE = Recipe(
     optimizer=Muon(lr=0.1),
     schedule=LinearSchedule(warmup=0.1),
     images_per_step=64,
-    precision="bf16",
+    precision="auto",
     holdout=HOLDOUT,
 )
 
@@ -159,9 +161,8 @@ def run_variant(recipe: Recipe, images: Images, output: Path, file: Path, device
     # the run's own: it may have been made by an earlier commit than the one that measures
     keep_row(dataclasses.replace(row, recipe=recipe.name, commit=run["commit"]), file)
     few = dataclasses.replace(images, train=images.train.subset(torch.arange(min(PROBE_IMAGES, len(images.train)))))
-    autocast = torch.bfloat16 if recipe.precision == "bf16" else None
     for row in measure_features(
-        subject, few, plan([LAYER], ["linear", "nonlinear"], "cached", [0]), device, autocast=autocast
+        subject, few, plan([LAYER], ["linear", "nonlinear"], "cached", [0]), device, features=recipe.precision
     ):
         settings = f"{row.settings}; {len(few.train):,} labelled images"
         keep_row(dataclasses.replace(row, recipe=recipe.name, settings=settings), file)
@@ -249,6 +250,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("runs/study"), help="folder of the runs [%(default)s]")
     parser.add_argument("--rows", type=Path, default=ROWS, help="file of the rows [training/results/study/runs.jsonl]")
     parser.add_argument("--only", nargs="+", choices=VARIANTS, metavar="VARIANT", help=", ".join(VARIANTS))
+    add_precision_argument(parser)
     parser.add_argument("--device", default="cpu", help="[%(default)s]")
     parser.add_argument("--check", action="store_true", help="of render: write nothing, fail where something differs")
     args = parser.parse_args(arguments)
@@ -260,14 +262,16 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"{'differs' if args.check else 'wrote'} {path.name}")
             return 1 if args.check and changed else 0
         images = load_images("cifar10", args.data_dir, 32, holdout=HOLDOUT)
-        for name in args.only or VARIANTS:
-            if name in measured(args.rows):
-                continue
+        warn_if_emulated(args.precision, args.device)
+        done = measured(args.rows)
+        todo = [VARIANTS[name] for name in args.only or VARIANTS if name not in done]
+        for recipe in progress("variants", len(todo), "variant", todo):
+            asked = dataclasses.replace(recipe, precision=args.precision or recipe.precision)
             try:
-                run_variant(VARIANTS[name], images, args.output / name, args.rows, args.device)
+                run_variant(asked, images, args.output / recipe.name, args.rows, args.device)
             except ValueError as error:
                 # a rate that was too high is a result of the study, not its end
-                print(f"{name} has no numbers: {error}", file=sys.stderr)
+                print(f"{recipe.name} has no numbers: {error}", file=sys.stderr)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

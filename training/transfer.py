@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import save_model
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from rotation_ssl.backbones.alexnet import FcHead, RotNetAlexNet
 from rotation_ssl.images import square
 from training.optimizers import learning_rate_factor, set_learning_rates
+from training.progress import progress
 from training.protocols import Training
 from training.rescale import centre, fold_batch_norms, rescale
 from training.subject import Subject, preparation
@@ -200,7 +200,7 @@ def read_once(load: Callable[[int], Any], count: int, workers: int = 0) -> None:
         ValueError: as ``load``.
         OSError: as ``load``.
     """
-    with tqdm(total=count, desc="checking", unit="img", mininterval=0.5, disable=count < 500) as bar:
+    with progress("checking", count, disable=count < 500) as bar:
         for (_,) in batches(InOrder(load, count), 1, workers):
             bar.update()
 
@@ -214,7 +214,7 @@ def check_apart(train: Sequence[Any], test: Sequence[Any]) -> None:
     both = sorted({image.file for image in train} & {image.file for image in test})
     if both:
         raise ValueError(
-            f"{len(both)} images are trained on and measured, {both[0].name} among them: give --train and --test "
+            f"{both[0].name} is trained on and measured ({len(both)} of the images): give --train and --test "
             "splits that have no image in common"
         )
 
@@ -247,12 +247,7 @@ def train_network(
     optimizer = torch.optim.SGD(parameters, training.lr, momentum=training.momentum, weight_decay=training.weight_decay)
     network.train()
     losses: list[torch.Tensor] = []
-    with tqdm(
-        total=training.steps * training.images_per_step,
-        desc=name,
-        unit="img",
-        mininterval=0.5 if sys.stderr.isatty() else 30.0,
-    ) as bar:
+    with progress(name, training.steps * training.images_per_step) as bar:
         for step, batch in zip(range(training.steps), samples, strict=False):
             set_learning_rates([optimizer], learning_rate_factor(training.schedule, step, training.steps))
             loss = loss_of(batch)

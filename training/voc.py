@@ -28,11 +28,12 @@ import torch
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from training.memory import TURN_OFF
+from training.progress import progress
 from training.protocols import VOC_CLASSIFICATION, VocClassification
 from training.report import run_measuring
+from training.results import counted
 from training.subject import Subject, preparation
 from training.transfer import Draws, InOrder, batches, read_once, train_network
 from training.voc_command import (
@@ -159,7 +160,7 @@ def classify(
         _crops, tuple(image.file for image in images), size, recipe.scales, recipe.test_crops, seed
     )
     logits = []
-    with torch.inference_mode(), tqdm(total=len(images), desc="test", unit="img", mininterval=0.5) as bar:
+    with torch.inference_mode(), progress("test", len(images)) as bar:
         for (crops,) in batches(InOrder(load, len(images)), 1, workers):
             logits.append(network(prepare(crops.to(device))).float().mean(0).cpu())
             bar.update()
@@ -240,7 +241,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             recipe, transfer.subject, transfer.network, args.layers, transfer.train, transfer.test, len(args.classes),
             args.device, args.seed, args.workers, transfer.output,
         )  # fmt: skip
-        settings = f"{count_present(by_class)} classes, {recipe.test_crops} crops of {size} pixels"
+        classes, crops = counted(count_present(by_class), "class", "classes"), counted(recipe.test_crops, "crop")
+        settings = f"{classes}, {crops} of {size} pixels"
         rows = [
             transfer_row(transfer, args, value, f"PASCAL VOC classification, {kind} mAP", settings, args.layers)
             for kind, value in averages(by_class).items()

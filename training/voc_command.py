@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from training.protocols import Training
 from training.report import check_rows, keep_row, write_report
-from training.results import Row, current_commit, device_name, library_versions
+from training.results import Row, counted, current_commit, device_name, library_versions
 from training.subject import Subject, load_subject
 from training.transfer import NETWORK, check_apart, has_fresh_fc, transfer_network
 from training.voc_data import CLASSES
@@ -201,7 +201,7 @@ def settings_text(args: argparse.Namespace, training: Training, subject: Subject
     fc_size = getattr(getattr(network, "head", None), "fc_size", 0)
     parts = [
         f"trained on {args.train}",
-        f"{training.steps:,} steps of {training.images_per_step} images",
+        f"{training.steps:,} step{'s' * (training.steps != 1)} of {counted(training.images_per_step, 'image')}",
         f"rate {training.lr:g}",
         f"{'fresh ' if has_fresh_fc(subject, network) else ''}fc6 and fc7 of {fc_size:,}" if fc_size else "",
         "batch norm folded",

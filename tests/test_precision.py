@@ -1,0 +1,174 @@
+"""What is computed in bf16, and where: 'auto' follows the hardware, no row says 'auto', no run changes it midway."""
+
+import dataclasses
+import signal
+
+import pytest
+import torch
+from tiny_runs import TINY, interrupt, sample_images
+
+from training import evaluate, finetune, imagenet, precision
+from training.data import load_images
+from training.precision import cpu_flags, multiplies_bfloat16, resolve_precision, resolved, warn_if_emulated
+from training.pretrain import create_accelerator, pretrain
+from training.protocols import LAYER_PROBES, PROBES, TRANSFERS
+from training.recipes import RECIPES
+from training.study import VARIANTS
+from training.subject import load_subject
+
+EVERY = [
+    *RECIPES.values(),
+    *VARIANTS.values(),
+    *PROBES.values(),
+    *TRANSFERS.values(),
+    *LAYER_PROBES.values(),
+]
+NATIVE = pytest.mark.parametrize(("flags", "computed"), [(set(), "fp32"), ({"avx512_bf16"}, "bf16")])
+
+
+@pytest.fixture
+def set_flags(monkeypatch):
+    """A function that gives the processor other instruction sets."""
+    return lambda flags: monkeypatch.setattr(precision, "cpu_flags", lambda: flags)
+
+
+@pytest.mark.parametrize(
+    ("text", "native"),
+    [
+        ("processor\t: 0\nflags\t\t: fpu avx512f avx512_bf16\nbugs\t\t: spectre_v1\n", True),
+        ("flags\t\t: fpu amx_bf16 amx_tile\n", True),
+        ("Features\t: fp asimd bf16 i8mm\n", True),
+        ("flags\t\t: fpu avx512f avx512_vnni\n", False),
+        ("model name\t: a processor with bf16\nflags\t\t: fpu\n", False),
+        (None, False),
+    ],
+    ids=["x86", "amx", "arm", "none", "elsewhere", "no file"],
+)
+def test_a_processor_says_what_it_multiplies(tmp_path, set_flags, text, native):
+    file = tmp_path / "cpuinfo"
+    if text is not None:
+        file.write_text(text)
+    set_flags(cpu_flags(file))
+    assert multiplies_bfloat16("cpu") is native
+    assert resolve_precision("auto", "cpu") == ("bf16" if native else "fp32")
+    assert multiplies_bfloat16("meta") is False, "neither a processor nor a GPU of CUDA's"
+    for given in ("fp32", "bf16", "fp16"):
+        assert resolve_precision(given, "cpu") == given, "what is asked for is obeyed"
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_gpu_is_asked_without_its_emulation(monkeypatch, native):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: torch.inference_mode(False))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: asked.append(options) or native)
+    assert multiplies_bfloat16("cuda:0") is native and asked == [{"including_emulation": False}]
+
+
+@pytest.mark.parametrize("recipe", EVERY, ids=lambda r: getattr(r, "name", None) or f"{r.protocol} ({r.cost})")
+def test_no_recipe_emulates_bfloat16(recipe, set_flags):
+    set_flags(set())
+    assert resolved(recipe, "cpu").precision == "fp32"
+    set_flags({"amx_bf16"})
+    assert resolved(recipe, "cpu").precision == ("bf16" if recipe.precision == "auto" else "fp32")
+
+
+def test_whoever_asks_for_emulation_is_told(set_flags, capsys):
+    told = "cpu is not known to multiply bfloat16: --precision fp32 may be many times faster\n"
+    for given, flags in (("bf16", set()), ("bf16", {"avx512_bf16"}), ("auto", set()), ("fp32", set()), (None, set())):
+        set_flags(flags)
+        warn_if_emulated(given, "cpu")
+        assert capsys.readouterr().err == (told if given == "bf16" and not flags else "")
+
+
+@pytest.fixture
+def images(small_cifar10):
+    return load_images("cifar10", small_cifar10, 32)
+
+
+@NATIVE
+def test_rows_of_transfers_say_it(images, set_flags, flags, computed):
+    set_flags(flags)
+    recipe = dataclasses.replace(TRANSFERS["few-labels-cpu"], images=32, batch_size=16)
+    subject = load_subject("test_resnet", random=True, size=32)
+    row = finetune.measure_transfer(recipe, subject, "layer1", images)
+    assert row.settings == f"32 crops seen, convolutional classifier, frozen backbone, {computed}"
+
+
+@NATIVE
+def test_rows_of_layer_probes_say_it(small_tinyimagenet, set_flags, flags, computed):
+    set_flags(flags)
+    recipe = dataclasses.replace(LAYER_PROBES["imagenet-linear-cpu"], epochs=1, milestones=(), batch_size=10)
+    data = imagenet.read_into_memory(imagenet.open_labelled("tinyimagenet", small_tinyimagenet, "train", 64), 0)
+    subject = load_subject("test_resnet", random=True, size=64)
+    (row,) = imagenet.measure_layers(recipe, subject, ["layer1"], data, data, "x val")
+    assert row.settings.endswith(f"batch norm, linear; 1 epoch of SGD, 64 pixels, {computed}")
+
+
+@NATIVE
+def test_rows_of_probes_say_it(images, set_flags, monkeypatch, flags, computed):
+    set_flags(flags)
+    short = {key: dataclasses.replace(r, epochs=2, milestones=(), batch_size=8) for key, r in PROBES.items()}
+    monkeypatch.setattr(evaluate, "PROBES", short)
+    subject = load_subject("test_resnet", random=True, size=32)
+
+    def settings(protocol, cost="cached", **options):
+        measurement = evaluate.Measurement(protocol, cost, "layer1", 0)
+        (row,) = evaluate.measure_features(subject, images, [measurement], **options)
+        return row.settings
+
+    assert settings("convolutional probe").endswith(f"2 views, 2 epochs of SGD in {computed}")
+    assert settings("non-linear probe").endswith("4 views, 2 epochs of SGD in fp32"), "its recipe's"
+    assert settings("non-linear probe", "paper").endswith("every epoch, 2 epochs of SGD in fp32")
+    assert settings("non-linear probe", features="auto").endswith(f"SGD in fp32; features in {computed}")
+    both = settings("non-linear probe", "paper", features="auto", probes="auto")
+    assert both.endswith(f"SGD in {computed}; features in {computed}")
+    assert settings("convolutional probe", probes="fp32").endswith("SGD in fp32"), "what is asked for is obeyed"
+
+
+@NATIVE
+def test_features_are_computed_in_what_the_row_says(images, set_flags, monkeypatch, flags, computed):
+    set_flags(flags)
+    seen = []
+    extract = evaluate.extract_features
+
+    def watched(*args, **options):
+        seen.append(options.get("autocast"))
+        return extract(*args, **options)
+
+    monkeypatch.setattr(evaluate, "extract_features", watched)
+    subject = load_subject("test_resnet", random=True, size=32)
+    for features, expected in ((None, None), ("auto", precision.autocast_type(computed)), ("bf16", torch.bfloat16)):
+        seen.clear()
+        list(evaluate.measure_features(subject, images, evaluate.plan(["layer1"], ["knn"], "", []), features=features))
+        # the last two are the training and the test images, others ask for shapes alone
+        assert seen[-2:] == [expected, expected]
+
+
+AUTO = dataclasses.replace(TINY, precision="auto")
+
+
+def test_a_stopped_run_does_not_go_on_in_another_precision(tmp_path, monkeypatch, set_flags):
+    set_flags(set())
+    images, output = sample_images(), tmp_path / "run"
+    with monkeypatch.context() as patch:
+        interrupt(patch, 11, lambda: signal.raise_signal(signal.SIGTERM))
+        pretrain(AUTO, images, output)
+    set_flags({"avx512_bf16"})
+    with pytest.raises(
+        ValueError, match=r"is of another run \(precision 'fp32' -> 'bf16'\): resume with those settings"
+    ):
+        pretrain(AUTO, images, output, resume=True)
+    with pytest.raises(ValueError, match=r"another run \(precision 'fp32' -> 'bf16'\)"):
+        pretrain(dataclasses.replace(AUTO, precision="bf16"), images, output, resume=True)
+    # the same precision by its name, on whatever machine
+    weights = pretrain(dataclasses.replace(AUTO, precision="fp32"), images, output, resume=True)
+    # nothing goes on in a finished run: 'auto' was what it was, but bf16 it was not
+    assert pretrain(AUTO, images, output, resume=True) == weights
+    with pytest.raises(ValueError, match=r"finished run of another recipe \(precision differ\)"):
+        pretrain(dataclasses.replace(AUTO, precision="bf16"), images, output, resume=True)
+
+
+@NATIVE
+def test_accelerate_gets_the_resolved_precision(set_flags, flags, computed):
+    set_flags(flags)
+    assert create_accelerator(AUTO, cpu=True).mixed_precision == ("no" if computed == "fp32" else computed)

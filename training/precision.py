@@ -1,0 +1,62 @@
+"""What trainings and probes compute in: fp32, or bf16 by autocast where the device multiplies it."""
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from training.protocols import LayerProbeRecipe, ProbeRecipe, TransferRecipe
+from training.recipes import Recipe
+
+AnyRecipe = TypeVar("AnyRecipe", Recipe, ProbeRecipe, TransferRecipe, LayerProbeRecipe)
+
+
+def resolve_precision(precision: str, device: torch.device | str) -> str:
+    """A precision on a device: 'auto' is 'bf16' where the device multiplies it, else 'fp32'; others are themselves."""
+    if precision != "auto":
+        return precision
+    return "bf16" if multiplies_bfloat16(device) else "fp32"
+
+
+def resolved(recipe: AnyRecipe, device: torch.device | str) -> AnyRecipe:
+    """The recipe with the precision that it has on a device, never 'auto'."""
+    return dataclasses.replace(recipe, precision=resolve_precision(recipe.precision, device))
+
+
+def multiplies_bfloat16(device: torch.device | str = "cpu") -> bool:
+    """Whether a device has instructions for bfloat16: a CUDA GPU, or a processor that says so in /proc/cpuinfo.
+
+    Elsewhere bfloat16 is emulated, or nobody says.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and not cpu_flags().isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
+    """The processor's instruction sets as Linux names them; none where there is no /proc/cpuinfo."""
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return {flag for line in lines if line.startswith(("flags", "Features")) for flag in line.split()}
+
+
+def autocast_type(precision: str) -> torch.dtype | None:
+    """The type to autocast to in a resolved precision; None for fp32."""
+    return torch.bfloat16 if precision == "bf16" else None
+
+
+def warn_if_emulated(precision: str | None, device: torch.device | str) -> None:
+    """Print one line where bf16 is asked for and the device does not say that it multiplies it."""
+    if precision == "bf16" and not multiplies_bfloat16(device):
+        print(f"{device} is not known to multiply bfloat16: --precision fp32 may be many times faster", file=sys.stderr)
+
+
+def add_precision_argument(parser: argparse.ArgumentParser, default: str = "the recipe's") -> None:
+    """The option --precision, the same in every command that has it."""
+    parser.add_argument(
+        "--precision", choices=("auto", "fp32", "bf16"), help=f"auto: bf16 where it is fast, else fp32 [{default}]"
+    )
