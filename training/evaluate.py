@@ -292,7 +292,7 @@ def _linear_probe(
 ) -> tuple[torch.Tensor, str, float]:
     strengths = LINEAR_STRENGTHS if strength is None else (strength,)
     classes, tenth, side = len(train.classes), max(1, len(train) // 10), test.shape[-1]
-    # L-BFGS evaluates the loss 125 times at most in 100 iterations; where it converges it stops before
+    # L-BFGS gives up after 125 evaluations of the loss in 100 iterations; where it converges it stops before
     fits = len(strengths) + (len(strengths) > 1)
     with progress("linear probe", fits * 125, "evaluation") as bar:
         predictions, strength = linear_predict(
