@@ -42,6 +42,7 @@ def test_a_row_a_seed_and_a_second_time_nothing(images, tmp_path, monkeypatch):
     rows = read_file(file)
     assert [(row.recipe, row.seed) for row in rows] == [(name, seed) for name in names for seed in (0, 1)]
     assert {row.data for row in rows} == {"CIFAR-10 test"} and {row.n for row in rows} == {40}
+    assert all(row.settings.endswith(" in fp32; features in fp32") for row in rows)
     assert len({row.sha256 for row in rows}) == 2 and {row.layer for row in rows} == {"block2"}
     before = file.read_bytes()
     for name in names:

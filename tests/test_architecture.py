@@ -68,7 +68,10 @@ ALLOWED = {
     "training.outputs": {"rotation_ssl.convert", "training.checkpoint", "training.recipes", "training.results"},
     "training.speed": {"rotation_ssl"}
     | {f"rotation_ssl.{name}" for name in ("features", "images", "rotations")}
-    | {f"training.{name}" for name in ("batches", "memory", "optimizers", "pretrain", "recipes", "results")},
+    | {
+        f"training.{name}"
+        for name in ("batches", "memory", "optimizers", "precision", "pretrain", "recipes", "results")
+    },
     "training.benchmark": {"rotation_ssl.zoo", "rotation_ssl.backbones.nin"}
     | {f"training.{name}" for name in ("card", "results", "speed")},
     "training.results": {"rotation_ssl"},

@@ -245,6 +245,7 @@ def test_cached_features_are_those_of_the_images_as_they_are(small_cifar10):
         (["rotnet_nin", "--weights", "a", "--random"], "exclude each other"),
         (["rotnet_nin", "--record", "--holdout", "5"], "leave out what changes them"),
         (["resnet18", "--random", "--size", "32", "--record"], "leave out what changes them"),
+        (["rotnet_nin", "--record", "--precision", "fp32"], "leave out what changes them"),
         (["rotnet_nin", "--holdout", "40"], "holdout must be 1 to 39"),
     ],
 )  # fmt: skip

@@ -73,7 +73,7 @@ def test_no_recipe_emulates_bfloat16(recipe, set_flags):
 
 
 def test_whoever_asks_for_emulation_is_told(set_flags, capsys):
-    told = "cpu is not known to multiply bfloat16: --precision fp32 may be many times faster\n"
+    told = "cpu is not known to multiply bfloat16: bf16 may be many times slower than fp32\n"
     for given, flags in (("bf16", set()), ("bf16", {"avx512_bf16"}), ("auto", set()), ("fp32", set()), (None, set())):
         set_flags(flags)
         warn_if_emulated(given, "cpu")
@@ -123,6 +123,26 @@ def test_rows_of_probes_say_it(images, set_flags, monkeypatch, flags, computed):
     both = settings("non-linear probe", "paper", features="auto", probes="auto")
     assert both.endswith(f"SGD in {computed}; features in {computed}")
     assert settings("convolutional probe", probes="fp32").endswith("SGD in fp32"), "what is asked for is obeyed"
+
+
+@pytest.mark.parametrize("command", [finetune, imagenet])
+def test_what_the_device_would_take_anyway_is_the_recipe_as_it_is(
+    command, small_cifar10, set_flags, monkeypatch, tmp_path, capsys
+):
+    """The card takes rows of either precision, but none that a command line chose."""
+    set_flags(set())
+    monkeypatch.setattr("training.results.current_commit", lambda: "0" * 40)
+    recipe, model = {finetune: ("few-labels-cpu", "rotnet_nin"), imagenet: ("imagenet-linear-cpu", "rotnet_alexnet")}[
+        command
+    ]
+    arguments = [recipe, model, "--data-dir", str(small_cifar10), "--dataset", "cifar10", "--record"]
+    for given, message in (
+        ("fp32", "this is not the whole of CIFAR-10"),
+        ("auto", "this is not the whole of CIFAR-10"),
+        ("bf16", "leave out what changes them"),
+    ):
+        assert command.main([*arguments, "--precision", given]) == 2
+        assert message in capsys.readouterr().err
 
 
 @NATIVE

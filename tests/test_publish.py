@@ -181,6 +181,14 @@ def test_an_alexnet_is_bundled_and_reported_on_its_own_data(copied, tmp_path):
     assert "_31.70 %_ (unchecked)" in own and "of Places205" in own
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_in_either_precision_is_the_recipes(copied, run_dir, precision):
+    run = json.loads((run_dir / "run.json").read_text())
+    run["recipe"]["precision"] = precision
+    (run_dir / "run.json").write_text(json.dumps(run))
+    publish.bundle(run_dir, NAME)
+
+
 def test_what_is_no_finished_run_is_refused(copied, run_dir):
     before = (copied / "weights" / "manifest.json").read_bytes()
     golden = (copied / "weights" / f"{NAME}.golden.safetensors").read_bytes()

@@ -48,7 +48,7 @@ def test_a_variant_is_measured_on_the_held_out_images(small_study, tmp_path):
     run = json.loads((tmp_path / "base" / "run.json").read_text())
     assert (rotation.correct, rotation.n) == tuple(run["holdout_rotation_accuracy"].values())
     assert {row.n for row in rows if row.layer == "block2"} == {10}
-    assert all("20 labelled images" in row.settings for row in rows if row.layer)
+    assert all("; features in fp32; 20 labelled images" in row.settings for row in rows if row.layer)
     assert study.measured(small_study) == {"base", "seed-1"}
 
 

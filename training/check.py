@@ -160,7 +160,7 @@ def judge(row: Row, new: Row, rows: Sequence[Row]) -> Verdict:
     measured = f"{100 * new.value:.2f} %" if same else f"other {_difference(row, new)}"
     # a tolerance is inclusive: 40 of 40,000 are one in a thousand
     holds = same and abs(new.value - value) <= tolerance + 1e-9
-    name = row.number if parts == PARTS else f"{row.number}, {new.n:,} images"
+    name = row.number if parts == PARTS else f"{row.number}, {new.n:,} image{'s' * (new.n != 1)}"
     return Verdict(name, f"{100 * value:.2f} %", measured, text, holds)
 
 

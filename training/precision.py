@@ -52,7 +52,7 @@ def autocast_type(precision: str) -> torch.dtype | None:
 def warn_if_emulated(precision: str | None, device: torch.device | str) -> None:
     """Print one line where bf16 is asked for and the device does not say that it multiplies it."""
     if precision == "bf16" and not multiplies_bfloat16(device):
-        print(f"{device} is not known to multiply bfloat16: --precision fp32 may be many times faster", file=sys.stderr)
+        print(f"{device} is not known to multiply bfloat16: bf16 may be many times slower than fp32", file=sys.stderr)
 
 
 def add_precision_argument(parser: argparse.ArgumentParser, default: str = "the recipe's") -> None:

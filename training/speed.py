@@ -30,6 +30,7 @@ from rotation_ssl.rotations import rotation_loss
 from training.batches import augmented_batches
 from training.memory import keep_large_blocks
 from training.optimizers import create_optimizers, create_sgd
+from training.precision import autocast_type, warn_if_emulated
 from training.pretrain import create_accelerator, create_model, train_step
 from training.recipes import NIN_CIFAR10_CPU, Sgd, Stage, with_image_size
 from training.results import current_commit, device_name, library_versions
@@ -165,7 +166,7 @@ def _features(case: Case) -> tuple[Callable[[], object], int, float]:
     model = timm.create_model(MODEL, pretrained=True).eval().to(memory_format=torch.channels_last)
     images = _images(case.size, 1024)
     cfg = timm.get_pretrained_cfg(MODEL)
-    autocast = torch.bfloat16 if case.precision == "bf16" else None
+    autocast = autocast_type(case.precision)
 
     def prepare(batch: torch.Tensor) -> torch.Tensor:
         return normalize(batch, cfg.mean, cfg.std).contiguous(memory_format=torch.channels_last)
@@ -179,7 +180,7 @@ def _features(case: Case) -> tuple[Callable[[], object], int, float]:
 
 
 def _product(case: Case) -> tuple[Callable[[], object], int, float]:
-    dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
+    dtype = autocast_type(case.precision) or torch.float32
     a, b = (torch.randn(case.size, case.size).to(dtype) for _ in range(2))
     repeats = min(1000, max(1, (4096 // case.size) ** 3))
 
@@ -226,6 +227,7 @@ def measure_speed(rounds: int = 3) -> dict[str, Any]:
     The naive pipeline and ours are taken in turns, ``rounds`` times, and so are features and matrix products; medians
     are compared.
     """
+    warn_if_emulated("bf16", "cpu")
     headline = {
         "naive": Case("naive", precision="fp32", keep_blocks=False),
         "training": Case("training"),
