@@ -49,7 +49,10 @@ QUICK_PARTS = (0, 1)
 QUICK_PROTOCOLS = ("rotation accuracy", "k-NN")
 FLIPS = 1e-3
 TRAINED_TOLERANCE = 5e-3
-PRECISION_TOLERANCE = 5e-3  # XXX
+# A training in bf16 takes another path than in fp32, as with another seed, which is allowed for already; this is for a
+# shift that comes on top. bf16 rounds factors to 8 bits and sums in fp32: the convolutional probe of block2 (5,000
+# training images, seed 0) came to 79.90 % with every factor and result so rounded, and to 79.86 % in fp32.
+PRECISION_TOLERANCE = 5e-3
 
 
 @dataclasses.dataclass(frozen=True)
