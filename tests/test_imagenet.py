@@ -20,6 +20,7 @@ from training.imagenet import (
     train_probes,
     with_epochs,
 )
+from training.precision import multiplies_bfloat16
 from training.protocols import IMAGENET_LINEAR_CPU, IMAGENET_LINEAR_PAPER, IMAGENET_NONLINEAR_CPU
 from training.results import read_file
 from training.subject import load_subject
@@ -60,7 +61,10 @@ def test_the_linear_classifier_by_hand():
     torch.testing.assert_close(probe(maps)[0], expected)
 
 
-@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+EMULATED = pytest.mark.skipif(not multiplies_bfloat16(), reason="bfloat16 is emulated here: it takes a minute")
+
+
+@pytest.mark.parametrize("autocast", [None, pytest.param(torch.bfloat16, marks=EMULATED)])
 def test_layers_learn_a_handful_and_the_backbone_stays(train, autocast):
     subject = load_subject("rotnet_alexnet", random=True, size=64)
     before = {name: tensor.clone() for name, tensor in subject.backbone.state_dict().items()}
