@@ -1,6 +1,7 @@
 """What is computed in bf16, and where: 'auto' follows the hardware, no row says 'auto', no run changes it midway."""
 
 import dataclasses
+import json
 import signal
 
 import pytest
@@ -182,6 +183,7 @@ def test_a_stopped_run_does_not_go_on_in_another_precision(tmp_path, monkeypatch
         pretrain(dataclasses.replace(AUTO, precision="bf16"), images, output, resume=True)
     # the same precision by its name, on whatever machine
     weights = pretrain(dataclasses.replace(AUTO, precision="fp32"), images, output, resume=True)
+    assert json.loads((output / "run.json").read_text())["recipe"]["precision"] == "fp32"
     # nothing goes on in a finished run: 'auto' was what it was, but bf16 it was not
     assert pretrain(AUTO, images, output, resume=True) == weights
     with pytest.raises(ValueError, match=r"finished run of another recipe \(precision differ\)"):
