@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -11,12 +12,15 @@ import textwrap
 
 import pytest
 from conftest import ROOT
-from tiny_runs import TINY, interrupt, same, sample_images, weights
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny_runs import SHORT, TINY, interrupt, same, sample_images, weights
 
 from training import outputs
-from training.checkpoint import find_checkpoint
+from training.checkpoint import HASHES, find_checkpoint, read_progress, write_hashes
 from training.pretrain import create_accelerator, pretrain
 from training.recipes import AdamW, Sgd, Stage
+from training.unlabelled import open_images
 
 
 @pytest.fixture(scope="module")
@@ -154,24 +158,133 @@ def test_a_checkpoint_of_another_number_of_processes_is_refused(images, stopped)
     assert progress["identity"]["processes"] == "1"
     progress["identity"]["processes"] = "2"
     file.write_text(json.dumps(progress))
+    write_hashes(file.parent)
     with pytest.raises(ValueError, match=r"another run \(processes 2 -> 1\)"):
         pretrain(TINY, images, stopped, resume=True)
 
 
-@pytest.mark.parametrize("name", ["progress.json", "model.safetensors", "optimizer.bin", "random_states_0.pkl"])
-def test_a_damaged_checkpoint_is_refused(images, stopped, name):
+@pytest.mark.parametrize(
+    "name", ["progress.json", "model.safetensors", "optimizer.bin", "optimizer_1.bin", "random_states_0.pkl", HASHES]
+)
+def test_a_corrupt_checkpoint_is_refused(images, stopped, name):
     file = find_checkpoint(stopped) / name
     whole = file.read_bytes()
-    for content in (whole[: len(whole) // 2], b"", b"some text", None):
+    flipped = bytes([*whole[:-9], whole[-9] ^ 1, *whole[-8:]])
+    for content in (flipped, whole[: len(whole) // 2], whole + b"\n", b"", b"some text", None):
         if content is None:
             file.unlink()
         else:
             file.write_bytes(content)
         before = contents(stopped)
-        with pytest.raises(ValueError, match="step-000011 is not a checkpoint") as caught:
+        with pytest.raises(ValueError, match=rf"step-000011 is not a checkpoint .*\({name} ") as caught:
             pretrain(TINY, images, stopped, resume=True)
+        assert str(caught.value).endswith("remove it, then start without --resume: there is no earlier one")
         assert "\n" not in str(caught.value)
         assert contents(stopped) == before
+
+
+@pytest.fixture(scope="module")
+def averaged(images, tmp_path_factory):
+    """The last checkpoint, its progress and its files' contents, of a run that averages its weights."""
+    output = tmp_path_factory.mktemp("averaged")
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, 2, lambda: signal.raise_signal(signal.SIGTERM))
+        folder = pretrain(dataclasses.replace(TINY, average=0.9), images, output)
+    identity = json.loads((folder / "progress.json").read_text())["identity"]
+    return folder, read_progress(folder, identity), {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_flipped_bit_is_found_and_its_file_named(averaged, data):
+    folder, progress, whole = averaged
+    assert len(whole) == 7
+    name = data.draw(st.sampled_from(sorted(whole)))
+    changed = bytearray(whole[name])
+    changed[data.draw(st.integers(0, len(changed) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    (folder / name).write_bytes(changed)
+    try:
+        with pytest.raises(ValueError, match=rf"\({name} is corrupt"):
+            read_progress(folder, progress.identity)
+    finally:
+        (folder / name).write_bytes(whole[name])
+    assert read_progress(folder, progress.identity) == progress
+
+
+def test_a_checkpoint_of_a_version_without_hashes_is_refused(images, stopped):
+    (find_checkpoint(stopped) / HASHES).unlink()
+    with pytest.raises(ValueError, match=r"SHA256SUMS cannot be read, or it is of an earlier version, which wrote"):
+        pretrain(TINY, images, stopped, resume=True)
+
+
+def test_the_hashes_are_those_of_sha256sum(stopped):
+    folder = find_checkpoint(stopped)
+    subprocess.run(["sha256sum", "--check", "--strict", HASHES], cwd=folder, check=True, capture_output=True)
+
+
+def test_the_checkpoint_before_a_corrupt_one_goes_on_exactly(images, tmp_path, monkeypatch):
+    """Two are kept; the error offers the earlier one, and what it says works."""
+    interrupt(monkeypatch, 4, lambda: signal.raise_signal(signal.SIGTERM))
+    last = pretrain(SHORT, images, tmp_path / "parts", checkpoint_seconds=0.0)
+    monkeypatch.undo()
+    earlier = last.with_name("step-000003")
+    assert sorted(last.parent.iterdir()) == [earlier, last]
+    (last / "optimizer.bin").write_bytes((earlier / "optimizer.bin").read_bytes())
+    with pytest.raises(ValueError) as caught:
+        pretrain(SHORT, images, tmp_path / "parts", resume=True)
+    assert str(caught.value) == (
+        f"{last} is not a checkpoint that can be resumed (optimizer.bin is corrupt: its sha256 is not the one in "
+        f"SHA256SUMS); remove it, then --resume to go on from {earlier}"
+    )
+    shutil.rmtree(last)
+    pretrain(SHORT, images, tmp_path / "parts", resume=True)
+    pretrain(SHORT, images, tmp_path / "whole")
+    assert same(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+
+
+# --- the images are those that the run began with
+
+
+def test_other_images_are_refused(images, stopped):
+    changed = images.clone()
+    changed[7, 1, 3, 5] ^= 1
+    message = r"another run \(the images changed: pixels with sha256 [0-9a-f]{64} -> pixels with sha256 [0-9a-f]{64}\)"
+    for other in (255 - images, changed, images.flip(0)):
+        with pytest.raises(ValueError, match=message):
+            pretrain(TINY, other, stopped, resume=True)
+    pretrain(TINY, images.clone(), stopped, resume=True)
+    recorded = json.loads((stopped / "run.json").read_text())["images"]
+    assert recorded.startswith("pixels with sha256 ")
+    with pytest.raises(ValueError, match=f"finished run of other images \\({recorded} -> pixels with sha256"):
+        pretrain(TINY, changed, stopped, resume=True)
+    assert pretrain(TINY, images, stopped, resume=True) == stopped / "model.safetensors"
+    # earlier versions did not record them
+    run = json.loads((stopped / "run.json").read_text())
+    del run["images"]
+    (stopped / "run.json").write_text(json.dumps(run))
+    assert pretrain(TINY, changed, stopped, resume=True) == stopped / "model.safetensors"
+
+
+def test_a_folder_of_images_goes_on_streamed_or_in_memory_but_not_changed(small_cifar10, tmp_path, monkeypatch):
+    photos = small_cifar10 / "train"
+    held = open_images("folder", photos, 16)
+    held.read_all()
+    interrupt(monkeypatch, 4, lambda: signal.raise_signal(signal.SIGTERM))
+    pretrain(SHORT, held, tmp_path / "parts")
+    monkeypatch.undo()
+    file = sorted(photos.rglob("*.png"))[3]
+    content, times = file.read_bytes(), (file.stat().st_atime_ns, file.stat().st_mtime_ns)
+    file.write_bytes(content[:-1])
+    os.utime(file, ns=times)
+    with pytest.raises(ValueError, match=r"the images changed: 40 files whose names, sizes and times have sha256 "):
+        pretrain(SHORT, open_images("folder", photos, 16), tmp_path / "parts", resume=True)
+    file.write_bytes(content)
+    os.utime(file, ns=times)
+    # another place, with the same times
+    shutil.copytree(photos, tmp_path / "copied")
+    pretrain(SHORT, open_images("folder", tmp_path / "copied", 16), tmp_path / "parts", resume=True)
+    pretrain(SHORT, held, tmp_path / "whole")
+    assert same(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
 
 
 def test_a_hostile_checkpoint_runs_nothing(images, stopped, tmp_path):
@@ -185,10 +298,66 @@ def test_a_hostile_checkpoint_runs_nothing(images, stopped, tmp_path):
         file = find_checkpoint(stopped) / name
         whole = file.read_bytes()
         file.write_bytes(pickle.dumps(Hostile(), protocol=2))
+        write_hashes(file.parent)
         with pytest.raises(ValueError, match="is not a checkpoint"):
             pretrain(TINY, images, stopped, resume=True)
         file.write_bytes(whole)
     assert not (tmp_path / "owned").exists()
+
+
+# --- one training at a time
+
+
+def test_a_second_training_is_told_of_the_first(images, tmp_path, monkeypatch):
+    def second():
+        for resume in (False, True):
+            with pytest.raises(ValueError, match=rf"^another training is writing to {tmp_path}/run: wait for it, or"):
+                pretrain(SHORT, images, tmp_path / "run", resume=resume)
+
+    interrupt(monkeypatch, 3, second)
+    pretrain(SHORT, images, tmp_path / "run", checkpoint_seconds=0.0)
+    assert not (tmp_path / "run" / ".lock").exists()
+
+
+KILLED = """
+    import os, signal, sys
+    from pathlib import Path
+    sys.path[:0] = [{tests!r}, {root!r}]
+    from tiny_runs import SHORT, interrupt
+    from training.pretrain import pretrain
+    from training.unlabelled import open_images
+
+    class Patch:
+        setattr = staticmethod(setattr)
+
+    # as out of memory: with a worker that still lives, which has inherited what the process had open
+    interrupt(Patch, 5, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    pretrain(SHORT, open_images("folder", Path({photos!r}), 16), Path({output!r}), checkpoint_seconds=0.0, workers=1)
+"""
+
+
+def test_a_killed_training_leaves_no_lock(small_cifar10, tmp_path):
+    code = textwrap.dedent(KILLED).format(
+        tests=str(ROOT / "tests"), root=str(ROOT), output=str(tmp_path), photos=str(small_cifar10)
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    assert (tmp_path / ".lock").exists()
+    pretrain(SHORT, open_images("folder", small_cifar10, 16), tmp_path, resume=True)
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_an_output_that_cannot_be_written_is_named(images, tmp_path):
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(OSError, match=rf"^output folder {output} cannot be written \("):
+            pretrain(TINY, images, output)
+
+
+def test_a_refused_training_makes_no_folder(images, tmp_path):
+    with pytest.raises(ValueError, match="cannot be made"):
+        pretrain(dataclasses.replace(TINY, model="resnet_of_nobody"), images, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 FULL = """

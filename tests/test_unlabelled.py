@@ -1,6 +1,7 @@
 """Images to pretrain on: the same in memory as streamed, broken ones counted, memory flat, formats and EXIF."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ from rotation_ssl.images import read_image, read_images
 from training import pretrain as command
 from training.pretrain import pretrain
 from training.recipes import RECIPES
-from training.unlabelled import UnlabelledImages, _read_entry, open_images, stream
+from training.unlabelled import UnlabelledImages, _read_entry, fingerprint, open_entries, open_images, stream
 
 FILES = sorted((SAMPLES / "cifar10").glob("*.png"))
 
@@ -118,6 +119,57 @@ def test_nothing_that_decodes(tmp_path):
             ValueError, match=r"^2 images in a row do not decode; the last one: image .*b\.jpg does not"
         ):
             images.read_all(workers)
+
+
+def test_the_fingerprint_of_a_folder_tells_what_changed(folder, tmp_path):
+    """Names below the folder, sizes and times; not where it is, how the images are read, or what is no image."""
+    whole = fingerprint(open_images("folder", folder, 16))
+    assert whole.startswith("40 files whose names, sizes and times have sha256 ")
+    shutil.copytree(folder, tmp_path / "copied")
+    (tmp_path / "copied" / "notes.txt").write_text("other notes")
+    copied = open_images("folder", tmp_path / "copied", 32)
+    copied.read_all()
+    assert fingerprint(copied) == whole
+    seen = {whole}
+
+    def changed():
+        found = fingerprint(open_images("folder", folder, 16))
+        known = found in seen
+        seen.add(found)
+        return not known
+
+    assert not changed()
+    first, second, *_, last = sorted(folder.rglob("*.png"))
+    content, times = first.read_bytes(), (0, first.stat().st_mtime_ns)
+    first.write_bytes(content + b"more")
+    os.utime(first, ns=times)
+    assert changed(), "its size"
+    first.write_bytes(content)
+    os.utime(first, ns=(0, times[1] + 1))
+    assert changed(), "its time"
+    os.utime(first, ns=times)
+    assert not changed()
+    second.rename(second.with_name("other.png"))
+    assert changed(), "a name"
+    last.unlink()
+    assert changed(), "one fewer"
+    last.symlink_to(folder / "nowhere.png")
+    assert changed(), "a link that leads nowhere is a broken image"
+
+
+def test_the_fingerprint_of_pixels():
+    images = torch.arange(24, dtype=torch.uint8).view(2, 3, 2, 2)
+    by_hand = hashlib.sha256(b"(2, 3, 2, 2)" + bytes(range(24))).hexdigest()
+    assert fingerprint(images) == f"pixels with sha256 {by_hand}"
+    assert fingerprint(images.to(memory_format=torch.channels_last)) == fingerprint(images)
+    assert fingerprint(images.view(4, 3, 1, 2)) != fingerprint(images)
+
+
+def test_the_fingerprint_of_other_data_sets(small_cifar10):
+    """Of torchvision's folders that of the files; of those that only their library reads, length and name."""
+    ours = fingerprint(open_images("folder", small_cifar10, 32))
+    assert fingerprint(open_images("torch/image_folder", small_cifar10, 32)) == ours
+    assert fingerprint(open_entries([None] * 7, 32, "hfds/someone/photos")) == "7 images of hfds/someone/photos"
 
 
 def test_what_fits_into_memory(monkeypatch):

@@ -22,6 +22,7 @@ TINY = dataclasses.replace(
     image_size=16,
     precision="fp32",
 )
+SHORT = dataclasses.replace(TINY, stages=(Stage(6, 8),))
 
 
 def sample_images():

@@ -1,11 +1,13 @@
 """Checkpoints of a training run: folders that appear whole, so that a kill at any moment leaves the last one loadable.
 
-``output/checkpoints/step-000120/`` holds what accelerate saves (model, optimisers, random states) and progress.json. It
-is written under another name and renamed; only then older ones are removed.
+``output/checkpoints/step-000120/`` contains what accelerate saves (model, optimisers, random states), progress.json and
+SHA256SUMS, the hashes of them all. It is written under another name and renamed. The last two checkpoints are kept, so
+that a run whose last one is corrupt can go on from the one before: they take twice the disk space of one.
 """
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -22,8 +24,12 @@ from accelerate.utils.other import load
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from rotation_ssl.sources import sha256_of
+
 PROGRESS = "progress.json"
 AVERAGE = "average.safetensors"
+HASHES = "SHA256SUMS"
+KEPT = 2  # checkpoints
 STATE_ERRORS = (OSError, RuntimeError, ValueError, KeyError, TypeError, IndexError, AttributeError, EOFError)
 
 
@@ -46,15 +52,24 @@ class Progress:
 
 def find_checkpoint(output: Path) -> Path | None:
     """The last whole checkpoint of a run, or None."""
+    return next(reversed(_find_checkpoints(output)), None)
+
+
+def _find_checkpoints(output: Path) -> list[Path]:
+    """The whole checkpoints of a run, the last one at the end."""
     found = [path for path in (output / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
-    return max(found, key=lambda path: int(path.name[5:]), default=None)
+    return sorted(found, key=_step)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
 def save_checkpoint(accelerator: Accelerator, output: Path, progress: Progress, average: nn.Module | None) -> Path:
-    """Write all that resuming needs and remove older checkpoints; called by every process.
+    """Write all that resuming needs and remove all older checkpoints but the last; called by every process.
 
     Raises:
-        OSError: it cannot be written, the disk is full, say; the one before is kept.
+        OSError: it cannot be written, the disk is full, say; those before are kept.
     """
     folder = output / "checkpoints" / f"step-{progress.step:06d}"
     unfinished = folder.with_suffix(".tmp")
@@ -71,15 +86,18 @@ def save_checkpoint(accelerator: Accelerator, output: Path, progress: Progress, 
             (unfinished / PROGRESS).write_text(json.dumps(dataclasses.asdict(progress)) + "\n")
     with _together(accelerator, output, progress.step):
         if accelerator.is_main_process:
-            # on the disk, not in a cache, before the one before goes
+            # now that all processes have written their files
+            write_hashes(unfinished)
+            # on the disk, not in a cache, before an older one goes
             for path in (*unfinished.iterdir(), unfinished):
                 sync(path)
             if not folder.exists():
                 unfinished.rename(folder)
                 sync(folder.parent)
             # older ones, and what kills have left
+            kept = _find_checkpoints(output)[-KEPT:]
             for other in folder.parent.iterdir():
-                if other != folder:
+                if other not in kept:
                     shutil.rmtree(other)
     return folder
 
@@ -113,20 +131,63 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def read_progress(folder: Path, identity: dict[str, str]) -> Progress:
-    """How far a checkpoint is.
+def write_hashes(folder: Path) -> None:
+    """Write SHA256SUMS, as ``sha256sum --check`` takes it: a hash for each file, and one of these lines before them."""
+    files = sorted(path for path in folder.iterdir() if path.name != HASHES)
+    lines = "".join(f"{sha256_of(path)}  {path.name}\n" for path in files).encode()
+    (folder / HASHES).write_bytes(_header(lines) + lines)
+
+
+def check_hashes(folder: Path) -> None:
+    """Compare every file of a checkpoint with its hash.
 
     Raises:
-        ValueError: it is damaged, or of another run than ``identity``: what differs is named.
+        ValueError: a file is corrupt or missing. The error names it and tells how to go on.
     """
+    try:
+        content = (folder / HASHES).read_bytes()
+    except OSError as error:
+        reason = f"{HASHES} cannot be read, or it is of an earlier version, which wrote none: {first_line(error)}"
+        raise ValueError(_not_a_checkpoint(folder, reason)) from error
+    header, end, lines = content.partition(b"\n")
+    if header + end != _header(lines):
+        raise ValueError(_not_a_checkpoint(folder, f"{HASHES} is corrupt"))
+    for line in lines.decode().splitlines():
+        digest, _, name = line.partition("  ")
+        try:
+            found = sha256_of(folder / name)
+        except OSError as error:
+            raise ValueError(_not_a_checkpoint(folder, f"{name} cannot be read: {first_line(error)}")) from error
+        if found != digest:
+            raise ValueError(_not_a_checkpoint(folder, f"{name} is corrupt: its sha256 is not the one in {HASHES}"))
+
+
+def _header(lines: bytes) -> bytes:
+    return f"# sha256 of the lines below: {hashlib.sha256(lines).hexdigest()}\n".encode()
+
+
+def read_progress(folder: Path, identity: dict[str, str]) -> Progress:
+    """How far a checkpoint is, once all of its files are compared with their hashes.
+
+    Raises:
+        ValueError: it is corrupt, or of another run than ``identity``: what differs is named.
+    """
+    check_hashes(folder)
     try:
         progress = Progress(**json.loads((folder / PROGRESS).read_text()))
         saved = dict(progress.identity)
     except STATE_ERRORS as error:
-        raise ValueError(_not_a_checkpoint(folder, error)) from error
-    different = [f"{name} {saved.get(name)} -> {ours}" for name, ours in identity.items() if saved.get(name) != ours]
+        raise ValueError(_not_a_checkpoint(folder, first_line(error))) from error
+    different = [
+        f"{'the images changed:' if name == 'images' else name} {saved.get(name)} -> {ours}"
+        for name, ours in identity.items()
+        if saved.get(name) != ours
+    ]
     if different:
-        raise ValueError(f"{folder} is of another run ({'; '.join(different)}): resume with those settings, or anew")
+        raise ValueError(
+            f"{folder} is of another run ({'; '.join(different)}): resume with the same settings and images, or start "
+            "another run with another --output"
+        )
     return progress
 
 
@@ -134,7 +195,7 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, average: nn.Module |
     """Restore model, optimisers and random states, in every process.
 
     Raises:
-        ValueError: a file is damaged or missing.
+        ValueError: a file does not fit this run or this version of the libraries.
     """
     try:
         # accelerate goes on without random states that it cannot read: the run would not be the same
@@ -143,7 +204,7 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, average: nn.Module |
         if average is not None:
             average.load_state_dict(load_file(folder / AVERAGE))
     except Exception as error:
-        raise ValueError(_not_a_checkpoint(folder, error)) from error
+        raise ValueError(_not_a_checkpoint(folder, first_line(error))) from error
 
 
 def remove_checkpoints(output: Path) -> None:
@@ -152,8 +213,10 @@ def remove_checkpoints(output: Path) -> None:
         shutil.rmtree(output / "checkpoints")
 
 
-def _not_a_checkpoint(folder: Path, error: Exception) -> str:
-    return f"{folder} is not a checkpoint of this program ({first_line(error)}); remove it and start anew"
+def _not_a_checkpoint(folder: Path, reason: str) -> str:
+    earlier = [path for path in _find_checkpoints(folder.parent.parent) if _step(path) < _step(folder)]
+    then = f"--resume to go on from {earlier[-1]}" if earlier else "start without --resume: there is no earlier one"
+    return f"{folder} is not a checkpoint that can be resumed ({reason}); remove it, then {then}"
 
 
 def first_line(error: Exception) -> str:

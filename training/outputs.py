@@ -1,20 +1,60 @@
-"""What a finished run leaves: weights, run.json and the curve as a figure."""
+"""What a finished run leaves: weights, run.json and the curve as a figure. One run at a time writes to a folder."""
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
 from safetensors.torch import save
 from torch import nn
 
 from rotation_ssl.convert import NOT_OF_THESE_WEIGHTS, write_config
-from training.checkpoint import Progress, sync
+from training.checkpoint import Progress, first_line, sync
 from training.recipes import Recipe
 from training.results import device_name, library_versions
+
+
+@contextlib.contextmanager
+def lock_output(accelerator: Accelerator, output: Path) -> Iterator[None]:
+    """Keep other trainings out of a folder, which is made if missing; called by every process.
+
+    The first process locks ``output/.lock``, which is removed at the end. The lock ends with the process, so that one
+    that was killed is in nobody's way.
+
+    Raises:
+        ValueError: another training has the folder.
+        OSError: the folder cannot be written.
+    """
+    made, lock = not output.exists(), FileLock(output / ".lock", timeout=0)
+    refusal: list[Exception | None] = [None]
+    if accelerator.is_main_process:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except Timeout:
+            refusal = [ValueError(f"another training is writing to {output}: wait for it, or give another --output")]
+        except OSError as error:
+            refusal = [OSError(f"output folder {output} cannot be written ({first_line(error)})")]
+    broadcast_object_list(refusal)
+    if refusal[0]:
+        raise refusal[0]
+    try:
+        yield
+    finally:
+        if accelerator.is_main_process:
+            with contextlib.suppress(OSError):
+                (output / ".lock").unlink()
+            lock.release()
+            if made:
+                with contextlib.suppress(OSError):
+                    output.rmdir()  # nothing was written
 
 
 def describe_run(recipe: Recipe, progress: Progress, accelerator: Accelerator) -> dict[str, Any]:
@@ -24,6 +64,7 @@ def describe_run(recipe: Recipe, progress: Progress, accelerator: Accelerator) -
         "optimizer": type(recipe.optimizer).__name__,
         "schedule": type(recipe.schedule).__name__,
         "rotated_images": recipe.rotated_images,
+        "images": progress.identity["images"],
         "seconds": progress.seconds,
         "commit": progress.commit,
         "versions": library_versions(),

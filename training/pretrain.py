@@ -55,11 +55,11 @@ from training.checkpoint import (
 from training.eighths import count_correct_eighths, eighths_loss
 from training.memory import TURN_OFF, keep_large_blocks
 from training.optimizers import create_optimizers, learning_rate_factor, renormalize_filters, set_learning_rates
-from training.outputs import describe_run, trained_size, write_run
+from training.outputs import describe_run, lock_output, trained_size, write_run
 from training.precision import resolve_precision, resolved, warn_if_emulated
 from training.recipes import PRECISIONS, RECIPES, Muon, Recipe, with_image_size, with_steps
 from training.results import current_commit
-from training.unlabelled import UnlabelledImages, open_images, stream
+from training.unlabelled import UnlabelledImages, fingerprint, open_images, stream
 
 CURVE_EVERY = 10  # steps averaged into one point of the curve
 STATISTICS_STEPS = 50  # whose images give averaged weights their batch norm's statistics
@@ -176,29 +176,45 @@ def pretrain(
         The weights file, or the checkpoint when the run was stopped by Ctrl-C or SIGTERM.
 
     Raises:
-        ValueError: what does not fit: images, recipe, processes, checkpoint; a finished run in the way; or a loss that
-            is not finite.
+        ValueError: what does not fit: images, recipe, processes, checkpoint; a finished run in the way, or another
+            training that writes to ``output``; or a loss that is not finite.
         OSError: a checkpoint or the weights cannot be written; the last checkpoint is kept.
     """
     accelerator = accelerator or create_accelerator(recipe, cpu=True)
     count = _count_training_images(recipe, images, accelerator)
     if sync_batchnorm and accelerator.device.type == "cpu":
         raise ValueError("SyncBatchNorm runs on GPUs alone: leave --sync-batchnorm out, each process keeps its own")
-    weights_file, checkpoint = output / "model.safetensors", find_checkpoint(output)
+    weights_file = output / "model.safetensors"
     if weights_file.exists() and resume:
-        _check_finished(recipe, output)
+        _check_finished(recipe, fingerprint(images), output)
         if accelerator.is_main_process:
             # it may have been killed after the last thing that mattered
             remove_checkpoints(output)
         return weights_file
-    if weights_file.exists() or (checkpoint and not resume):
-        raise ValueError(f"{output} holds a run already: --resume an unfinished one, or give another --output")
-    if resume and not checkpoint:
+    if resume and not find_checkpoint(output):
         raise ValueError(f"nothing to resume: there is no checkpoint in {output}; start without --resume")
     recipe = resolved(recipe, accelerator.device)
-    identity = _identity(recipe, count, accelerator, sync_batchnorm)
-    progress = read_progress(checkpoint, identity) if checkpoint else Progress(identity, current_commit())
+    identity = _identity(recipe, images, count, accelerator, sync_batchnorm)
+    with lock_output(accelerator, output):
+        checkpoint = find_checkpoint(output)
+        if weights_file.exists() or (checkpoint and not resume):
+            raise ValueError(f"{output} holds a run already: --resume an unfinished one, or give another --output")
+        progress = read_progress(checkpoint, identity) if checkpoint else Progress(identity, current_commit())
+        return _train(recipe, images, output, accelerator, progress, checkpoint_seconds, workers, sync_batchnorm)
 
+
+def _train(
+    recipe: Recipe,
+    images: torch.Tensor | UnlabelledImages,
+    output: Path,
+    accelerator: Accelerator,
+    progress: Progress,
+    checkpoint_seconds: float,
+    workers: int,
+    sync_batchnorm: bool,
+) -> Path:
+    """The rest of :func:`pretrain`, from the last checkpoint on where there is one."""
+    count, checkpoint = len(images) - recipe.holdout, find_checkpoint(output)
     torch.manual_seed(recipe.seed)
     raw_model = create_model(recipe)
     if sync_batchnorm:
@@ -217,8 +233,6 @@ def pretrain(
         images.set_holdout(recipe.holdout)
     broken = set(progress.broken) | (images.broken if isinstance(images, UnlabelledImages) else set())
     batches = augmented_batches(recipe, raw_model, images, count, accelerator, progress.step, broken, workers)
-    if accelerator.is_main_process:
-        output.mkdir(parents=True, exist_ok=True)
     if accelerator.log_with:
         # TensorBoard takes it for a folder, the others for a project
         project = "tensorboard" if "tensorboard" in map(str, accelerator.log_with) else "rotation-ssl"
@@ -271,7 +285,7 @@ def pretrain(
     if accelerator.is_main_process:
         _finish(recipe, raw_model, images, output, progress, accelerator)
     accelerator.end_training()
-    return weights_file
+    return output / "model.safetensors"
 
 
 def finished_run(recipe: Recipe, images: torch.Tensor, output: Path, device: str = "cpu") -> Path:
@@ -397,11 +411,18 @@ def progress_bar(recipe: Recipe, step: int, shown: bool) -> tqdm:
     )
 
 
-def _identity(recipe: Recipe, count: int, accelerator: Accelerator, sync_batchnorm: bool) -> dict[str, str]:
+def _identity(
+    recipe: Recipe,
+    images: torch.Tensor | UnlabelledImages,
+    count: int,
+    accelerator: Accelerator,
+    sync_batchnorm: bool,
+) -> dict[str, str]:
     """All that decides the weights but machine, thread count and library versions, by name."""
     return {
         **{f.name: repr(getattr(recipe, f.name)) for f in dataclasses.fields(recipe) if f.name != "note"},
         "number of images": repr(count),
+        "images": fingerprint(images),
         "processes": repr(accelerator.num_processes),
         "parts of a step": repr(accelerator.gradient_accumulation_steps),
         "sync_batchnorm": repr(sync_batchnorm),
@@ -427,10 +448,13 @@ def _count_training_images(recipe: Recipe, images: torch.Tensor | UnlabelledImag
     return count
 
 
-def _check_finished(recipe: Recipe, output: Path) -> None:
-    """Refuse to take a finished run of other settings for the one asked for."""
+def _check_finished(recipe: Recipe, images: str, output: Path) -> None:
+    """Refuse to take a finished run of other settings, or of images of another fingerprint, for the one asked for."""
     try:
-        finished = json.loads((output / "run.json").read_text())["recipe"]
+        run = json.loads((output / "run.json").read_text())
+        finished = dict(run["recipe"])
+        # earlier versions did not record them
+        trained_on = run.get("images", images)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{output} holds weights of an unknown run ({error}): give another --output") from error
     asked = json.loads(json.dumps(dataclasses.asdict(recipe)))
@@ -441,6 +465,10 @@ def _check_finished(recipe: Recipe, output: Path) -> None:
     if different:
         raise ValueError(
             f"{output} holds a finished run of another recipe ({', '.join(different)} differ): give another --output"
+        )
+    if trained_on != images:
+        raise ValueError(
+            f"{output} holds a finished run of other images ({trained_on} -> {images}): give another --output"
         )
 
 
