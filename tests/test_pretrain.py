@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ import timm
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
-from tiny_runs import TINY, same, sample_images, weights
+from tiny_runs import SHORT, TINY, same, sample_images, weights
 from torch import nn
 
 from rotation_ssl.images import normalize
@@ -69,10 +70,35 @@ def test_outputs(images, tmp_path):
         "run.json",
     ]
     run = json.loads((file.parent / "run.json").read_text())
-    assert run["rotated_images"] == 30 * 4 * 4 and [point["step"] for point in run["curve"]] == [10, 20, 30]
+    assert run["rotated_images"] == 30 * 4 * 4 and [point["step"] for point in run["curve"]] == list(range(1, 31))
     assert run["recipe"]["name"] == "nin-cifar10-cpu" and run["optimizer"] == "Muon" and run["processes"] == 1
     assert file.stat().st_mode & 0o777 == 0o644
     assert {tensor.dtype for tensor in weights(file.parent).values()} == {torch.float32, torch.int64}
+
+
+@pytest.mark.parametrize(
+    "steps, points", [(6, range(1, 7)), (59, [*range(2, 59, 2), 59]), (405, [*range(10, 401, 10), 405])]
+)
+def test_a_short_run_has_a_curve_too(monkeypatch, tmp_path, steps, points):
+    """At least twenty points, where there are as many steps; one every ten steps of a long run: the means between."""
+    recipe = dataclasses.replace(SHORT, stages=(Stage(steps, 8),))
+    losses = iter(range(1, steps + 1))
+    monkeypatch.setattr(command, "train_step", lambda *args: torch.tensor(float(next(losses))))
+    images = torch.zeros(4, 3, 16, 16, dtype=torch.uint8)
+    pretrain(recipe, images, tmp_path)
+    curve = json.loads((tmp_path / "run.json").read_text())["curve"]
+    assert [point["step"] for point in curve] == list(points)
+    begins = [0, *points][:-1]
+    assert [point["loss"] for point in curve] == [
+        (begin + 1 + end) / 2 for begin, end in zip(begins, points, strict=True)
+    ]
+
+
+def test_the_time_left_is_told_from_the_first_point_on(images, tmp_path, capsys):
+    """In a log file too, which is no terminal."""
+    pretrain(SHORT, images, tmp_path)
+    first = capsys.readouterr().err.split("\r")[2]
+    assert re.search(r" 16/96 \[\d\d:\d\d<\d\d:\d\d, .*loss=", first), first
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_others(images, tmp_path):
@@ -233,7 +259,7 @@ def test_two_processes_train_as_one(small_cifar10, tmp_path, capsys):
     runs = [json.loads((tmp_path / name / "run.json").read_text()) for name in ("one", "two")]
     assert [run["processes"] for run in runs] == [1, 2]
     one, two = ([point["loss"] for point in run["curve"]] for run in runs)
-    assert len(one) == 2 and one == pytest.approx(two, rel=1e-4)
+    assert len(one) == 12 and one == pytest.approx(two, rel=1e-4)
     alone, together = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name, tensor in alone.items():
         torch.testing.assert_close(tensor, together[name], rtol=1e-3, atol=1e-5)

@@ -61,7 +61,8 @@ from training.recipes import PRECISIONS, RECIPES, Muon, Recipe, with_image_size,
 from training.results import current_commit
 from training.unlabelled import UnlabelledImages, fingerprint, open_images, stream
 
-CURVE_EVERY = 10  # steps averaged into one point of the curve
+CURVE_EVERY = 10  # steps averaged into one point of the curve, fewer where a run is short
+CURVE_POINTS = 20  # at least, of a run of so many steps
 STATISTICS_STEPS = 50  # whose images give averaged weights their batch norm's statistics
 EVALUATION_BATCH = 128
 
@@ -239,6 +240,7 @@ def _train(
         accelerator.init_trackers(project, config=_tracked(recipe))
     losses: list[torch.Tensor] = [torch.tensor(loss, device=accelerator.device) for loss in progress.losses]
 
+    curve_every = max(1, min(CURVE_EVERY, recipe.steps // CURVE_POINTS))
     with StopRequest() as stop, progress_bar(recipe, progress.step, accelerator.is_main_process) as bar:
         began = saved = time.monotonic()
         seconds, stopping = progress.seconds, False
@@ -250,7 +252,7 @@ def _train(
                 average.update_parameters(raw_model)
             progress.step += 1
             bar.update(recipe.images_per_step * len(recipe.rotations))
-            if progress.step % CURVE_EVERY == 0 or progress.step == recipe.steps:
+            if progress.step % curve_every == 0 or progress.step == recipe.steps:
                 values = accelerator.reduce(torch.stack(losses), "mean").tolist()
                 _check_finite(recipe, values, progress.step, output)
                 progress.seconds = round(seconds + time.monotonic() - began, 1)
