@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 import subprocess
@@ -389,6 +390,8 @@ def test_backbones_that_do_not_fit(monkeypatch):
         create_model(dataclasses.replace(TINY, model="resnet_of_nobody"))
     with pytest.raises(ValueError, match="rotnet_alexnet does not take crops of 8 pixels"):
         create_model(dataclasses.replace(TINY, model="rotnet_alexnet"))
+    with pytest.raises(ValueError, match=r"model 'gcvit_xxtiny' cannot be made \(division by zero\)"):
+        create_model(dataclasses.replace(TINY, model="gcvit_xxtiny"))
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda *args, **kwargs: Stubborn())
     with pytest.raises(ValueError, match=r"gives \(2, 10\) for two images, not \(2, 4\): it has no head that can be"):
@@ -458,6 +461,12 @@ def test_crops_that_are_resized_and_arguments_of_the_model(images, tmp_path):
         pretrain(dataclasses.replace(recipe, stages=(Stage(1, 32),)), images, tmp_path / "small")
 
 
+@pytest.mark.parametrize("seconds", [-1.0, math.nan])
+def test_the_time_between_checkpoints_is_checked(images, tmp_path, seconds):
+    with pytest.raises(ValueError, match=rf"checkpoint_seconds must be 0 or more, got {seconds}"):
+        pretrain(TINY, images, tmp_path / "new", checkpoint_seconds=seconds)
+
+
 @pytest.mark.parametrize("holdout", [-1, 40])
 def test_holdout_is_checked(images, tmp_path, holdout):
     with pytest.raises(ValueError, match=rf"holdout must be 0 .* got {holdout}"):
@@ -506,6 +515,29 @@ def test_command_line_errors_are_one_line(tmp_path, capsys):
     assert command.main(["nin-cifar10-cpu", "--image-size", "64", "--data-dir", str(tmp_path), "--cpu"]) == 2
     assert capsys.readouterr().err.startswith("error: CIFAR-10's images are of 32 pixels, not 64")
     assert not (tmp_path / "o").exists()
+    assert command.main(["nin-cifar10-cpu", "--seed", str(2**64), "--data-dir", str(tmp_path), "--cpu"]) == 2
+    assert capsys.readouterr().err == f"error: seed must be below 2**64, got {2**64}\n"
+
+
+def test_memory_that_is_short_is_told_in_one_line(small_cifar10, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(RECIPES, "tiny", dataclasses.replace(TINY, name="tiny", image_size=32))
+    arguments = ["tiny", "--data-dir", str(small_cifar10), "--output", str(tmp_path / "run"), "--cpu"]
+
+    def fail(message):
+        def step(*args):
+            raise RuntimeError(message)
+
+        monkeypatch.setattr(command, "train_step", step)
+
+    fail("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore of it")
+    assert command.main(arguments) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "error: CUDA out of memory. Tried to allocate 2.00 GiB. (give fewer --images-per-step, or take them in parts: "
+        "--accumulate)"
+    )
+    fail("a bug")
+    with pytest.raises(RuntimeError, match="a bug"):
+        command.main(arguments)
 
 
 @pytest.mark.parametrize("module", ["pretrain", "evaluate", "finetune", "check", "study"])

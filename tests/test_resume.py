@@ -436,8 +436,18 @@ def test_a_rate_that_is_too_high_never_leaves_broken_weights(images, tmp_path):
         assert all(t.isfinite().all() for t in load_file(kept / "model.safetensors").values() if t.is_floating_point())
 
 
-def test_leftovers_of_a_kill_are_not_a_checkpoint(images, stopped):
+def test_leftovers_of_a_kill_are_not_a_checkpoint(images, stopped, monkeypatch):
+    """They go with the next checkpoint; what is not of the run stays, and is in nobody's way."""
     folder = find_checkpoint(stopped)
     shutil.copytree(folder, folder.with_name("step-000099.tmp"))
     (folder.parent / "step-nonsense").mkdir()
+    (folder.parent / "notes.txt").write_text("")
     assert find_checkpoint(stopped) == folder
+    interrupt(monkeypatch, 1, lambda: signal.raise_signal(signal.SIGTERM))
+    last = pretrain(TINY, images, stopped, resume=True)
+    assert sorted(path.name for path in last.parent.iterdir()) == [
+        "notes.txt",
+        "step-000011",
+        "step-000012",
+        "step-nonsense",
+    ]

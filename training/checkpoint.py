@@ -97,7 +97,7 @@ def save_checkpoint(accelerator: Accelerator, output: Path, progress: Progress, 
             # older ones, and what kills have left
             kept = _find_checkpoints(output)[-KEPT:]
             for other in folder.parent.iterdir():
-                if other not in kept:
+                if other not in kept and re.fullmatch(r"step-\d+(\.tmp)?", other.name):
                     shutil.rmtree(other)
     return folder
 

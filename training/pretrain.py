@@ -32,6 +32,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import gather_object
+from accelerate.utils.memory import should_reduce_batch_size
 from timm.data import resolve_model_data_config
 from timm.layers import convert_sync_batchnorm
 from torch import nn
@@ -132,7 +133,7 @@ def create_model(recipe: Recipe) -> nn.Module:
         if cfg is not None and cfg.fixed_input_size:
             options["img_size"] = crops[-1]
         model = timm.create_model(recipe.model, num_classes=outputs, **options)
-    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+    except (RuntimeError, TypeError, ValueError, AssertionError, ZeroDivisionError) as error:
         raise ValueError(
             f"model {recipe.model!r} cannot be made ({first_line(error)}); see timm.list_models()"
         ) from error
@@ -141,7 +142,7 @@ def create_model(recipe: Recipe) -> nn.Module:
         try:
             with torch.inference_mode():
                 shape = tuple(model(torch.zeros(2, 3, crop, crop)).shape)
-        except (RuntimeError, AssertionError, ValueError) as error:
+        except (RuntimeError, AssertionError, ValueError, ZeroDivisionError) as error:
             raise ValueError(f"{recipe.model} does not take crops of {crop} pixels ({first_line(error)})") from error
         if shape != (2, outputs):
             raise ValueError(
@@ -181,6 +182,8 @@ def pretrain(
             training that writes to ``output``; or a loss that is not finite.
         OSError: a checkpoint or the weights cannot be written; the last checkpoint is kept.
     """
+    if not checkpoint_seconds >= 0:
+        raise ValueError(f"checkpoint_seconds must be 0 or more, got {checkpoint_seconds}")
     accelerator = accelerator or create_accelerator(recipe, cpu=True)
     count = _count_training_images(recipe, images, accelerator)
     if sync_batchnorm and accelerator.device.type == "cpu":
@@ -591,9 +594,13 @@ def main(arguments: list[str] | None = None) -> int:
             args.workers,
             args.sync_batchnorm,
         )
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
+        short = should_reduce_batch_size(error)
+        if isinstance(error, RuntimeError) and not short:
+            raise
+        hint = " (give fewer --images-per-step, or take them in parts: --accumulate)" if short else ""
         rank = os.environ.get("RANK", "0")
-        print(f"error{f' (process {rank})' if rank != '0' else ''}: {error}", file=sys.stderr)
+        print(f"error{f' (process {rank})' if rank != '0' else ''}: {first_line(error)}{hint}", file=sys.stderr)
         return 2
     if result.name != "model.safetensors":
         if accelerator.is_main_process:

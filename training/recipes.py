@@ -183,6 +183,7 @@ class Recipe:
         check_field(self.precision in PRECISIONS, "precision", _one_of(PRECISIONS), self.precision)
         check_field(self.holdout >= 0, "holdout", "0 or more images", self.holdout)
         check_field(self.seed >= 0, "seed", "0 or more", self.seed)
+        check_field(self.seed < 2**64, "seed", "below 2**64", self.seed)
         check_field(self.rotation_unit in (45, 90), "rotation_unit", "90 or 45 degrees", self.rotation_unit)
         quarters = len(set(self.rotations)) == len(self.rotations) > 0 and set(self.rotations) <= {0, 1, 2, 3}
         if self.rotation_unit == 90:
