@@ -8,8 +8,9 @@ DIR holds CIFAR-10 as train/<class>/*.png, or --download fetches it there; MY_IM
 it. Images that fit into memory are read once, others are decoded by --workers as they come (--stream); broken ones are
 passed over, counted and named. The device is the GPU where there is one, several processes share a step's images.
 
-The output folder gets a checkpoint every few minutes, and at the end what timm.create_model("local-dir:OUTPUT",
-pretrained=True) takes (model.safetensors, config.json), run.json (recipe, curve, commit, versions) and curve.png.
+The output folder gets a checkpoint every few minutes, of which the last two are kept, and at the end what
+timm.create_model("local-dir:OUTPUT", pretrained=True) takes (model.safetensors, config.json), run.json (recipe, images,
+curve, commit, versions) and curve.png. One training at a time writes to it.
 Ctrl-C saves a checkpoint and stops; --resume goes on from the last one, to the same weights as without the stop.
 TensorBoard shows the curve while it runs: tensorboard --logdir OUTPUT.
 """
