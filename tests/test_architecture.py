@@ -63,7 +63,7 @@ ALLOWED = {
     "training.data": {"rotation_ssl.images"},
     "training.augment": set(),
     "training.unlabelled": {"rotation_ssl.images", "training.data", "training.memory"},
-    "training.checkpoint": set(),
+    "training.checkpoint": {"rotation_ssl.sources"},
     "training.batches": {"rotation_ssl.images", "training.augment", "training.recipes", "training.unlabelled"},
     "training.outputs": {"rotation_ssl.convert", "training.checkpoint", "training.recipes", "training.results"},
     "training.speed": {"rotation_ssl"}

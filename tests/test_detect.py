@@ -67,7 +67,7 @@ def test_the_command_end_to_end(mode, devkit, proposals, tmp_path):
     assert rows[0].settings.startswith(f"{mode}, 2 classes, shorter side 128 in training and 128 in the test, ")
     by_class = json.loads((tmp_path / "classes.json").read_text())
     assert list(by_class) == list(detect.KINDS) and statistics.mean(by_class["area"].values()) == rows[1].value
-    assert ("proposals " in rows[0].settings) == bool(regions) and "2 steps of 1 images" in rows[0].settings
+    assert ("proposals " in rows[0].settings) == bool(regions) and "2 steps of 1 image" in rows[0].settings
     state = load_file(tmp_path / "network.safetensors")
     assert state["roi_heads.box_predictor.cls_score.weight"].shape == (21, 16)
 

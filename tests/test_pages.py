@@ -39,3 +39,12 @@ def test_options_are_those_of_the_command(module, capsys):
 def test_every_page_that_has_commands_is_read():
     pages = {"README.md", "MODEL_CARD.md", "STUDY.md", "imagenet.md", "loading.md", "pretraining.md", "transfer.md"}
     assert {page for page, _, _ in COMMANDS if page.endswith(".md")} >= pages
+
+
+def test_the_tests_that_keep_a_promise_are_there():
+    rows = [line for line in (ROOT / "docs" / "reliability.md").read_text().splitlines() if line.startswith("| ")]
+    promises = [row for row in rows if row != "| promise | test |"]
+    named = [re.findall(r"`(tests/\w+\.py)::(\w+)`", row) for row in promises]
+    assert len(promises) > 30 and all(named), "a promise without a test"
+    for file, test in (pair for pairs in named for pair in pairs):
+        assert re.search(rf"^def {test}\(", (ROOT / file).read_text(), re.MULTILINE), f"{file} has no {test}"

@@ -176,7 +176,7 @@ def test_a_stopped_run_does_not_go_on_in_another_precision(tmp_path, monkeypatch
         pretrain(AUTO, images, output)
     set_flags({"avx512_bf16"})
     with pytest.raises(
-        ValueError, match=r"is of another run \(precision 'fp32' -> 'bf16'\): resume with those settings"
+        ValueError, match=r"is of another run \(precision 'fp32' -> 'bf16'\): resume with the same settings"
     ):
         pretrain(AUTO, images, output, resume=True)
     with pytest.raises(ValueError, match=r"another run \(precision 'fp32' -> 'bf16'\)"):

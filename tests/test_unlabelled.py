@@ -116,7 +116,7 @@ def test_nothing_that_decodes(tmp_path):
     images = open_images("folder", tmp_path, 32)
     for workers in (0, 1):
         with pytest.raises(
-            ValueError, match=r"^2 images in a row do not decode; the last one: image .*b\.jpg does not"
+            ValueError, match=r"^skipped 2 broken images in a row, the last one: image .*b\.jpg does not"
         ):
             images.read_all(workers)
 
@@ -280,6 +280,6 @@ def test_one_command_on_a_folder_of_ones_own(folder, tmp_path, capsys):
     for name, more in (("held", []), ("streamed", ["--stream"])):
         assert command.main([*arguments, "--output", str(tmp_path / name), *more]) == 0
         told = capsys.readouterr().err
-        assert f"3 images do not decode, others took their places: {broken[0]}, {broken[1]}, " in told
+        assert f"skipped 3 broken images: {broken[0]}, {broken[1]}, " in told
     assert same(weights(tmp_path / "held"), weights(tmp_path / "streamed"))
     assert RECIPES["folder"].model == "resnet18"

@@ -60,7 +60,7 @@ from training.optimizers import create_optimizers, learning_rate_factor, renorma
 from training.outputs import describe_run, lock_output, trained_size, write_run
 from training.precision import resolve_precision, resolved, warn_if_emulated
 from training.recipes import PRECISIONS, RECIPES, Muon, Recipe, with_image_size, with_steps
-from training.results import current_commit
+from training.results import counted, current_commit
 from training.unlabelled import UnlabelledImages, fingerprint, open_images, stream
 
 CURVE_EVERY = 10  # steps averaged into one point of the curve, fewer where a run is short
@@ -612,7 +612,7 @@ def main(arguments: list[str] | None = None) -> int:
         if broken:
             named = ", ".join(broken[:3]) + (", ..." if len(broken) > 3 else "")
             print(
-                f"{len(broken)} images do not decode, others took their places: {named} (run.json has all)",
+                f"skipped {counted(len(broken), 'broken image')}: {named} (run.json has all)",
                 file=sys.stderr,
             )
         print(f"wrote {result}, run.json and curve.png beside it")

@@ -383,6 +383,7 @@ FOLDER = Recipe(
     schedule=CosineSchedule(warmup=0.1),
     images_per_step=64,
     padding=0,
+    precision="auto",
     note="a start for images of your own: change --model, --image-size and --steps",
 )
 

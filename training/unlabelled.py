@@ -68,7 +68,7 @@ class UnlabelledImages(Dataset[tuple[torch.Tensor, list[int]] | ValueError]):
                 broken.append(index)
                 if len(broken) == min(BROKEN_IN_A_ROW, end - first):
                     # returned: raised in a worker it would reach the user as a traceback
-                    return ValueError(f"{len(broken)} images in a row do not decode; the last one: {error}")
+                    return ValueError(f"skipped {len(broken)} broken images in a row, the last one: {error}")
                 index = first + (index + 1 - first) % (end - first)
 
     def set_holdout(self, holdout: int) -> None:

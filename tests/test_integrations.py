@@ -1,16 +1,23 @@
-"""Exported by torch.export, exported to ONNX, and compiled, every model gives its own outputs; docs/export.md runs."""
+"""Exported and compiled, every model gives its own outputs; what docs/integrations.md tells people to type runs."""
 
 import re
+import shlex
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import onnx
 import onnxruntime
 import pytest
 import timm
 import torch
-from conftest import MODELS, ROOT
+from conftest import DATA, MODELS, ROOT
 from timm.data import resolve_model_data_config
 from torch import nn
+
+from rotation_ssl.checkpoints import read_checkpoint
+from rotation_ssl.convert import convert, write_folder
 
 # AlexNet and the ResNets are made for 224 pixels; their convolutions take fewer, which is faster
 SIZE = 64
@@ -25,12 +32,12 @@ needs_compiler = pytest.mark.skipif(
 
 
 def snippets():
-    """The python block of each section of docs/export.md, under the section's name."""
+    """The python block of each section of docs/integrations.md, under the section's name."""
     found = []
-    for section in (ROOT / "docs" / "export.md").read_text().split("\n## ")[1:]:
-        (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-        marks = needs_compiler if "torch.compile" in code else ()
-        found.append(pytest.param(code, id=section.split("\n", 1)[0], marks=marks))
+    for section in (ROOT / "docs" / "integrations.md").read_text().split("\n## ")[1:]:
+        for code in re.findall(r"```python\n(.*?)```", section, re.DOTALL):
+            marks = needs_compiler if "torch.compile" in code else ()
+            found.append(pytest.param(code, id=section.split("\n", 1)[0], marks=marks))
     return found
 
 
@@ -98,4 +105,20 @@ def test_compiled_model_is_the_model(models, name):
 @pytest.mark.parametrize("code", snippets())
 def test_docs(code, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, "docs/export.md", "exec"), {})
+    write_folder(convert(read_checkpoint(DATA / "CIFAR10_RotNet_NIN4blocks.tar.gz")), Path("FOLDER"), "gidaris", {})
+    exec(compile(code, "docs/integrations.md", "exec"), {})
+
+
+@pytest.mark.parametrize("script", ["train.py", "validate.py"])
+def test_a_script_of_timm_knows_the_models(script, tmp_path):
+    page = (ROOT / "docs" / "integrations.md").read_text().replace("\\\n", "")
+    (command,) = [shlex.split(line) for line in page.splitlines() if line.startswith("python -c") and script in line]
+    # those of timm's repository, which timm's package does not have, find the model by its name too
+    (tmp_path / script).write_text(
+        "import sys, timm\n"
+        "if __name__ == '__main__':\n"
+        "    name = sys.argv[sys.argv.index('--model') + 1]\n"
+        "    print(timm.create_model(name, pretrained=True).num_classes)\n"
+    )
+    run = subprocess.run([sys.executable, *command[1:]], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert run.stdout == "4\n"
