@@ -11,7 +11,7 @@ from training.recipes import NIN_CIFAR10_AUTHORS, NIN_CIFAR10_PAPER, CosineSched
 
 
 def learning_rates(schedule, steps, at):
-    (optimizer,) = create_optimizers(Sgd(lr=1.0), torch.nn.Linear(2, 2))
+    (optimizer,) = create_optimizers(Sgd(lr=1.0), torch.nn.Linear(2, 2), "fp32")
     rates = []
     for step in at:
         set_learning_rates([optimizer], learning_rate_factor(schedule, step, steps))
@@ -45,9 +45,10 @@ def test_step_schedules_of_the_paper_and_its_code(recipe, epochs, drops):
     assert rates == pytest.approx([1, 0.2, 0.2, 0.04, 0.04, 0.008])
 
 
-def test_muon_takes_the_plain_orthogonal_step():
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_muon_takes_the_plain_orthogonal_step(precision):
     model = timm.create_model("rotnet_nin3")
-    muon, sgd = create_optimizers(Muon(lr=0.5), model)
+    muon, sgd = create_optimizers(Muon(lr=0.5), model, precision)
     filters = [p for p in model.parameters() if p.ndim == 4]
     assert len(filters) == 9 and sum(len(g["params"]) for o in (muon, sgd) for g in o.param_groups) == len(
         list(model.parameters())
@@ -61,6 +62,21 @@ def test_muon_takes_the_plain_orthogonal_step():
     # an orthogonal step has singular values near 1; timm's default scaling would make them about 10
     values = torch.linalg.svdvals(step)
     assert values.min() > 0.5 and values.max() < 1.5
+
+
+def test_muon_in_float32_goes_where_timms_goes():
+    """Three steps with momentum; what timm rounds to bfloat16 moves it by a few hundredths of the way."""
+    moved = {}
+    for precision in ("fp32", "bf16"):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Conv2d(8, 16, 3, bias=False), torch.nn.BatchNorm2d(16))
+        muon, _ = create_optimizers(Muon(lr=0.1), model, precision)
+        before = model[0].weight.detach().clone()
+        for _ in range(3):
+            model[0].weight.grad = torch.randn(16, 8, 3, 3)
+            muon.step()
+        moved[precision] = model[0].weight.detach() - before
+    assert (moved["fp32"] - moved["bf16"]).norm() < 0.03 * moved["bf16"].norm()
 
 
 def test_renormalized_filters_do_not_change_the_function():

@@ -5,11 +5,41 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from timm.optim import Muon as TimmMuon
+from timm.optim.muon import zeropower_via_newtonschulz
 from torch import nn
 
 from training.recipes import AdamW, CosineSchedule, LinearSchedule, Muon, Sgd, StepSchedule
 
 Schedule = LinearSchedule | CosineSchedule | StepSchedule
+# of Muon's five iterations, timm's default: https://leloykun.github.io/ponder/muon-opt-coeffs/
+QUINTIC = [
+    (4.0848, -6.8946, 2.9270),
+    (3.9505, -6.3029, 2.6377),
+    (3.7418, -5.5913, 2.3037),
+    (2.8769, -3.1427, 1.2046),
+    (2.8366, -3.0525, 1.2012),
+]
+
+
+class Float32Muon(torch.optim.Optimizer):
+    """timm's Muon in float32, for filters (out, in, h, w): timm's iterates in bfloat16, whatever the weights are.
+
+    A CPU that does not multiply bfloat16 emulates it, and the step takes ten times as long as the rest of the training.
+    """
+
+    def __init__(self, filters: Iterable[nn.Parameter], lr: float, momentum: float) -> None:
+        super().__init__(filters, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Move each filter bank by the orthogonalised Nesterov momentum of its gradient; there is no closure."""
+        for group in self.param_groups:
+            for filters in (p for p in group["params"] if p.grad is not None):
+                momentum = self.state[filters].setdefault("momentum_buffer", torch.zeros_like(filters))
+                momentum.lerp_(filters.grad, 1 - group["momentum"])
+                update = filters.grad.lerp(momentum, group["momentum"]).flatten(1)
+                step = zeropower_via_newtonschulz(update, len(QUINTIC), QUINTIC, dtype=torch.float32)
+                filters.sub_(step.reshape(filters.shape), alpha=group["lr"])
 
 
 def create_sgd(settings: Sgd, parameters: Iterable[nn.Parameter]) -> torch.optim.SGD:
@@ -19,8 +49,13 @@ def create_sgd(settings: Sgd, parameters: Iterable[nn.Parameter]) -> torch.optim
     )
 
 
-def create_optimizers(settings: Sgd | Muon | AdamW, model: nn.Module) -> list[torch.optim.Optimizer]:
+def create_optimizers(settings: Sgd | Muon | AdamW, model: nn.Module, precision: str) -> list[torch.optim.Optimizer]:
     """SGD or AdamW for all parameters, or Muon for the filters of the convolutions and SGD for the others.
+
+    Args:
+        settings: of the recipe.
+        model: whose parameters are optimised.
+        precision: 'fp32', or 'bf16' or 'fp16', whose Muon iterates in bfloat16.
 
     Raises:
         ValueError: Muon, which rescales the filters, for a model whose outputs depend on their scale.
@@ -37,15 +72,19 @@ def create_optimizers(settings: Sgd | Muon | AdamW, model: nn.Module) -> list[to
             f"{convolutions} convolutions and {norms} batch norms; take a recipe with SGD or AdamW"
         )
     filters = [p for p in model.parameters() if p.ndim == 4]
-    muon = TimmMuon(
-        filters,
-        lr=settings.lr,
-        momentum=settings.momentum,
-        nesterov=True,
-        # the plain update: timm's default multiplies the rate by 0.2 sqrt(max(out, in)), about 14 on these filters
-        adjust_lr_fn=None,
-        conv_mode="flatten",
-    )
+    muon: torch.optim.Optimizer
+    if precision == "fp32":
+        muon = Float32Muon(filters, settings.lr, settings.momentum)
+    else:
+        muon = TimmMuon(
+            filters,
+            lr=settings.lr,
+            momentum=settings.momentum,
+            nesterov=True,
+            # the plain update: timm's default multiplies the rate by 0.2 sqrt(max(out, in)), about 14 on these filters
+            adjust_lr_fn=None,
+            conv_mode="flatten",
+        )
     return [muon, create_sgd(settings.rest, [p for p in model.parameters() if p.ndim != 4])]
 
 

@@ -229,7 +229,7 @@ def _train(
     if recipe.average:
         average = swa_utils.AveragedModel(raw_model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(recipe.average))
     model = accelerator.prepare(raw_model)
-    optimizers = [accelerator.prepare(o) for o in create_optimizers(recipe.optimizer, raw_model)]
+    optimizers = [accelerator.prepare(o) for o in create_optimizers(recipe.optimizer, raw_model, recipe.precision)]
     if checkpoint:
         load_checkpoint(accelerator, checkpoint, average)
     if isinstance(images, torch.Tensor):

@@ -118,7 +118,7 @@ def _training(case: Case) -> tuple[Callable[[], object], int, float]:
     batches = augmented_batches(recipe, model, images, len(images), accelerator, 0, set())
     flop = training_flop(case.size)
     prepared = accelerator.prepare(model)
-    optimizers = [accelerator.prepare(o) for o in create_optimizers(recipe.optimizer, model)]
+    optimizers = [accelerator.prepare(o) for o in create_optimizers(recipe.optimizer, model, recipe.precision)]
     return lambda: train_step(recipe, prepared, optimizers, batches, accelerator), case.images, flop
 
 
