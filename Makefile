@@ -41,7 +41,7 @@ timm-tests: $(VENV)/.installed-dev
 
 # the tables of MODEL_CARD.md and README.md, and the metrics of the manifest, from the result rows
 render: $(VENV)/.installed-dev
-	@$(BIN)/python -m training.publish render
+	@$(BIN)/python -m training publish render
 
 clean:
 	rm -rf $(VENV) build dist runs demo.png

@@ -74,7 +74,7 @@ def free_place(size, side, taken, rng):
 
 
 def paste(image, mask, cut_out, box, label, difficult):
-    from training.voc_data import CLASSES as VOC_CLASSES
+    from training.transfer.data import CLASSES as VOC_CLASSES
 
     left, top, right, bottom = box
     cut_out = cut_out.resize((right - left, bottom - top), Image.Resampling.BICUBIC)

@@ -1,6 +1,7 @@
 """The house rules that reading alone would forget: imports go one way, names are the documented ones."""
 
 import ast
+import graphlib
 import re
 import subprocess
 import sys
@@ -10,125 +11,37 @@ from conftest import ROOT
 
 import rotation_ssl
 
-VOC_COMMAND = {
-    f"training.{name}"
-    for name in ("memory", "progress", "protocols", "report", "results", "subject", "transfer", "voc_command")
-} | {
-    "training.voc_data",
-    "training.voc_metrics",
-}
-# what each module may import of the project; a module that is not here has no place in the plan yet
-ALLOWED = {
-    "rotation_ssl": {f"rotation_ssl.backbones.{name}" for name in ("alexnet", "nin", "resnets")}
-    | {"rotation_ssl.rotations"},
-    "rotation_ssl.rotations": set(),
-    "rotation_ssl.features": set(),
-    "rotation_ssl.probes": set(),
-    "rotation_ssl.images": set(),
-    "rotation_ssl.checkpoints": set(),
-    "rotation_ssl.convert": set(),
-    "rotation_ssl.download": {"rotation_ssl.checkpoints"},
-    "rotation_ssl.sources": {f"rotation_ssl.{n}" for n in ("checkpoints", "convert", "download")},
-    "rotation_ssl.zoo": {"rotation_ssl.sources"},
-    "rotation_ssl.golden": {"rotation_ssl.zoo", "rotation_ssl.features", "rotation_ssl.images"},
-    "rotation_ssl.backbones": set(),
-    "rotation_ssl.backbones.nin": {"rotation_ssl.zoo"},
-    "rotation_ssl.backbones.alexnet": {"rotation_ssl.zoo"},
-    "rotation_ssl.backbones.resnets": {"rotation_ssl.zoo"},
-    "rotation_ssl.hub": {"rotation_ssl.zoo"}
-    | {f"rotation_ssl.backbones.{name}" for name in ("alexnet", "nin", "resnets")},
-    "rotation_ssl.demo": {"rotation_ssl", "rotation_ssl.features", "rotation_ssl.images"},
-    "rotation_ssl.cli": {"rotation_ssl"}
-    | {f"rotation_ssl.cli.{n}" for n in ("convert", "features", "fetch", "info", "list", "options", "verify")},
-    "rotation_ssl.cli.__main__": {"rotation_ssl.cli"},
-    "rotation_ssl.cli.options": {"rotation_ssl.zoo"},
-    "rotation_ssl.cli.list": {"rotation_ssl.zoo", "rotation_ssl.cli.info", "rotation_ssl.cli.options"},
-    "rotation_ssl.cli.info": {"rotation_ssl.sources", "rotation_ssl.zoo", "rotation_ssl.cli.options"},
-    "rotation_ssl.cli.fetch": {"rotation_ssl.sources", "rotation_ssl.zoo", "rotation_ssl.cli.options"},
-    "rotation_ssl.cli.verify": {f"rotation_ssl.{n}" for n in ("checkpoints", "golden", "sources", "zoo")}
-    | {"rotation_ssl.cli.options"},
-    "rotation_ssl.cli.convert": {"rotation_ssl", "rotation_ssl.cli.options"}
-    | {f"rotation_ssl.{n}" for n in ("checkpoints", "convert", "sources")},
-    "rotation_ssl.cli.features": {f"rotation_ssl.{n}" for n in ("features", "images", "sources", "zoo")}
-    | {"rotation_ssl.cli.options"},
-    "hubconf": {"rotation_ssl.hub"},
-    "training": set(),
-    "training.memory": set(),
-    "training.recipes": set(),
-    "training.protocols": {"training.recipes"},
-    "training.precision": {"training.protocols", "training.recipes"},
-    "training.progress": set(),
-    "training.eighths": {"rotation_ssl.rotations"},
-    "training.optimizers": {"training.recipes"},
-    "training.data": {"rotation_ssl.images"},
-    "training.augment": set(),
-    "training.unlabelled": {"rotation_ssl.images", "training.data", "training.memory"},
-    "training.checkpoint": {"rotation_ssl.sources"},
-    "training.batches": {"rotation_ssl.images", "training.augment", "training.recipes", "training.unlabelled"},
-    "training.outputs": {"rotation_ssl.convert", "training.checkpoint", "training.recipes", "training.results"},
-    "training.speed": {"rotation_ssl"}
-    | {f"rotation_ssl.{name}" for name in ("features", "images", "rotations")}
-    | {
-        f"training.{name}"
-        for name in ("batches", "memory", "optimizers", "precision", "pretrain", "recipes", "results")
+# from the foundation to the roof: a module imports from its own layer and from those before it, never from a later one.
+# A module is of the layer that names it, or the longest package around it.
+LAYERS = (
+    # the library: tensors and files in, tensors out
+    {"rotation_ssl.rotations", "rotation_ssl.features", "rotation_ssl.probes", "rotation_ssl.images"},
+    {"rotation_ssl.checkpoints", "rotation_ssl.convert", "rotation_ssl.download"},
+    {"rotation_ssl.sources", "rotation_ssl.zoo"},
+    {"rotation_ssl.backbones"},
+    {"rotation_ssl"},
+    {"rotation_ssl.golden", "rotation_ssl.hub", "rotation_ssl.demo", "rotation_ssl.cli"},
+    {"hubconf"},
+    # the lab
+    {
+        "training",
+        "training.recipes",
+        "training.protocols",
+        "training.precision",
+        "training.memory",
+        "training.progress",
     },
-    "training.benchmark": {"rotation_ssl.zoo", "rotation_ssl.backbones.nin"}
-    | {f"training.{name}" for name in ("card", "results", "speed")},
-    "training.results": {"rotation_ssl"},
-    "training.pretrain": {"training.augment"}
-    | {"rotation_ssl", "rotation_ssl.images", "rotation_ssl.rotations"}
-    | {
-        f"training.{name}"
-        for name in ("batches", "checkpoint", "eighths", "memory", "optimizers", "outputs", "recipes", "results")
-    }
-    | {"training.augment", "training.precision", "training.unlabelled"},
-    "training.subject": {"rotation_ssl", "rotation_ssl.images", "rotation_ssl.zoo", "training.results"},
-    "training.report": {"training.memory", "training.results"},
-    "training.evaluate": {f"rotation_ssl.{name}" for name in ("features", "probes", "rotations")}
-    | {f"training.{name}" for name in ("augment", "memory", "data", "protocols", "report", "results", "subject")}
-    | {"training.precision", "training.progress"},
-    "training.finetune": {f"rotation_ssl.{name}" for name in ("zoo", "features", "probes")}
-    | {
-        f"training.{name}"
-        for name in ("augment", "memory", "data", "optimizers", "protocols", "report", "results", "subject")
-    }
-    | {"training.precision", "training.progress"},
-    "training.check": {"rotation_ssl.zoo", "rotation_ssl.features", "rotation_ssl.golden"}
-    | {
-        f"training.{n}"
-        for n in ("memory", "data", "evaluate", "finetune", "imagenet", "progress", "protocols", "results", "subject")
-    },
-    "training.measure": {"rotation_ssl.zoo", "rotation_ssl.features"}
-    | {f"training.{n}" for n in ("check", "data", "memory", "progress", "report", "results")},
-    "training.ablation": {f"training.{n}" for n in ("data", "evaluate", "memory", "pretrain", "recipes")}
-    | {f"training.{n}" for n in ("precision", "progress", "report", "results", "subject")},
-    "training.study": {f"training.{n}" for n in ("card", "data", "evaluate", "figures", "memory")}
-    | {f"training.{n}" for n in ("precision", "pretrain", "progress", "recipes", "report", "results", "subject")},
-    "training.imagenet": {f"rotation_ssl.{name}" for name in ("features", "images", "probes")}
-    | {
-        f"training.{name}"
-        for name in ("augment", "data", "memory", "protocols", "report", "results", "subject", "unlabelled")
-    }
-    | {"training.precision", "training.progress"},
-    "training.figures": {"rotation_ssl.features", "rotation_ssl.images", "training.results"},
-    "training.card": {"training.recipes", "training.report", "training.results"},
-    "training.publish": {f"rotation_ssl.{name}" for name in ("zoo", "features", "golden", "images")}
-    | {f"training.{name}" for name in ("card", "data", "figures", "recipes", "results", "upload")},
-    "training.upload": {"rotation_ssl", "training.card", "training.results"}
-    | {f"rotation_ssl.{name}" for name in ("convert", "features", "golden", "zoo")},
-    "training.rescale": set(),
-    "training.transfer": {"rotation_ssl.backbones.alexnet", "rotation_ssl.images"}
-    | {f"training.{name}" for name in ("optimizers", "progress", "protocols", "rescale", "subject", "voc_data")},
-    "training.voc_command": {f"training.{name}" for name in ("protocols", "report", "results", "subject", "transfer")}
-    | {"training.voc_data", "training.voc_metrics"},
-    "training.alexnet_costs": {"rotation_ssl"}
-    | {f"training.{name}" for name in ("imagenet", "protocols", "recipes", "results", "subject")},
-    "training.segment": {"rotation_ssl.backbones.alexnet", "rotation_ssl.images"} | VOC_COMMAND,
-    "training.detect": VOC_COMMAND,
-    "training.voc": VOC_COMMAND,
-    "training.voc_metrics": set(),
-    "training.voc_data": {"training.voc_metrics"},
-}
+    {"training.reporting.rows", "training.reporting.report"},
+    {"training.data", "training.augment", "training.eighths", "training.optimizers"},
+    {"training.unlabelled", "training.batches", "training.checkpoint", "training.outputs", "training.pretrain"},
+    {"training.evaluation"},
+    {"training.transfer"},
+    {"training.reporting"},
+    {"training.studies"},
+    {"training.__main__"},
+)
+# they meet in whoever uses them, and know nothing of each other
+INDEPENDENT = {"rotation_ssl.rotations", "rotation_ssl.features", "rotation_ssl.probes", "rotation_ssl.images"}
 FILES = [ROOT / "hubconf.py", *(ROOT / "rotation_ssl").rglob("*.py"), *(ROOT / "training").rglob("*.py")]
 
 
@@ -145,17 +58,38 @@ def imported(file):
             assert node.level == 0, f"{file}: relative import"
             for alias in node.names:
                 submodule = f"{node.module}.{alias.name}"
-                yield submodule if submodule in ALLOWED else node.module
+                yield submodule if submodule in MODULES else node.module
 
 
-def test_every_module_has_its_place():
-    assert {module_name(file) for file in FILES} == set(ALLOWED)
+MODULES = {module_name(file): file for file in FILES}
 
 
-@pytest.mark.parametrize("file", FILES, ids=module_name)
-def test_imports_go_one_way(file):
-    ours = {name for name in imported(file) if name.split(".")[0] in ("rotation_ssl", "training", "tests", "hubconf")}
-    assert ours <= ALLOWED[module_name(file)], "an import that the plan does not have"
+def layer_of(module):
+    parts = module.split(".")
+    packages = [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
+    return next(rank for name in packages for rank, layer in enumerate(LAYERS) if name in layer)
+
+
+def own_imports(module):
+    """The project's modules that a module imports."""
+    return {name for name in imported(MODULES[module]) if name.split(".")[0] in ("rotation_ssl", "training", "hubconf")}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_one_way(module):
+    for name in own_imports(module):
+        assert layer_of(name) <= layer_of(module), f"{name} is of a later layer than {module}"
+        assert not (module in INDEPENDENT and name in INDEPENDENT), f"{module} knows {name}"
+
+
+def test_no_import_comes_back():
+    order = graphlib.TopologicalSorter({module: own_imports(module) - {module} for module in MODULES})
+    assert set(order.static_order()) >= set(MODULES), "graphlib raises CycleError where there is one"
+
+
+def test_every_layer_names_what_is_there():
+    for name in set().union(*LAYERS):
+        assert name in MODULES, f"{name} is no module any more"
 
 
 def test_recipes_know_no_torch():

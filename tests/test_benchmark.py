@@ -2,7 +2,7 @@
 
 import torch
 
-from training import benchmark
+from training.studies import benchmark
 
 
 def test_both_ways_load_the_same_tensors():

@@ -8,11 +8,14 @@ from safetensors.torch import load_file, save_file
 
 from rotation_ssl import golden, zoo
 from rotation_ssl.golden import golden_file
-from training import check, evaluate, finetune, imagenet, subject
 from training.data import load_images
+from training.evaluation import finetune, subject
+from training.evaluation import layers as imagenet
+from training.evaluation import probes as evaluate
+from training.evaluation.subject import load_subject
 from training.protocols import LAYER_PROBES, PROBES, TRANSFERS
-from training.results import ON_CIFAR10, Row, complaints, missing_rows, read_file, read_rows, write_rows
-from training.subject import load_subject
+from training.reporting import check
+from training.reporting.rows import ON_CIFAR10, Row, complaints, missing_rows, read_file, read_rows, write_rows
 
 NAME = "rotnet_nin.cifar10"
 LAYERS = [f"block{i}" for i in range(1, 5)]
@@ -50,7 +53,7 @@ def shorten(patch):
     patch.setattr(finetune, "TRANSFERS", transfers)
     patch.setattr(check, "TRANSFERS", transfers)
     numbers = tuple(dataclasses.replace(n, seeds=n.seeds[:1]) for n in ON_CIFAR10.numbers[:4])
-    patch.setattr("training.results.REPORTED", {"rotnet_nin": dataclasses.replace(ON_CIFAR10, numbers=numbers)})
+    patch.setattr("training.reporting.rows.REPORTED", {"rotnet_nin": dataclasses.replace(ON_CIFAR10, numbers=numbers)})
     one_bundled(patch)
 
 

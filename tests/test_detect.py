@@ -11,14 +11,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from small_voc import write_small_voc
 
-from training import detect
+from training.evaluation.subject import load_subject
 from training.protocols import VOC_FAST_RCNN, VOC_FASTER_RCNN
-from training.results import read_file
-from training.subject import load_subject
-from training.transfer import transfer_network
-from training.voc_command import averages
-from training.voc_data import CLASSES, AnnotatedImage, read_annotations
-from training.voc_metrics import average_precision, match_detections
+from training.reporting.rows import read_file
+from training.transfer import detection as detect
+from training.transfer.command import averages
+from training.transfer.data import CLASSES, AnnotatedImage, read_annotations
+from training.transfer.metrics import average_precision, match_detections
+from training.transfer.network import transfer_network
 
 LEARNED = ("aeroplane", "horse")
 MODES = ("Fast R-CNN", "Faster R-CNN")

@@ -16,10 +16,11 @@ from rotation_ssl.golden import golden_file
 from rotation_ssl.images import normalize
 from rotation_ssl.probes import knn_predict, linear_predict
 from rotation_ssl.rotations import rotate_all
-from training import evaluate, subject
 from training.data import Images, load_cifar10, load_images
+from training.evaluation import probes as evaluate
+from training.evaluation import subject
 from training.protocols import PROBES
-from training.results import RESULTS_DIR, read_file, read_rows
+from training.reporting.rows import RESULTS_DIR, read_file, read_rows
 
 NAME = "rotnet_nin.cifar10"
 
@@ -252,7 +253,7 @@ def test_cached_features_are_those_of_the_images_as_they_are(small_cifar10):
 def test_bad_input_is_a_one_line_error_and_writes_nothing(
     arguments, message, small_cifar10, capsys, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("training.results.current_commit", lambda: "0" * 40)
+    monkeypatch.setattr("training.reporting.rows.current_commit", lambda: "0" * 40)
     before = {file: file.read_bytes() for file in RESULTS_DIR.rglob("*") if file.is_file()}
     assert run(*arguments, "--data-dir", small_cifar10, "--output", tmp_path / "out") == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
@@ -262,7 +263,7 @@ def test_bad_input_is_a_one_line_error_and_writes_nothing(
 
 
 def test_uncommitted_code_is_not_recorded(small_cifar10, monkeypatch, capsys):
-    monkeypatch.setattr("training.results.current_commit", lambda: "0" * 40 + "-dirty")
+    monkeypatch.setattr("training.reporting.rows.current_commit", lambda: "0" * 40 + "-dirty")
     assert run("rotnet_nin", "--record", "--data-dir", small_cifar10) == 2
     assert "--record needs committed code, this is 000" in capsys.readouterr().err
 

@@ -11,8 +11,8 @@ from PIL import Image
 from torch import nn
 
 from rotation_ssl.images import read_images
-from training import figures
-from training.results import Row
+from training.reporting import figures
+from training.reporting.rows import Row
 
 NAME, RANDOM, PAPER = "rotnet_nin.cifar10", "rotnet_nin.random", "rotnet_nin.paper"
 FEW = "few labels, convolutional probe"

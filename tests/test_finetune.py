@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from training import finetune
 from training.data import labels_subset, load_images
+from training.evaluation import finetune
+from training.evaluation.subject import load_subject, preparation
 from training.protocols import TRANSFERS
-from training.results import read_file
-from training.subject import load_subject, preparation
+from training.reporting.rows import read_file
 
 NAME = "rotnet_nin.cifar10"
 
@@ -141,7 +141,7 @@ def test_random_draws_differ_by_seed_and_are_kept_apart(small_cifar10, tmp_path)
     ],
 )
 def test_bad_input_is_a_one_line_error(arguments, message, small_cifar10, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("training.results.current_commit", lambda: "0" * 40)
+    monkeypatch.setattr("training.reporting.rows.current_commit", lambda: "0" * 40)
     assert run(*arguments, "--data-dir", small_cifar10, "--output", tmp_path / "out") == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and message in error

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from rotation_ssl.probes import max_pooled_probe
-from training import imagenet
-from training.imagenet import (
+from training.evaluation import layers as imagenet
+from training.evaluation.layers import (
     build_probes,
     count_correct,
     layer_maps,
@@ -20,10 +20,10 @@ from training.imagenet import (
     train_probes,
     with_epochs,
 )
+from training.evaluation.subject import load_subject
 from training.precision import multiplies_bfloat16
 from training.protocols import IMAGENET_LINEAR_CPU, IMAGENET_LINEAR_PAPER, IMAGENET_NONLINEAR_CPU
-from training.results import read_file
-from training.subject import load_subject
+from training.reporting.rows import read_file
 
 LINEAR = dataclasses.replace(
     IMAGENET_LINEAR_CPU, epochs=40, milestones=(25, 35), batch_size=10, lr=0.02, precision="fp32"

@@ -7,18 +7,18 @@ import shutil
 
 from conftest import ROOT
 
-from training import check, imagenet, pretrain
-from training.alexnet_costs import imagenet_cost_table, layer_table
+from training.__main__ import main
+from training.evaluation import layers
 from training.protocols import LAYER_PROBES
 from training.recipes import RECIPES
-from training.results import read_rows
+from training.reporting.rows import read_rows
+from training.studies.alexnet_costs import imagenet_cost_table, layer_table
 
 PAGE = (ROOT / "docs" / "imagenet.md").read_text()
 TINY = "tiny-imagenet-200"
-COMMANDS = {"training.pretrain": pretrain.main, "training.imagenet": imagenet.main}
 SMALL = {
-    "training.pretrain": ["--cpu", "--steps", "1", "--images-per-step", "2", "--image-size", "80", "--tracker", "none"],
-    "training.imagenet": ["--epochs", "1", "--size", "64", "--device", "cpu"],
+    "pretrain": ["--cpu", "--steps", "1", "--images-per-step", "2", "--image-size", "80", "--tracker", "none"],
+    "probe-layers": ["--epochs", "1", "--size", "64", "--device", "cpu"],
 }
 
 
@@ -32,14 +32,14 @@ def test_the_page(small_cifar10, tmp_path, monkeypatch):
     for name, recipe in LAYER_PROBES.items():
         monkeypatch.setitem(LAYER_PROBES, name, dataclasses.replace(recipe, batch_size=20, image_size=64, fc_size=16))
     # the network's own fc layers, which the weights of the first command decide elsewhere, are 4096 wide
-    monkeypatch.setattr("timm.create_model", narrow(imagenet.timm.create_model))
+    monkeypatch.setattr("timm.create_model", narrow(layers.timm.create_model))
     commands = [command for command in page_commands() if not of_bundled_weights(command)]
     assert len(commands) == 5
     for command in commands:
         words = shlex.split(command)
-        assert COMMANDS[words[2]]([*words[3:], *SMALL[words[2]], *less_workers(words)]) == 0, command
+        assert main([*words[3:], *SMALL[words[3]], *less_workers(words)]) == 0, command
         output = tmp_path / words[words.index("--output") + 1]
-        assert (output / ("report.md" if words[2] == "training.imagenet" else "model.safetensors")).is_file()
+        assert (output / ("report.md" if words[3] == "probe-layers" else "model.safetensors")).is_file()
     (linear,) = [read for read in (tmp_path / "runs" / "imagenet" / "linear").glob("rows.jsonl")]
     assert len(linear.read_text().splitlines()) == 5
 
@@ -50,16 +50,16 @@ def test_the_commands_of_the_bundled_weights(small_tinyimagenet, small_cifar10, 
     shutil.copytree(small_cifar10, tmp_path / "data" / "cifar10")
     for name, recipe in LAYER_PROBES.items():
         monkeypatch.setitem(LAYER_PROBES, name, dataclasses.replace(recipe, batch_size=20, fc_size=16))
-    train, *probes, again = (shlex.split(command)[2:] for command in page_commands() if of_bundled_weights(command))
+    train, *probes, again = (shlex.split(command)[3:] for command in page_commands() if of_bundled_weights(command))
     two_stages = ["--steps", "4"]
-    assert pretrain.main([*train[1:], *SMALL[train[0]], *two_stages]) == 0
+    assert main([*train, *SMALL[train[0]], *two_stages]) == 0
     assert (tmp_path / "runs" / "alexnet-tiny" / "model.safetensors").is_file()
     for probe in probes:
-        assert imagenet.main([*probe[1:], *SMALL[probe[0]]]) == 0
-    for output, layers in (("tiny", 5 + 2), ("cifar10", 5)):
+        assert main([*probe, *SMALL[probe[0]]]) == 0
+    for output, measured in (("tiny", 5 + 2), ("cifar10", 5)):
         rows = (tmp_path / "runs" / "imagenet" / output / "rows.jsonl").read_text()
-        assert rows.count('"weights": "rotnet_alexnet.tinyimagenet"') == layers
-    assert again[0] == "training.check" and check.main([*again[1:], "--only", "rotation"]) == 1
+        assert rows.count('"weights": "rotnet_alexnet.tinyimagenet"') == measured
+    assert again[0] == "check" and main([*again, "--only", "rotation"]) == 1
     assert "measured other images (Tiny-ImageNet val, 80)" in capsys.readouterr().out
 
 
@@ -83,10 +83,10 @@ def narrow(create_model):
 
 
 def less_workers(words):
-    return ["--workers", "1" if words[2] == "training.imagenet" else "0"]
+    return ["--workers", "1" if words[3] == "probe-layers" else "0"]
 
 
 def test_the_tables_are_those_of_the_command():
-    assert imagenet_cost_table() in PAGE, "anew: python -m training.alexnet_costs"
-    assert layer_table(read_rows()) in PAGE, "anew: python -m training.alexnet_costs"
+    assert imagenet_cost_table() in PAGE, "anew: python -m training.studies.alexnet_costs"
+    assert layer_table(read_rows()) in PAGE, "anew: python -m training.studies.alexnet_costs"
     assert "_50.0 %_" in PAGE and "_36.5 %_" in PAGE

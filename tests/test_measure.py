@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from training import check, measure
-from training.results import ROTATION, Numbers, Reported, read_file, write_rows
+from training.reporting import check, measure
+from training.reporting.rows import ROTATION, Numbers, Reported, read_file, write_rows
 
 NAME = "rotnet_nin.cifar10"
 
@@ -19,8 +19,8 @@ def small(small_cifar10, monkeypatch):
         Numbers("k-NN", layers=("block3",), random=False),
     )
     monkeypatch.setattr(measure, "REPORTED", {"rotnet_nin": Reported("CIFAR-10 test", numbers)})
-    monkeypatch.setattr("training.results.REPORTED", {"rotnet_nin": Reported("CIFAR-10 test", numbers)})
-    monkeypatch.setattr("training.results.current_commit", lambda: "0" * 40)
+    monkeypatch.setattr("training.reporting.rows.REPORTED", {"rotnet_nin": Reported("CIFAR-10 test", numbers)})
+    monkeypatch.setattr("training.reporting.rows.current_commit", lambda: "0" * 40)
     monkeypatch.setattr("training.data.WHOLE", {"cifar10": (40, 40)})
     return small_cifar10
 
@@ -95,6 +95,6 @@ def test_bad_arguments(small, tmp_path, capsys, more, message):
 def test_only_bundled_weights_and_committed_code(small, tmp_path, capsys, monkeypatch):
     assert measure.main(["rotnet_nin.nope", "--results", str(tmp_path)]) == 2
     assert "rotnet_nin.nope is not among the weights whose numbers are reported" in capsys.readouterr().err
-    monkeypatch.setattr("training.results.current_commit", lambda: "unknown")
+    monkeypatch.setattr("training.reporting.rows.current_commit", lambda: "unknown")
     assert run(small, tmp_path) == 2
     assert "the card needs committed code, this is unknown" in capsys.readouterr().err

@@ -6,39 +6,62 @@ import re
 import pytest
 from conftest import ROOT
 
+from training.__main__ import COMMANDS, main
+
 # the heads of the commands' files are what --help prints
-HEADS = [file for file in (ROOT / "training").glob("*.py") if "python -m training" in file.read_text()]
+HEADS = [file for file in (ROOT / "training").rglob("*.py") if "python -m training" in file.read_text()]
 PAGES = [
     ROOT / "README.md",
     ROOT / "MODEL_CARD.md",
-    ROOT / "training" / "STUDY.md",
+    ROOT / "training" / "studies" / "nin_cifar10.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
-COMMANDS = [
-    (page.name, module, rest.split("`")[0])
+TYPED = [
+    (page.name, command, rest.split("`")[0])
     for page in (*PAGES, *HEADS)
-    for module, rest in re.findall(r"python -m (training\.[a-z_]+)(.*)", page.read_text().replace("\\\n", " "))
+    for command, rest in re.findall(r"-m training ([a-z][a-z-]*)(.*)", page.read_text().replace("\\\n", " "))
 ]
 
 
-@pytest.mark.parametrize("module", sorted({module for _, module, _ in COMMANDS}))
-def test_options_are_those_of_the_command(module, capsys):
-    command = importlib.import_module(module)
+def test_the_lab_lists_its_commands(capsys):
+    assert main(["--help"]) == 0
+    told = capsys.readouterr().out
+    assert all(
+        re.search(rf"^  {command} +{re.escape(what)}$", told, re.MULTILINE) for command, (_, what) in COMMANDS.items()
+    )
+    assert main(["prettrain"]) == 2 and "no command 'prettrain'; there are pretrain, " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_options_are_those_of_the_command(command, capsys):
     told = ""
-    for words in ([], *([[name] for name in ("bundle", "figures", "render")] if module == "training.publish" else [])):
+    for words in ([], *([[name] for name in ("bundle", "figures", "render")] if command == "publish" else [])):
         with pytest.raises(SystemExit) as left:
-            command.main([*words, "--help"])
+            main([command, *words, "--help"])
         assert left.value.code == 0
         # without the head, which names options whether or not there are such
-        told += capsys.readouterr().out.replace(command.__doc__.strip(), "")
-    for page, rest in [(page, rest) for page, other, rest in COMMANDS if other == module]:
+        head = importlib.import_module(COMMANDS[command][0]).__doc__.strip()
+        told += capsys.readouterr().out.replace(head, "")
+    for page, rest in [(page, rest) for page, other, rest in TYPED if other == command]:
         for option in re.findall(r"--[a-z][a-z-]*", rest):
-            assert re.search(rf"{option}\b", told), f"{page}: {module} has no {option}"
+            assert re.search(rf"{option}\b", told), f"{page}: {command} has no {option}"
+
+
+def test_every_command_that_is_told_is_there():
+    assert {command for _, command, _ in TYPED} <= set(COMMANDS)
 
 
 def test_every_page_that_has_commands_is_read():
-    pages = {"README.md", "MODEL_CARD.md", "STUDY.md", "imagenet.md", "loading.md", "pretraining.md", "transfer.md"}
-    assert {page for page, _, _ in COMMANDS if page.endswith(".md")} >= pages
+    pages = {
+        "README.md",
+        "MODEL_CARD.md",
+        "nin_cifar10.md",
+        "imagenet.md",
+        "loading.md",
+        "pretraining.md",
+        "transfer.md",
+    }
+    assert {page for page, _, _ in TYPED if page.endswith(".md")} >= pages
 
 
 def test_the_tests_that_keep_a_promise_are_there():

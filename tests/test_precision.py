@@ -8,14 +8,17 @@ import pytest
 import torch
 from tiny_runs import TINY, interrupt, sample_images
 
-from training import evaluate, finetune, imagenet, precision
+from training import precision
 from training.data import load_images
+from training.evaluation import finetune
+from training.evaluation import layers as imagenet
+from training.evaluation import probes as evaluate
+from training.evaluation.subject import load_subject
 from training.precision import cpu_flags, multiplies_bfloat16, resolve_precision, resolved, warn_if_emulated
 from training.pretrain import create_accelerator, pretrain
 from training.protocols import LAYER_PROBES, PROBES, TRANSFERS
 from training.recipes import RECIPES
-from training.study import VARIANTS
-from training.subject import load_subject
+from training.studies.nin_cifar10 import VARIANTS
 
 EVERY = [
     *RECIPES.values(),
@@ -132,7 +135,7 @@ def test_what_the_device_would_take_anyway_is_the_recipe_as_it_is(
 ):
     """The card takes rows of either precision, but none that a command line chose."""
     set_flags(set())
-    monkeypatch.setattr("training.results.current_commit", lambda: "0" * 40)
+    monkeypatch.setattr("training.reporting.rows.current_commit", lambda: "0" * 40)
     recipe, model = {finetune: ("few-labels-cpu", "rotnet_nin"), imagenet: ("imagenet-linear-cpu", "rotnet_alexnet")}[
         command
     ]

@@ -19,6 +19,7 @@ from torch import nn
 from rotation_ssl.images import normalize
 from rotation_ssl.rotations import count_correct_rotations, rotate_all, rotation_labels
 from training import pretrain as command
+from training.__main__ import main
 from training.batches import augmented_batches
 from training.checkpoint import find_checkpoint
 from training.eighths import count_correct_eighths
@@ -264,7 +265,7 @@ def test_two_processes_train_as_one(small_cifar10, tmp_path, capsys):
     assert find_checkpoint(tmp_path / "two").name == "step-000005"
     assert command.main([*two, "--resume"]) == 2
     assert "is of another run (processes 2 -> 1)" in capsys.readouterr().err
-    result = torchrun("-m", "training.pretrain", *two, "--resume")
+    result = torchrun("-m", "training", "pretrain", *two, "--resume")
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("wrote ") == 1
     assert command.main([*arguments, str(tmp_path / "one")]) == 0
@@ -549,10 +550,8 @@ def test_memory_that_is_short_is_told_in_one_line(small_cifar10, tmp_path, monke
         command.main(arguments)
 
 
-@pytest.mark.parametrize("module", ["pretrain", "evaluate", "finetune", "check", "study"])
-def test_help_says_how_to_leave_the_allocator_alone(module, capsys):
-    import importlib
-
+@pytest.mark.parametrize("name", ["pretrain", "evaluate", "finetune", "check", "study"])
+def test_help_says_how_to_leave_the_allocator_alone(name, capsys):
     with pytest.raises(SystemExit):
-        importlib.import_module(f"training.{module}").main(["--help"])
+        main([name, "--help"])
     assert "ROTATION_SSL_MALLOPT=0" in capsys.readouterr().out

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from rotation_ssl import zoo
 from rotation_ssl.features import layer_modules
-from training import card, publish
 from training.recipes import NIN_CIFAR10_ABLATION_R8, RECIPES
-from training.results import RESULTS_DIR, Row, read_file, read_rows, write_rows
+from training.reporting import card, publish
+from training.reporting.rows import RESULTS_DIR, Row, read_file, read_rows, write_rows
 
 NAME = "rotnet_nin.cifar10"
 

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from training.report import report_text
-from training.results import Row, counted
+from training.reporting.report import report_text
+from training.reporting.rows import Row, counted
 
 ROW = Row(
     "rotnet_nin.cifar10", "linear probe", "block1", 0.5, "measured", "CIFAR-10 test", "cached", "L2 0.1", sha256="ab"

@@ -9,7 +9,7 @@ from conftest import SAMPLES
 from torch import nn
 
 from rotation_ssl.images import normalize, read_images
-from training.rescale import centre, channel_magnitudes, fold_batch_norms, relative_gradients, rescale
+from training.transfer.rescale import centre, channel_magnitudes, fold_batch_norms, relative_gradients, rescale
 
 FOLDABLE = ("rotnet_alexnet", "rotnet_nin", "rotnet_resnet18", "rotnet_resnet50")
 

@@ -10,13 +10,13 @@ from safetensors.torch import load_file
 from small_voc import write_small_voc
 from torch.nn import functional as F
 
-from training import segment
+from training.evaluation.subject import load_subject
 from training.protocols import VOC_SEGMENTATION
-from training.results import read_file
-from training.subject import load_subject
-from training.transfer import transfer_network
-from training.voc_data import CLASSES, open_mask, read_masks
-from training.voc_metrics import confusion_matrix, intersections_over_unions, mean_over_classes
+from training.reporting.rows import read_file
+from training.transfer import segmentation as segment
+from training.transfer.data import CLASSES, open_mask, read_masks
+from training.transfer.metrics import confusion_matrix, intersections_over_unions, mean_over_classes
+from training.transfer.network import transfer_network
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,9 @@ import pytest
 import torch
 from conftest import ROOT
 
-from training import speed
-from training.card import SPEED_FILE, speed_tables
-from training.speed import Case, NaiveDataset, inference_flop, measure, training_flop
+from training.reporting.card import SPEED_FILE, speed_tables
+from training.studies import speed
+from training.studies.speed import Case, NaiveDataset, inference_flop, measure, training_flop
 
 
 def test_flop_by_hand():

@@ -5,11 +5,11 @@ import json
 
 import pytest
 
-from training import study
 from training.data import load_images
 from training.recipes import Stage
-from training.results import read_file
-from training.study import BASE, BUDGET, QUESTIONS, VARIANTS, pixels, run_variant, variant
+from training.reporting.rows import read_file
+from training.studies import nin_cifar10 as study
+from training.studies.nin_cifar10 import BASE, BUDGET, QUESTIONS, VARIANTS, pixels, run_variant, variant
 
 SMALL = dataclasses.replace(
     BASE, model="rotnet_nin3", stages=(Stage(1, 16), Stage(1, 32)), images_per_step=8, holdout=10, precision="fp32"

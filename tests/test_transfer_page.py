@@ -13,23 +13,22 @@ from safetensors import safe_open
 from scipy.io import savemat
 from small_voc import write_small_voc
 
-from training import detect, segment, voc
-from training.alexnet_costs import cost_table, paper_table, work_of
-from training.results import read_rows
-from training.voc_data import CLASSES, read_annotations
+from training.__main__ import main
+from training.reporting.rows import read_rows
+from training.studies.alexnet_costs import cost_table, paper_table, work_of
+from training.transfer.data import CLASSES, read_annotations
 
 PAGE = (ROOT / "docs" / "transfer.md").read_text()
-COMMANDS = {"training.voc": voc.main, "training.detect": detect.main, "training.segment": segment.main}
-SMALL = {"training.voc": ["--size", "64"], "training.detect": ["--side", "128"], "training.segment": []}
+SMALL = {"voc": ["--size", "64"], "detect": ["--side", "128"], "segment": []}
 PUBLISHED = "rotnet_alexnet.gidaris_in1k"
 
 
 def run(command):
     """A command of the page, in seconds: random weights in place of published ones, the same otherwise."""
     words = shlex.split(command)
-    assert words[:2] == ["python", "-m"] and words[3] == PUBLISHED
+    assert words[:3] == ["python", "-m", "training"] and words[4] == PUBLISHED
     shorter = ["--random", "--fc-size", "8", "--steps", "1", "--images-per-step", "1"]
-    assert COMMANDS[words[2]](["rotnet_alexnet", *words[4:], *shorter, *SMALL[words[2]]]) == 0
+    assert main([words[3], "rotnet_alexnet", *words[5:], *shorter, *SMALL[words[3]]]) == 0
     return words[words.index("--output") + 1]
 
 
@@ -81,7 +80,7 @@ def write_own_data(devkit, folder):
 
 
 def test_the_tables_are_those_of_the_command():
-    assert cost_table() in PAGE and paper_table(read_rows()) in PAGE, "anew: python -m training.alexnet_costs"
+    assert cost_table() in PAGE and paper_table(read_rows()) in PAGE, "anew: python -m training.studies.alexnet_costs"
     quoted = {(row.weights, row.layer): row.value for row in read_rows() if "PASCAL VOC class" in row.protocol}
     assert quoted["rotnet_alexnet.paper", "fc6-8"] == 0.7087 and quoted["rotnet_alexnet.paper", "all"] == 0.7297
     (boxes,) = [r.value for r in read_rows() if r.weights == "rotnet_alexnet.paper" and "Fast R-CNN" in r.protocol]
@@ -96,10 +95,10 @@ def test_counted_operations_by_hand():
     assert work.operations == 2 * 3 * 7 * 5 and (work * 2 + work).kept == 3 * 4 * 15
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", SMALL)
 def test_what_the_page_says_of_all_commands_holds(name, capsys):
     with pytest.raises(SystemExit):
-        COMMANDS[name](["--help"])
+        main([name, "--help"])
     told = capsys.readouterr().out
     everywhere = set(re.findall(r"`(--[a-z-]+)", PAGE)) - {"--model", "--side", "--proposals", "--layers"}
     assert all(option in told for option in everywhere), everywhere

@@ -14,8 +14,8 @@ from rotation_ssl.checkpoints import read_checkpoint
 from rotation_ssl.convert import Converted, convert, write_folder
 from training.outputs import write_run
 from training.recipes import NIN_CIFAR10_CPU
-from training.results import read_rows
-from training.upload import hub_files, upload_of
+from training.reporting.hub import hub_files, upload_of
+from training.reporting.rows import read_rows
 
 ARCHIVE = DATA / "CIFAR10_RotNet_NIN4blocks.tar.gz"
 

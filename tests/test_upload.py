@@ -16,8 +16,9 @@ from safetensors.torch import load, load_file, save_file
 from rotation_ssl import zoo
 from rotation_ssl.checkpoints import read_checkpoint
 from rotation_ssl.convert import convert, write_folder
-from training import publish, upload
-from training.results import read_rows
+from training.reporting import hub as upload
+from training.reporting import publish
+from training.reporting.rows import read_rows
 
 # the Hub's client, with its own HTTP library
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -152,9 +153,9 @@ def test_killed_after_the_upload_and_run_again(hub, weights_dir, tmp_path):
         "import os, pathlib, signal, sys\n"
         "from rotation_ssl import zoo\n"
         "zoo.WEIGHTS_DIR = pathlib.Path(sys.argv[1])\n"
-        "from training import publish, upload\n"
-        "upload.REPOSITORY = 'ORG/rotation_ssl'\n"
-        "upload._verify = lambda *args: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "from training.reporting import hub, publish\n"
+        "hub.REPOSITORY = 'ORG/rotation_ssl'\n"
+        "hub._verify = lambda *args: os.kill(os.getpid(), signal.SIGKILL)\n"
         "publish.main(['--namespace', 'ORG', '--weights', sys.argv[2]])\n"
     )
     environment = {**os.environ, **HUB_ENVIRONMENT, "HF_HOME": str(tmp_path / "home")}
@@ -170,7 +171,7 @@ def test_killed_after_the_upload_and_run_again(hub, weights_dir, tmp_path):
 def test_nothing_is_published_without_an_address(hub, weights_dir, monkeypatch, capsys):
     monkeypatch.setattr(upload, "REPOSITORY", "OWNER/rotation_ssl")
     assert publish_one() == 2
-    assert "set REPOSITORY in training/card.py" in capsys.readouterr().err and not hub.repositories
+    assert "set REPOSITORY in training/reporting/card.py" in capsys.readouterr().err and not hub.repositories
     assert publish_one("--dry-run") == 0
 
 

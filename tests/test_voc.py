@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 from small_voc import write_small_voc
 from torch import nn
 
-from training import voc
+from training.evaluation.subject import load_subject, preparation
 from training.protocols import VOC_CLASSIFICATION
-from training.results import read_file
-from training.subject import load_subject, preparation
-from training.transfer import Backbone, Draws, batches, smallest_side, transfer_network
-from training.voc_command import add_arguments, averages, cost_of
-from training.voc_data import CLASSES, class_labels, read_annotations
+from training.reporting.rows import read_file
+from training.transfer import classification as voc
+from training.transfer.command import add_arguments, averages, cost_of
+from training.transfer.data import CLASSES, class_labels, read_annotations
+from training.transfer.network import Backbone, Draws, batches, smallest_side, transfer_network
 
 TINY = ("--size", 64, "--fc-size", 16, "--steps", 3, "--images-per-step", 4)
 

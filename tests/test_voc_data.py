@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from small_voc import write_small_voc
 
-from training.voc_data import (
+from training.transfer.data import (
     CLASSES,
     check_large_enough,
     class_labels,

@@ -11,7 +11,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from sklearn.metrics import average_precision_score, jaccard_score, precision_recall_curve
 
-from training.voc_metrics import (
+from training.transfer.metrics import (
     KINDS,
     average_precision,
     classification_precisions,

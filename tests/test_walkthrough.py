@@ -7,14 +7,15 @@ import timm
 from conftest import ROOT
 
 from rotation_ssl import cli
-from training import evaluate, pretrain
+from training import pretrain
+from training.evaluation import probes as evaluate
 
 PAGE = (ROOT / "docs" / "pretraining.md").read_text()
 
 
 def options_of(command):
-    """The command's arguments, without `python -m training.X`."""
-    return shlex.split(command)[3:]
+    """The command's arguments, without `python -m training X`."""
+    return shlex.split(command)[4:]
 
 
 def test_the_walk_through(small_cifar10, tmp_path, monkeypatch):

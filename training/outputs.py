@@ -18,7 +18,7 @@ from torch import nn
 from rotation_ssl.convert import NOT_OF_THESE_WEIGHTS, write_config
 from training.checkpoint import Progress, first_line, sync
 from training.recipes import Recipe
-from training.results import device_name, library_versions
+from training.reporting.rows import device_name, library_versions
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
 """Pretrain a backbone by predicting rotations: a recipe in, weights and their curve out.
 
-    python -m training.pretrain nin-cifar10-cpu --data-dir DIR --output runs/nin
-    python -m training.pretrain folder --model resnet18 --data-dir MY_IMAGES --output runs/mine
-    torchrun --nproc_per_node 2 -m training.pretrain RECIPE ...
+    python -m training pretrain nin-cifar10-cpu --data-dir DIR --output runs/nin
+    python -m training pretrain folder --model resnet18 --data-dir MY_IMAGES --output runs/mine
+    torchrun --nproc_per_node 2 -m training pretrain RECIPE ...
 
 DIR holds CIFAR-10 as train/<class>/*.png, or --download fetches it there; MY_IMAGES holds images, in any folders below
 it. Images that fit into memory are read once, others are decoded by --workers as they come (--stream); broken ones are
@@ -60,7 +60,7 @@ from training.optimizers import create_optimizers, learning_rate_factor, renorma
 from training.outputs import describe_run, lock_output, trained_size, write_run
 from training.precision import resolve_precision, resolved, warn_if_emulated
 from training.recipes import PRECISIONS, RECIPES, Muon, Recipe, with_image_size, with_steps
-from training.results import counted, current_commit
+from training.reporting.rows import counted, current_commit
 from training.unlabelled import UnlabelledImages, fingerprint, open_images, stream
 
 CURVE_EVERY = 10  # steps averaged into one point of the curve, fewer where a run is short
@@ -527,7 +527,7 @@ def build_parser() -> argparse.ArgumentParser:
         for r in RECIPES.values()
     )
     parser = argparse.ArgumentParser(
-        prog="python -m training.pretrain",
+        prog="python -m training pretrain",
         description=__doc__,
         epilog=f"recipes:\n{recipes}\n\n{TURN_OFF}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -617,7 +617,3 @@ def main(arguments: list[str] | None = None) -> int:
             )
         print(f"wrote {result}, run.json and curve.png beside it")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -261,7 +261,7 @@ NIN_CIFAR10_CPU = Recipe(
     images_per_step=64,
     padding=2,
     precision="auto",
-    note="training/STUDY.md says why; about 150 minutes on 2 cores that multiply bfloat16",
+    note="training/studies/nin_cifar10.md says why; about 150 minutes on 2 cores that multiply bfloat16",
 )
 
 NIN_CIFAR10_PAPER = Recipe(

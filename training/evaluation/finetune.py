@@ -1,8 +1,8 @@
 """Train with labels: fine-tuning, few labels on frozen features, and the supervised baseline.
 
-    python -m training.finetune few-labels-cpu rotnet_nin.cifar10 --labels-per-class 20 100 400 1000 5000 --data-dir DIR
-    python -m training.finetune supervised-cpu rotnet_nin --labels-per-class 20 100 400 1000 5000 --data-dir DIR
-    python -m training.finetune finetune-conv-cpu rotnet_nin.cifar10 --data-dir DIR
+    python -m training finetune few-labels-cpu rotnet_nin.cifar10 --labels-per-class 20 100 400 1000 5000 --data-dir DIR
+    python -m training finetune supervised-cpu rotnet_nin --labels-per-class 20 100 400 1000 5000 --data-dir DIR
+    python -m training finetune finetune-conv-cpu rotnet_nin.cifar10 --data-dir DIR
 
 The network is the backbone up to one layer (block2: the recommended one) with a classifier on it: with the
 convolutional classifier on block2 the paper's NIN of three blocks, which is what its supervised baseline is. Recipes
@@ -16,7 +16,6 @@ with --dataset folder. Numbers are written to --output as rows.jsonl, report.md,
 
 import argparse
 import dataclasses
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -38,14 +37,14 @@ from training.data import (
     labels_subset,
     load_images,
 )
+from training.evaluation.subject import Subject, load_subject, measured_row, preparation, record_file
 from training.memory import TURN_OFF
 from training.optimizers import learning_rate_factor, set_learning_rates
 from training.precision import add_precision_argument, autocast_type, resolved, warn_if_emulated
 from training.progress import progress
 from training.protocols import TRANSFERS, TransferRecipe
-from training.report import check_rows, keep_row, run_measuring, write_report
-from training.results import PARTS, Row, counted
-from training.subject import Subject, load_subject, measured_row, preparation, record_file
+from training.reporting.report import check_rows, keep_row, run_measuring, write_report
+from training.reporting.rows import PARTS, Row, counted
 
 
 def measure_transfer(
@@ -253,7 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     recipes = "\n".join(f"  {r.name:24s} {r.protocol}, {r.images:,} crops" for r in TRANSFERS.values())
     parser = argparse.ArgumentParser(
-        prog="python -m training.finetune", description=__doc__, epilog=f"recipes:\n{recipes}\n\n{TURN_OFF}",
+        prog="python -m training finetune", description=__doc__, epilog=f"recipes:\n{recipes}\n\n{TURN_OFF}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("recipe", choices=sorted(TRANSFERS), metavar="RECIPE", help="one of the recipes below")
@@ -312,7 +311,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return file
 
     return run_measuring(measure, args.device)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,6 @@
 """The tables of docs/imagenet.md and docs/transfer.md: the paper's numbers of AlexNet, and what they cost on a GPU.
 
-    python -m training.alexnet_costs
+    python -m training.studies.alexnet_costs
 
 The numbers are of result rows. The costs are computed and not measured: multiplications and additions are counted on
 tensors without content (torch.utils.flop_counter), forward once and backward twice as much; reading images, pooling
@@ -18,7 +18,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import rotation_ssl  # noqa: F401  registers the models with timm
-from training.imagenet import build_probes
+from training.evaluation.layers import build_probes
+from training.evaluation.subject import Subject
 from training.protocols import (
     IMAGENET_LINEAR_PAPER,
     IMAGENET_NONLINEAR_PAPER,
@@ -29,8 +30,7 @@ from training.protocols import (
     VocDetection,
 )
 from training.recipes import ALEXNET_IMAGENET_AUTHORS, ALEXNET_IMAGENET_PAPER, ALEXNET_PLACES205_PAPER, IMAGENET_IMAGES
-from training.results import Row, read_rows
-from training.subject import Subject
+from training.reporting.rows import Row, read_rows
 
 RATE = 5e12  # operations a second: a quarter of the fp32 peak of an A100 (19.5e12)
 TRAINVAL, TEST, SEGMENTATION_TEST = 5_011, 4_952, 1_449  # images of VOC2007's trainval and test, VOC2012's val
@@ -211,7 +211,7 @@ def _hours(operations: float) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the tables; returns the exit status."""
     argparse.ArgumentParser(
-        prog="python -m training.alexnet_costs",
+        prog="python -m training.studies.alexnet_costs",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     ).parse_args(arguments)

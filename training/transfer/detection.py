@@ -1,7 +1,7 @@
 """PASCAL VOC detection: where in an image is what; mean average precision (table 7 of the paper).
 
-    python -m training.detect rotnet_alexnet.gidaris_in1k --data-dir VOCdevkit --proposals selective-search.safetensors
-    python -m training.detect rotnet_alexnet.gidaris_in1k --data-dir VOCdevkit --device cuda
+    python -m training detect rotnet_alexnet.gidaris_in1k --data-dir VOCdevkit --proposals selective-search.safetensors
+    python -m training detect rotnet_alexnet.gidaris_in1k --data-dir VOCdevkit --device cuda
 
 With --proposals it is Fast R-CNN, as in the paper: regions come from a file, and only this number stands beside the
 paper's 54.4 %. Without, it is torchvision's Faster R-CNN, which finds its regions itself, on the same backbone. MODEL
@@ -10,8 +10,8 @@ judge the regions, other networks get two fresh layers. All layers are trained, 
 scale is measured. Objects marked difficult are neither trained on nor counted.
 
 The file of proposals is a safetensors file with a tensor (n, 4) for each image's name ('000005'), float32: left, top,
-right, bottom in pixels from the image's corner; training.detect.write_proposals writes one, docs/transfer.md shows
-how. Settings are the recipes VOC_FAST_RCNN and VOC_FASTER_RCNN in training/protocols.py. Numbers are in --output as
+right, bottom in pixels from the image's corner; write_proposals of this module writes one, docs/transfer.md shows how.
+Settings are the recipes VOC_FAST_RCNN and VOC_FASTER_RCNN in training/protocols.py. Numbers are in --output as
 rows.jsonl, report.md, report.json and report.png, those of every class as classes.json, and the trained network as
 network.safetensors.
 """
@@ -22,7 +22,6 @@ import functools
 import hashlib
 import math
 import random
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,10 +41,9 @@ from torchvision.ops import roi_align, roi_pool
 from training.memory import TURN_OFF
 from training.progress import progress
 from training.protocols import VOC_FAST_RCNN, VOC_FASTER_RCNN, VocDetection
-from training.report import run_measuring
-from training.results import counted
-from training.transfer import Backbone, Draws, InOrder, batches, read_once, smallest_side, train_network
-from training.voc_command import (
+from training.reporting.report import run_measuring
+from training.reporting.rows import counted
+from training.transfer.command import (
     add_arguments,
     averages,
     count_present,
@@ -54,7 +52,7 @@ from training.voc_command import (
     training_of,
     transfer_row,
 )
-from training.voc_data import (
+from training.transfer.data import (
     AnnotatedImage,
     check_countable,
     check_large_enough,
@@ -62,7 +60,8 @@ from training.voc_data import (
     pixels_tensor,
     read_annotations,
 )
-from training.voc_metrics import average_precision, match_detections
+from training.transfer.metrics import average_precision, match_detections
+from training.transfer.network import Backbone, Draws, InOrder, batches, read_once, smallest_side, train_network
 
 KINDS = ("11-point", "area")
 POOLED = 6  # side of a region's map for AlexNet's fc6
@@ -181,7 +180,7 @@ def build_detector(recipe: VocDetection, network: nn.Module, classes: int, given
 
     Args:
         recipe: the settings.
-        network: of :func:`training.transfer.transfer_network`.
+        network: of :func:`training.transfer.network.transfer_network`.
         classes: K, without the background.
         given_regions: Fast R-CNN, which is given its regions, or else Faster R-CNN.
     """
@@ -291,7 +290,7 @@ def detection_precisions(
     """Average precision of each of K classes; nan for those that the images do not show.
 
     Raises:
-        ValueError: as :func:`training.voc_metrics.average_precision`.
+        ValueError: as :func:`training.transfer.metrics.average_precision`.
     """
     precisions = []
     for label in range(classes):
@@ -357,7 +356,7 @@ def check_proposals_file(file: Path, images: Sequence[AnnotatedImage]) -> None:
         ValueError: no such file, no safetensors file, or an image without proposals; the error names it.
     """
     if not file.is_file():
-        raise ValueError(f"proposals {file} do not exist: write them with training.detect.write_proposals")
+        raise ValueError(f"proposals {file} do not exist: write them with training.transfer.detection.write_proposals")
     try:
         known = set(_opened(file).keys())
     except SafetensorError as error:
@@ -421,7 +420,7 @@ def _mirrored(boxes: torch.Tensor, width: int) -> torch.Tensor:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m training.detect", description=__doc__, epilog=TURN_OFF,
+        prog="python -m training detect", description=__doc__, epilog=TURN_OFF,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     add_arguments(parser, "2007", "trainval", "test")
@@ -462,7 +461,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return keep_numbers(transfer.output, rows, by_class, args.classes)
 
     return run_measuring(measure, args.device)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

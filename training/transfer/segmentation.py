@@ -1,6 +1,6 @@
 """PASCAL VOC segmentation: which class is every pixel of; mean intersection over union (table 7 of the paper).
 
-    python -m training.segment rotnet_alexnet.gidaris_in1k --data-dir VOCdevkit --device cuda
+    python -m training segment rotnet_alexnet.gidaris_in1k --data-dir VOCdevkit --device cuda
 
 A fully convolutional network (Long, Shelhamer, Darrell 2015, https://arxiv.org/abs/1411.4038): AlexNet's fc6 and fc7
 as convolutions, a score for every class in every cell of 32 pixels, scaled up to the image's pixels. Other networks,
@@ -17,7 +17,6 @@ import argparse
 import dataclasses
 import functools
 import random
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,12 +31,19 @@ from rotation_ssl.images import normalize
 from training.memory import TURN_OFF
 from training.progress import progress
 from training.protocols import VOC_SEGMENTATION, VocSegmentation
-from training.report import run_measuring
-from training.results import counted
-from training.transfer import Backbone, Draws, InOrder, batches, read_once, train_network
-from training.voc_command import add_arguments, count_present, keep_numbers, prepare_transfer, training_of, transfer_row
-from training.voc_data import MaskedImage, check_large_enough, open_mask, open_pixels, pixels_tensor, read_masks
-from training.voc_metrics import IGNORED, confusion_matrix, intersections_over_unions, mean_over_classes
+from training.reporting.report import run_measuring
+from training.reporting.rows import counted
+from training.transfer.command import (
+    add_arguments,
+    count_present,
+    keep_numbers,
+    prepare_transfer,
+    training_of,
+    transfer_row,
+)
+from training.transfer.data import MaskedImage, check_large_enough, open_mask, open_pixels, pixels_tensor, read_masks
+from training.transfer.metrics import IGNORED, confusion_matrix, intersections_over_unions, mean_over_classes
+from training.transfer.network import Backbone, Draws, InOrder, batches, read_once, train_network
 
 
 class Fcn(nn.Module):
@@ -47,7 +53,7 @@ class Fcn(nn.Module):
     AlexNet's images are padded by as much as puts the middle of what a cell sees there.
 
     Args:
-        network: of :func:`training.transfer.transfer_network`, which is taken over.
+        network: of :func:`training.transfer.network.transfer_network`, which is taken over.
         classes: K, without the background.
         dropout: after fc6 and fc7.
 
@@ -224,7 +230,7 @@ def _read(images: tuple[MaskedImage, ...], classes: int, index: int) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m training.segment", description=__doc__, epilog=TURN_OFF,
+        prog="python -m training segment", description=__doc__, epilog=TURN_OFF,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     add_arguments(parser, "2012", "train", "val")
@@ -247,7 +253,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return keep_numbers(transfer.output, [row], by_class, ("background", *args.classes))
 
     return run_measuring(measure, args.device)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

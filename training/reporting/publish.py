@@ -1,9 +1,9 @@
 """Put a finished run into the package, the measured numbers into the card, and the weights on the Hub.
 
-    python -m training.publish bundle runs/nin rotnet_nin.cifar10
-    python -m training.publish figures --data-dir DIR
-    python -m training.publish render [--check]
-    python -m training.publish --namespace ORG [--weights NAME|FOLDER ...] [--dry-run]
+    python -m training publish bundle runs/nin rotnet_nin.cifar10
+    python -m training publish figures --data-dir DIR
+    python -m training publish render [--check]
+    python -m training publish --namespace ORG [--weights NAME|FOLDER ...] [--dry-run]
 
 `bundle` copies the run's weights, run.json and curve into place, writes their manifest entry and golden outputs.
 `figures` draws the card's figures from the result rows, the weights and CIFAR-10's test images (DIR).
@@ -33,9 +33,10 @@ from rotation_ssl import zoo
 from rotation_ssl.features import layer_modules
 from rotation_ssl.golden import golden_file, golden_outputs
 from rotation_ssl.images import read_images
-from training.card import ROOT, render_card, render_readme, select
 from training.data import load_cifar10
-from training.figures import (
+from training.recipes import RECIPES
+from training.reporting.card import ROOT, render_card, render_readme, select
+from training.reporting.figures import (
     draw_accuracy_by_layer,
     draw_attention,
     draw_few_labels,
@@ -46,9 +47,8 @@ from training.figures import (
     rows_stamp,
     stamp_of,
 )
-from training.recipes import RECIPES
-from training.results import REPORTED, RESULTS_DIR, Row, complaints, counted, read_rows
-from training.upload import Upload, current_version, hub_files, publish, upload_of, upload_of_folder
+from training.reporting.hub import Upload, current_version, hub_files, publish, upload_of, upload_of_folder
+from training.reporting.rows import REPORTED, RESULTS_DIR, Row, complaints, counted, read_rows
 
 FIGURES_DIR = ROOT / "docs" / "figures"
 # by tables 1 and 4 of the paper
@@ -291,7 +291,7 @@ def _replace(path: Path, content: bytes) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m training.publish", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m training publish", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--namespace", metavar="ORG", help="publish on the Hub, under this user or organisation")
     parser.add_argument(
@@ -330,7 +330,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         if args.command == "bundle":
             bundle(args.run, args.name)
-            print(f"bundled {args.name}; commit, then python -m training.measure {args.name}")
+            print(f"bundled {args.name}; commit, then python -m training measure {args.name}")
             return 0
         if args.command == "figures":
             for path in draw_figures(args.data_dir, args.download):
@@ -343,7 +343,3 @@ def main(arguments: list[str] | None = None) -> int:
     for path in different:
         print(f"{'differs' if args.check else 'wrote'} {path.relative_to(ROOT)}")
     return 1 if args.check and different else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,15 +1,15 @@
 """The study behind the recipe `nin-cifar10-cpu`: one setting changed at a time, each run of as many rotated images.
 
-    python -m training.study run --data-dir DIR
-    python -m training.study run --data-dir DIR --only base muon-lr-0.2
-    python -m training.study render
-    python -m training.study render --check
+    python -m training study run --data-dir DIR
+    python -m training study run --data-dir DIR --only base muon-lr-0.2
+    python -m training study render
+    python -m training study render --check
 
 Every variant pretrains on the first 45,000 training images of CIFAR-10 (`--data-dir DIR`) and is judged on the last
 5,000 by linear and non-linear probes of block2, trained on the first 10,000; the test images are not read. Numbers are
 result rows in training/results/study/, written as they are measured; a variant that has its rows is passed over, a
-stopped one goes on where it was. `render` writes them into training/STUDY.md and draws its figure; with --check it
-writes nothing, and says what it would.
+stopped one goes on where it was. `render` writes them into training/studies/nin_cifar10.md and draws its figure; with
+--check it writes nothing, and says what it would.
 """
 
 import argparse
@@ -24,18 +24,18 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from training.card import replace_parts
 from training.data import Images, load_images
-from training.evaluate import measure_features, plan
-from training.figures import STAMP_KEY, rows_stamp, stamp_of
+from training.evaluation.probes import measure_features, plan
+from training.evaluation.subject import load_subject, measured_row
 from training.memory import TURN_OFF, keep_large_blocks
 from training.precision import add_precision_argument, warn_if_emulated
 from training.pretrain import finished_run
 from training.progress import progress
 from training.recipes import CosineSchedule, LinearSchedule, Muon, Recipe, Sgd, Stage
-from training.report import keep_row
-from training.results import RESULTS_DIR, Row, read_file
-from training.subject import load_subject, measured_row
+from training.reporting.card import replace_parts
+from training.reporting.figures import STAMP_KEY, rows_stamp, stamp_of
+from training.reporting.report import keep_row
+from training.reporting.rows import RESULTS_DIR, Row, read_file
 
 ROWS = RESULTS_DIR / "study" / "runs.jsonl"
 BUDGET = 102_400  # rotated images a run
@@ -44,8 +44,8 @@ PROBE_IMAGES = 10_000
 FEW_IMAGES = 9_000
 LAYER = "block2"
 PROTOCOLS = ("non-linear probe", "linear probe", "rotation accuracy")
-PAGE = Path(__file__).parent / "STUDY.md"
-FIGURE = Path(__file__).parent.parent / "docs" / "figures" / "study.png"
+PAGE = Path(__file__).with_suffix(".md")
+FIGURE = Path(__file__).parent.parent.parent / "docs" / "figures" / "study.png"
 
 BASE = Recipe(
     name="base",
@@ -240,7 +240,7 @@ def render(check: bool = False) -> list[Path]:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m training.study",
+        prog="python -m training study",
         description=__doc__,
         epilog=TURN_OFF,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -279,7 +279,3 @@ def main(arguments: list[str] | None = None) -> int:
         print("stopped; the same command goes on", file=sys.stderr)
         return 130
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

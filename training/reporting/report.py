@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from training.memory import keep_large_blocks
-from training.results import RESULTS_DIR, Row, check_device, read_file, write_rows
+from training.reporting.rows import RESULTS_DIR, Row, check_device, read_file, write_rows
 
 
 def run_measuring(measure: Callable[[], Path], device: str) -> int:

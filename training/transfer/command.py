@@ -14,13 +14,13 @@ import torchvision
 from torch import nn
 from tqdm import tqdm
 
+from training.evaluation.subject import Subject, load_subject
 from training.protocols import Training
-from training.report import check_rows, keep_row, write_report
-from training.results import Row, counted, current_commit, device_name, library_versions
-from training.subject import Subject, load_subject
-from training.transfer import NETWORK, check_apart, has_fresh_fc, transfer_network
-from training.voc_data import CLASSES
-from training.voc_metrics import mean_over_classes
+from training.reporting.report import check_rows, keep_row, write_report
+from training.reporting.rows import Row, counted, current_commit, device_name, library_versions
+from training.transfer.data import CLASSES
+from training.transfer.metrics import mean_over_classes
+from training.transfer.network import NETWORK, check_apart, has_fresh_fc, transfer_network
 
 # options that leave the protocol as it is: what is transferred, and where and how it is worked on
 NOT_OF_THE_PROTOCOL = frozenset(
@@ -121,7 +121,7 @@ def data_name(args: argparse.Namespace) -> str:
 
 
 def subject_of(args: argparse.Namespace, size: int | None = None) -> Subject:
-    """The backbone that the command line names, as :func:`training.subject.load_subject`."""
+    """The backbone that the command line names, as :func:`training.evaluation.subject.load_subject`."""
     if len(set(args.classes)) != len(args.classes):
         raise ValueError(f"--classes names a class twice: {', '.join(args.classes)}")
     seed = args.seed if args.random else 0

@@ -33,7 +33,7 @@ from training.optimizers import create_optimizers, create_sgd
 from training.precision import autocast_type, warn_if_emulated
 from training.pretrain import create_accelerator, create_model, train_step
 from training.recipes import NIN_CIFAR10_CPU, Sgd, Stage, with_image_size
-from training.results import current_commit, device_name, library_versions
+from training.reporting.rows import current_commit, device_name, library_versions
 
 MODEL = "rotnet_nin"
 ROTATIONS = 4

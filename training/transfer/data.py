@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torchvision.datasets import VOCDetection, VOCSegmentation
 
-from training.voc_metrics import IGNORED
+from training.transfer.metrics import IGNORED
 
 CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",

@@ -27,8 +27,8 @@ from rotation_ssl import zoo
 from rotation_ssl.convert import write_config
 from rotation_ssl.features import layer_modules
 from rotation_ssl.golden import GOLDEN_TOLERANCE, golden_file, golden_outputs
-from training.card import FIGURES, REPOSITORY, ROOT, evaluation_lines, select
-from training.results import REPORTED, RESULTS_DIR, Row
+from training.reporting.card import FIGURES, REPOSITORY, ROOT, evaluation_lines, select
+from training.reporting.rows import REPORTED, RESULTS_DIR, Row
 
 CARD_TEMPLATE = Path(__file__).parent / "hub_card.md"
 WEIGHTS = "model.safetensors"
@@ -169,7 +169,9 @@ def publish(upload: Upload, namespace: str, version: str, rows: Sequence[Row]) -
             has no public address for the card to point to.
     """
     if REPOSITORY.startswith("OWNER/"):
-        raise ValueError("cards on the Hub point to this project's public address: set REPOSITORY in training/card.py")
+        raise ValueError(
+            "cards on the Hub point to this project's public address: set REPOSITORY in training/reporting/card.py"
+        )
     repository = f"{namespace}/{upload.name}"
     files, api = hub_files(upload, repository, version, rows), HfApi()
     try:

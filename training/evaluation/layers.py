@@ -1,8 +1,8 @@
 """ImageNet-style probes: classifiers on every layer of a frozen backbone, all trained in one pass over fresh crops.
 
-    python -m training.imagenet imagenet-linear-paper rotnet_alexnet.gidaris_in1k --data-dir ILSVRC2012 --device cuda
-    python -m training.imagenet imagenet-linear-cpu rotnet_alexnet --dataset tinyimagenet --data-dir DIR
-    python -m training.imagenet imagenet-nonlinear-cpu rotnet_alexnet --random --layers conv4 --data-dir DIR
+    python -m training probe-layers imagenet-linear-paper rotnet_alexnet.gidaris_in1k --data-dir ILSVRC2012
+    python -m training probe-layers imagenet-linear-cpu rotnet_alexnet --dataset tinyimagenet --data-dir DIR
+    python -m training probe-layers imagenet-nonlinear-cpu rotnet_alexnet --random --layers conv4 --data-dir DIR
 
 The data are a folder of train/<class>/* and val/<class>/* (ImageNet, Places205), Tiny-ImageNet or CIFAR-10 as they are
 distributed, or a labelled data set of torchvision by timm's name (torch/places365). They are decoded by --workers as
@@ -16,7 +16,6 @@ report.png.
 import argparse
 import dataclasses
 import math
-import sys
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -32,13 +31,13 @@ from rotation_ssl.images import find_images
 from rotation_ssl.probes import max_pooled_probe
 from training.augment import Windows, crop_and_flip, take_windows
 from training.data import NAMES, check_whole, load_cifar10, tinyimagenet_files
+from training.evaluation.subject import Subject, load_subject, measured_row, preparation, record_file
 from training.memory import TURN_OFF
 from training.precision import add_precision_argument, autocast_type, resolved, warn_if_emulated
 from training.progress import progress
 from training.protocols import LAYER_PROBES, LayerProbeRecipe
-from training.report import check_rows, keep_row, run_measuring, write_report
-from training.results import PARTS, Row, counted
-from training.subject import Subject, load_subject, measured_row, preparation, record_file
+from training.reporting.report import check_rows, keep_row, run_measuring, write_report
+from training.reporting.rows import PARTS, Row, counted
 from training.unlabelled import UnlabelledImages, open_dataset, open_entries, open_files, stream
 
 MAX_VALUES = 9600  # of 12 x 12 x 64, 7 x 7 x 192, 5 x 5 x 384, 6 x 6 x 256: AlexNet's layers at 224 pixels
@@ -382,7 +381,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     recipes = "\n".join(f"  {r.name:26s} {r.epochs:2d} epochs; {r.note}" for r in LAYER_PROBES.values())
     parser = argparse.ArgumentParser(
-        prog="python -m training.imagenet", description=__doc__, epilog=f"recipes:\n{recipes}\n\n{TURN_OFF}",
+        prog="python -m training probe-layers", description=__doc__, epilog=f"recipes:\n{recipes}\n\n{TURN_OFF}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("recipe", choices=LAYER_PROBES, metavar="RECIPE", help="one of the recipes below")
@@ -457,7 +456,3 @@ def with_epochs(recipe: LayerProbeRecipe, epochs: int) -> LayerProbeRecipe:
     # at 0 the first epoch would begin with a rate that has fallen already
     milestones = tuple(max(1, round(milestone * epochs / recipe.epochs)) for milestone in recipe.milestones)
     return dataclasses.replace(recipe, epochs=epochs, milestones=milestones)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

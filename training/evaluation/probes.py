@@ -1,8 +1,8 @@
 """Measure a backbone: rotation accuracy, and k-NN, linear, non-linear and convolutional probes of its frozen layers.
 
-    python -m training.evaluate rotnet_nin.cifar10 --data-dir DIR
-    python -m training.evaluate resnet18 --random --data-dir DIR --size 32 --only knn linear
-    python -m training.evaluate resnet50 --dataset folder --data-dir MY_IMAGES
+    python -m training evaluate rotnet_nin.cifar10 --data-dir DIR
+    python -m training evaluate resnet18 --random --data-dir DIR --size 32 --only knn linear
+    python -m training evaluate resnet50 --dataset folder --data-dir MY_IMAGES
 
 DIR holds CIFAR-10; MY_IMAGES holds train/<class>/* and test/<class>/* (or val/). MODEL is any model of timm or of this
 package, with its published weights, with --random weights, or with those of a file (--weights FILE). One frozen pass
@@ -17,7 +17,6 @@ the test images, which are not read then, to choose by.
 import argparse
 import dataclasses
 import math
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -38,6 +37,7 @@ from rotation_ssl.probes import (
 from rotation_ssl.rotations import count_correct_rotations
 from training.augment import crop_and_flip
 from training.data import DATASETS, NAMES, Images, LabelledImages, check_whole, load_images
+from training.evaluation.subject import Subject, load_subject, measured_row, preparation, record_file
 from training.memory import TURN_OFF, available_memory
 from training.precision import (
     add_precision_argument,
@@ -48,9 +48,8 @@ from training.precision import (
 )
 from training.progress import progress
 from training.protocols import PROBES, ProbeRecipe
-from training.report import check_rows, keep_row, run_measuring, write_report
-from training.results import PARTS, Row, counted
-from training.subject import Subject, load_subject, measured_row, preparation, record_file
+from training.reporting.report import check_rows, keep_row, run_measuring, write_report
+from training.reporting.rows import PARTS, Row, counted
 
 PROTOCOLS = {
     "rotation": "rotation accuracy",
@@ -411,7 +410,7 @@ def _row(
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m training.evaluate",
+        prog="python -m training evaluate",
         description=__doc__,
         epilog=TURN_OFF,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -479,7 +478,3 @@ def main(arguments: list[str] | None = None) -> int:
         return file
 
     return run_measuring(measure, args.device)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

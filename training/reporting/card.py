@@ -10,14 +10,14 @@ from typing import Any
 import timm
 
 from training.recipes import IMAGENET_IMAGES, RECIPES
-from training.report import spread_text
-from training.results import REPORTED, RESULTS_DIR, Row, read_file
+from training.reporting.report import spread_text
+from training.reporting.rows import REPORTED, RESULTS_DIR, Row, read_file
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 CARD_TEMPLATE = Path(__file__).parent / "model_card.md"
 FIGURES = "docs/figures"
-ABLATION_FILE = RESULTS_DIR / "ablation" / "runs.jsonl"  # written by `training.ablation`
-SPEED_FILE = RESULTS_DIR / "speed.json"  # written by `training.benchmark speed --record`
+ABLATION_FILE = RESULTS_DIR / "ablation" / "runs.jsonl"  # written by `training.studies.rotations`
+SPEED_FILE = RESULTS_DIR / "speed.json"  # written by `training.studies.benchmark speed --record`
 # the repository has no public address yet: this is the one place that names it
 REPOSITORY = "OWNER/rotation_ssl"
 # rotated images that the paper's networks saw, and what they are
@@ -69,7 +69,7 @@ def replace_parts(text: str, parts: Mapping[str, str], page: str) -> str:
 
 
 def speed_tables(measured: dict[str, Any]) -> str:
-    """The figures of ``training.benchmark speed`` as Markdown: ratios first, then how they grow."""
+    """The figures of ``training.studies.benchmark speed`` as Markdown: ratios first, then how they grow."""
     cases = measured["cases"]
     flops = {name: case["images_per_second"] * case["flop"] for name, case in cases.items()}
     products = {name: value for name, value in flops.items() if name.startswith("product")}
@@ -176,7 +176,7 @@ def ablation_table(measured: Sequence[Row], rows: Sequence[Row]) -> str:
     """The paper's ablations at this project's small budget, the paper's numbers beside; '' where nothing is measured.
 
     Args:
-        measured: rows of ``training.ablation``.
+        measured: rows of ``training.studies.rotations``.
         rows: all others, the quoted ones among them.
     """
     if not measured:
@@ -186,9 +186,10 @@ def ablation_table(measured: Sequence[Row], rows: Sequence[Row]) -> str:
         "### Which rotations to tell apart",
         "",
         f"Networks pretrained on {' or '.join(f'{count:,}' for count in sorted(seen))} rotated images each (recipes"
-        " `nin-cifar10-ablation...`, `python -m training.ablation`; not published). ± is the standard deviation over"
+        " `nin-cifar10-ablation...`, `python -m training ablation`; not published). ± is the standard deviation over"
         " seeds of the probe: pretraining was done once each, and another seed of it alone moves such numbers by some"
-        " tenths of a point (training/STUDY.md): differences of that size say nothing. As many rotated images of"
+        " tenths of a point (training/studies/nin_cifar10.md): differences of that size say nothing. As many rotated"
+        " images of"
         " fewer rotations are of more upright ones: two rotations have seen twice as many as four, eight half as many."
         " In steps of 45 degrees all eight views are resampled and masked to a circle. Features are computed in bf16.",
         "",

@@ -1,7 +1,7 @@
 """PASCAL VOC classification: which of 20 classes does an image show; mean average precision (table 7 of the paper).
 
-    python -m training.voc rotnet_alexnet.gidaris_in1k --data-dir VOCdevkit --layers fc6-8
-    python -m training.voc rotnet_alexnet.gidaris_in1k --random --data-dir VOCdevkit --layers all --device cuda
+    python -m training voc rotnet_alexnet.gidaris_in1k --data-dir VOCdevkit --layers fc6-8
+    python -m training voc rotnet_alexnet.gidaris_in1k --random --data-dir VOCdevkit --layers all --device cuda
 
 MODEL is any model of timm or of this package, with its published weights, --random ones, or those of a file. Its batch
 norm is folded and its layers are rescaled; then a fresh classifier is trained, with fc6 and fc7 alone (--layers fc6-8)
@@ -19,7 +19,6 @@ import argparse
 import dataclasses
 import functools
 import random
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,14 +28,13 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
+from training.evaluation.subject import Subject, preparation
 from training.memory import TURN_OFF
 from training.progress import progress
 from training.protocols import VOC_CLASSIFICATION, VocClassification
-from training.report import run_measuring
-from training.results import counted
-from training.subject import Subject, preparation
-from training.transfer import Draws, InOrder, batches, read_once, train_network
-from training.voc_command import (
+from training.reporting.report import run_measuring
+from training.reporting.rows import counted
+from training.transfer.command import (
     add_arguments,
     averages,
     count_present,
@@ -45,7 +43,7 @@ from training.voc_command import (
     training_of,
     transfer_row,
 )
-from training.voc_data import (
+from training.transfer.data import (
     AnnotatedImage,
     check_countable,
     class_labels,
@@ -53,7 +51,8 @@ from training.voc_data import (
     pixels_tensor,
     read_annotations,
 )
-from training.voc_metrics import KINDS, classification_precisions
+from training.transfer.metrics import KINDS, classification_precisions
+from training.transfer.network import Draws, InOrder, batches, read_once, train_network
 
 LAYERS = ("fc6-8", "all")
 
@@ -104,16 +103,16 @@ def train_classifier(
 
     Args:
         recipe: the settings.
-        network: of :func:`training.transfer.transfer_network`, on the device.
+        network: of :func:`training.transfer.network.transfer_network`, on the device.
         layers: 'fc6-8' keeps the convolutions as they are, 'all' trains everything.
         images: N training images.
-        labels: (N, K), of :func:`training.voc_data.class_labels`.
+        labels: (N, K), of :func:`training.transfer.data.class_labels`.
         prepare: from uint8 crops to what the network takes.
         size: side of the crops.
         device: where the network is.
         seed: of the crops and the dropout.
         workers: processes that read images.
-        output: as :func:`training.transfer.train_network`.
+        output: as :func:`training.transfer.network.train_network`.
 
     Raises:
         ValueError: 'fc6-8' of a network without fc layers, or a loss that is not finite.
@@ -222,7 +221,7 @@ def _crops(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m training.voc", description=__doc__, epilog=TURN_OFF,
+        prog="python -m training voc", description=__doc__, epilog=TURN_OFF,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     add_arguments(parser, "2007", "trainval", "test")
@@ -250,7 +249,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return keep_numbers(transfer.output, rows, by_class, args.classes)
 
     return run_measuring(measure, args.device)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

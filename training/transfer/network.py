@@ -14,12 +14,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from rotation_ssl.backbones.alexnet import FcHead, RotNetAlexNet
 from rotation_ssl.images import square
+from training.evaluation.subject import Subject, preparation
 from training.optimizers import learning_rate_factor, set_learning_rates
 from training.progress import progress
 from training.protocols import Training
-from training.rescale import centre, fold_batch_norms, rescale
-from training.subject import Subject, preparation
-from training.voc_data import open_pixels
+from training.transfer.data import open_pixels
+from training.transfer.rescale import centre, fold_batch_norms, rescale
 
 FC_SIZE = 4096  # of the paper's fc6 and fc7
 RESCALING_IMAGES = 32
@@ -87,8 +87,8 @@ def transfer_network(
         seed: of what is fresh.
 
     Raises:
-        ValueError: fc layers for a network that is no AlexNet or of a negative width, or what :mod:`training.rescale`
-            refuses.
+        ValueError: fc layers for a network that is no AlexNet or of a negative width, or what
+            :mod:`training.transfer.rescale` refuses.
     """
     if fc_size is not None and fc_size < 0:
         raise ValueError(f"--fc-size must be 0 (no fc layers) or more, got {fc_size}")

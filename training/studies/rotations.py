@@ -1,12 +1,12 @@
 """The paper's table 2 at a small budget: which rotations to tell apart (with --only also table 1: how many blocks).
 
-    python -m training.ablation --data-dir DIR
-    python -m training.ablation --data-dir DIR --only nin-cifar10-ablation-r8
+    python -m training ablation --data-dir DIR
+    python -m training ablation --data-dir DIR --only nin-cifar10-ablation-r8
 
 Every recipe `...-ablation...` of rotnet_nin, or those of --only, pretrains on the training images of CIFAR-10
 (`--data-dir DIR`), on as many rotated images as the others, and is measured by the non-linear probe of block2 on the
 test images, with several seeds of the probe. Numbers are result rows in training/results/ablation/, written as they are
-measured, and rendered into the card by `python -m training.publish render`. A recipe that has its rows is passed over,
+measured, and rendered into the card by `python -m training publish render`. A recipe that has its rows is passed over,
 a stopped one goes on where it was.
 """
 
@@ -19,15 +19,15 @@ from pathlib import Path
 import torch
 
 from training.data import Images, check_whole, load_images
-from training.evaluate import measure_features, plan
+from training.evaluation.probes import measure_features, plan
+from training.evaluation.subject import load_subject
 from training.memory import TURN_OFF, keep_large_blocks
 from training.precision import add_precision_argument, warn_if_emulated
 from training.pretrain import finished_run
 from training.progress import progress
 from training.recipes import RECIPES, Recipe
-from training.report import keep_row
-from training.results import RESULTS_DIR, read_file, require_committed
-from training.subject import load_subject
+from training.reporting.report import keep_row
+from training.reporting.rows import RESULTS_DIR, read_file, require_committed
 
 ROWS = RESULTS_DIR / "ablation" / "runs.jsonl"
 LAYER = "block2"
@@ -71,7 +71,7 @@ def run_ablation(
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m training.ablation",
+        prog="python -m training ablation",
         description=__doc__,
         epilog=TURN_OFF,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -105,7 +105,3 @@ def main(arguments: list[str] | None = None) -> int:
         print("stopped; the same command goes on", file=sys.stderr)
         return 130
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

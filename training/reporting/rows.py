@@ -23,7 +23,7 @@ import torch
 
 import rotation_ssl
 
-RESULTS_DIR = Path(__file__).parent / "results"
+RESULTS_DIR = Path(__file__).parent.parent / "results"
 
 
 PARTS = 10  # counts are kept by tenths of the test images, so that a tenth can be checked by itself
@@ -42,7 +42,7 @@ class Row:
     ``settings`` says what the protocol's name leaves open. ``strength`` is the L2 penalty that a linear probe chose:
     two candidates may be so close that the next machine would choose the other, so that a number is measured again with
     the one it was measured with. ``recipe`` names what made weights that are not published: a variant of
-    ``training/study.py``.
+    ``training/studies/nin_cifar10.py``.
     """
 
     weights: str
@@ -236,7 +236,7 @@ def complaints(
         elif row.weights in entries and row.sha256 != entries[row.weights]["sha256"]:
             found.append(
                 f"{row.number} is of other bytes (sha256 {row.sha256[:12]}) than the manifest's: measure it again with "
-                f"`python -m training.measure {row.weights}`"
+                f"`python -m training measure {row.weights}`"
             )
         elif not re.fullmatch("[0-9a-f]{40}", row.commit):
             found.append(f"{row.number} was measured by code that is not committed ({row.commit}): measure it again")

@@ -1,8 +1,8 @@
 """Measure the reported numbers again and say, number by number, whether they hold.
 
-    python -m training.check --quick --data-dir DIR
-    python -m training.check --data-dir DIR
-    python -m training.check --data-dir DIR --only knn linear --weights rotnet_nin.cifar10
+    python -m training check --quick --data-dir DIR
+    python -m training check --data-dir DIR
+    python -m training check --data-dir DIR --only knn linear --weights rotnet_nin.cifar10
 
 DIR holds CIFAR-10. Numbers of Tiny-ImageNet are measured where --tinyimagenet says where it is; where it does not, they
 are named as not measured. The weights' sha256 and golden outputs, and the rows, are always checked first. --quick takes
@@ -36,14 +36,14 @@ from rotation_ssl import zoo
 from rotation_ssl.features import layer_modules
 from rotation_ssl.golden import GOLDEN_TOLERANCE, golden_difference
 from training.data import NAMES, WHOLE, Images, load_images
-from training.evaluate import PROTOCOLS, Measurement, images_to_run, measure_features, measure_rotation
-from training.finetune import measure_transfer, transfer_subject
-from training.imagenet import Labelled, measure_layers
+from training.evaluation.finetune import measure_transfer, transfer_subject
+from training.evaluation.layers import Labelled, measure_layers
+from training.evaluation.probes import PROTOCOLS, Measurement, images_to_run, measure_features, measure_rotation
+from training.evaluation.subject import subject_of_row
 from training.memory import TURN_OFF, keep_large_blocks
 from training.progress import progress
 from training.protocols import LAYER_PROBES, TRANSFERS
-from training.results import PARTS, RESULTS_DIR, Row, check_device, complaints, counted, read_rows
-from training.subject import subject_of_row
+from training.reporting.rows import PARTS, RESULTS_DIR, Row, check_device, complaints, counted, read_rows
 
 QUICK_PARTS = (0, 1)
 QUICK_PROTOCOLS = ("rotation accuracy", "k-NN")
@@ -225,7 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = PROTOCOLS | {recipe.name: recipe.protocol for recipe in TRANSFERS.values() if recipe.cost == "cpu"}
     names |= {recipe.name: recipe.protocol for recipe in LAYER_PROBES.values() if recipe.cost == "cpu"}
     parser = argparse.ArgumentParser(
-        prog="python -m training.check",
+        prog="python -m training check",
         description=__doc__,
         epilog=TURN_OFF,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -288,7 +288,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for line in left_out:
         print(f"not measured: {line}")
     return 1 if broken else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

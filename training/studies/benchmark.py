@@ -1,8 +1,8 @@
 """What things cost, as ratios measured in one run.
 
-    python -m training.benchmark speed
-    python -m training.benchmark import
-    python -m training.benchmark load
+    python -m training benchmark speed
+    python -m training benchmark import
+    python -m training benchmark load
 
 `speed`: training images a second against a naive pipeline that does what the authors' code does (one image at a time
 through PIL and numpy in loader processes, fp32, NCHW, torch's default allocator); training's and feature extraction's
@@ -31,11 +31,11 @@ from tqdm import tqdm
 
 from rotation_ssl import zoo
 from rotation_ssl.backbones.nin import RotNetNIN
-from training.card import SPEED_FILE, speed_tables
-from training.results import require_committed
-from training.speed import measure_speed
+from training.reporting.card import SPEED_FILE, speed_tables
+from training.reporting.rows import require_committed
+from training.studies.speed import measure_speed
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 ROUNDS = {"import": 15, "load": 100, "speed": 3}
 
 
@@ -82,7 +82,7 @@ def _run(statement: str) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m training.benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m training benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=ROUNDS, help="what to measure")
     parser.add_argument("--rounds", type=int, help="of each [import 15, load 100, speed 3]")
@@ -109,7 +109,3 @@ def main(arguments: list[str] | None = None) -> int:
     first, second = titles[args.what]
     print(f"{first} {base:.4f} s, {second} {ours:.4f} s: ratio {ours / base:.3f}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

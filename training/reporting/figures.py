@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from rotation_ssl.features import attention_map, extract_features, layer_modules
 from rotation_ssl.images import normalize
-from training.results import REPORTED, Row
+from training.reporting.rows import REPORTED, Row
 
 # the palette of Okabe and Ito, which the colour-blind tell apart
 COLORS = {
@@ -108,7 +108,7 @@ def stamp_of(file: Path) -> str:
     except UnidentifiedImageError as error:
         raise ValueError(f"{file} is not an image: draw it again") from error
     if not isinstance(stamp, str):
-        raise ValueError(f"{file} does not say what it was drawn from: draw it again with training.figures")
+        raise ValueError(f"{file} does not say what it was drawn from: draw it again with training.reporting.figures")
     return stamp
 
 
@@ -136,7 +136,7 @@ def draw_accuracy_by_layer(rows: Iterable[Row], name: str, file: Path, data: str
     data = data or REPORTED[_model_of(name)].data
     shown = rows_by_layer(rows, name, data)
     if not shown:
-        raise ValueError(f"no row of a probe of {name} measured on {data}: run `python -m training.measure {name}`")
+        raise ValueError(f"no row of a probe of {name} measured on {data}: run `python -m training measure {name}`")
     layers = sorted({row.layer for row in shown}, key=lambda layer: (len(layer), layer))
     looks: dict[str, dict[str, Any]] = {
         f"{_model_of(name)}.random": {"linestyle": "--", "alpha": 0.55},

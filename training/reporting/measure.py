@@ -1,9 +1,9 @@
 """Measure what the card has of published weights and has no row of yet, number by number.
 
-    python -m training.measure rotnet_nin.cifar10 --data-dir DIR
-    python -m training.measure rotnet_nin.cifar10 --data-dir DIR --list
-    python -m training.measure rotnet_alexnet.tinyimagenet --tinyimagenet DIR
-    python -m training.measure rotnet_nin.cifar10 --data-dir DIR --only "few labels, convolutional probe"
+    python -m training measure rotnet_nin.cifar10 --data-dir DIR
+    python -m training measure rotnet_nin.cifar10 --data-dir DIR --list
+    python -m training measure rotnet_alexnet.tinyimagenet --tinyimagenet DIR
+    python -m training measure rotnet_nin.cifar10 --data-dir DIR --only "few labels, convolutional probe"
 
 Rows are written to training/results/ as they are measured, those of random weights beside those of the published ones;
 a command that was stopped goes on where it was. Rows of other bytes than the published ones are measured anew. The code
@@ -19,12 +19,12 @@ import timm
 
 from rotation_ssl import zoo
 from rotation_ssl.features import layer_modules
-from training.check import measure_again
 from training.data import NAMES, check_whole, load_images
 from training.memory import TURN_OFF, keep_large_blocks
 from training.progress import progress
-from training.report import keep_row
-from training.results import (
+from training.reporting.check import measure_again
+from training.reporting.report import keep_row
+from training.reporting.rows import (
     REPORTED,
     RESULTS_DIR,
     Row,
@@ -53,7 +53,7 @@ def missing(weights: str, results: Path) -> list[Row]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m training.measure",
+        prog="python -m training measure",
         description=__doc__,
         epilog=TURN_OFF,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -95,9 +95,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         return 130
-    print("now: python -m training.publish figures, and render")
+    print("now: python -m training publish figures, and render")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Frozen layers and fine-tuned networks, measured with labels."""

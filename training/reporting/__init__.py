@@ -1,0 +1,1 @@
+"""Result rows, and what is rendered, checked and published from them."""

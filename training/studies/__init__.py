@@ -1,0 +1,1 @@
+"""How the recipes were chosen, and how fast they are."""

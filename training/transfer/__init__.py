@@ -1,0 +1,1 @@
+"""PASCAL VOC: classification, detection and segmentation from transferred layers."""
