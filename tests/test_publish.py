@@ -88,7 +88,7 @@ def copied(monkeypatch, tmp_path):
     shutil.copytree(zoo.WEIGHTS_DIR, tmp_path / "weights")
     shutil.copytree(zoo.WEIGHTS_DIR.parent / "samples", tmp_path / "samples")
     shutil.copytree(RESULTS_DIR, tmp_path / "results")
-    for name in ("README.md", "MODEL_CARD.md"):
+    for name in ("README.md", "MODEL_CARD.md", "docs/imagenet.md", "docs/transfer.md"):
         shutil.copyfile(ROOT / name, tmp_path / name)
     monkeypatch.setattr(zoo, "WEIGHTS_DIR", tmp_path / "weights")
     monkeypatch.setattr(publish, "RESULTS_DIR", tmp_path / "results")

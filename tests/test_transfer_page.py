@@ -6,7 +6,6 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
 from conftest import ROOT
 from PIL import Image
 from safetensors import safe_open
@@ -14,8 +13,8 @@ from scipy.io import savemat
 from small_voc import write_small_voc
 
 from training.__main__ import main
+from training.reporting.quoted import voc_table
 from training.reporting.rows import read_rows
-from training.studies.alexnet_costs import cost_table, paper_table, work_of
 from training.transfer.data import CLASSES, read_annotations
 
 PAGE = (ROOT / "docs" / "transfer.md").read_text()
@@ -79,20 +78,12 @@ def write_own_data(devkit, folder):
     assert read_annotations(folder, "2007", "test", ("gull", "ship"))
 
 
-def test_the_tables_are_those_of_the_command():
-    assert cost_table() in PAGE and paper_table(read_rows()) in PAGE, "anew: python -m training.studies.alexnet_costs"
+def test_the_papers_numbers_are_those_of_the_rows():
+    assert voc_table(read_rows()) in PAGE, "again: python -m training publish render"
     quoted = {(row.weights, row.layer): row.value for row in read_rows() if "PASCAL VOC class" in row.protocol}
     assert quoted["rotnet_alexnet.paper", "fc6-8"] == 0.7087 and quoted["rotnet_alexnet.paper", "all"] == 0.7297
     (boxes,) = [r.value for r in read_rows() if r.weights == "rotnet_alexnet.paper" and "Fast R-CNN" in r.protocol]
     assert boxes == 0.544
-
-
-def test_counted_operations_by_hand():
-    """A convolution and a linear layer: two operations for each product."""
-    work = work_of(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 5, device="meta")), 2, 3, 12, 12)
-    assert work.operations == 2 * 2 * 8 * 8 * 8 * 3 * 25 and work.kept == 4 * 2 * 8 * 8 * 8
-    work = work_of(torch.nn.Sequential(torch.nn.Linear(7, 5, device="meta")), 3, 7)
-    assert work.operations == 2 * 3 * 7 * 5 and (work * 2 + work).kept == 3 * 4 * 15
 
 
 @pytest.mark.parametrize("name", SMALL)

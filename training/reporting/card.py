@@ -69,7 +69,7 @@ def replace_parts(text: str, parts: Mapping[str, str], page: str) -> str:
 
 
 def speed_tables(measured: dict[str, Any]) -> str:
-    """The figures of ``training.studies.benchmark speed`` as Markdown: ratios first, then how they grow."""
+    """The figures of ``training.studies.benchmark speed`` as Markdown."""
     cases = measured["cases"]
     flops = {name: case["images_per_second"] * case["flop"] for name, case in cases.items()}
     products = {name: value for name, value in flops.items() if name.startswith("product")}
@@ -98,27 +98,7 @@ def speed_tables(measured: dict[str, Any]) -> str:
         rate, memory = cases[name]["images_per_second"], cases[name]["peak_bytes"] / 2**30
         ratio = rate / cases[base]["images_per_second"]
         lines.append(f"| {title} | {rate:.0f} | {ratio:.2f} | {flops[name] / highest:.0%} | {memory:.1f} GiB |")
-    grown = {(case["what"], case["size"], case["images"]): case for case in measured["growth"]}
-    lines += [
-        "",
-        "How each grows with the image and the batch, one process each:",
-        "",
-        "| pixels | images a step or batch | training, naive, images/s | training, images/s | ratio | to the products"
-        " | peak memory | features, images/s | to the products | peak memory |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for size, images in dict.fromkeys(key[1:] for key in grown):
-        naive, training, features = (grown[what, size, images] for what in ("naive", "training", "features"))
-        ratio = training["images_per_second"] / naive["images_per_second"]
-        cells = [f"{naive['images_per_second']:.0f}", *_speed_cells(training, peak), *_speed_cells(features, peak)]
-        cells.insert(2, f"{ratio:.2f}")
-        lines.append(f"| {size} | {images} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def _speed_cells(case: Mapping[str, Any], peak: float) -> list[str]:
-    rate = case["images_per_second"]
-    return [f"{rate:.0f}", f"{rate * case['flop'] / peak:.0%}", f"{case['peak_bytes'] / 2**30:.1f} GiB"]
 
 
 def weights_table(rows: Sequence[Row], entries: dict[str, Any]) -> str:

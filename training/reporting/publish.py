@@ -35,7 +35,7 @@ from rotation_ssl.golden import golden_file, golden_outputs
 from rotation_ssl.images import read_images
 from training.data import load_cifar10
 from training.recipes import RECIPES
-from training.reporting.card import ROOT, render_card, render_readme, select
+from training.reporting.card import ROOT, render_card, render_readme, replace_parts, select
 from training.reporting.figures import (
     draw_accuracy_by_layer,
     draw_attention,
@@ -48,6 +48,7 @@ from training.reporting.figures import (
     stamp_of,
 )
 from training.reporting.hub import Upload, current_version, hub_files, publish, upload_of, upload_of_folder
+from training.reporting.quoted import layer_table, voc_table
 from training.reporting.rows import REPORTED, RESULTS_DIR, Row, complaints, counted, read_rows
 
 FIGURES_DIR = ROOT / "docs" / "figures"
@@ -127,7 +128,7 @@ def bundle(run_dir: Path, name: str) -> None:
 
 
 def render(check: bool = False) -> list[Path]:
-    """Render card, README parts and manifest metrics from the rows; returns the files that differ from it.
+    """Render card, parts of README and docs, and manifest metrics from the rows; returns the files that differ.
 
     Without ``check`` those files are rewritten; with it, figures that are stale differ too.
 
@@ -144,6 +145,9 @@ def render(check: bool = False) -> list[Path]:
         ROOT / "MODEL_CARD.md": render_card(rows, every),
         ROOT / "README.md": render_readme((ROOT / "README.md").read_text(), rows, every),
     }
+    for name, part, table in (("imagenet", "layers", layer_table), ("transfer", "voc", voc_table)):
+        page = ROOT / "docs" / f"{name}.md"
+        wanted[page] = replace_parts(page.read_text(), {part: table(read_rows())}, page.name)
     different = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
     if not check:
         for path in different:

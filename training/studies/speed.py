@@ -217,10 +217,6 @@ def _images(size: int, count: int) -> torch.Tensor:
     return images.repeat(-(-count // len(images)), 1, 1, 1)[:count]
 
 
-SIZES = (16, 24, 32, 48, 64)
-BATCHES = (64, 128, 256, 512, 1024)
-
-
 def measure_speed(rounds: int = 3) -> dict[str, Any]:
     """All figures of the report, as plain values.
 
@@ -238,24 +234,13 @@ def measure_speed(rounds: int = 3) -> dict[str, Any]:
         **{f"product {size}": Case("product", size=size) for size in GEMM_SIZES},
         **{f"product {size} in fp32": Case("product", size=size, precision="fp32") for size in GEMM_SIZES},
     }
-    grid = dict.fromkeys((*((size, 256) for size in SIZES), *((32, images) for images in BATCHES)))
-    growth = [
-        replace(case, size=size, images=images)
-        for size, images in grid
-        for case in (headline["naive"], headline["training"], headline["features"])
-    ]
     speeds: dict[str, list[Speed]] = {name: [] for name in headline}
-    grown = []
-    with tqdm(total=rounds * len(headline) + len(growth), unit="measurement") as bar:
+    with tqdm(total=rounds * len(headline), unit="measurement") as bar:
         for number in range(rounds):
             for name, case in _in_turns(headline, number):
                 bar.set_description(name)
                 speeds[name].append(measure(case))
                 bar.update()
-        for case in growth:
-            bar.set_description(f"{case.what}: {case.size} pixels, {case.images} images a step")
-            grown.append({**asdict(case), **_plain([measure(case)])})
-            bar.update()
     return {
         "device": device_name("cpu"),
         "threads": torch.get_num_threads(),
@@ -263,7 +248,6 @@ def measure_speed(rounds: int = 3) -> dict[str, Any]:
         "versions": library_versions(),
         "rounds": rounds,
         "cases": {name: {**asdict(headline[name]), **_plain(speeds[name])} for name in headline},
-        "growth": grown,
     }
 
 
