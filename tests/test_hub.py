@@ -1,6 +1,8 @@
 """torch.hub's doors: list, help and load, on a copy of the repository as torch.hub would have downloaded it."""
 
+import ast
 import inspect
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from conftest import MODELS, ROOT
 from safetensors.torch import save_file
 
 from rotation_ssl import hub, zoo
+from rotation_ssl.features import layer_modules
 
 
 @pytest.fixture
@@ -35,17 +38,25 @@ def test_list_shows_exactly_the_registered_models(downloaded):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_help_is_worth_reading(downloaded, name):
+def test_help_is_the_docstring_and_says_what_the_manifest_says(downloaded, name):
     text = torch.hub.help(downloaded, name, trust_repo=True)
-    size = timm.get_pretrained_cfg(name).input_size[-1]
-    assert f"(N, 3, {size}, {size})" in text and "mean (" in text and "counter-clockwise" in text
-    for published, entry in zoo.manifest().items():
-        if published.split(".")[0] == name:
-            assert published in text
-            for metric, value in entry["metrics"].items():
-                assert f"{metric} {100 * value:.2f} %" in text
-    if not any(published.split(".")[0] == name for published in zoo.manifest()):
-        assert "pretrained=False" in text.split("Weights")[1]
+    source = ast.parse((ROOT / "rotation_ssl" / "hub.py").read_text())
+    (written,) = [f for f in source.body if isinstance(f, ast.FunctionDef) and f.name == name]
+    assert inspect.cleandoc(text) == ast.get_docstring(written), "an editor shows the same"
+    cfg = timm.get_pretrained_cfg(name)
+    size, words = cfg.input_size[-1], " ".join(text.split())
+    assert f"(N, 3, {size}, {size})" in words and "counter-clockwise" in words
+    for kind, values in (("mean", cfg.mean), ("std", cfg.std)):
+        assert f"{kind} ({', '.join(f'{value:.4f}' for value in values)})" in words
+    layers = list(layer_modules(timm.create_model(name, device="meta")))
+    assert f"Feature layers: {layers[-4 if 'resnet' in name else 0]} to {layers[-1]}." in words
+    own = {full.split(".")[1]: entry for full, entry in zoo.manifest().items() if full.split(".")[0] == name}
+    told = dict(re.findall(r"^ +(\w+)(?: \(default\))?: (.*)$", text.split("Weights:")[1], re.MULTILINE))
+    assert told.keys() == own.keys() and ("None are published" in text) == (not own)
+    assert re.findall(r"(\w+) \(default\):", text) == ([cfg.tag] if own else [])
+    for tag, entry in own.items():
+        accuracy = entry["metrics"].get("rotation accuracy")
+        assert told[tag].endswith(f"rotation accuracy {100 * accuracy:.2f} %." if accuracy else "not measured.")
 
 
 def test_load_from_the_cache_takes_the_downloaded_package(downloaded, tmp_path):
