@@ -21,7 +21,7 @@ from torch import nn
 from torchvision.transforms.v2 import functional as TF
 
 import rotation_ssl  # noqa: F401  registers the models with timm
-from rotation_ssl.features import attention_map, extract_features, layer_modules
+from rotation_ssl.features import attention_map, extract_features
 from rotation_ssl.images import read_image
 
 SAMPLES_DIR = Path(__file__).parent / "samples"
@@ -110,7 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"rotnet_nin.{model.pretrained_cfg['tag']}: {len(files)} images")
         batch = to_batch(squares, model)
         rotations, probabilities = predict(model, batch)
-        features = extract_features(model, batch, list(layer_modules(model)), pool=None)
+        features = extract_features(model, batch, pool=None)
         for i, file in enumerate(files):
             truth = "" if args.images else f"turned {90 * turns[i]:3d}, "
             shapes = "  ".join(f"{layer} {'x'.join(map(str, f.shape[1:]))}" for layer, f in features.items())

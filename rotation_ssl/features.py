@@ -38,7 +38,7 @@ class _Complete(Exception):
 def extract_features(
     backbone: nn.Module,
     images: torch.Tensor,
-    layers: Sequence[str],
+    layers: Sequence[str] | None = None,
     *,
     pool: str | None = "avg",
     grid: int | Mapping[str, int] = 1,
@@ -55,8 +55,8 @@ def extract_features(
     Args:
         backbone: a timm model, in train or eval mode.
         images: (N, C, H, W), of any dtype that ``prepare`` takes; normalised floats without it.
-        layers: names of :func:`layer_modules` ('block1', 'conv3'), or any module's own name ('blocks.block1.0'). Of a
-            module that runs several times in a pass the first output is taken.
+        layers: names of :func:`layer_modules` ('block1', 'conv3'), or any module's own name ('blocks.block1.0'); None
+            for all of :func:`layer_modules`. Of a module that runs several times in a pass the first output is taken.
         pool: 'avg' or 'max' to at most grid x grid cells, 'flatten' for all of the map, None to keep the map.
         grid: cells a side, one for all layers or by layer; a smaller map keeps its size. 1 is the global pooling.
         prepare: applied to every batch, on the backbone's device, before the backbone: normalisation, say.
@@ -76,6 +76,7 @@ def extract_features(
     """
     modules = dict(backbone.named_modules())
     names = layer_modules(backbone)
+    layers = list(names) if layers is None else layers
     unknown = [layer for layer in layers if names.get(layer, layer) not in modules or not layer]
     if unknown or not layers:
         raise ValueError(f"no layer {', '.join(unknown) or 'asked for'} in this backbone; it has {', '.join(names)}")

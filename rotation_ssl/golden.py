@@ -10,7 +10,7 @@ from timm.data import resolve_model_data_config
 from torch import nn
 
 from rotation_ssl import zoo
-from rotation_ssl.features import extract_features, layer_modules
+from rotation_ssl.features import extract_features
 from rotation_ssl.images import normalize, read_images
 
 GOLDEN_TOLERANCE = 1e-3  # of logits and pooled features, both of the order of 1
@@ -56,4 +56,4 @@ def golden_difference(name: str) -> float:
 def _outputs(model: nn.Module, batch: torch.Tensor) -> dict[str, torch.Tensor]:
     with torch.inference_mode():
         logits = model.eval()(batch)
-    return {"logits": logits, **extract_features(model, batch, list(layer_modules(model)))}
+    return {"logits": logits, **extract_features(model, batch)}

@@ -41,6 +41,13 @@ def test_one_pass_gives_the_intermediates(backbone):
         torch.testing.assert_close(average[layer], tensor.detach().mean((2, 3)))
 
 
+def test_all_layers_are_taken_by_default(backbone):
+    images = torch.randn(2, 3, 32, 32)
+    features = extract_features(backbone, images)
+    assert list(features) == ["block1", "block2", "block3", "block4"]
+    assert torch.equal(features["block3"], extract_features(backbone, images, ["block3"])["block3"])
+
+
 def test_pooling_by_hand():
     """An identity backbone on a 4 x 4 image of 0..15."""
     layer = torch.nn.Identity()
