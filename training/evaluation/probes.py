@@ -380,7 +380,9 @@ def _new_probe(measurement: Measurement, example: torch.Tensor, classes: int, de
     torch.manual_seed(measurement.seed or 0)
     if measurement.protocol == "non-linear probe":
         return nonlinear_probe(example[0].numel(), classes).to(device)
-    return convolutional_probe(example.shape[1], classes).to(device).to(memory_format=torch.channels_last)
+    if measurement.protocol == "convolutional probe":
+        return convolutional_probe(example.shape[1], classes).to(device).to(memory_format=torch.channels_last)
+    raise ValueError(f"{measurement.protocol!r} is no probe that is trained: non-linear or convolutional probe")
 
 
 def _train(
