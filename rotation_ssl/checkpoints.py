@@ -19,6 +19,8 @@ from typing import IO, Any
 import torch
 from safetensors.torch import load
 
+from rotation_ssl.messages import first_line, some
+
 MAX_BYTES = 2**30  # of a file as unpacked: the largest known, the authors' AlexNet, has 228 MB
 MAX_MEMBERS = 1000
 MAX_TUPLES = 50_000  # of a pickle: a tensor takes about five
@@ -60,7 +62,7 @@ def read_checkpoint(file: Path, epoch: int | None = None, max_bytes: int = MAX_B
         raise ValueError(f"checkpoint {file} {error}") from error
     except Exception as error:
         # damaged bytes make these readers raise nearly anything
-        what = _some([(str(error).splitlines() or [""])[0]])
+        what = first_line(error)
         raise ValueError(
             f"{file} is damaged or not a checkpoint, which is safetensors, a pickle of torch.save or a .tar.gz archive"
             f" of one ({type(error).__name__}: {what})"
@@ -77,7 +79,7 @@ def _read_pickle(content: bytes, max_bytes: int) -> Any:
         return torch.load(stream, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if unsafe := re.search(r"GLOBAL (\S+)", str(error)):
-            raise _Refused(f"is not read: its pickle asks for {_some([unsafe[1]])}, which could run code") from error
+            raise _Refused(f"is not read: its pickle asks for {some([unsafe[1]])}, which could run code") from error
         # torch's own words advise to try again without safety
         raise _Refused("is damaged, not a checkpoint, or holds more than tensors, dicts and lists") from error
 
@@ -169,19 +171,19 @@ def _read_archive(file: Path, epoch: int | None, max_bytes: int) -> bytes:
         while bounded.read(_BLOCK):
             pass
     if epoch is not None and wanted != epoch:
-        raise _Refused(f"is an archive that has no checkpoint of epoch {epoch}; it has {_some(names)}")
+        raise _Refused(f"is an archive that has no checkpoint of epoch {epoch}; it has {some(names, none='no files')}")
     if len(found) != 1:
-        raise _Refused(f"is an archive that has no one checkpoint; it has {_some(names)}")
+        raise _Refused(f"is an archive that has no one checkpoint; it has {some(names, none='no files')}")
     return next(iter(found.values()))
 
 
 def _check_member(member: tarfile.TarInfo) -> None:
     path = PurePosixPath(member.name)
     if path.is_absolute() or ".." in path.parts or "\\" in member.name:
-        raise _Refused(f"is an archive whose member {_some([member.name])} lies outside of it")
+        raise _Refused(f"is an archive whose member {some([member.name])} lies outside of it")
     # the holes of a sparse file take no room in the archive: nothing would bound them
     if not (member.isfile() or member.isdir()) or member.issparse():
-        raise _Refused(f"is an archive whose member {_some([member.name])} is neither a plain file nor a folder")
+        raise _Refused(f"is an archive whose member {some([member.name])} is neither a plain file nor a folder")
 
 
 class _Bounded(io.RawIOBase):
@@ -199,9 +201,3 @@ class _Bounded(io.RawIOBase):
         if self._left < 0:
             raise _Refused(f"is an archive that unpacks to more than the {self._limit:,} bytes allowed")
         return block
-
-
-def _some(names: list[str], most: int = 10) -> str:
-    # names are as untrusted as the rest: in one line, and not a page of it
-    told = ", ".join((name if name.isprintable() else repr(name))[:100] for name in names[:most])
-    return (told or "no files") + (f" and {len(names) - most} more" if len(names) > most else "")

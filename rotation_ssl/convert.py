@@ -22,6 +22,8 @@ from safetensors.torch import save
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
+from rotation_ssl.messages import some
+
 AUTHORS = "the authors' release"
 _PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.")
 _ALEXNET_CONVS = {"0": "conv1", "2": "conv2", "4": "conv3", "5": "conv4", "6": "conv5"}
@@ -190,12 +192,12 @@ def _tensors(checkpoint: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     if not state:
         # only keys of text are shown: others, nested tuples for example, may have no text
         keys = sorted(key if isinstance(key, str) else f"a key of type {type(key).__name__}" for key in checkpoint)
-        raise ValueError(f"the checkpoint holds no tensors; its keys are {_some(keys)}")
+        raise ValueError(f"the checkpoint holds no tensors; its keys are {some(keys)}")
     while prefix := next((p for p in _PREFIXES if any(key.startswith(p) for key in state)), None):
         stripped = {key.removeprefix(prefix): value for key, value in state.items()}
         if len(stripped) < len(state):
             twice = [key for key in state if f"{prefix}{key}" in state]
-            raise ValueError(f"the checkpoint has keys both with and without {prefix!r}: {_some(twice)}")
+            raise ValueError(f"the checkpoint has keys both with and without {prefix!r}: {some(twice)}")
         state = stripped
     return state
 
@@ -207,13 +209,13 @@ def _named(entries: Mapping[Any, Any]) -> dict[str, torch.Tensor]:
 def _from_authors(network: dict[str, torch.Tensor]) -> Converted:
     unknown = [key for key in network if _authors_key(key) is None]
     if unknown:
-        raise ValueError(f"keys of neither network of the authors' release: {_some(unknown)}")
+        raise ValueError(f"keys of neither network of the authors' release: {some(unknown)}")
     state = convert_authors(network)
     if "features.conv1.conv.weight" in state:
         return _alexnet(state, AUTHORS)
     blocks = {key.split(".")[1] for key in state if key.startswith("blocks.")}
     if len(blocks) not in (3, 4, 5):
-        raise ValueError(f"a Network-in-Network has 3 to 5 blocks, the checkpoint has {_some(sorted(blocks))}")
+        raise ValueError(f"a Network-in-Network has 3 to 5 blocks, the checkpoint has {some(sorted(blocks))}")
     model = "rotnet_nin" if len(blocks) == 4 else f"rotnet_nin{len(blocks)}"
     return Converted(model, _classes(state, "head.fc"), state, AUTHORS)
 
@@ -231,7 +233,7 @@ def _from_vissl(checkpoint: Mapping[str, Any]) -> Converted:
     if any(_ALEXNET_CONV.fullmatch(key) for key in trunk):
         unknown = [key for key in trunk if not _ALEXNET_CONV.fullmatch(key)]
         if unknown:
-            raise ValueError(f"keys that VISSL's AlexNet of RotNet does not have: {_some(unknown)}")
+            raise ValueError(f"keys that VISSL's AlexNet of RotNet does not have: {some(unknown)}")
         fcs = _vissl_fcs(heads)
         left_out = () if fcs else tuple(f"heads.{key}" for key in heads)
         return _alexnet(_with_counters({**convert_authors(trunk), **fcs}), "VISSL", left_out)
@@ -284,7 +286,7 @@ def _from_resnet(state: dict[str, torch.Tensor], origin: str, left_out: tuple[st
     model = _RESNETS.get((tuple(depths), bottleneck))
     if model is None or "conv1.weight" not in state:
         raise ValueError(
-            f"a checkpoint of no form that is known here ({_some(sorted(state))}): known are the authors' release,"
+            f"a checkpoint of no form that is known here ({some(sorted(state))}): known are the authors' release,"
             " VISSL, mmselfsup's rotation_pred, and ResNets in torchvision's names"
         )
     return Converted(model, _classes(state, "fc"), _with_counters(state), origin, left_out=left_out)
@@ -336,7 +338,7 @@ def _check(found: Converted) -> None:
             if value.dtype in _FLOATS and value.shape == wanted.shape and not value.float().isfinite().all()
         ],
     }
-    told = [f"{what} {_some(keys)}" for what, keys in problems.items() if keys]
+    told = [f"{what} {some(keys)}" for what, keys in problems.items() if keys]
     if told:
         raise ValueError(f"the checkpoint, of {found.origin}, does not fit {found.model}: it {'; it '.join(told)}")
 
@@ -353,9 +355,3 @@ def _authors_key(key: str) -> str | None:
     if match := _NIN_HEAD.fullmatch(key) or _ALEXNET_HEAD.fullmatch(key):
         return f"head.fc.{match[1]}"
     return None
-
-
-def _some(names: list[str], most: int = 10) -> str:
-    # keys are other people's too: an error is one line of them, and not a page
-    told = ", ".join((name if name.isprintable() else repr(name))[:200] for name in names[:most])
-    return told + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -13,6 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from rotation_ssl.checkpoints import MAX_BYTES
+from rotation_ssl.messages import printable
 
 # how often a busy server is asked, the wait before the second time (doubled before each further one), and the limit for
 # all of it
@@ -46,12 +47,6 @@ def download(url: str, file: Path, max_bytes: int = MAX_BYTES, what: str = "") -
             if attempt + 1 == ATTEMPTS or time.monotonic() + wait > until:
                 raise
         time.sleep(wait)
-
-
-def printable(text: object, most: int = 300) -> str:
-    """Text from outside in one line: a terminal obeys control characters in what it prints."""
-    words = " ".join(str(text).split())[:most]
-    return "".join(character if character.isprintable() else "?" for character in words)
 
 
 class _Passing(ConnectionError):

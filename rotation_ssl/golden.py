@@ -12,6 +12,7 @@ from torch import nn
 from rotation_ssl import zoo
 from rotation_ssl.features import extract_features
 from rotation_ssl.images import normalize, read_images
+from rotation_ssl.messages import first_line
 
 GOLDEN_TOLERANCE = 1e-3  # of logits and pooled features, both of the order of 1
 SAMPLES_DIR = Path(__file__).parent / "samples"
@@ -49,7 +50,7 @@ def golden_difference(name: str) -> float:
         return float(torch.stack([(outputs[key] - golden[key]).abs().max() for key in outputs]).max())
     except (SafetensorError, KeyError, RuntimeError) as error:
         raise ValueError(
-            f"the golden outputs of {name} are corrupt: {file} ({str(error).splitlines()[0]}); reinstall rotation-ssl"
+            f"the golden outputs of {name} are corrupt: {file} ({first_line(error)}); reinstall rotation-ssl"
         ) from error
 
 

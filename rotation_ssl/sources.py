@@ -31,7 +31,8 @@ from safetensors.torch import save
 
 from rotation_ssl.checkpoints import read_checkpoint
 from rotation_ssl.convert import convert
-from rotation_ssl.download import BLOCK, download, printable
+from rotation_ssl.download import BLOCK, download
+from rotation_ssl.messages import first_line
 
 _SHA256 = re.compile("[0-9a-f]{64}")
 
@@ -151,7 +152,7 @@ def download_from_hub(
         # ValueError: force_download without an answer, or an answer that the client cannot read
         unread = isinstance(error, ValueError) and error.__cause__ is None and not constants.HF_HUB_OFFLINE
         if unread or isinstance(error.__cause__, (HfHubHTTPError, FileMetadataError)):
-            reason = _first_line(error.__cause__ or error)
+            reason = first_line(error.__cause__ or error)
             raise ConnectionError(f"{name} cannot be fetched: {where}: {reason}") from error
         raise FileNotFoundError(_missing(name, where)) from error
     except RepositoryNotFoundError as error:
@@ -166,7 +167,7 @@ def download_from_hub(
             raise PermissionError(
                 f"{name} cannot be fetched: the Hub wants a login for {repository}: `hf auth login`, or set HF_TOKEN"
             ) from error
-        raise ConnectionError(f"{name} cannot be fetched: {where}: {_first_line(error)}") from error
+        raise ConnectionError(f"{name} cannot be fetched: {where}: {first_line(error)}") from error
     except OSError as error:
         # the client says this of a temporary file that it has deleted
         if sizes := re.search(r"should be of size (\d+) but has size (\d+)", str(error)):
@@ -178,17 +179,17 @@ def download_from_hub(
         if error.errno is not None:
             raise OSError(
                 f"{name} cannot be fetched: the cache {cache_dir or constants.HF_HUB_CACHE} cannot be written"
-                f" ({_first_line(error)}): make room, or set HF_HUB_CACHE to another folder"
+                f" ({first_line(error)}): make room, or set HF_HUB_CACHE to another folder"
             ) from error
         if constants.HF_HUB_OFFLINE:
             raise FileNotFoundError(_missing(name, where)) from error
-        raise OSError(f"{name} cannot be fetched: {where}: {_first_line(error)}") from error
+        raise OSError(f"{name} cannot be fetched: {where}: {first_line(error)}") from error
     except Exception as error:
         # the client lets errors of its HTTP library through (a cut connection, a timeout), and hf_xet's RuntimeErrors
         library = type(error).__module__
         if not isinstance(error, RuntimeError) and "httpx" not in library and "requests" not in library:
             raise
-        reason = _first_line(error)
+        reason = first_line(error)
         raise ConnectionError(f"{name} cannot be fetched: {where}: the connection failed ({reason})") from error
 
 
@@ -347,7 +348,3 @@ def _missing(name: str, where: str) -> str:
         f"weights of {name} are not cached, and there is no network or HF_HUB_OFFLINE is set: missing is {where}; fetch"
         f" it with a network: rotation-ssl fetch {name}"
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return printable((str(error).splitlines() or [type(error).__name__])[0])

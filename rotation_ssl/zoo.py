@@ -29,6 +29,7 @@ from timm.models import (
 from torch import nn
 
 from rotation_ssl import sources
+from rotation_ssl.messages import some
 
 WEIGHTS_DIR = Path(__file__).parent / "weights"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -301,7 +302,7 @@ def _unwrap(state_dict: Mapping[str, torch.Tensor], source: str) -> dict[str, to
         twice = [
             key for key in state_dict if key not in unwrapped and clean_state_dict({key: 0}).keys() & state_dict.keys()
         ]
-        raise ValueError(f"{source} has keys both with and without a prefix: {_some(twice)}; nothing was loaded")
+        raise ValueError(f"{source} has keys both with and without a prefix: {some(twice, 3)}; nothing was loaded")
     return unwrapped
 
 
@@ -352,7 +353,7 @@ def _check_state_dict(
     unknown = [key for key in state_dict if key not in expected and not (fresh_head and key.startswith(head))]
     if missing or unknown:
         raise ValueError(
-            f"{source} does not fit {type(model).__name__}: it lacks {_some(missing)} and has {_some(unknown)} "
+            f"{source} does not fit {type(model).__name__}: it lacks {some(missing, 3)} and has {some(unknown, 3)} "
             "that the model does not; nothing was loaded"
         )
     channels = (cfg.get("input_size") or (3,))[0]
@@ -365,23 +366,17 @@ def _check_state_dict(
         if state_dict[key].shape != shape
     ]
     if wrong:
-        raise ValueError(f"{source} does not fit {type(model).__name__}: shapes {_some(wrong)}; nothing was loaded")
+        raise ValueError(f"{source} does not fit {type(model).__name__}: shapes {some(wrong, 3)}; nothing was loaded")
     types = [
         f"{key} {state_dict[key].dtype} for {own.dtype}"
         for key, own in expected.items()
         if state_dict[key].dtype not in (FLOATS if own.is_floating_point() else (own.dtype,))
     ]
     if types:
-        raise ValueError(f"{source} does not fit {type(model).__name__}: types {_some(types)}; nothing was loaded")
+        raise ValueError(f"{source} does not fit {type(model).__name__}: types {some(types, 3)}; nothing was loaded")
     # in the model's type: a larger double is none there. Published bytes were looked at before they were published
     own = {} if source in manifest() else expected
     broken = [key for key, value in own.items() if not state_dict[key].to(value.dtype).isfinite().all()]
     if broken:
-        raise ValueError(f"{source} holds values that are not finite in {_some(broken)}; nothing was loaded")
+        raise ValueError(f"{source} holds values that are not finite in {some(broken, 3)}; nothing was loaded")
     return state_dict
-
-
-def _some(names: list[str]) -> str:
-    if not names:
-        return "nothing"
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

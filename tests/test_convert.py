@@ -426,7 +426,7 @@ def test_other_networks_of_the_authors_are_refused(nin_state):
             {1: torch.ones(1), (2,): 3, None: 4},
             "its keys are a key of type NoneType, a key of type int, a key of type tu",
         ),
-        ({"a" * 10**6: torch.ones(1)}, r"no form that is known here \(a{200}\)"),
+        ({"a" * 10**6: torch.ones(1)}, r"no form that is known here \(a{100}\)"),
         ({f"layer1.{'9' * 5000}.conv1.weight": torch.ones(1)}, r"no form that is known here"),
         ({f"layer{i}": torch.ones(1) for i in range(30)}, r"no form that is known here \(layer0, .* and 20 more\)"),
         ({"features.0.weight": torch.ones(1)}, r"no form that is known here \(features\.0\.weight\)"),

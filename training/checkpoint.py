@@ -24,6 +24,7 @@ from accelerate.utils.other import load
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from rotation_ssl.messages import first_line
 from rotation_ssl.sources import sha256_of
 
 PROGRESS = "progress.json"
@@ -217,8 +218,3 @@ def _not_a_checkpoint(folder: Path, reason: str) -> str:
     earlier = [path for path in _find_checkpoints(folder.parent.parent) if _step(path) < _step(folder)]
     then = f"--resume to go on from {earlier[-1]}" if earlier else "start without --resume: there is no earlier one"
     return f"{folder} is not a checkpoint that can be resumed ({reason}); remove it, then {then}"
-
-
-def first_line(error: Exception) -> str:
-    """An error in one line: the first of its text, or its kind where it has none."""
-    return (str(error).splitlines() or [""])[0] or type(error).__name__

@@ -16,7 +16,8 @@ from safetensors.torch import save
 from torch import nn
 
 from rotation_ssl.convert import NOT_OF_THESE_WEIGHTS, write_config
-from training.checkpoint import Progress, first_line, sync
+from rotation_ssl.messages import first_line
+from training.checkpoint import Progress, sync
 from training.recipes import Recipe
 from training.reporting.rows import device_name, library_versions
 

@@ -42,13 +42,13 @@ from tqdm import tqdm
 
 import rotation_ssl  # noqa: F401  registers the models with timm
 from rotation_ssl.images import normalize
+from rotation_ssl.messages import first_line
 from rotation_ssl.rotations import count_correct_rotations, rotation_loss
 from training.augment import take_boxes, whole_boxes
 from training.batches import augmented_batches
 from training.checkpoint import (
     Progress,
     find_checkpoint,
-    first_line,
     load_checkpoint,
     read_progress,
     remove_checkpoints,

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm import tqdm
 
 from rotation_ssl.images import find_images, read_image, square
+from rotation_ssl.messages import first_line
 from training.data import load_cifar10, tinyimagenet_files
 from training.memory import available_memory
 
@@ -173,7 +174,7 @@ def open_dataset(data: str, data_dir: Path, split: str, download: bool = False) 
         dataset = create_dataset(data, root=str(data_dir), split=split, download=download)
     except Exception as error:
         # whatever the libraries behind the name raise: assertions, missing packages, connections
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise ValueError(f"data set {data!r} in {data_dir} cannot be opened ({reason})") from error
     if isinstance(dataset, IterableDataset):
         raise ValueError(f"{data!r} can only be read from start to end: take one that is read by index (hfds/, torch/)")

@@ -21,6 +21,7 @@ from rotation_ssl import sources, zoo
 from rotation_ssl.cli.options import add_command, positive
 from rotation_ssl.features import POOLS, extract_features, layer_modules
 from rotation_ssl.images import count_suffixes, find_files, normalize, read_images
+from rotation_ssl.messages import first_line
 
 FORMATS = ("safetensors", "npz", "csv")
 NAMED = 10  # so many broken images are named for people; --json names all
@@ -121,13 +122,13 @@ def load_model(name: str, device: str) -> Any:
         # one that gives values back, unlike meta
         torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError, ImportError) as error:
-        raise ValueError(f"device {device!r} cannot be used ({str(error).splitlines()[0]}); give another") from error
+        raise ValueError(f"device {device!r} cannot be used ({first_line(error)}); give another") from error
     if not timm.is_model(name.split(".", 1)[0]) and ":" not in name:
         raise ValueError(f"no model {name!r}; there are {', '.join(timm.list_models('rotnet_*'))}, and timm's")
     try:
         return timm.create_model(name, pretrained=True).to(device)
     except RuntimeError as error:
-        raise ValueError(f"{name} could not be loaded ({str(error).splitlines()[0]})") from error
+        raise ValueError(f"{name} could not be loaded ({first_line(error)})") from error
 
 
 def recommended_layer(model: Any, name: str) -> str:

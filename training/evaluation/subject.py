@@ -20,6 +20,7 @@ from tqdm import tqdm
 import rotation_ssl  # noqa: F401  registers the models with timm
 from rotation_ssl import zoo
 from rotation_ssl.images import normalize
+from rotation_ssl.messages import first_line
 from training.reporting.rows import RESULTS_DIR, Row, current_commit, device_name, library_versions, require_committed
 
 
@@ -75,7 +76,7 @@ def load_subject(
         else:
             backbone = timm.create_model(model, pretrained=True)
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise ValueError(f"{model} cannot be had ({reason}); --random measures it with random weights") from error
     digest = hashlib.sha256(save({k: v.contiguous() for k, v in backbone.state_dict().items()})).hexdigest()
     name = f"{architecture}@{digest[:12]}"
@@ -93,7 +94,7 @@ def load_subject(
         with torch.inference_mode():
             backbone.eval()(torch.zeros(1, 3, size, size))
     except (RuntimeError, ValueError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise ValueError(
             f"{architecture} does not take images of {size} pixels ({reason}): give another size"
         ) from error

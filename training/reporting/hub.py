@@ -27,6 +27,7 @@ from rotation_ssl import zoo
 from rotation_ssl.convert import write_config
 from rotation_ssl.features import layer_modules
 from rotation_ssl.golden import GOLDEN_TOLERANCE, golden_file, golden_outputs
+from rotation_ssl.messages import first_line
 from training.reporting.card import FIGURES, REPOSITORY, ROOT, evaluation_lines, select
 from training.reporting.rows import REPORTED, RESULTS_DIR, Row
 
@@ -200,7 +201,7 @@ def publish(upload: Upload, namespace: str, version: str, rows: Sequence[Row]) -
     except RuntimeError as error:
         # an upload of a large file that failed
         cause = error.__cause__
-        reason = _reason(cause) if isinstance(cause, HfHubHTTPError) else str(cause or error).splitlines()[0]
+        reason = _reason(cause) if isinstance(cause, HfHubHTTPError) else first_line(cause or error)
         raise ConnectionError(f"publishing {repository} failed: {reason}; run it again") from error
     except Exception as error:
         # the client lets its HTTP library's errors through
@@ -333,7 +334,7 @@ def _reason(error: HfHubHTTPError) -> str:
     }
     if isinstance(error, RepositoryNotFoundError) and status != 404:
         return told[401]
-    return told.get(status or 0) or (str(error).splitlines() or ["no answer"])[0]
+    return told.get(status or 0) or first_line(error)
 
 
 def _model_of_folder(folder: Path) -> nn.Module:

@@ -22,6 +22,7 @@ import timm
 import torch
 
 import rotation_ssl
+from rotation_ssl.messages import first_line
 
 RESULTS_DIR = Path(__file__).parent.parent / "results"
 
@@ -315,7 +316,7 @@ def check_device(device: str) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise ValueError(f"device {device!r} cannot be used ({reason}); give --device cpu or another") from error
 
 

@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from torchvision.datasets import VOCDetection, VOCSegmentation
 
+from rotation_ssl.messages import first_line
 from training.transfer.metrics import IGNORED
 
 CLASSES = (
@@ -192,7 +193,7 @@ def _open(kind: Any, data_dir: Path, year: str, split: str, lists: str) -> Any:
     try:
         data = kind(root, year=year, image_set=split)
     except (ValueError, RuntimeError) as error:
-        raise ValueError(f"{folder}, {split}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{folder}, {split}: {first_line(error)}") from error
     if not data.images:
         raise ValueError(f"{names} names no images")
     if any(not name.strip() for name in names.read_text().splitlines()):

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from rotation_ssl.backbones.alexnet import FcHead, RotNetAlexNet
 from rotation_ssl.images import square
+from rotation_ssl.messages import first_line
 from training.evaluation.subject import Subject, preparation
 from training.optimizers import learning_rate_factor, set_learning_rates
 from training.progress import progress
@@ -145,7 +146,7 @@ class Backbone(nn.Module):
             with torch.inference_mode():
                 self(torch.zeros(1, 3, 4 * self.reduction, 6 * self.reduction, device=device))
         except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise ValueError(
                 f"{type(whole).__name__} does not take images of any size ({reason}): take a convolutional network"
             ) from error

@@ -1,0 +1,20 @@
+"""Text from outside, in messages of one line: errors of libraries, names in files, answers of servers."""
+
+from collections.abc import Sequence
+
+
+def first_line(error: BaseException) -> str:
+    """An error in one line: the first of its text, or its kind where it has none."""
+    return printable((str(error).splitlines() or [""])[0] or type(error).__name__)
+
+
+def printable(text: object, most: int = 300) -> str:
+    """A text in one line, cut to so many characters: a terminal obeys control characters in what it prints."""
+    words = " ".join(str(text).split())[:most]
+    return "".join(character if character.isprintable() else "?" for character in words)
+
+
+def some(names: Sequence[str], most: int = 10, none: str = "nothing") -> str:
+    """The first names of a list and how many more there are, or ``none`` where it is empty."""
+    told = ", ".join((name if name.isprintable() else repr(name))[:100] for name in names[:most])
+    return (told or none) + (f" and {len(names) - most} more" if len(names) > most else "")
