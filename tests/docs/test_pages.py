@@ -67,7 +67,7 @@ def test_every_page_that_has_commands_is_read():
 def test_the_tests_that_keep_a_promise_are_there():
     rows = [line for line in (ROOT / "docs" / "reliability.md").read_text().splitlines() if line.startswith("| ")]
     promises = [row for row in rows if row != "| promise | test |"]
-    named = [re.findall(r"`(tests/\w+\.py)::(\w+)`", row) for row in promises]
+    named = [re.findall(r"`(tests/\w+/\w+\.py)::(\w+)`", row) for row in promises]
     assert len(promises) > 30 and all(named), "a promise without a test"
     for file, test in (pair for pairs in named for pair in pairs):
         assert re.search(rf"^def {test}\(", (ROOT / file).read_text(), re.MULTILINE), f"{file} has no {test}"
