@@ -152,10 +152,21 @@ def _eval_view(backbone: nn.Module) -> nn.Module:
 
     Hooks on the backbone itself would get what other threads pass through it, and eval() would change their mode.
     """
-    # attributes too: weight norm keeps the weight that it computes in one
-    attributes = (value for module in backbone.modules() for value in vars(module).values())
-    own = (*backbone.parameters(), *backbone.buffers(), *(v for v in attributes if isinstance(v, torch.Tensor)))
-    return copy.deepcopy(backbone, {id(tensor): tensor for tensor in own}).eval()
+    shared: dict[int, Any] = {}
+    for module in backbone.modules():
+        for value in vars(module).values():
+            # attributes too, and what they hold: weight norm and LeViT keep tensors that they computed
+            parts = (
+                value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
+            )
+            for part in parts:
+                owner = getattr(part, "__self__", None)
+                if isinstance(part, torch.Tensor):
+                    shared[id(part)] = part
+                elif owner is not None and not isinstance(owner, nn.Module):
+                    # of a user's hook
+                    shared[id(owner)] = owner
+    return copy.deepcopy(backbone, shared).eval()
 
 
 def _check_options(

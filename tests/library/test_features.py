@@ -141,6 +141,37 @@ def test_the_pass_stops_after_the_last_layer_asked_for(backbone):
     assert list(features) == ["block2", "block1"]
 
 
+def test_a_hook_that_is_a_method_is_called_with_its_own_object(backbone):
+    class Recorder:
+        calls, output = 0, None
+
+        def hook(self, module, inputs, output):
+            self.calls, self.output = self.calls + 1, output
+
+    recorder = Recorder()
+    backbone.blocks.block1.register_forward_hook(recorder.hook)
+    images = torch.randn(1, 3, 32, 32)
+    backbone(images)
+    extract_features(backbone, images, ["block2"])
+    assert recorder.calls == 2
+
+
+def test_tensors_that_a_module_computed_and_keeps_are_no_obstacle():
+    class Cached(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.cache = torch.nn.Parameter(torch.ones(1)), {}
+
+        def forward(self, x):
+            return x * self.cache.setdefault("twice", 2 * self.weight)
+
+    model = torch.nn.Sequential(Cached())
+    model.feature_info = [{"module": "0"}]
+    images = torch.randn(2, 1, 1, 1)
+    output = model(images)
+    assert torch.equal(extract_features(model, images)["0"], output.detach().flatten(1))
+
+
 @pytest.mark.parametrize("old", [True, False])
 def test_weight_norm_is_no_obstacle(old):
     from torch.nn.utils import parametrizations, weight_norm
