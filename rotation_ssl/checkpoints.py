@@ -32,13 +32,16 @@ class _Refused(ValueError):
     """A file that could be read further, but is not; what it says follows the name of the file."""
 
 
-def read_checkpoint(file: Path, epoch: int | None = None, max_bytes: int = MAX_BYTES) -> Any:
+def read_checkpoint(
+    file: Path, epoch: int | None = None, max_bytes: int = MAX_BYTES, content: bytes | None = None
+) -> Any:
     """What a checkpoint file holds, on the CPU: tensors in nested dicts and lists.
 
     Args:
         file: safetensors, a pickle of ``torch.save``, or a .tar.gz archive with one.
         epoch: of an archive's several checkpoints (``model_net_epoch<N>``); None: the last.
         max_bytes: refuse what unpacks to more.
+        content: the file's bytes, where they were read already: it is then not read again.
 
     Raises:
         ValueError: no such file, none of the three, a damaged one, one that would run code or unpack to more than
@@ -46,28 +49,31 @@ def read_checkpoint(file: Path, epoch: int | None = None, max_bytes: int = MAX_B
             quantized), or an archive with members outside of it, links, or no checkpoint that can be told from the
             others.
     """
-    if not file.is_file():
+    if content is None and not file.is_file():
         raise ValueError(f"there is no checkpoint file {file}")
-    with file.open("rb") as stream:
-        start = stream.read(9)
     try:
-        if start[:2] == b"\x1f\x8b":
-            checkpoint = _read_pickle(_read_archive(file, epoch, max_bytes), max_bytes)
-        elif (size := file.stat().st_size) > max_bytes:
-            raise _Refused(f"has {size:,} bytes, more than the {max_bytes:,} allowed")
-        else:
-            checkpoint = load(file.read_bytes()) if start[8:] == b"{" else _read_pickle(file.read_bytes(), max_bytes)
+        with file.open("rb") if content is None else io.BytesIO(content) as stream:
+            checkpoint = _read(stream, epoch, max_bytes)
         _check_tensors(checkpoint, max_bytes)
     except _Refused as error:
         raise ValueError(f"checkpoint {file} {error}") from error
     except Exception as error:
         # damaged bytes make these readers raise nearly anything
-        what = first_line(error)
         raise ValueError(
             f"{file} is damaged or not a checkpoint, which is safetensors, a pickle of torch.save or a .tar.gz archive"
-            f" of one ({type(error).__name__}: {what})"
+            f" of one ({type(error).__name__}: {first_line(error)})"
         ) from error
     return checkpoint
+
+
+def _read(stream: IO[bytes], epoch: int | None, max_bytes: int) -> Any:
+    start, size = stream.read(9), stream.seek(0, io.SEEK_END)
+    stream.seek(0)
+    if start[:2] == b"\x1f\x8b":
+        return _read_pickle(_read_archive(stream, epoch, max_bytes), max_bytes)
+    if size > max_bytes:
+        raise _Refused(f"has {size:,} bytes, more than the {max_bytes:,} allowed")
+    return load(stream.read()) if start[8:] == b"{" else _read_pickle(stream.read(), max_bytes)
 
 
 def _read_pickle(content: bytes, max_bytes: int) -> Any:
@@ -143,7 +149,7 @@ def _check_tensors(checkpoint: Any, max_bytes: int) -> None:
         raise _Refused(f"holds tensors of {total:,} bytes, more than the {max_bytes:,} allowed")
 
 
-def _read_archive(file: Path, epoch: int | None, max_bytes: int) -> bytes:
+def _read_archive(file: IO[bytes], epoch: int | None, max_bytes: int) -> bytes:
     """The one checkpoint of a gzipped tar archive, read in one pass that stops at the bounds."""
     found: dict[str, bytes] = {}
     names: list[str] = []

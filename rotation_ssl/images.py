@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 _BITS_PER_SAMPLE = 258  # a tag of TIFF
+_PHOTOMETRIC = 262  # tag of TIFF: 0 where white is zero
 
 
 def read_image(file: Path | IO[bytes] | Image.Image) -> Image.Image:
@@ -35,9 +36,11 @@ def read_image(file: Path | IO[bytes] | Image.Image) -> Image.Image:
             image.getexif()
             # what turns the image has read its orientation; it would write the other tags anew, and fail at a wrong one
             image.info.pop("exif", None)
+            # of TIFFs whose white is zero Pillow inverts those of 8 bits alone
+            is_negative = getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0
             white, upright = _white(image), ImageOps.exif_transpose(image)
             if white is not None:
-                return _to_rgb(upright if white == 255 else _to_8_bits(upright, white))
+                return _to_rgb(upright if white == 255 else _to_8_bits(upright, white, is_negative))
     except FileNotFoundError as error:
         raise ValueError(f"image {file} does not exist") from error
     except Exception as error:
@@ -136,9 +139,11 @@ def _white(image: Image.Image) -> int | None:
     return None if image.mode == "F" else 255
 
 
-def _to_8_bits(image: Image.Image, white: int) -> Image.Image:
+def _to_8_bits(image: Image.Image, white: int, is_negative: bool) -> Image.Image:
     values = np.asarray(image).astype(np.int64)
     grey = ((values * 255 + white // 2) // white).astype(np.uint8)
+    if is_negative:
+        grey = 255 - grey
     if "transparency" in image.info:
         grey[values == image.info["transparency"]] = 255
     return Image.fromarray(grey)

@@ -97,9 +97,9 @@ def linear_predict(
     train_features, test_features = train_features.float(), test_features.float()
     mean = train_features.mean(0)
     deviation = train_features.std(0, correction=0).clamp_min(1e-6)
-    if not (mean.isfinite().all() and deviation.isfinite().all()):
-        raise ValueError("features are too large to be standardised in float32: divide them by a constant")
     train, test = (train_features - mean) / deviation, (test_features - mean) / deviation
+    if not all(values.isfinite().all() for values in (mean, deviation, test)):
+        raise ValueError("features are too large to be standardised in float32: divide them by a constant")
     if len(strengths) > 1:
         strength = _choose_strength(train, train_labels, num_classes, validation, strengths, iterations, evaluated)
     else:

@@ -287,7 +287,8 @@ def _fetch_release(name: str, entry: dict[str, Any], file: Path, record: Path, a
         download(entry["url"], archive, what=name)
         before = _read_record(record) or {}
         pinned, known = entry.get("archive_sha256"), before.get("archive_sha256")
-        digest = sha256_of(archive)
+        downloaded = archive.read_bytes()
+        digest = hashlib.sha256(downloaded).hexdigest()
         if pinned and digest != pinned:
             raise ValueError(f"{entry['url']} has sha256 {digest}, not the {pinned} of the manifest; nothing was kept")
         if known and digest != known and not pinned and not accept_new_hash:
@@ -295,7 +296,7 @@ def _fetch_release(name: str, entry: dict[str, Any], file: Path, record: Path, a
                 f"{entry['url']} has sha256 {digest}, it was {known}: the release changed; nothing was kept. If that is"
                 f" right: rotation-ssl fetch {name} --accept-new-hash"
             )
-        converted = convert(read_checkpoint(archive))
+        converted = convert(read_checkpoint(archive, content=downloaded))
         if converted.model != name.split(".", 1)[0]:
             raise ValueError(f"{entry['url']} holds a {converted.model}, not {name}; nothing was kept")
         content = save({key: tensor.contiguous() for key, tensor in converted.state_dict.items()})
@@ -303,7 +304,7 @@ def _fetch_release(name: str, entry: dict[str, Any], file: Path, record: Path, a
             "name": name,
             "url": entry["url"],
             "archive_sha256": digest,
-            "archive_size": archive.stat().st_size,
+            "archive_size": len(downloaded),
             "sha256": hashlib.sha256(content).hexdigest(),
             "size": len(content),
             "fetched": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

@@ -175,8 +175,11 @@ def build_model(
         kwargs["pretrained_cfg_overlay"] = overlay
     check = functools.partial(_check_state_dict, source=source, optional=layers)
     model = build_model_with_cfg(model_cls, variant, pretrained, pretrained_filter_fn=check, **kwargs)
-    # the configuration says what the model is: it would keep a second copy of the weights
-    model.pretrained_cfg.pop("state_dict", None)
+    # the configuration says what the model is: it would keep a second copy of the weights, as would the one within a
+    # wrapper for features
+    for module in model.modules():
+        if isinstance(cfg := getattr(module, "pretrained_cfg", None), dict):
+            cfg.pop("state_dict", None)
     return model
 
 
@@ -374,9 +377,8 @@ def _check_state_dict(
     ]
     if types:
         raise ValueError(f"{source} does not fit {type(model).__name__}: types {some(types, 3)}; nothing was loaded")
-    # in the model's type: a larger double is none there. Published bytes were looked at before they were published
-    own = {} if source in manifest() else expected
-    broken = [key for key, value in own.items() if not state_dict[key].to(value.dtype).isfinite().all()]
+    # in the model's type: a larger double is none there
+    broken = [key for key, value in expected.items() if not state_dict[key].to(value.dtype).isfinite().all()]
     if broken:
         raise ValueError(f"{source} holds values that are not finite in {some(broken, 3)}; nothing was loaded")
     return state_dict

@@ -2,7 +2,8 @@
 
 ``output/checkpoints/step-000120/`` contains what accelerate saves (model, optimisers, random states), progress.json and
 SHA256SUMS, the hashes of them all. It is written under another name and renamed. The last two checkpoints are kept, so
-that a run whose last one is corrupt can go on from the one before: they take twice the disk space of one.
+that a run whose last one is corrupt can go on from the one before: they take twice the disk space of one, and three
+times while one is written.
 """
 
 import contextlib

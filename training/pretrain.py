@@ -199,6 +199,9 @@ def pretrain(
     if resume and not find_checkpoint(output):
         raise ValueError(f"nothing to resume: there is no checkpoint in {output}; start without --resume")
     recipe = resolved(recipe, accelerator.device)
+    computed = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
+    if computed != recipe.precision:
+        raise ValueError(f"the accelerator computes in {computed}, {recipe.name} in {recipe.precision}: make them one")
     identity = _identity(recipe, images, count, accelerator, sync_batchnorm)
     with lock_output(accelerator, output):
         checkpoint = find_checkpoint(output)

@@ -52,7 +52,10 @@ def verify_tag(name: str) -> dict[str, Any]:
         return {"name": name, "file": str(file), "holds": False, "why": wrong}
     if not golden_file(name).is_file():
         return {"name": name, "file": str(file), "holds": True, "why": f"{known}; no golden outputs to compare"}
-    furthest = golden_difference(name)
+    try:
+        furthest = golden_difference(name)
+    except ValueError as error:
+        return {"name": name, "file": str(file), "holds": False, "why": str(error)}
     return {
         "name": name,
         "file": str(file),

@@ -119,6 +119,12 @@ def test_16_bits_are_scaled_to_8(tmp_path, name):
     assert image[..., 0].ravel().tolist() == EIGHT_BITS
 
 
+def test_16_bits_with_white_as_zero(tmp_path):
+    image = Image.fromarray(np.array([[0, 65535]], dtype=np.uint16))
+    image.save(tmp_path / "a.tif", tiffinfo={262: 0})
+    assert np.asarray(read_image(tmp_path / "a.tif"))[..., 0].tolist() == [[255, 0]]
+
+
 def test_fewer_than_16_bits_in_a_16_bit_mode(tmp_path):
     values = np.array([[0, 8, 9, 2048], [4086, 4087, 4094, 4095]])
     (tmp_path / "a.tif").write_bytes(tiff12(values))

@@ -248,7 +248,7 @@ def test_bombs_in_archives(bombs, write, monkeypatch, kind):
             unpacked.append(len(block))
             return block
 
-    monkeypatch.setattr(gzip, "open", Counted)
+    monkeypatch.setattr(gzip, "open", lambda stream: Counted(fileobj=stream))
     file = write(bombs[kind])
     assert file.stat().st_size < ZEROS / 100
     tracemalloc.start()

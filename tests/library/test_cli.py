@@ -146,6 +146,11 @@ def test_verify_notices_other_bytes_and_other_outputs(run, monkeypatch, tmp_path
     save_file(stored | {"logits": stored["logits"] + 0.01}, golden.golden_file(NAME))
     status, told = run("verify", NAME)
     assert status == 1 and told.startswith("BROKEN") and "golden outputs differ by 1.0e-02" in told
+    golden.golden_file(NAME).write_bytes(b"corrupt")
+    status, results = run("verify", "--json")
+    assert status == 1 and len(results) == len(zoo.manifest()), "one that does not hold hides no other"
+    (why,) = [result["why"] for result in results if result["name"] == NAME]
+    assert why.startswith(f"the golden outputs of {NAME} are corrupt")
     file = tmp_path / "weights" / f"{NAME}.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1

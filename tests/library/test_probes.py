@@ -164,6 +164,8 @@ def test_ranges():
         linear_predict(train, labels, train, 3, validation=2, iterations=0)
     with pytest.raises(ValueError, match="too large to be standardised"):
         linear_predict(torch.full((6, 5), 3e38), labels, train, 3, validation=2)
+    with pytest.raises(ValueError, match="too large to be standardised"):
+        linear_predict(torch.ones(6, 5), labels, torch.full((2, 5), 1e33), 3, validation=2)
 
 
 def set_weights(module, *values):

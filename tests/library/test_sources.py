@@ -292,6 +292,20 @@ def test_a_file_that_changes_once_it_is_hashed_changes_nothing(
     assert all(torch.equal(tensor, expected[name]) for name, tensor in state_dict.items())
 
 
+@pytest.mark.filterwarnings("ignore:no published hash")
+def test_an_archive_that_changes_once_it_is_hashed_changes_nothing(release, wheel_copy, monkeypatch):
+    """What is converted and recorded is what was hashed."""
+    read, folder = sources.read_checkpoint, sources.release_cache()
+
+    def change_then_read(file, **options):
+        file.write_bytes(b"something else")
+        return read(file, **options)
+
+    monkeypatch.setattr(sources, "read_checkpoint", change_then_read)
+    state_dict, expected = go_through("timm", "release", folder), expected_state("release")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in state_dict.items())
+
+
 SWAP = """
 import os, pathlib, sys
 file, other, good = (pathlib.Path(name) for name in sys.argv[2:])
@@ -524,10 +538,10 @@ def test_killed_while_writing_and_fetched_again(served, tmp_path):
         kill = (
             f"import os\ntold = sources.{moment}\n"
             "calls = []\n"
-            "def killed(*args):\n"
+            "def killed(*args, **options):\n"
             "    calls.append(args)\n"
             f"    if len(calls) == {2 if moment == 'replace_file' else 1}: os.kill(os.getpid(), signal.SIGKILL)\n"
-            "    return told(*args)\n"
+            "    return told(*args, **options)\n"
             f"sources.{moment} = killed\n"
         )
         process = start(kill + FETCH, tmp_path / moment, served)

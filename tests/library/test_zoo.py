@@ -13,6 +13,7 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
 from rotation_ssl import zoo
+from rotation_ssl.convert import Converted, write_folder
 from rotation_ssl.golden import golden_difference, golden_file
 
 BUNDLED = "rotnet_nin.cifar10"
@@ -324,10 +325,19 @@ def test_a_state_dict_that_holds_no_tensors_is_refused(given):
 
 def test_the_configuration_keeps_no_second_copy_of_the_weights(nin_state):
     overlay = {"state_dict": nin_state}
-    for options in ({}, {"features_only": True}):
+    for options in ({}, {"features_only": True}, {"features_only": True, "feature_cls": "getter"}):
         model = timm.create_model("rotnet_nin", pretrained=True, pretrained_cfg_overlay=overlay, **options)
-        assert not model.pretrained_cfg.get("state_dict")
-        json.dumps(model.pretrained_cfg)
+        cfgs = [module.pretrained_cfg for module in model.modules() if hasattr(module, "pretrained_cfg")]
+        assert cfgs and not any(cfg.get("state_dict") for cfg in cfgs)
+        json.dumps(cfgs)
+
+
+def test_a_folder_with_a_published_name_is_checked_as_any_other(nin_state, tmp_path, monkeypatch):
+    nin_state["head.fc.bias"][0] = float("nan")
+    write_folder(Converted("rotnet_nin", 4, nin_state, "somebody"), tmp_path / BUNDLED, "mine", {})
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"not finite in head\.fc\.bias"):
+        timm.create_model(f"local-dir:{BUNDLED}", pretrained=True)
 
 
 @pytest.fixture

@@ -81,7 +81,11 @@ def check_weights(name: str) -> Iterator[Verdict]:
     except ValueError as error:
         yield Verdict(f"{name} sha256", entry["sha256"][:8], "other", f"none ({error})", False)
         return
-    furthest = golden_difference(name)
+    try:
+        furthest = golden_difference(name)
+    except ValueError as error:
+        yield Verdict(f"{name} golden outputs", "0", "corrupt", f"none ({error})", False)
+        return
     yield Verdict(
         f"{name} golden outputs", "0", f"{furthest:.1e}", f"{GOLDEN_TOLERANCE:g}", furthest < GOLDEN_TOLERANCE
     )

@@ -308,7 +308,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--layer", default="", help="recommended layer of a folder's weights")
     commands = parser.add_subparsers(dest="command", metavar="{bundle,figures,render}")
     bundling = commands.add_parser("bundle", help="copy a finished run into the package and the manifest")
-    bundling.add_argument("run", type=Path, metavar="RUN", help="output folder of training.pretrain")
+    bundling.add_argument("run", type=Path, metavar="RUN", help="output folder of `python -m training pretrain`")
     bundling.add_argument("name", metavar="MODEL.TAG", help="the name the weights are published under")
     drawing = commands.add_parser("figures", help="draw the card's figures")
     drawing.add_argument("--data-dir", type=Path, default=Path("data/cifar10"), help="CIFAR-10 [%(default)s]")
