@@ -41,13 +41,15 @@ is then 1; with --strict the first one is an error, and nothing is written.
 def add(commands: Any) -> None:
     """Add the command."""
     added = add_command(commands, "features", run, "features of a layer for every image below a folder", DETAILS)
-    added.add_argument("images", type=Path, metavar="IMAGES", help="a folder; folders in it too")
-    added.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="to write")
-    added.add_argument("--format", choices=FORMATS, help="of FILE [as its suffix says]")
+    added.add_argument("images", type=Path, metavar="IMAGES", help="folder of images, searched recursively")
+    added.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="output file")
+    added.add_argument("--format", choices=FORMATS, help="output format [from the suffix of FILE]")
     added.add_argument("--force", action="store_true", help="replace FILE if it exists")
-    added.add_argument("--strict", action="store_true", help="a broken image is an error")
+    added.add_argument("--strict", action="store_true", help="stop at the first broken image")
     added.add_argument("--model", default="rotnet_nin", help="model or model.tag, hf-hub: or local-dir: [%(default)s]")
-    added.add_argument("--layers", nargs="+", metavar="LAYER", help="[the one recommended for the weights]")
+    added.add_argument(
+        "--layers", nargs="+", metavar="LAYER", help="feature layers [the one recommended for the weights]"
+    )
     added.add_argument("--pool", default="avg", choices=[pool for pool in POOLS if pool], help="[%(default)s]")
     added.add_argument("--grid", type=positive, default=1, help="pool to so many cells a side [%(default)s]")
     added.add_argument("--batch-size", type=positive, default=64, help="images a batch [%(default)s]")
