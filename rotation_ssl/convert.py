@@ -37,7 +37,7 @@ _ALEXNET_HEAD = re.compile(r"_feature_blocks\.9\.0\.(weight|bias)")
 _VISSL_FC = re.compile(r"0\.clf\.(\d{1,3})\.(\w+)")
 _VISSL_FCS = ((0, 1, 3, 4, 6), (0, 1, 4, 5, 8))
 _FCS = ("head.fc6.0", "head.fc6.1", "head.fc7.0", "head.fc7.1", "head.fc")
-_FLOATS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
+FLOATS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 _BLOCK = re.compile(r"layer([1-4])\.(\d{1,3})\.conv\d\.weight")
 # blocks of layer1..layer4, and whether they are bottlenecks
 _RESNETS: dict[tuple[tuple[int, ...], bool], str] = {
@@ -261,7 +261,7 @@ def _vissl_fcs(heads: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if weight is None or weight.shape != shape:
             return {}
         # other types stay where they are, and are refused by name
-        if bias is not None and mean is not None and bias.shape == mean.shape and {bias.dtype, mean.dtype} <= _FLOATS:
+        if bias is not None and mean is not None and bias.shape == mean.shape and {bias.dtype, mean.dtype} <= FLOATS:
             state[f"{name}.1.running_mean"] = mean - state.pop(f"{name}.0.bias")
     return state
 
@@ -270,7 +270,7 @@ def _from_mmselfsup(tensors: dict[str, torch.Tensor]) -> Converted:
     state = {key: value for key, value in tensors.items() if not key.startswith("head.")}
     for key in ("weight", "bias"):
         value = tensors.get(f"head.fc_cls.{key}")
-        if value is None or value.shape[:1] != (4,) or value.dtype not in _FLOATS:
+        if value is None or value.shape[:1] != (4,) or value.dtype not in FLOATS:
             raise ValueError(f"a head of mmselfsup without four rows of floats in head.fc_cls.{key}")
         state[f"fc.{key}"] = value[[0, 3, 2, 1]]
     left_out = tuple(key for key in tensors if key.startswith("head.") and not key.startswith("head.fc_cls."))
@@ -329,13 +329,13 @@ def _check(found: Converted) -> None:
         "has other types of": [
             f"{key} {value.dtype} for {wanted.dtype}"
             for key, value, wanted in both
-            if value.dtype not in (_FLOATS if wanted.is_floating_point() else {wanted.dtype})
+            if value.dtype not in (FLOATS if wanted.is_floating_point() else {wanted.dtype})
         ],
         "has values that are not finite in": [
             # as float32, the type of the model: a larger double is none there
             key
             for key, value, wanted in both
-            if value.dtype in _FLOATS and value.shape == wanted.shape and not value.float().isfinite().all()
+            if value.dtype in FLOATS and value.shape == wanted.shape and not value.float().isfinite().all()
         ],
     }
     told = [f"{what} {some(keys)}" for what, keys in problems.items() if keys]

@@ -29,10 +29,10 @@ from timm.models import (
 from torch import nn
 
 from rotation_ssl import sources
+from rotation_ssl.convert import FLOATS
 from rotation_ssl.messages import some
 
 WEIGHTS_DIR = Path(__file__).parent / "weights"
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FIELDS = ("file", "sha256", "size", "license", "data", "input_size", "mean", "std", "recommended_layer", "metrics")
 
 
@@ -373,7 +373,7 @@ def _check_state_dict(
     types = [
         f"{key} {state_dict[key].dtype} for {own.dtype}"
         for key, own in expected.items()
-        if state_dict[key].dtype not in (FLOATS if own.is_floating_point() else (own.dtype,))
+        if state_dict[key].dtype not in (FLOATS if own.is_floating_point() else {own.dtype})
     ]
     if types:
         raise ValueError(f"{source} does not fit {type(model).__name__}: types {some(types, 3)}; nothing was loaded")

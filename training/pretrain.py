@@ -59,6 +59,7 @@ from training.memory import TURN_OFF, keep_large_blocks
 from training.optimizers import create_optimizers, learning_rate_factor, renormalize_filters, set_learning_rates
 from training.outputs import describe_run, lock_output, trained_size, write_run
 from training.precision import resolve_precision, resolved, warn_if_emulated
+from training.progress import progress as show_progress
 from training.recipes import PRECISIONS, RECIPES, Muon, Recipe, with_image_size, with_steps
 from training.reporting.rows import counted, current_commit
 from training.unlabelled import UnlabelledImages, fingerprint, open_images, stream
@@ -410,14 +411,7 @@ class StopRequest:
 def progress_bar(recipe: Recipe, step: int, shown: bool) -> tqdm:
     """Rotated images done, their rate and the time left."""
     per_step = recipe.images_per_step * len(recipe.rotations)
-    return tqdm(
-        total=recipe.rotated_images,
-        initial=step * per_step,
-        unit="img",
-        desc=recipe.name,
-        mininterval=0.5 if sys.stderr.isatty() else 30.0,
-        disable=not shown,
-    )
+    return show_progress(recipe.name, recipe.rotated_images, initial=step * per_step, disable=not shown)
 
 
 def _identity(
