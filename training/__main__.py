@@ -10,6 +10,7 @@ from collections.abc import Sequence
 # name: module whose main() it runs, and what it does
 COMMANDS = {
     "pretrain": ("training.pretrain", "pretrain a backbone by a recipe"),
+    "photos": ("training.photos", "write the data set photos, from four public ones"),
     "evaluate": ("training.evaluation.probes", "k-NN and probes of frozen layers, rotation accuracy"),
     "finetune": ("training.evaluation.finetune", "fine-tuning, few labels, the supervised baseline"),
     "probe-layers": ("training.evaluation.layers", "the paper's ImageNet and Places probes, all layers in one pass"),

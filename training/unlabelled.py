@@ -23,6 +23,7 @@ from rotation_ssl.images import find_images, read_image, square
 from rotation_ssl.messages import first_line
 from training.data import load_cifar10, tinyimagenet_files
 from training.memory import available_memory
+from training.photos import photo_files
 
 BROKEN_IN_A_ROW = 100  # so many mean that it is not the images that are broken
 
@@ -141,8 +142,9 @@ def open_images(data: str, data_dir: Path, size: int, download: bool = False) ->
     """The training images of a data set, without their labels.
 
     Args:
-        data: 'cifar10'; 'tinyimagenet'; 'folder', all images below ``data_dir/train`` where there is such a folder,
-            else below ``data_dir``; or a name of ``timm.data.create_dataset``: 'torch/places365', 'hfds/OWNER/NAME'.
+        data: 'cifar10'; 'tinyimagenet'; 'photos'; 'folder', all images below ``data_dir/train`` where there is such a
+            folder, else below ``data_dir``; or a name of ``timm.data.create_dataset``: 'torch/places365',
+            'hfds/OWNER/NAME'.
         data_dir: where it is.
         size: side of the squares.
         download: let torchvision fetch it.
@@ -159,6 +161,8 @@ def open_images(data: str, data_dir: Path, size: int, download: bool = False) ->
         return load_cifar10(data_dir, "train", download).images
     if data == "tinyimagenet":
         return open_files(tinyimagenet_files(data_dir, "train")[0], size)
+    if data == "photos":
+        return open_files(photo_files(data_dir), size)
     if data == "folder":
         return open_files(find_images(data_dir / "train" if (data_dir / "train").is_dir() else data_dir), size)
     return open_entries(open_dataset(data, data_dir, "train", download), size, data)

@@ -1,0 +1,225 @@
+"""The data set `photos`: photographs of four public data sets to pretrain on, and none that a test is made of.
+
+    python -m training photos --data-dir DIR --output DIR/photos
+
+DIR holds the data sets as they are distributed: imagenette2-320, imagewoof2-320, miniplaces (Places, 100 scenes at 128
+pixels), caltech101 (101_ObjectCategories, train.txt, test.txt) and VOCdevkit/VOC2007, which is only compared with. The
+training images are written as squares of 192 pixels, JPEG at quality 85; those of miniplaces, which are smaller, are
+copied. Left out is every training image that looks like a held-out one: imagenette, imagewoof and miniplaces val,
+caltech101's test list, all of VOC2007. photos.json names them, and holds the sha256 of the list of those written.
+"""
+
+import argparse
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TypedDict, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+
+from rotation_ssl.images import find_images, read_image, square
+from training.progress import progress
+
+SIZE = 192
+QUALITY = 85
+HASH_SIDE = 16
+# of 256 bits: photographs that differ in more are not taken for the same
+NEAR = 24
+LIST = "photos.json"
+# of the whole set, once the images like held-out ones are left out
+IMAGES = 114_334
+SHA256_OF_NAMES = "8e17ba2ba123bb558ebfd5581c75c2cd4544fae69f4155b7d64f3ca2ced820ca"
+
+Value = TypeVar("Value")
+
+
+class Listing(TypedDict):
+    """What photos.json holds: how many images, the sha256 of their names, and the images left out."""
+
+    images: int
+    sha256_of_names: str
+    left_out: list[dict[str, str | int]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set that photographs are taken from: its folder, and which of its files train and which are held out."""
+
+    folder: str
+    train: Callable[[Path], list[Path]]
+    held_out: Callable[[Path], list[Path]]
+
+
+def _below(name: str, root: Path) -> list[Path]:
+    return find_images(root / name)
+
+
+def _listed(name: str, root: Path) -> list[Path]:
+    try:
+        lines = (root / name).read_text().splitlines()
+    except OSError as error:
+        raise ValueError(f"{root / name}, the list of its images, cannot be read; fetch {root.name} anew") from error
+    return sorted(root / "101_ObjectCategories" / line.strip() for line in lines if line.strip())
+
+
+SOURCES = (
+    Source("imagenette2-320", partial(_below, "train"), partial(_below, "val")),
+    Source("imagewoof2-320", partial(_below, "train"), partial(_below, "val")),
+    Source("miniplaces", partial(_below, "data/images/train"), partial(_below, "data/images/val")),
+    Source("caltech101", partial(_listed, "train.txt"), partial(_listed, "test.txt")),
+    Source("VOCdevkit/VOC2007", lambda root: [], partial(_below, "JPEGImages")),
+)
+
+
+def training_files(root: Path) -> list[Path]:
+    """The training images of all sources, in the order of their names.
+
+    Raises:
+        ValueError: sources that are not in ``root``.
+    """
+    missing = [source.folder for source in SOURCES if not (root / source.folder).is_dir()]
+    if missing:
+        raise ValueError(f"{root} lacks {', '.join(missing)}: give the folder that holds the data sets")
+    return sorted(file for source in SOURCES for file in source.train(root / source.folder))
+
+
+def held_out_files(root: Path) -> list[Path]:
+    """The held-out images of all sources."""
+    return [file for source in SOURCES for file in source.held_out(root / source.folder)]
+
+
+def photo_files(folder: Path) -> list[Path]:
+    """The images of a set that was written, in the order of their names.
+
+    Raises:
+        ValueError: it is not the whole set.
+    """
+    if not (folder / "train").is_dir():
+        raise ValueError(f"no photos in {folder}: write them with python -m training photos --output {folder}")
+    files = find_images(folder / "train")
+    if sha256_of_names(folder / "train", files) != SHA256_OF_NAMES:
+        raise ValueError(f"{folder} is not the whole of photos: {len(files):,} images of {IMAGES:,}, or others")
+    return files
+
+
+def sha256_of_names(root: Path, files: Sequence[Path]) -> str:
+    """sha256 of the files' names below ``root`` without their suffixes, a line each."""
+    names = sorted(str(file.relative_to(root).with_suffix("")) for file in files)
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()
+
+
+def difference_hash(file: Path) -> np.ndarray:
+    """Whether each of 16 x 16 parts of a photograph is darker than the one right of it, (256,) bool.
+
+    The hash stays the same under resizing, and nearly so under compression.
+
+    Raises:
+        ValueError: the image does not decode.
+    """
+    grey = read_image(file).convert("L").resize((HASH_SIDE + 1, HASH_SIDE), Image.Resampling.BOX)
+    values = np.asarray(grey, dtype=np.int16)
+    return (values[:, :-1] < values[:, 1:]).reshape(-1)
+
+
+def nearest(hashes: torch.Tensor, others: torch.Tensor, part: int = 4096) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each hash of (N, D) bool the number of bits in which the most alike of ``others`` (M, D) differs, and its
+    position: both (N,) int64.
+    """
+    signs = others.float() * 2 - 1
+    found = [((own.float() * 2 - 1) @ signs.T).max(1) for own in hashes.split(part)]
+    alike = torch.cat([most.values for most in found]).long()
+    return (hashes.shape[1] - alike) // 2, torch.cat([most.indices for most in found])
+
+
+def find_duplicates(train: Sequence[Path], held_out: Sequence[Path], workers: int) -> dict[int, tuple[int, int]]:
+    """Training images that look like a held-out one: index -> the held-out one's, and the bits in which they differ.
+
+    A photograph and its mirror image are the same.
+
+    Raises:
+        ValueError: an image does not decode.
+    """
+    hashes = torch.from_numpy(np.stack(_map(difference_hash, train, workers, "comparing training images")))
+    others = torch.from_numpy(np.stack(_map(difference_hash, held_out, workers, "comparing held-out images")))
+    bits, which = nearest(hashes, others)
+    # mirrored, what was darker than its right neighbour is lighter than its left one
+    mirrored = ~others.view(-1, HASH_SIDE, HASH_SIDE).flip(2).reshape(len(others), -1)
+    bits_mirrored, which_mirrored = nearest(hashes, mirrored)
+    which = torch.where(bits_mirrored < bits, which_mirrored, which)
+    bits = torch.minimum(bits, bits_mirrored)
+    return {i: (int(which[i]), int(bits[i])) for i in (bits <= NEAR).nonzero()[:, 0].tolist()}
+
+
+def write_square(size: int, root: Path, output: Path, file: Path) -> None:
+    """Write a photograph's centre square under the same name below ``output``; a smaller one is copied."""
+    target = output / file.relative_to(root).with_suffix(".jpg")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    image = read_image(file)
+    if max(image.size) < size:
+        shutil.copyfile(file, target)
+    else:
+        square(image, size).save(target, quality=QUALITY)
+
+
+def prepare(root: Path, output: Path, workers: int) -> Listing:
+    """Write the set, and photos.json last; returns what it says.
+
+    Raises:
+        ValueError: a source is missing, an image does not decode, or ``output`` holds a set.
+    """
+    if (output / LIST).exists():
+        raise ValueError(f"{output} already contains the set: give another --output")
+    train, held_out = training_files(root), held_out_files(root)
+    duplicates = find_duplicates(train, held_out, workers)
+    kept = [file for i, file in enumerate(train) if i not in duplicates]
+    _map(partial(write_square, SIZE, root, output / "train"), kept, workers, "writing squares")
+    listing: Listing = {
+        "images": len(kept),
+        "sha256_of_names": sha256_of_names(root, kept),
+        "left_out": [
+            {
+                "image": str(train[i].relative_to(root)),
+                "like": str(held_out[j].relative_to(root)),
+                "bits": bits,
+            }
+            for i, (j, bits) in duplicates.items()
+        ],
+    }
+    (output / LIST).write_text(json.dumps(listing, indent=1) + "\n")
+    return listing
+
+
+def _map(function: Callable[[Path], Value], files: Sequence[Path], workers: int, what: str) -> list[Value]:
+    with ProcessPoolExecutor(workers) as pool:
+        return list(progress(what, len(files), items=pool.map(function, files, chunksize=64)))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    parser = argparse.ArgumentParser(
+        prog="python -m training photos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data-dir", type=Path, required=True, help="folder of the data sets")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--workers", type=int, default=2, help="processes that read and write images [%(default)s]")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    args = build_parser().parse_args(arguments)
+    try:
+        listing = prepare(args.data_dir, args.output, args.workers)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {listing['images']:,} images to {args.output}; left out {len(listing['left_out'])}")
+    return 0
