@@ -5,8 +5,9 @@ https://arxiv.org/abs/1803.07728.
 """
 
 from rotation_ssl.backbones import alexnet, nin, resnets  # noqa: F401  registers the models with timm
+from rotation_ssl.pretraining import pretrain
 from rotation_ssl.rotations import rotate_all, rotation_labels, rotation_loss
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["rotate_all", "rotation_labels", "rotation_loss"]
+__all__ = ["pretrain", "rotate_all", "rotation_labels", "rotation_loss"]

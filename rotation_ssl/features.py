@@ -147,6 +147,25 @@ def attention_map(features: torch.Tensor, power: float, size: tuple[int, int]) -
     return maps / maps.amax((1, 2), keepdim=True).clamp_min(1e-12)
 
 
+def rankme(features: torch.Tensor) -> float:
+    """RankMe: how many directions the features of a set of images fill, from 1 up to min(N, D); it needs no labels.
+
+    The exponential of the entropy of the singular values, as parts of their sum (Garrido et al. 2023,
+    https://arxiv.org/abs/2210.02885).
+
+    Args:
+        features: (N, D), some thousands of images.
+
+    Raises:
+        ValueError: not a matrix, or features that are not finite.
+    """
+    if features.ndim != 2 or not features.isfinite().all():
+        raise ValueError(f"RankMe takes finite features (N, D), got {tuple(features.shape)}")
+    values = torch.linalg.svdvals(features.double())
+    parts = values / values.sum().clamp_min(torch.finfo(values.dtype).tiny) + 1e-7
+    return float((-parts * parts.log()).sum().exp())
+
+
 def _eval_view(backbone: nn.Module) -> nn.Module:
     """The backbone in eval mode under hooks of its own: modules are copied, parameters and buffers are shared.
 

@@ -18,3 +18,8 @@ def some(names: Sequence[str], most: int = 10, none: str = "nothing") -> str:
     """The first names of a list and how many more there are, or ``none`` where it is empty."""
     told = ", ".join((name if name.isprintable() else repr(name))[:100] for name in names[:most])
     return (told or none) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """A number with its noun: '1 image', '2 images'."""
+    return f"{number} {noun if number == 1 else plural or f'{noun}s'}"

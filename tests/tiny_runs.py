@@ -8,9 +8,10 @@ from conftest import SAMPLES
 from safetensors.torch import load_file
 
 from rotation_ssl.images import read_images
-from training import pretrain as command
-from training.pretrain import pretext_loss
-from training.recipes import NIN_CIFAR10_CPU, Stage
+from rotation_ssl.pretraining import loop as command
+from rotation_ssl.pretraining.loop import pretext_loss
+from rotation_ssl.pretraining.recipe import Stage
+from training.recipes import NIN_CIFAR10_CPU
 
 # timm's smallest ResNet: the loop takes any timm model, and thirty steps take a second
 TINY = dataclasses.replace(

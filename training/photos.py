@@ -1,6 +1,6 @@
 """The data set `photos`: photographs of four public data sets to pretrain on, and none that a test is made of.
 
-    python -m training photos --data-dir DIR --output DIR/photos
+    python -m training photos --data DIR --output DIR/photos
 
 DIR holds the data sets as they are distributed: imagenette2-320, imagewoof2-320, miniplaces (Places, 100 scenes at 128
 pixels), caltech101 (101_ObjectCategories, train.txt, test.txt) and VOCdevkit/VOC2007, which is only compared with. The
@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 
 from rotation_ssl.images import find_images, read_image, square
-from training.progress import progress
+from rotation_ssl.progress import progress
 
 SIZE = 192
 QUALITY = 85
@@ -207,7 +207,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m training photos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data-dir", type=Path, required=True, help="folder of the data sets")
+    parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
     parser.add_argument("--workers", type=int, default=2, help="processes that read and write images [%(default)s]")
     return parser
@@ -217,7 +217,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     args = build_parser().parse_args(arguments)
     try:
-        listing = prepare(args.data_dir, args.output, args.workers)
+        listing = prepare(args.data, args.output, args.workers)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -6,7 +6,7 @@ Change one with ``dataclasses.replace``.
 import dataclasses
 from dataclasses import dataclass
 
-from training.recipes import StepSchedule, check_field
+from rotation_ssl.pretraining.recipe import StepSchedule, check_field
 
 
 @dataclass(frozen=True)

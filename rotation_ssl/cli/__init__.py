@@ -1,4 +1,4 @@
-"""List, fetch, verify and convert weights, and compute features of a folder of images.
+"""List, fetch, verify and convert weights, compute features of a folder of images, and pretrain on it.
 
     rotation-ssl list                          all published weights, and which are on this machine
     rotation-ssl info rotnet_nin.cifar10       what is known of one
@@ -6,6 +6,7 @@
     rotation-ssl verify [TAG | FILE]           hash again, and compare golden outputs
     rotation-ssl convert FILE -o FOLDER        other people's checkpoints, for timm's local-dir:
     rotation-ssl features IMAGES -o FILE       features of a layer for every image of a folder
+    rotation-ssl pretrain --data IMAGES        a backbone of your own, by predicting rotations
 
 TAG is a name like rotnet_nin.cifar10; rotnet_nin alone means its default tag. With --json a command prints what a
 program would read. Exit status: 0 for success, 1 when weights do not verify or images were skipped, 2 for bad input and
@@ -17,10 +18,10 @@ import sys
 from collections.abc import Sequence
 
 import rotation_ssl
-from rotation_ssl.cli import convert, features, fetch, info, list, verify
+from rotation_ssl.cli import convert, features, fetch, info, list, pretrain, verify
 from rotation_ssl.cli.options import Parser
 
-COMMANDS = (list, info, fetch, verify, convert, features)
+COMMANDS = (list, info, fetch, verify, convert, features, pretrain)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     try:
         return int(args.run(args))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         # those of some libraries are several lines
         print(f"error: {' '.join(line.strip() for line in str(error).splitlines())}", file=sys.stderr)
         return 2

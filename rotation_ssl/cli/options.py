@@ -18,16 +18,22 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_command(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], int], text: str, details: str = ""
+    commands: Any,
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    text: str,
+    details: str = "",
+    as_json: bool = True,
 ) -> argparse.ArgumentParser:
-    """A command with ``--json``: ``text`` is its line among the others, with ``details`` the top of its own help."""
+    """A command: ``text`` is its line among the others, with ``details`` the top of its own help."""
     added: argparse.ArgumentParser = commands.add_parser(
         name,
         help=text,
         description=f"{text[0].upper()}{text[1:]}.{details}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    added.add_argument("--json", action="store_true", help="print what a program would read")
+    if as_json:
+        added.add_argument("--json", action="store_true", help="print what a program would read")
     added.set_defaults(run=run)
     return added
 

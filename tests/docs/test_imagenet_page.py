@@ -17,7 +17,7 @@ from training.reporting.rows import read_rows
 PAGE = (ROOT / "docs" / "imagenet.md").read_text()
 TINY = "tiny-imagenet-200"
 SMALL = {
-    "pretrain": ["--cpu", "--steps", "1", "--images-per-step", "2", "--image-size", "80", "--tracker", "none"],
+    "pretrain": ["--device", "cpu", "--steps", "1", "--images-per-step", "2", "--size", "80", "--tracker", "none"],
     "probe-layers": ["--epochs", "1", "--size", "64", "--device", "cpu"],
 }
 

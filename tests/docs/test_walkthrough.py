@@ -26,7 +26,7 @@ def test_the_walk_through(small_cifar10, tmp_path, monkeypatch):
     commands = re.findall(r"^python -m training.*$", PAGE, re.MULTILINE)
     assert len(commands) == 2
     # smaller, to take seconds: the same command otherwise
-    small = ["--image-size", "32", "--images-per-step", "8", "--steps", "4", "--workers", "0", "--cpu"]
+    small = ["--size", "32", "--images-per-step", "8", "--steps", "4", "--workers", "0", "--device", "cpu"]
     assert pretrain.main([*options_of(commands[0]), *small]) == 0
     model = timm.create_model("local-dir:runs/mine", pretrained=True)
     assert model.num_classes == 4 and model.pretrained_cfg["architecture"] == "resnet18"

@@ -6,8 +6,9 @@ import pytest
 import torch
 from conftest import ROOT
 
-from training.data import load_images
-from training.recipes import RECIPES, Stage
+from rotation_ssl.pretraining.recipe import Stage
+from training.datasets import load_images
+from training.recipes import RECIPES
 from training.reporting import card
 from training.reporting.rows import read_file, read_rows
 from training.studies import rotations as ablation
@@ -57,10 +58,10 @@ def test_a_row_a_seed_and_a_second_time_nothing(images, tmp_path, monkeypatch):
 
 def test_the_cards_rows_are_of_the_whole_data_and_of_committed_code(small_cifar10, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("training.reporting.rows.current_commit", lambda: "unknown")
-    assert ablation.main(["--data-dir", str(small_cifar10), "--output", str(tmp_path)]) == 2
+    assert ablation.main(["--data", str(small_cifar10), "--output", str(tmp_path)]) == 2
     assert "the card needs committed code, this is unknown" in capsys.readouterr().err
     monkeypatch.setattr("training.reporting.rows.current_commit", lambda: "0" * 40)
-    assert ablation.main(["--data-dir", str(small_cifar10), "--output", str(tmp_path)]) == 2
+    assert ablation.main(["--data", str(small_cifar10), "--output", str(tmp_path)]) == 2
     assert "this is not the whole of CIFAR-10" in capsys.readouterr().err
     assert list(tmp_path.glob("nin*")) == []
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from rotation_ssl import golden, zoo
 from rotation_ssl.golden import golden_file
-from training.data import load_images
+from training.datasets import load_images
 from training.evaluation import finetune, subject
 from training.evaluation import layers as imagenet
 from training.evaluation import probes as evaluate
@@ -83,7 +83,7 @@ def reported_in(folder, precision):
 
 
 def run(results, data, *arguments):
-    return check.main(["--results", str(results), "--data-dir", str(data), *arguments])
+    return check.main(["--results", str(results), "--data", str(data), *arguments])
 
 
 def test_what_was_measured_holds(results, small_cifar10, capsys):
@@ -96,7 +96,7 @@ def test_what_was_measured_holds(results, small_cifar10, capsys):
 
 
 def test_what_was_reported_in_bf16_is_found_again_in_fp32(results, small_cifar10, monkeypatch, capsys):
-    monkeypatch.setattr("training.precision.cpu_flags", set)
+    monkeypatch.setattr("rotation_ssl.precision.cpu_flags", set)
     reported_in(results, "bf16")
     assert run(results, small_cifar10, "--only", "few-labels-cpu") == 0
     out = capsys.readouterr().out
@@ -341,7 +341,7 @@ def test_numbers_of_data_that_are_not_given_are_named(results, small_module, cap
     file = results / f"{NAME}.jsonl"
     rotation = next(row for row in read_file(file) if row.protocol == "rotation accuracy")
     write_rows(file, [dataclasses.replace(rotation, data="Tiny-ImageNet val")])
-    arguments = ["--results", str(results), "--data-dir", str(small_module), "--only", "rotation", "--weights", NAME]
+    arguments = ["--results", str(results), "--data", str(small_module), "--only", "rotation", "--weights", NAME]
     assert check.main(arguments) == 0
     out = capsys.readouterr().out
     assert "not measured: 1 number of Tiny-ImageNet val: give --tinyimagenet DIR" in out and "3 of 3 hold" in out
@@ -398,7 +398,7 @@ def test_few_labels_are_of_published_weights_and_supervised_networks_of_random_o
 
 def test_quick_check_of_the_whole(whole_cifar10, capsys):
     """The published numbers themselves, on the machine that runs the tests."""
-    assert check.main(["--data-dir", str(whole_cifar10), "--quick", "--only", "rotation"]) == 0
+    assert check.main(["--data", str(whole_cifar10), "--quick", "--only", "rotation"]) == 0
     out = capsys.readouterr().out
     assert "5 of 5 hold" in out and "not measured: 1 number of Tiny-ImageNet val: give --tinyimagenet DIR" in out
     assert golden_file(NAME).exists()

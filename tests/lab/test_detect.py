@@ -58,7 +58,7 @@ def network_for(images, fc_size=32):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_command_end_to_end(mode, devkit, proposals, tmp_path):
-    arguments = ["rotnet_alexnet", "--random", "--data-dir", devkit, "--output", tmp_path, "--steps", 2, "--side", 128]
+    arguments = ["rotnet_alexnet", "--random", "--data", devkit, "--output", tmp_path, "--steps", 2, "--side", 128]
     regions = ["--proposals", proposals] if mode == "Fast R-CNN" else []
     assert run(*arguments, *regions, "--fc-size", 16, "--images-per-step", 1) == 0
     rows = read_file(tmp_path / "rows.jsonl")
@@ -241,7 +241,7 @@ def test_bad_input_is_a_one_line_error(arguments, message, devkit, capsys, tmp_p
     few = tmp_path / "few.safetensors"
     detect.write_proposals(few, {"000001": torch.tensor([[0.0, 0, 9, 9]])})
     arguments = [argument.format(devkit=devkit, few=few) for argument in arguments]
-    start = ["rotnet_alexnet", "--random", "--data-dir", devkit, "--output", tmp_path / "out", "--fc-size", 16]
+    start = ["rotnet_alexnet", "--random", "--data", devkit, "--output", tmp_path / "out", "--fc-size", 16]
     assert run(*start, "--steps", 1, *arguments) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and message in error
@@ -254,5 +254,5 @@ def test_an_image_too_small_is_named(devkit, capsys, tmp_path):
     Image.new("RGB", (400, 4)).save(file)
     xml = narrow / "VOC2007" / "Annotations" / "000003.xml"
     xml.write_text("<annotation><size><width>400</width><height>4</height></size></annotation>")
-    assert run("rotnet_alexnet", "--random", "--data-dir", narrow, "--fc-size", 16, "--steps", 1) == 2
+    assert run("rotnet_alexnet", "--random", "--data", narrow, "--fc-size", 16, "--steps", 1) == 2
     assert f"image {file} is of 1000 x 10 pixels as it is scaled" in capsys.readouterr().err

@@ -16,7 +16,7 @@ from rotation_ssl.golden import golden_file
 from rotation_ssl.images import normalize
 from rotation_ssl.probes import knn_predict, linear_predict
 from rotation_ssl.rotations import rotate_all
-from training.data import Images, load_cifar10, load_images
+from training.datasets import Images, load_cifar10, load_images
 from training.evaluation import probes as evaluate
 from training.evaluation import subject
 from training.protocols import PROBES
@@ -40,7 +40,7 @@ def short_probes(monkeypatch):
 def test_all_protocols_on_a_small_set(small_cifar10, short_probes, tmp_path, capsys):
     output = tmp_path / "out"
     only = ("--only", "rotation", "knn", "linear", "nonlinear", "conv")
-    assert run("rotnet_nin", "--data-dir", small_cifar10, "--output", output, "--seeds", 2, *only) == 0
+    assert run("rotnet_nin", "--data", small_cifar10, "--output", output, "--seeds", 2, *only) == 0
     rows = read_file(output / "rows.jsonl")
     blocks = [f"block{i}" for i in range(1, 5)]
     assert {(row.protocol, row.cost, row.layer, row.seed) for row in rows} == {
@@ -70,7 +70,7 @@ def test_all_protocols_on_a_small_set(small_cifar10, short_probes, tmp_path, cap
 
 
 def test_probes_at_the_cost_of_the_paper_train_on_fresh_views(small_cifar10, short_probes, tmp_path):
-    assert run("rotnet_nin", "--data-dir", small_cifar10, "--output", tmp_path, "--cost", "paper", "--layers", "block2",
+    assert run("rotnet_nin", "--data", small_cifar10, "--output", tmp_path, "--cost", "paper", "--layers", "block2",
                "--only", "nonlinear") == 0  # fmt: skip
     (row,) = read_file(tmp_path / "rows.jsonl")
     assert (row.protocol, row.cost, row.layer) == ("non-linear probe", "paper", "block2")
@@ -107,7 +107,7 @@ def shifted(data):
 
 
 def test_any_timm_model_by_name(small_cifar10, short_probes, tmp_path):
-    assert run("resnet18", "--random", "--data-dir", small_cifar10, "--size", 32, "--output", tmp_path) == 0
+    assert run("resnet18", "--random", "--data", small_cifar10, "--size", 32, "--output", tmp_path) == 0
     rows = read_file(tmp_path / "rows.jsonl")
     assert {row.protocol for row in rows} == {"k-NN", "linear probe", "non-linear probe"}
     assert {row.layer for row in rows} == {"act1", "layer1", "layer2", "layer3", "layer4"}
@@ -131,7 +131,7 @@ def test_ones_own_images_and_weights(tmp_path, short_probes):
             (tmp_path / "mine" / "train" / name / f"{extra}.png").write_bytes(files[extra].read_bytes())
     state = timm.create_model("resnet18", num_classes=7).state_dict()
     save_file(state, tmp_path / "mine.safetensors")
-    images = ("--dataset", "folder", "--data-dir", tmp_path / "mine", "--size", 48)
+    images = ("--dataset", "folder", "--data", tmp_path / "mine", "--size", 48)
     arguments = ("--weights", tmp_path / "mine.safetensors", *images, "--output", tmp_path / "out")
     assert run("resnet18", *arguments, "--only", "knn", "linear") == 0
     rows = read_file(tmp_path / "out" / "rows.jsonl")
@@ -144,11 +144,11 @@ def test_ones_own_images_and_weights(tmp_path, short_probes):
 def test_random_weights_are_reproducible_and_named(small_cifar10, tmp_path):
     only = ("--only", "rotation", "knn")
     for name in ("a", "b"):
-        assert run("rotnet_nin", "--random", "--data-dir", small_cifar10, "--output", tmp_path / name, *only) == 0
+        assert run("rotnet_nin", "--random", "--data", small_cifar10, "--output", tmp_path / name, *only) == 0
     first, second = (read_file(tmp_path / name / "rows.jsonl") for name in ("a", "b"))
     assert [(r.key, r.correct, r.sha256) for r in first] == [(r.key, r.correct, r.sha256) for r in second]
     assert {row.weights for row in first} == {"rotnet_nin.random"}
-    assert run("rotnet_nin", "--random", "--random-seed", 1, "--only", "rotation", "--data-dir", small_cifar10,
+    assert run("rotnet_nin", "--random", "--random-seed", 1, "--only", "rotation", "--data", small_cifar10,
                "--output", tmp_path / "a") == 0  # fmt: skip
     rows = read_file(tmp_path / "a" / "rows.jsonl")
     assert len(rows) == len(first) + 1 and rows[-1].weights == "rotnet_nin.random1"
@@ -157,16 +157,14 @@ def test_random_weights_are_reproducible_and_named(small_cifar10, tmp_path):
 
 def test_measuring_again_replaces_the_rows(small_cifar10, tmp_path):
     for _ in range(2):
-        run("rotnet_nin", "--only", "rotation", "--data-dir", small_cifar10, "--output", tmp_path)
+        run("rotnet_nin", "--only", "rotation", "--data", small_cifar10, "--output", tmp_path)
     assert len(read_file(tmp_path / "rows.jsonl")) == 1
 
 
 def test_holdout_measures_training_images_and_reads_no_test_image(small_cifar10, tmp_path):
     for file in (small_cifar10 / "test").rglob("*.png"):
         file.unlink()
-    assert (
-        run("rotnet_nin", "--only", "rotation", "--holdout", 10, "--data-dir", small_cifar10, "--output", tmp_path) == 0
-    )
+    assert run("rotnet_nin", "--only", "rotation", "--holdout", 10, "--data", small_cifar10, "--output", tmp_path) == 0
     (row,) = read_file(tmp_path / "rows.jsonl")
     assert row.n == 40 and row.data == "CIFAR-10, last 10 training images"
 
@@ -255,7 +253,7 @@ def test_bad_input_is_a_one_line_error_and_writes_nothing(
 ):
     monkeypatch.setattr("training.reporting.rows.current_commit", lambda: "0" * 40)
     before = {file: file.read_bytes() for file in RESULTS_DIR.rglob("*") if file.is_file()}
-    assert run(*arguments, "--data-dir", small_cifar10, "--output", tmp_path / "out") == 2
+    assert run(*arguments, "--data", small_cifar10, "--output", tmp_path / "out") == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and message in error
     assert not (tmp_path / "out").exists()
@@ -264,13 +262,13 @@ def test_bad_input_is_a_one_line_error_and_writes_nothing(
 
 def test_uncommitted_code_is_not_recorded(small_cifar10, monkeypatch, capsys):
     monkeypatch.setattr("training.reporting.rows.current_commit", lambda: "0" * 40 + "-dirty")
-    assert run("rotnet_nin", "--record", "--data-dir", small_cifar10) == 2
+    assert run("rotnet_nin", "--record", "--data", small_cifar10) == 2
     assert "--record needs committed code, this is 000" in capsys.readouterr().err
 
 
 def test_weights_that_have_no_entry_are_not_recorded(small_cifar10, tmp_path, nin_state, capsys):
     save_file(nin_state, tmp_path / "mine.safetensors")
-    assert run("rotnet_nin", "--weights", tmp_path / "mine.safetensors", "--record", "--data-dir", small_cifar10) == 2
+    assert run("rotnet_nin", "--weights", tmp_path / "mine.safetensors", "--record", "--data", small_cifar10) == 2
     assert "has no entry there" in capsys.readouterr().err
 
 
@@ -282,18 +280,18 @@ def test_damaged_weights_of_another_network_are_refused(small_cifar10, tmp_path,
         ("resnet34", "other.safetensors", "does not fit resnet34: it lacks"),
         ("rotnet_nin", "half.safetensors", "half.safetensors"),
     ):
-        assert run(model, "--weights", tmp_path / file, "--data-dir", small_cifar10) == 2
+        assert run(model, "--weights", tmp_path / file, "--data", small_cifar10) == 2
         assert message in capsys.readouterr().err
 
 
 def test_missing_data_is_a_one_line_error(tmp_path, capsys):
-    assert run("rotnet_nin", "--data-dir", tmp_path) == 2
+    assert run("rotnet_nin", "--data", tmp_path) == 2
     assert capsys.readouterr().err.startswith(f"error: no CIFAR-10 in {tmp_path}")
 
 
 def test_classes_that_differ_are_named(small_cifar10, tmp_path, capsys):
     (small_cifar10 / "test" / "cat").rename(small_cifar10 / "test" / "lynx")
-    arguments = ("--dataset", "folder", "--data-dir", small_cifar10, "--only", "knn", "--output", tmp_path / "out")
+    arguments = ("--dataset", "folder", "--data", small_cifar10, "--only", "knn", "--output", tmp_path / "out")
     assert run("rotnet_nin", *arguments) == 2
     assert "lynx (not in train), cat (not in test)" in capsys.readouterr().err
 
@@ -305,7 +303,7 @@ def test_fewer_training_images_than_neighbours(tmp_path, capsys):
             folder.mkdir(parents=True)
             for file in sorted((SAMPLES / "cifar10").glob("*.png"))[:3]:
                 (folder / file.name).write_bytes(file.read_bytes())
-    arguments = ("--dataset", "folder", "--data-dir", tmp_path / "few", "--only", "knn", "--output", tmp_path / "out")
+    arguments = ("--dataset", "folder", "--data", tmp_path / "few", "--only", "knn", "--output", tmp_path / "out")
     assert run("rotnet_nin", *arguments) == 2
     assert "k-NN asks 20 neighbours of 6 training images" in capsys.readouterr().err
 
@@ -352,7 +350,7 @@ def test_training_images_of_a_folder_are_shuffled_always_in_the_same_way(small_c
 
 
 def test_sample_images_are_mostly_guessed_right(small_cifar10, tmp_path):
-    run("rotnet_nin", "--only", "rotation", "--data-dir", small_cifar10, "--output", tmp_path)
+    run("rotnet_nin", "--only", "rotation", "--data", small_cifar10, "--output", tmp_path)
     (row,) = read_file(tmp_path / "rows.jsonl")
     assert row.n == 4 * len(list((SAMPLES / "cifar10").glob("*.png"))) and row.value > 0.7
     assert row.source == "measured"

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from training.data import labels_subset, load_images
+from rotation_ssl.labelled import labels_subset
+from training.datasets import load_images
 from training.evaluation import finetune
 from training.evaluation.subject import load_subject, preparation
 from training.protocols import TRANSFERS
@@ -29,7 +30,7 @@ def short(name, **changes):
 
 @pytest.mark.parametrize("recipe", [name for name in TRANSFERS if name.endswith("-cpu")])
 def test_every_recipe_end_to_end(recipe, small_cifar10, tmp_path, capsys):
-    arguments = (recipe, "rotnet_nin", "--images", 256, "--data-dir", small_cifar10, "--output", tmp_path)
+    arguments = (recipe, "rotnet_nin", "--images", 256, "--data", small_cifar10, "--output", tmp_path)
     assert run(*arguments, "--labels-per-class", 2, 4) == 0
     rows = read_file(tmp_path / "rows.jsonl")
     assert [(row.labels_per_class, row.draw, row.seed) for row in rows] == [(2, "first", 0), (4, "first", 0)]
@@ -119,7 +120,7 @@ def test_any_timm_model_is_cut_at_a_layer(images):
 
 
 def test_random_draws_differ_by_seed_and_are_kept_apart(small_cifar10, tmp_path):
-    arguments = ("few-labels-cpu", "rotnet_nin", "--images", 128, "--data-dir", small_cifar10, "--output", tmp_path)
+    arguments = ("few-labels-cpu", "rotnet_nin", "--images", 128, "--data", small_cifar10, "--output", tmp_path)
     assert run(*arguments, "--labels-per-class", 1, "--draw", "random", "--seeds", 2) == 0
     assert run(*arguments, "--labels-per-class", 1) == 0
     rows = read_file(tmp_path / "rows.jsonl")
@@ -142,7 +143,7 @@ def test_random_draws_differ_by_seed_and_are_kept_apart(small_cifar10, tmp_path)
 )
 def test_bad_input_is_a_one_line_error(arguments, message, small_cifar10, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("training.reporting.rows.current_commit", lambda: "0" * 40)
-    assert run(*arguments, "--data-dir", small_cifar10, "--output", tmp_path / "out") == 2
+    assert run(*arguments, "--data", small_cifar10, "--output", tmp_path / "out") == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and message in error
     assert not (tmp_path / "out").exists()

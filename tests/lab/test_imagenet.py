@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 
+from rotation_ssl.precision import multiplies_bfloat16
 from rotation_ssl.probes import max_pooled_probe
 from training.evaluation import layers as imagenet
 from training.evaluation.layers import (
@@ -21,7 +22,6 @@ from training.evaluation.layers import (
     with_epochs,
 )
 from training.evaluation.subject import load_subject
-from training.precision import multiplies_bfloat16
 from training.protocols import IMAGENET_LINEAR_CPU, IMAGENET_LINEAR_PAPER, IMAGENET_NONLINEAR_CPU
 from training.reporting.rows import read_file
 
@@ -186,7 +186,7 @@ def test_what_cannot_be_probed(subject, train):
 def test_the_command_writes_rows_and_a_report(small_tinyimagenet, tmp_path, capsys, monkeypatch):
     arguments = ["imagenet-linear-cpu", "rotnet_alexnet", "--random", "--size", "64", "--dataset", "tinyimagenet"]
     arguments += [
-        "--data-dir",
+        "--data",
         str(small_tinyimagenet),
         "--output",
         str(tmp_path / "out"),

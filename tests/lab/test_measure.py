@@ -21,12 +21,12 @@ def small(small_cifar10, monkeypatch):
     monkeypatch.setattr(measure, "REPORTED", {"rotnet_nin": Reported("CIFAR-10 test", numbers)})
     monkeypatch.setattr("training.reporting.rows.REPORTED", {"rotnet_nin": Reported("CIFAR-10 test", numbers)})
     monkeypatch.setattr("training.reporting.rows.current_commit", lambda: "0" * 40)
-    monkeypatch.setattr("training.data.WHOLE", {"cifar10": (40, 40)})
+    monkeypatch.setattr("training.datasets.WHOLE", {"cifar10": (40, 40)})
     return small_cifar10
 
 
 def run(data, folder, *more):
-    return measure.main([NAME, "--data-dir", str(data), "--results", str(folder), *more])
+    return measure.main([NAME, "--data", str(data), "--results", str(folder), *more])
 
 
 def numbers(folder):
@@ -83,7 +83,7 @@ def test_rows_of_other_bytes_are_measured_anew(small, tmp_path):
     ("more", "message"),
     [
         (("--only", "palmistry"), "no protocol palmistry of rotnet_nin.cifar10 is reported"),
-        (("--data-dir", "nowhere"), "no CIFAR-10 in nowhere"),
+        (("--data", "nowhere"), "no CIFAR-10 in nowhere"),
         (("--device", "abacus"), "device 'abacus' cannot be used"),
     ],
 )

@@ -9,9 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_runs import TINY
 
-from training.recipes import (
-    NIN_CIFAR10_CPU,
-    RECIPES,
+from rotation_ssl.pretraining.recipe import (
     AdamW,
     CosineSchedule,
     LinearSchedule,
@@ -22,6 +20,7 @@ from training.recipes import (
     with_image_size,
     with_steps,
 )
+from training.recipes import NIN_CIFAR10_CPU, RECIPES
 
 
 def test_recipes_are_complete_values():

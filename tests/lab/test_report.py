@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 
+from rotation_ssl.messages import counted
 from training.reporting.report import report_text
-from training.reporting.rows import Row, counted
+from training.reporting.rows import Row
 
 ROW = Row(
     "rotnet_nin.cifar10", "linear probe", "block1", 0.5, "measured", "CIFAR-10 test", "cached", "L2 0.1", sha256="ab"

@@ -35,7 +35,7 @@ def fcn(fc_size, classes=20):
 
 @pytest.mark.parametrize("fc_size", [0, 16])
 def test_the_command_end_to_end(fc_size, devkit, tmp_path):
-    arguments = ["rotnet_alexnet", "--random", "--data-dir", devkit, "--output", tmp_path, "--fc-size", fc_size]
+    arguments = ["rotnet_alexnet", "--random", "--data", devkit, "--output", tmp_path, "--fc-size", fc_size]
     splits = ["--year", 2007, "--train", "trainval", "--test", "test"]
     assert run(*arguments, *splits, "--steps", 2, "--images-per-step", 2) == 0
     (row,) = read_file(tmp_path / "rows.jsonl")
@@ -145,7 +145,7 @@ def test_it_learns(fc_size, tmp_path):
 
 
 def test_bad_input_is_a_one_line_error(devkit, capsys, tmp_path):
-    start = ["rotnet_alexnet", "--random", "--data-dir", devkit, "--fc-size", 16, "--steps", 1]
+    start = ["rotnet_alexnet", "--random", "--data", devkit, "--fc-size", 16, "--steps", 1]
     splits = ["--year", 2007, "--train", "trainval", "--test", "test"]
     root = devkit / "VOC2007"
 

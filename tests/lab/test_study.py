@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from training.data import load_images
-from training.recipes import Stage
+from rotation_ssl.pretraining.recipe import Stage
+from training.datasets import load_images
 from training.reporting.rows import read_file
 from training.studies import nin_cifar10 as study
 from training.studies.nin_cifar10 import BASE, BUDGET, QUESTIONS, VARIANTS, pixels, run_variant, variant

@@ -264,7 +264,7 @@ def converted(tmp_path):
 
 
 def test_a_converted_folder_becomes_a_tag(hub, weights_dir, converted, set_manifest, go_offline):
-    options = ("--license", "mit", "--data", "CIFAR-10", "--layer", "block2")
+    options = ("--license", "mit", "--trained-on", "CIFAR-10", "--layer", "block2")
     assert run("--namespace", "ORG", "--weights", converted, *options) == 0
     entries = manifest_of(weights_dir)
     assert entries["rotnet_nin.mine"]["source"] == "hub" and set(entries) == {*published_manifest(), "rotnet_nin.mine"}
@@ -279,8 +279,11 @@ def test_a_converted_folder_becomes_a_tag(hub, weights_dir, converted, set_manif
 
 def test_a_folder_that_does_not_say_enough_is_refused(hub, weights_dir, converted, tmp_path, capsys):
     for options, message in (
-        ((), "needs --license, --data and --layer"),
-        (("--license", "mit", "--data", "x", "--layer", "block9"), "rotnet_nin has no layer block9; it has block1"),
+        ((), "needs --license, --trained-on and --layer"),
+        (
+            ("--license", "mit", "--trained-on", "x", "--layer", "block9"),
+            "rotnet_nin has no layer block9; it has block1",
+        ),
     ):
         assert run("--namespace", "ORG", "--weights", converted, *options) == 2
         assert message in capsys.readouterr().err
@@ -295,7 +298,7 @@ def test_a_folder_that_does_not_say_enough_is_refused(hub, weights_dir, converte
     ):
         (converted / "config.json").write_text(json.dumps(unsigned | change))
         save_file(tensors, converted / "model.safetensors")
-        good = ("--license", "mit", "--data", "x", "--layer", "block2")
+        good = ("--license", "mit", "--trained-on", "x", "--layer", "block2")
         assert run("--namespace", "ORG", "--weights", converted, *good) == 2
         assert message in capsys.readouterr().err
     assert run("--namespace", "ORG", "--weights", tmp_path) == 2

@@ -44,7 +44,7 @@ def files_of(images):
 
 @pytest.mark.parametrize("layers", voc.LAYERS)
 def test_the_command_end_to_end(layers, devkit, tmp_path, capsys):
-    arguments = ("rotnet_alexnet", "--random", "--data-dir", devkit, "--output", tmp_path, "--layers", layers)
+    arguments = ("rotnet_alexnet", "--random", "--data", devkit, "--output", tmp_path, "--layers", layers)
     assert run(*arguments, *TINY) == 0
     rows = read_file(tmp_path / "rows.jsonl")
     kinds = [f"PASCAL VOC classification, {kind} mAP" for kind in ("11-point", "area", "steps")]
@@ -63,17 +63,17 @@ def test_the_command_end_to_end(layers, devkit, tmp_path, capsys):
 
 def test_published_weights_are_transferred(devkit, tmp_path):
     options = ("--size", 32, "--steps", 1, "--images-per-step", 2)
-    assert run("rotnet_nin", "--data-dir", devkit, "--output", tmp_path, *options) == 0
+    assert run("rotnet_nin", "--data", devkit, "--output", tmp_path, *options) == 0
     row = read_file(tmp_path / "rows.jsonl")[0]
     assert (row.weights, row.layer) == ("rotnet_nin.cifar10", "all") and "layers rescaled" in row.settings
     other = tmp_path / "resnet"
-    assert run("rotnet_resnet18", "--random", "--no-rescale", "--data-dir", devkit, "--output", other, *options) == 0
+    assert run("rotnet_resnet18", "--random", "--no-rescale", "--data", devkit, "--output", other, *options) == 0
     assert "rescaled" not in read_file(other / "rows.jsonl")[-1].settings
 
 
 def test_a_failed_measurement_keeps_the_trained_network(devkit, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(voc, "classify", lambda *args: (_ for _ in ()).throw(OSError("no space left")))
-    arguments = ("rotnet_alexnet", "--random", "--data-dir", devkit, "--output", tmp_path, *TINY)
+    arguments = ("rotnet_alexnet", "--random", "--data", devkit, "--output", tmp_path, *TINY)
     assert run(*arguments) == 2
     assert capsys.readouterr().err.splitlines()[-1] == "error: no space left"
     kept = (tmp_path / "network.safetensors").read_bytes()
@@ -86,7 +86,7 @@ def test_a_failed_measurement_keeps_the_trained_network(devkit, tmp_path, capsys
 def test_trainings_have_folders_of_their_own(devkit, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for arguments in (("--layers", "fc6-8"), ("--layers", "all"), ("--layers", "all", "--seed", 1)):
-        assert run("rotnet_alexnet", "--random", "--data-dir", devkit, *TINY, *arguments) == 0
+        assert run("rotnet_alexnet", "--random", "--data", devkit, *TINY, *arguments) == 0
     files = sorted(str(file.relative_to(tmp_path / "runs" / "voc")) for file in tmp_path.rglob("network.safetensors"))
     names = ("random/classification-all-seed0", "random/classification-fc6-8-seed0", "random1/classification-all-seed1")
     assert files == [f"rotnet_alexnet.{name}/network.safetensors" for name in names]
@@ -187,7 +187,7 @@ def test_an_image_that_does_not_decode_is_named_by_whoever_reads_it(workers, tmp
     image = read_annotations(devkit, "2007", "test")[0].file
     # its header tells the size still
     image.write_bytes(image.read_bytes()[:1000])
-    arguments = ("rotnet_alexnet", "--random", "--data-dir", devkit, "--output", tmp_path / "out", *TINY)
+    arguments = ("rotnet_alexnet", "--random", "--data", devkit, "--output", tmp_path / "out", *TINY)
     assert run(*arguments, "--workers", workers) == 2
     (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert error.startswith(f"error: image {image} does not decode") and not (tmp_path / "out").exists()
@@ -269,7 +269,7 @@ def test_it_learns(layers, tmp_path):
 )
 def test_bad_input_is_a_one_line_error(arguments, message, devkit, capsys, tmp_path):
     fitting = [] if "--size" in arguments else ["--size", "64"]
-    assert run("--data-dir", devkit, "--output", tmp_path / "out", *fitting, *arguments) == 2
+    assert run("--data", devkit, "--output", tmp_path / "out", *fitting, *arguments) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and message in error
     assert not (tmp_path / "out").exists()

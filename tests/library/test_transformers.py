@@ -12,7 +12,7 @@ from timm.models._hub import save_for_hf
 
 from rotation_ssl.checkpoints import read_checkpoint
 from rotation_ssl.convert import Converted, convert, write_folder
-from training.outputs import write_run
+from rotation_ssl.pretraining.outputs import write_run
 from training.recipes import NIN_CIFAR10_CPU
 from training.reporting.hub import hub_files, upload_of
 from training.reporting.rows import read_rows

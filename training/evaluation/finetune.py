@@ -1,8 +1,8 @@
 """Train with labels: fine-tuning, few labels on frozen features, and the supervised baseline.
 
-    python -m training finetune few-labels-cpu rotnet_nin.cifar10 --labels-per-class 20 100 400 1000 5000 --data-dir DIR
-    python -m training finetune supervised-cpu rotnet_nin --labels-per-class 20 100 400 1000 5000 --data-dir DIR
-    python -m training finetune finetune-conv-cpu rotnet_nin.cifar10 --data-dir DIR
+    python -m training finetune few-labels-cpu rotnet_nin.cifar10 --labels-per-class 20 100 400 1000 5000 --data DIR
+    python -m training finetune supervised-cpu rotnet_nin --labels-per-class 20 100 400 1000 5000 --data DIR
+    python -m training finetune finetune-conv-cpu rotnet_nin.cifar10 --data DIR
 
 The network is the backbone up to one layer (block2: the recommended one) with a classifier on it: with the
 convolutional classifier on block2 the paper's NIN of three blocks, which is what its supervised baseline is. Recipes
@@ -27,24 +27,19 @@ from torch.nn import functional as F
 
 from rotation_ssl import zoo
 from rotation_ssl.features import layer_modules
+from rotation_ssl.labelled import LabelledImages, labels_subset
+from rotation_ssl.machine import TURN_OFF
+from rotation_ssl.messages import counted
+from rotation_ssl.precision import add_precision_argument, autocast_type, resolved, warn_if_emulated
+from rotation_ssl.pretraining.augment import crop_and_flip
+from rotation_ssl.pretraining.optim import learning_rate_factor, set_learning_rates
 from rotation_ssl.probes import convolutional_probe, nonlinear_probe
-from training.augment import crop_and_flip
-from training.data import (
-    DATASETS,
-    Images,
-    LabelledImages,
-    check_whole,
-    labels_subset,
-    load_images,
-)
+from rotation_ssl.progress import progress
+from training.datasets import DATASETS, Images, check_whole, load_images
 from training.evaluation.subject import Subject, load_subject, measured_row, preparation, record_file
-from training.memory import TURN_OFF
-from training.optimizers import learning_rate_factor, set_learning_rates
-from training.precision import add_precision_argument, autocast_type, resolved, warn_if_emulated
-from training.progress import progress
 from training.protocols import TRANSFERS, TransferRecipe
 from training.reporting.report import check_rows, keep_row, run_measuring, write_report
-from training.reporting.rows import PARTS, Row, counted
+from training.reporting.rows import PARTS, Row
 
 
 def measure_transfer(
@@ -264,10 +259,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--draw", choices=("first", "random"), default="first", help="which of a class [%(default)s]")
     parser.add_argument("--seeds", type=int, default=1, help="how often each is trained [%(default)s]")
     parser.add_argument("--images", type=int, help="crops seen in all, instead of the recipe's")
-    parser.add_argument("--dataset", choices=DATASETS, default="cifar10", help="what --data-dir holds [%(default)s]")
-    parser.add_argument("--data-dir", type=Path, default=Path("data/cifar10"), help="where it is [%(default)s]")
+    parser.add_argument("--dataset", choices=DATASETS, default="cifar10", help="what --data holds [%(default)s]")
+    parser.add_argument("--data", type=Path, default=Path("data/cifar10"), help="where it is [%(default)s]")
     parser.add_argument("--size", type=int, help="side of the images the backbone gets [the model's own]")
-    parser.add_argument("--download", action="store_true", help="let torchvision fetch CIFAR-10 into --data-dir")
+    parser.add_argument("--download", action="store_true", help="let torchvision fetch CIFAR-10 into --data")
     parser.add_argument(
         "--holdout", type=int, default=0, metavar="N", help="measure the last N training images instead"
     )
@@ -292,7 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         own = not cifar10 or resolved(recipe, args.device) != resolved(TRANSFERS[args.recipe], args.device)
         file = record_file(subject, own) if args.record else output / "rows.jsonl"
         build_network(recipe, subject, layer, num_classes=2)
-        images = load_images(args.dataset, args.data_dir, subject.size, args.download, args.holdout)
+        images = load_images(args.dataset, args.data, subject.size, args.download, args.holdout)
         if args.size:
             images = dataclasses.replace(images, name=f"{images.name} at {args.size} pixels")
         if args.record:

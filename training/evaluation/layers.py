@@ -1,8 +1,8 @@
 """ImageNet-style probes: classifiers on every layer of a frozen backbone, all trained in one pass over fresh crops.
 
-    python -m training probe-layers imagenet-linear-paper rotnet_alexnet.gidaris_in1k --data-dir ILSVRC2012
-    python -m training probe-layers imagenet-linear-cpu rotnet_alexnet --dataset tinyimagenet --data-dir DIR
-    python -m training probe-layers imagenet-nonlinear-cpu rotnet_alexnet --random --layers conv4 --data-dir DIR
+    python -m training probe-layers imagenet-linear-paper rotnet_alexnet.gidaris_in1k --data ILSVRC2012
+    python -m training probe-layers imagenet-linear-cpu rotnet_alexnet --dataset tinyimagenet --data DIR
+    python -m training probe-layers imagenet-nonlinear-cpu rotnet_alexnet --random --layers conv4 --data DIR
 
 The data are a folder of train/<class>/* and val/<class>/* (ImageNet, Places205), Tiny-ImageNet or CIFAR-10 as they are
 distributed, or a labelled data set of torchvision by timm's name (torch/places365). They are decoded by --workers as
@@ -28,17 +28,18 @@ from torch.nn import functional as F
 
 from rotation_ssl.features import layer_modules
 from rotation_ssl.images import find_images
+from rotation_ssl.machine import TURN_OFF
+from rotation_ssl.messages import counted
+from rotation_ssl.precision import add_precision_argument, autocast_type, resolved, warn_if_emulated
+from rotation_ssl.pretraining.augment import Windows, crop_and_flip, take_windows
+from rotation_ssl.pretraining.images import UnlabelledImages, open_dataset, open_entries, open_files, stream
 from rotation_ssl.probes import max_pooled_probe
-from training.augment import Windows, crop_and_flip, take_windows
-from training.data import NAMES, check_whole, load_cifar10, tinyimagenet_files
+from rotation_ssl.progress import progress
+from training.datasets import NAMES, check_whole, load_cifar10, tinyimagenet_files
 from training.evaluation.subject import Subject, load_subject, measured_row, preparation, record_file
-from training.memory import TURN_OFF
-from training.precision import add_precision_argument, autocast_type, resolved, warn_if_emulated
-from training.progress import progress
 from training.protocols import LAYER_PROBES, LayerProbeRecipe
 from training.reporting.report import check_rows, keep_row, run_measuring, write_report
-from training.reporting.rows import PARTS, Row, counted
-from training.unlabelled import UnlabelledImages, open_dataset, open_entries, open_files, stream
+from training.reporting.rows import PARTS, Row
 
 MAX_VALUES = 9600  # of 12 x 12 x 64, 7 x 7 x 192, 5 x 5 x 384, 6 x 6 x 256: AlexNet's layers at 224 pixels
 CROP = 7 / 8  # of the side: 224 of 256 pixels
@@ -394,8 +395,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--dataset", default="folder", help="folder, tinyimagenet, cifar10, or torch/NAME of torchvision [%(default)s]"
     )
-    parser.add_argument("--data-dir", type=Path, required=True, help="where it is")
-    parser.add_argument("--download", action="store_true", help="let torchvision fetch it into --data-dir")
+    parser.add_argument("--data", type=Path, required=True, help="where it is")
+    parser.add_argument("--download", action="store_true", help="let torchvision fetch it into --data")
     parser.add_argument("--size", type=int, help="side of the images the backbone gets [the model's own]")
     parser.add_argument("--holdout", type=int, default=0, metavar="N", help="measure N training images instead")
     parser.add_argument("--workers", type=int, default=0, help="processes that decode images [%(default)s]")
@@ -423,9 +424,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         output = args.output or Path("runs") / "imagenet" / subject.name
         own = args.dataset not in NAMES or args.holdout or args.size or recipe != named
         file = record_file(subject, bool(own)) if args.record else output / "rows.jsonl"
-        train = open_labelled(args.dataset, args.data_dir, "train", recipe.image_size, args.download)
+        train = open_labelled(args.dataset, args.data, "train", recipe.image_size, args.download)
         val = train if args.holdout else open_labelled(
-            args.dataset, args.data_dir, "val", recipe.image_size, args.download
+            args.dataset, args.data, "val", recipe.image_size, args.download
         )  # fmt: skip
         if val.classes != train.classes:
             raise ValueError(f"the classes to train on are {train.classes}, those to measure on {val.classes}")
@@ -433,7 +434,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             check_whole(args.dataset, len(train), len(val))
         train = read_into_memory(train, args.workers)
         val = train if args.holdout else read_into_memory(val, args.workers)
-        name = NAMES.get(args.dataset) or f"{args.data_dir.resolve().name} val"
+        name = NAMES.get(args.dataset) or f"{args.data.resolve().name} val"
         check_rows(file)
         for seed in progress("seeds", args.seeds, "seed", range(args.seeds), disable=args.seeds == 1):
             for row in measure_layers(recipe, subject, layers, train, val, name, args.holdout, seed, args.workers):

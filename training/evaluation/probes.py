@@ -1,8 +1,8 @@
 """Measure a backbone: rotation accuracy, and k-NN, linear, non-linear and convolutional probes of its frozen layers.
 
-    python -m training evaluate rotnet_nin.cifar10 --data-dir DIR
-    python -m training evaluate resnet18 --random --data-dir DIR --size 32 --only knn linear
-    python -m training evaluate resnet50 --dataset folder --data-dir MY_IMAGES
+    python -m training evaluate rotnet_nin.cifar10 --data DIR
+    python -m training evaluate resnet18 --random --data DIR --size 32 --only knn linear
+    python -m training evaluate resnet50 --dataset folder --data MY_IMAGES
 
 DIR holds CIFAR-10; MY_IMAGES holds train/<class>/* and test/<class>/* (or val/). MODEL is any model of timm or of this
 package, with its published weights, with --random weights, or with those of a file (--weights FILE). One frozen pass
@@ -25,6 +25,17 @@ import torch
 from torch import nn
 
 from rotation_ssl.features import extract_features, layer_modules
+from rotation_ssl.labelled import LabelledImages
+from rotation_ssl.machine import TURN_OFF, available_memory
+from rotation_ssl.messages import counted
+from rotation_ssl.precision import (
+    add_precision_argument,
+    autocast_type,
+    resolve_precision,
+    resolved,
+    warn_if_emulated,
+)
+from rotation_ssl.pretraining.augment import crop_and_flip
 from rotation_ssl.probes import (
     LINEAR_STRENGTHS,
     convolutional_probe,
@@ -34,22 +45,13 @@ from rotation_ssl.probes import (
     probe_predict,
     train_probe,
 )
+from rotation_ssl.progress import progress
 from rotation_ssl.rotations import count_correct_rotations
-from training.augment import crop_and_flip
-from training.data import DATASETS, NAMES, Images, LabelledImages, check_whole, load_images
+from training.datasets import DATASETS, NAMES, Images, check_whole, load_images
 from training.evaluation.subject import Subject, load_subject, measured_row, preparation, record_file
-from training.memory import TURN_OFF, available_memory
-from training.precision import (
-    add_precision_argument,
-    autocast_type,
-    resolve_precision,
-    resolved,
-    warn_if_emulated,
-)
-from training.progress import progress
 from training.protocols import PROBES, ProbeRecipe
 from training.reporting.report import check_rows, keep_row, run_measuring, write_report
-from training.reporting.rows import PARTS, Row, counted
+from training.reporting.rows import PARTS, Row
 
 PROTOCOLS = {
     "rotation": "rotation accuracy",
@@ -430,10 +432,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--seeds", type=int, default=1, help="how often each trained probe is trained [%(default)s]")
     parser.add_argument("--cost", choices=("cached", "paper"), default="cached", help="of the trained probes [cached]")
-    parser.add_argument("--dataset", choices=DATASETS, default="cifar10", help="what --data-dir holds [%(default)s]")
-    parser.add_argument("--data-dir", type=Path, default=Path("data/cifar10"), help="where it is [%(default)s]")
+    parser.add_argument("--dataset", choices=DATASETS, default="cifar10", help="what --data holds [%(default)s]")
+    parser.add_argument("--data", type=Path, default=Path("data/cifar10"), help="where it is [%(default)s]")
     parser.add_argument("--size", type=int, help="side of the images the backbone gets [the model's own]")
-    parser.add_argument("--download", action="store_true", help="let torchvision fetch CIFAR-10 into --data-dir")
+    parser.add_argument("--download", action="store_true", help="let torchvision fetch CIFAR-10 into --data")
     parser.add_argument(
         "--holdout", type=int, default=0, metavar="N", help="measure the last N training images instead"
     )
@@ -458,7 +460,7 @@ def main(arguments: list[str] | None = None) -> int:
         file = record_file(subject, bool(own)) if args.record else output / "rows.jsonl"
         measurements = plan(layers, wanted, args.cost, range(args.seeds))
         images = load_images(
-            args.dataset, args.data_dir, subject.size, args.download, args.holdout, test_only=not measurements
+            args.dataset, args.data, subject.size, args.download, args.holdout, test_only=not measurements
         )
         if args.size:
             images = dataclasses.replace(images, name=f"{images.name} at {args.size} pixels")

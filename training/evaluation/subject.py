@@ -20,8 +20,9 @@ from tqdm import tqdm
 import rotation_ssl  # noqa: F401  registers the models with timm
 from rotation_ssl import zoo
 from rotation_ssl.images import normalize
+from rotation_ssl.machine import device_name, library_versions
 from rotation_ssl.messages import first_line
-from training.reporting.rows import RESULTS_DIR, Row, current_commit, device_name, library_versions, require_committed
+from training.reporting.rows import RESULTS_DIR, Row, current_commit, require_committed
 
 
 @dataclasses.dataclass(frozen=True)

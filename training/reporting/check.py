@@ -1,8 +1,8 @@
 """Measure the reported numbers again and say, number by number, whether they hold.
 
-    python -m training check --quick --data-dir DIR
-    python -m training check --data-dir DIR
-    python -m training check --data-dir DIR --only knn linear --weights rotnet_nin.cifar10
+    python -m training check --quick --data DIR
+    python -m training check --data DIR
+    python -m training check --data DIR --only knn linear --weights rotnet_nin.cifar10
 
 DIR holds CIFAR-10. Numbers of Tiny-ImageNet are measured where --tinyimagenet says where it is; where it does not, they
 are named as not measured. The weights' sha256 and golden outputs, and the rows, are always checked first. --quick takes
@@ -35,15 +35,16 @@ from tqdm import tqdm
 from rotation_ssl import zoo
 from rotation_ssl.features import layer_modules
 from rotation_ssl.golden import GOLDEN_TOLERANCE, golden_difference
-from training.data import NAMES, WHOLE, Images, load_images
+from rotation_ssl.machine import TURN_OFF, keep_large_blocks
+from rotation_ssl.messages import counted
+from rotation_ssl.progress import progress
+from training.datasets import NAMES, WHOLE, Images, load_images
 from training.evaluation.finetune import measure_transfer, transfer_subject
 from training.evaluation.layers import Labelled, measure_layers
 from training.evaluation.probes import PROTOCOLS, Measurement, images_to_run, measure_features, measure_rotation
 from training.evaluation.subject import subject_of_row
-from training.memory import TURN_OFF, keep_large_blocks
-from training.progress import progress
 from training.protocols import LAYER_PROBES, TRANSFERS
-from training.reporting.rows import PARTS, RESULTS_DIR, Row, check_device, complaints, counted, read_rows
+from training.reporting.rows import PARTS, RESULTS_DIR, Row, check_device, complaints, read_rows
 
 QUICK_PARTS = (0, 1)
 QUICK_PROTOCOLS = ("rotation accuracy", "k-NN")
@@ -237,9 +238,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="the part that takes minutes")
     parser.add_argument("--only", nargs="+", choices=names, help="a part of the numbers [all]")
     parser.add_argument("--weights", nargs="+", metavar="NAME", help="numbers of these weights [all]")
-    parser.add_argument("--data-dir", type=Path, default=Path("data/cifar10"), help="where CIFAR-10 is [%(default)s]")
+    parser.add_argument("--data", type=Path, default=Path("data/cifar10"), help="where CIFAR-10 is [%(default)s]")
     parser.add_argument("--tinyimagenet", type=Path, metavar="DIR", help="where tiny-imagenet-200 is [not measured]")
-    parser.add_argument("--download", action="store_true", help="let torchvision fetch CIFAR-10 into --data-dir")
+    parser.add_argument("--download", action="store_true", help="let torchvision fetch CIFAR-10 into --data")
     parser.add_argument("--results", type=Path, default=RESULTS_DIR, help="folder of the rows [training/results]")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps [%(default)s]")
     args = parser.parse_args(arguments)
@@ -267,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         unknown = sorted({row.data for row in rows} - set(NAMES.values()))
         if unknown:
             raise ValueError(f"there are rows of {', '.join(unknown)}: only {', '.join(NAMES.values())} can be checked")
-        folders = {"cifar10": args.data_dir, "tinyimagenet": args.tinyimagenet}
+        folders = {"cifar10": args.data, "tinyimagenet": args.tinyimagenet}
         measurable = {dataset: [row for row in rows if row.data == NAMES[dataset]] for dataset in folders}
         measurable = {dataset: own for dataset, own in measurable.items() if own}
         for dataset in [dataset for dataset in measurable if folders[dataset] is None]:

@@ -82,7 +82,7 @@ def upload_of_folder(folder: Path, license_name: str, data: str, layer: str) -> 
         known = ", ".join(timm.list_models("rotnet_*"))
         raise ValueError(f"{folder} holds {architecture} (tag {tag}): published are {known}, with a tag")
     if not (license_name and data and layer):
-        raise ValueError(f"publishing {folder} needs --license, --data and --layer: the folder does not say them")
+        raise ValueError(f"publishing {folder} needs --license, --trained-on and --layer: the folder does not say them")
     if layer not in layer_modules(model):
         raise ValueError(f"{architecture} has no layer {layer}; it has {', '.join(layer_modules(model))}")
     content = (folder / WEIGHTS).read_bytes()

@@ -1,9 +1,9 @@
 """Measure what the card has of published weights and has no row of yet, number by number.
 
-    python -m training measure rotnet_nin.cifar10 --data-dir DIR
-    python -m training measure rotnet_nin.cifar10 --data-dir DIR --list
+    python -m training measure rotnet_nin.cifar10 --data DIR
+    python -m training measure rotnet_nin.cifar10 --data DIR --list
     python -m training measure rotnet_alexnet.tinyimagenet --tinyimagenet DIR
-    python -m training measure rotnet_nin.cifar10 --data-dir DIR --only "few labels, convolutional probe"
+    python -m training measure rotnet_nin.cifar10 --data DIR --only "few labels, convolutional probe"
 
 Rows are written to training/results/ as they are measured, those of random weights beside those of the published ones;
 a command that was stopped goes on where it was. Rows of other bytes than the published ones are measured anew. The code
@@ -19,21 +19,13 @@ import timm
 
 from rotation_ssl import zoo
 from rotation_ssl.features import layer_modules
-from training.data import NAMES, check_whole, load_images
-from training.memory import TURN_OFF, keep_large_blocks
-from training.progress import progress
+from rotation_ssl.machine import TURN_OFF, keep_large_blocks
+from rotation_ssl.messages import counted
+from rotation_ssl.progress import progress
+from training.datasets import NAMES, check_whole, load_images
 from training.reporting.check import measure_again
 from training.reporting.report import keep_row
-from training.reporting.rows import (
-    REPORTED,
-    RESULTS_DIR,
-    Row,
-    check_device,
-    counted,
-    missing_rows,
-    read_rows,
-    require_committed,
-)
+from training.reporting.rows import REPORTED, RESULTS_DIR, Row, check_device, missing_rows, read_rows, require_committed
 
 
 def missing(weights: str, results: Path) -> list[Row]:
@@ -59,9 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("weights", metavar="MODEL.TAG", help="bundled weights")
-    parser.add_argument("--data-dir", type=Path, default=Path("data/cifar10"), help="where CIFAR-10 is [%(default)s]")
+    parser.add_argument("--data", type=Path, default=Path("data/cifar10"), help="where CIFAR-10 is [%(default)s]")
     parser.add_argument("--tinyimagenet", type=Path, metavar="DIR", help="where tiny-imagenet-200 is")
-    parser.add_argument("--download", action="store_true", help="let torchvision fetch CIFAR-10 into --data-dir")
+    parser.add_argument("--download", action="store_true", help="let torchvision fetch CIFAR-10 into --data")
     parser.add_argument("--only", nargs="+", metavar="PROTOCOL", help="numbers of these protocols, as --list has them")
     parser.add_argument("--list", action="store_true", help="say what is missing, and measure nothing")
     parser.add_argument("--results", type=Path, default=RESULTS_DIR, help="folder of the rows [training/results]")
@@ -81,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         require_committed("the card")
         (dataset,) = [dataset for dataset, name in NAMES.items() if name == wanted[0].data]
-        folder = {"cifar10": args.data_dir, "tinyimagenet": args.tinyimagenet}[dataset]
+        folder = {"cifar10": args.data, "tinyimagenet": args.tinyimagenet}[dataset]
         if folder is None:
             raise ValueError(f"{args.weights} is measured on {wanted[0].data}: give --{dataset} DIR")
         images = load_images(dataset, folder, 0, args.download)

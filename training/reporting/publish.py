@@ -1,7 +1,7 @@
 """Put a finished run into the package, the measured numbers into the card, and the weights on the Hub.
 
     python -m training publish bundle runs/nin rotnet_nin.cifar10
-    python -m training publish figures --data-dir DIR
+    python -m training publish figures --data DIR
     python -m training publish render [--check]
     python -m training publish --namespace ORG [--weights NAME|FOLDER ...] [--dry-run]
 
@@ -33,7 +33,8 @@ from rotation_ssl import zoo
 from rotation_ssl.features import layer_modules
 from rotation_ssl.golden import golden_file, golden_outputs
 from rotation_ssl.images import read_images
-from training.data import load_cifar10
+from rotation_ssl.messages import counted
+from training.datasets import load_cifar10
 from training.recipes import RECIPES
 from training.reporting.card import ROOT, render_card, render_readme, replace_parts, select
 from training.reporting.figures import (
@@ -49,7 +50,7 @@ from training.reporting.figures import (
 )
 from training.reporting.hub import Upload, current_version, hub_files, publish, upload_of, upload_of_folder
 from training.reporting.quoted import layer_table, voc_table
-from training.reporting.rows import REPORTED, RESULTS_DIR, Row, complaints, counted, read_rows
+from training.reporting.rows import REPORTED, RESULTS_DIR, Row, complaints, read_rows
 
 FIGURES_DIR = ROOT / "docs" / "figures"
 # by tables 1 and 4 of the paper
@@ -304,15 +305,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--version", default=current_version(), help="the Hub's tag of this upload [%(default)s]")
     parser.add_argument("--dry-run", action="store_true", help="say what would be there, and upload nothing")
     parser.add_argument("--license", default="", help="of a folder's weights, as the Hub names licences")
-    parser.add_argument("--data", default="", help="what a folder's weights were trained on")
+    parser.add_argument("--trained-on", default="", help="what a folder's weights were trained on")
     parser.add_argument("--layer", default="", help="recommended layer of a folder's weights")
     commands = parser.add_subparsers(dest="command", metavar="{bundle,figures,render}")
     bundling = commands.add_parser("bundle", help="copy a finished run into the package and the manifest")
     bundling.add_argument("run", type=Path, metavar="RUN", help="output folder of `python -m training pretrain`")
     bundling.add_argument("name", metavar="MODEL.TAG", help="the name the weights are published under")
     drawing = commands.add_parser("figures", help="draw the card's figures")
-    drawing.add_argument("--data-dir", type=Path, default=Path("data/cifar10"), help="CIFAR-10 [%(default)s]")
-    drawing.add_argument("--download", action="store_true", help="let torchvision fetch CIFAR-10 into --data-dir")
+    drawing.add_argument("--data", type=Path, default=Path("data/cifar10"), help="CIFAR-10 [%(default)s]")
+    drawing.add_argument("--download", action="store_true", help="let torchvision fetch CIFAR-10 into --data")
     rendering = commands.add_parser("render", help="write card, README parts and metrics from the result rows")
     rendering.add_argument("--check", action="store_true", help="write nothing; fail when something would change")
     args = parser.parse_args(arguments)
@@ -321,7 +322,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if args.namespace:
             uploads = [
-                upload_of_folder(Path(name), args.license, args.data, args.layer)
+                upload_of_folder(Path(name), args.license, args.trained_on, args.layer)
                 if Path(name).is_dir()
                 else upload_of(name)
                 for name in args.weights or zoo.bundled()
@@ -337,7 +338,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"bundled {args.name}; commit, then python -m training measure {args.name}")
             return 0
         if args.command == "figures":
-            for path in draw_figures(args.data_dir, args.download):
+            for path in draw_figures(args.data, args.download):
                 print(f"wrote {path.relative_to(ROOT)}")
             return 0
         different = render(args.check)

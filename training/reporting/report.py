@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from training.memory import keep_large_blocks
+from rotation_ssl.machine import keep_large_blocks
 from training.reporting.rows import RESULTS_DIR, Row, check_device, read_file, write_rows
 
 

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import platform
 import re
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -18,11 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 
-import rotation_ssl
-from rotation_ssl.messages import first_line
+from rotation_ssl.messages import counted, first_line
 
 RESULTS_DIR = Path(__file__).parent.parent / "results"
 
@@ -297,16 +294,6 @@ def current_commit() -> str:
     return commit.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")
 
 
-def library_versions() -> dict[str, str]:
-    """Versions of what decides a number."""
-    return {
-        "rotation_ssl": rotation_ssl.__version__,
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "python": platform.python_version(),
-    }
-
-
 def check_device(device: str) -> None:
     """Refuse a device that is not there before any work is done.
 
@@ -318,18 +305,3 @@ def check_device(device: str) -> None:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = first_line(error)
         raise ValueError(f"device {device!r} cannot be used ({reason}); give --device cpu or another") from error
-
-
-def counted(number: int, noun: str, plural: str = "") -> str:
-    """A number with its noun: '1 image', '2 images'."""
-    return f"{number} {noun if number == 1 else plural or f'{noun}s'}"
-
-
-def device_name(device: torch.device | str) -> str:
-    """The GPU, or the processor as /proc/cpuinfo names it, or the platform's word where there is none."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

@@ -1,11 +1,11 @@
 """The study behind the recipe `nin-cifar10-cpu`: one setting changed at a time, each run of as many rotated images.
 
-    python -m training study run --data-dir DIR
-    python -m training study run --data-dir DIR --only base muon-lr-0.2
+    python -m training study run --data DIR
+    python -m training study run --data DIR --only base muon-lr-0.2
     python -m training study render
     python -m training study render --check
 
-Every variant pretrains on the first 45,000 training images of CIFAR-10 (`--data-dir DIR`) and is judged on the last
+Every variant pretrains on the first 45,000 training images of CIFAR-10 (`--data DIR`) and is judged on the last
 5,000 by linear and non-linear probes of block2, trained on the first 10,000; the test images are not read. Numbers are
 result rows in training/results/study/, written as they are measured; a variant that has its rows is passed over, a
 stopped one goes on where it was. `render` writes them into training/studies/nin_cifar10.md and draws its figure; with
@@ -24,14 +24,14 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from training.data import Images, load_images
+from rotation_ssl.machine import TURN_OFF, keep_large_blocks
+from rotation_ssl.precision import add_precision_argument, warn_if_emulated
+from rotation_ssl.pretraining.recipe import CosineSchedule, LinearSchedule, Muon, Recipe, Sgd, Stage
+from rotation_ssl.progress import progress
+from training.datasets import Images, load_images
 from training.evaluation.probes import measure_features, plan
 from training.evaluation.subject import load_subject, measured_row
-from training.memory import TURN_OFF, keep_large_blocks
-from training.precision import add_precision_argument, warn_if_emulated
 from training.pretrain import finished_run
-from training.progress import progress
-from training.recipes import CosineSchedule, LinearSchedule, Muon, Recipe, Sgd, Stage
 from training.reporting.card import replace_parts
 from training.reporting.figures import STAMP_KEY, rows_stamp, stamp_of
 from training.reporting.report import keep_row
@@ -246,7 +246,7 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("action", choices=("run", "render"), help="run the variants, or write the page")
-    parser.add_argument("--data-dir", type=Path, default=Path("data/cifar10"), help="where CIFAR-10 is [%(default)s]")
+    parser.add_argument("--data", type=Path, default=Path("data/cifar10"), help="where CIFAR-10 is [%(default)s]")
     parser.add_argument("--output", type=Path, default=Path("runs/study"), help="folder of the runs [%(default)s]")
     parser.add_argument("--rows", type=Path, default=ROWS, help="file of the rows [training/results/study/runs.jsonl]")
     parser.add_argument("--only", nargs="+", choices=VARIANTS, metavar="VARIANT", help=", ".join(VARIANTS))
@@ -261,7 +261,7 @@ def main(arguments: list[str] | None = None) -> int:
             for path in changed:
                 print(f"{'differs' if args.check else 'wrote'} {path.name}")
             return 1 if args.check and changed else 0
-        images = load_images("cifar10", args.data_dir, 32, holdout=HOLDOUT)
+        images = load_images("cifar10", args.data, 32, holdout=HOLDOUT)
         warn_if_emulated(args.precision, args.device)
         done = measured(args.rows)
         todo = [VARIANTS[name] for name in args.only or VARIANTS if name not in done]

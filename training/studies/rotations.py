@@ -1,10 +1,10 @@
 """The paper's table 2 at a small budget: which rotations to tell apart (with --only also table 1: how many blocks).
 
-    python -m training ablation --data-dir DIR
-    python -m training ablation --data-dir DIR --only nin-cifar10-ablation-r8
+    python -m training ablation --data DIR
+    python -m training ablation --data DIR --only nin-cifar10-ablation-r8
 
 Every recipe `...-ablation...` of rotnet_nin, or those of --only, pretrains on the training images of CIFAR-10
-(`--data-dir DIR`), on as many rotated images as the others, and is measured by the non-linear probe of block2 on the
+(`--data DIR`), on as many rotated images as the others, and is measured by the non-linear probe of block2 on the
 test images, with several seeds of the probe. Numbers are result rows in training/results/ablation/, written as they are
 measured, and rendered into the card by `python -m training publish render`. A recipe that has its rows is passed over,
 a stopped one goes on where it was.
@@ -18,14 +18,15 @@ from pathlib import Path
 
 import torch
 
-from training.data import Images, check_whole, load_images
+from rotation_ssl.machine import TURN_OFF, keep_large_blocks
+from rotation_ssl.precision import add_precision_argument, warn_if_emulated
+from rotation_ssl.pretraining.recipe import Recipe
+from rotation_ssl.progress import progress
+from training.datasets import Images, check_whole, load_images
 from training.evaluation.probes import measure_features, plan
 from training.evaluation.subject import load_subject
-from training.memory import TURN_OFF, keep_large_blocks
-from training.precision import add_precision_argument, warn_if_emulated
 from training.pretrain import finished_run
-from training.progress import progress
-from training.recipes import RECIPES, Recipe
+from training.recipes import RECIPES
 from training.reporting.report import keep_row
 from training.reporting.rows import RESULTS_DIR, read_file, require_committed
 
@@ -76,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
         epilog=TURN_OFF,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--data-dir", type=Path, default=Path("data/cifar10"), help="where CIFAR-10 is [%(default)s]")
+    parser.add_argument("--data", type=Path, default=Path("data/cifar10"), help="where CIFAR-10 is [%(default)s]")
     parser.add_argument("--output", type=Path, default=Path("runs/ablation"), help="folder of the runs [%(default)s]")
     parser.add_argument("--rows", type=Path, default=ROWS, help="file of the rows [training/results/ablation/...]")
     parser.add_argument(
@@ -90,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if args.rows == ROWS:
             require_committed("the card")
-        images = load_images("cifar10", args.data_dir, 32)
+        images = load_images("cifar10", args.data, 32)
         if args.rows == ROWS:
             check_whole("cifar10", len(images.train), len(images.test))
         warn_if_emulated(args.precision, args.device)

@@ -26,14 +26,16 @@ from tqdm import tqdm
 import rotation_ssl
 from rotation_ssl.features import extract_features
 from rotation_ssl.images import find_images, normalize, read_images
+from rotation_ssl.machine import device_name, keep_large_blocks, library_versions
+from rotation_ssl.precision import autocast_type, warn_if_emulated
+from rotation_ssl.pretraining.batches import augmented_batches
+from rotation_ssl.pretraining.loop import train_step
+from rotation_ssl.pretraining.optim import create_optimizers, create_sgd
+from rotation_ssl.pretraining.recipe import Sgd, Stage, with_image_size
+from rotation_ssl.pretraining.setup import create_accelerator, create_model
 from rotation_ssl.rotations import rotation_loss
-from training.batches import augmented_batches
-from training.memory import keep_large_blocks
-from training.optimizers import create_optimizers, create_sgd
-from training.precision import autocast_type, warn_if_emulated
-from training.pretrain import create_accelerator, create_model, train_step
-from training.recipes import NIN_CIFAR10_CPU, Sgd, Stage, with_image_size
-from training.reporting.rows import current_commit, device_name, library_versions
+from training.recipes import NIN_CIFAR10_CPU
+from training.reporting.rows import current_commit
 
 MODEL = "rotnet_nin"
 ROTATIONS = 4

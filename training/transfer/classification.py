@@ -1,7 +1,7 @@
 """PASCAL VOC classification: which of 20 classes does an image show; mean average precision (table 7 of the paper).
 
-    python -m training voc rotnet_alexnet.gidaris_in1k --data-dir VOCdevkit --layers fc6-8
-    python -m training voc rotnet_alexnet.gidaris_in1k --random --data-dir VOCdevkit --layers all --device cuda
+    python -m training voc rotnet_alexnet.gidaris_in1k --data VOCdevkit --layers fc6-8
+    python -m training voc rotnet_alexnet.gidaris_in1k --random --data VOCdevkit --layers all --device cuda
 
 MODEL is any model of timm or of this package, with its published weights, --random ones, or those of a file. Its batch
 norm is folded and its layers are rescaled; then a fresh classifier is trained, with fc6 and fc7 alone (--layers fc6-8)
@@ -28,12 +28,12 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
+from rotation_ssl.machine import TURN_OFF
+from rotation_ssl.messages import counted
+from rotation_ssl.progress import progress
 from training.evaluation.subject import Subject, preparation
-from training.memory import TURN_OFF
-from training.progress import progress
 from training.protocols import VOC_CLASSIFICATION, VocClassification
 from training.reporting.report import run_measuring
-from training.reporting.rows import counted
 from training.transfer.command import (
     add_arguments,
     averages,
@@ -233,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         recipe = dataclasses.replace(VOC_CLASSIFICATION, training=training_of(VOC_CLASSIFICATION.training, args))
         transfer = prepare_transfer(
             args, parser, recipe.training, f"classification-{args.layers}",
-            lambda split: read_annotations(args.data_dir, args.year, split, args.classes), args.size,
+            lambda split: read_annotations(args.data, args.year, split, args.classes), args.size,
         )  # fmt: skip
         size = transfer.subject.size
         by_class = measure_classification(

@@ -14,17 +14,19 @@ import torchvision
 from torch import nn
 from tqdm import tqdm
 
+from rotation_ssl.machine import device_name, library_versions
+from rotation_ssl.messages import counted
 from training.evaluation.subject import Subject, load_subject
 from training.protocols import Training
 from training.reporting.report import check_rows, keep_row, write_report
-from training.reporting.rows import Row, counted, current_commit, device_name, library_versions
+from training.reporting.rows import Row, current_commit
 from training.transfer.data import CLASSES
 from training.transfer.metrics import mean_over_classes
 from training.transfer.network import NETWORK, check_apart, has_fresh_fc, transfer_network
 
 # options that leave the protocol as it is: what is transferred, and where and how it is worked on
 NOT_OF_THE_PROTOCOL = frozenset(
-    ("model", "weights", "random", "data_dir", "layers", "proposals", "seed", "workers", "device", "output")
+    ("model", "weights", "random", "data", "layers", "proposals", "seed", "workers", "device", "output")
 )
 PAPER_SIZE = 224  # pixels that the paper's AlexNet is for
 
@@ -52,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser, year: str, train: str, test: 
     parser.add_argument("model", metavar="MODEL", help="any model or model.tag of timm, rotnet_alexnet among them")
     parser.add_argument("--weights", type=Path, metavar="FILE", help="start from a safetensors file")
     parser.add_argument("--random", action="store_true", help="start from random weights")
-    parser.add_argument("--data-dir", type=Path, default=Path("data/VOCdevkit"), help="the VOCdevkit [%(default)s]")
+    parser.add_argument("--data", type=Path, default=Path("data/VOCdevkit"), help="the VOCdevkit [%(default)s]")
     parser.add_argument("--year", default=year, help="of VOCdevkit/VOC<year> [%(default)s]")
     parser.add_argument("--train", default=train, metavar="SPLIT", help="what is trained on [%(default)s]")
     parser.add_argument("--test", default=test, metavar="SPLIT", help="what is measured [%(default)s]")
@@ -117,7 +119,7 @@ def output_of(args: argparse.Namespace, subject: Subject, what: str) -> Path:
 def data_name(args: argparse.Namespace) -> str:
     """What the row calls the measured images: VOC's own name where the classes are VOC's, else the folder's as well."""
     name = f"VOC{args.year} {args.test}"
-    return name if tuple(args.classes) == CLASSES else f"{args.data_dir.resolve().name}, {name}"
+    return name if tuple(args.classes) == CLASSES else f"{args.data.resolve().name}, {name}"
 
 
 def subject_of(args: argparse.Namespace, size: int | None = None) -> Subject:

@@ -185,7 +185,7 @@ def _open(kind: Any, data_dir: Path, year: str, split: str, lists: str) -> Any:
     root = data_dir.absolute().parent if data_dir.name == "VOCdevkit" else data_dir
     folder = root / "VOCdevkit" / f"VOC{year}"
     if not folder.is_dir():
-        raise ValueError(f"no PASCAL VOC in {data_dir}: expected VOCdevkit/VOC{year} there; give --data-dir or --year")
+        raise ValueError(f"no PASCAL VOC in {data_dir}: expected VOCdevkit/VOC{year} there; give --data or --year")
     names = folder / "ImageSets" / lists / f"{split}.txt"
     if not names.is_file():
         there = ", ".join(sorted(file.stem for file in names.parent.glob("*.txt") if "_" not in file.stem))

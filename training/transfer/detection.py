@@ -1,7 +1,7 @@
 """PASCAL VOC detection: where in an image is what; mean average precision (table 7 of the paper).
 
-    python -m training detect rotnet_alexnet.gidaris_in1k --data-dir VOCdevkit --proposals selective-search.safetensors
-    python -m training detect rotnet_alexnet.gidaris_in1k --data-dir VOCdevkit --device cuda
+    python -m training detect rotnet_alexnet.gidaris_in1k --data VOCdevkit --proposals selective-search.safetensors
+    python -m training detect rotnet_alexnet.gidaris_in1k --data VOCdevkit --device cuda
 
 With --proposals it is Fast R-CNN, as in the paper: regions come from a file, and only this number stands beside the
 paper's 54.4 %. Without, it is torchvision's Faster R-CNN, which finds its regions itself, on the same backbone. MODEL
@@ -38,11 +38,11 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 from torchvision.ops import roi_align, roi_pool
 
-from training.memory import TURN_OFF
-from training.progress import progress
+from rotation_ssl.machine import TURN_OFF
+from rotation_ssl.messages import counted
+from rotation_ssl.progress import progress
 from training.protocols import VOC_FAST_RCNN, VOC_FASTER_RCNN, VocDetection
 from training.reporting.report import run_measuring
-from training.reporting.rows import counted
 from training.transfer.command import (
     add_arguments,
     averages,
@@ -440,7 +440,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             given = f", proposals {hashlib.sha256(args.proposals.read_bytes()).hexdigest()[:12]}"
         transfer = prepare_transfer(
             args, parser, recipe.training, name.lower().replace(" ", "-"),
-            lambda split: read_annotations(args.data_dir, args.year, split, args.classes),
+            lambda split: read_annotations(args.data, args.year, split, args.classes),
         )  # fmt: skip
         if not args.proposals:
             # the paper has Fast R-CNN alone

@@ -1,6 +1,6 @@
 """PASCAL VOC segmentation: which class is every pixel of; mean intersection over union (table 7 of the paper).
 
-    python -m training segment rotnet_alexnet.gidaris_in1k --data-dir VOCdevkit --device cuda
+    python -m training segment rotnet_alexnet.gidaris_in1k --data VOCdevkit --device cuda
 
 A fully convolutional network (Long, Shelhamer, Darrell 2015, https://arxiv.org/abs/1411.4038): AlexNet's fc6 and fc7
 as convolutions, a score for every class in every cell of 32 pixels, scaled up to the image's pixels. Other networks,
@@ -28,11 +28,11 @@ from torch.nn import functional as F
 
 from rotation_ssl.backbones.alexnet import POOL_SIZE, RotNetAlexNet
 from rotation_ssl.images import normalize
-from training.memory import TURN_OFF
-from training.progress import progress
+from rotation_ssl.machine import TURN_OFF
+from rotation_ssl.messages import counted
+from rotation_ssl.progress import progress
 from training.protocols import VOC_SEGMENTATION, VocSegmentation
 from training.reporting.report import run_measuring
-from training.reporting.rows import counted
 from training.transfer.command import (
     add_arguments,
     count_present,
@@ -239,7 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def measure() -> Path:
         recipe = dataclasses.replace(VOC_SEGMENTATION, training=training_of(VOC_SEGMENTATION.training, args))
         transfer = prepare_transfer(
-            args, parser, recipe.training, "segmentation", lambda split: read_masks(args.data_dir, args.year, split)
+            args, parser, recipe.training, "segmentation", lambda split: read_masks(args.data, args.year, split)
         )
         _, values = measure_segmentation(
             recipe, transfer.network, transfer.train, transfer.test, len(args.classes), args.device, args.seed,

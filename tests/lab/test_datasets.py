@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 
 from rotation_ssl.images import count_suffixes, find_files, find_images, normalize, read_image
-from training.data import CIFAR10_CLASSES, load_cifar10, load_folder, load_images, tinyimagenet_files
-from training.unlabelled import UnlabelledImages, open_images
+from rotation_ssl.labelled import load_folder
+from rotation_ssl.pretraining.images import UnlabelledImages
+from training.datasets import CIFAR10_CLASSES, load_cifar10, load_images, open_unlabelled, tinyimagenet_files
 
 
 def test_normalize_by_hand():
@@ -242,7 +243,7 @@ def test_tinyimagenet_as_it_is_distributed(small_tinyimagenet):
     assert data.train.labels.tolist() != sorted(data.train.labels.tolist()), "the last ones are of all classes"
     held = load_images("tinyimagenet", small_tinyimagenet, 128, holdout=5)
     assert torch.equal(held.test.images, data.train.images[-5:])
-    unlabelled = open_images("tinyimagenet", small_tinyimagenet, 64)
+    unlabelled = open_unlabelled("tinyimagenet", small_tinyimagenet, 64)
     assert isinstance(unlabelled, UnlabelledImages)
     unlabelled.read_all(quiet=True)
     assert torch.equal(unlabelled.squares, data.train.images), "the same images, in the same order"

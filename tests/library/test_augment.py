@@ -7,7 +7,15 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from torchvision.transforms.v2.functional import resized_crop
 
-from training.augment import Boxes, crop_and_flip, draw_boxes, draw_windows, take_boxes, take_windows, whole_boxes
+from rotation_ssl.pretraining.augment import (
+    Boxes,
+    crop_and_flip,
+    draw_boxes,
+    draw_windows,
+    take_boxes,
+    take_windows,
+    whole_boxes,
+)
 
 
 def generator(seed=0):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rotation_ssl.probes import LINEAR_STRENGTHS, linear_predict
-from training.progress import progress
+from rotation_ssl.progress import progress
 
 
 @pytest.mark.parametrize(("terminal", "interval"), [(True, 0.5), (False, 30.0)])

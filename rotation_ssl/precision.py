@@ -4,14 +4,11 @@ import argparse
 import dataclasses
 import sys
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
-from training.protocols import LayerProbeRecipe, ProbeRecipe, TransferRecipe
-from training.recipes import Recipe
-
-AnyRecipe = TypeVar("AnyRecipe", Recipe, ProbeRecipe, TransferRecipe, LayerProbeRecipe)
+AnyRecipe = TypeVar("AnyRecipe", bound=Any)  # a frozen dataclass with a precision
 
 
 def resolve_precision(precision: str, device: torch.device | str) -> str:
@@ -52,7 +49,8 @@ def autocast_type(precision: str) -> torch.dtype | None:
 def warn_if_emulated(precision: str | None, device: torch.device | str) -> None:
     """Print one line where bf16 is asked for and the device does not say that it multiplies it."""
     if precision == "bf16" and not multiplies_bfloat16(device):
-        print(f"{device} is not known to multiply bfloat16: bf16 may be many times slower than fp32", file=sys.stderr)
+        told = f"{device} is not known to multiply bfloat16: bf16 may be many times slower than fp32"
+        print(told, file=sys.stderr)  # noqa: T201
 
 
 def add_precision_argument(parser: argparse.ArgumentParser, default: str = "the recipe's") -> None:

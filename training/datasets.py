@@ -5,7 +5,10 @@ from pathlib import Path
 
 import torch
 
-from rotation_ssl.images import IMAGE_SUFFIXES, read_images
+from rotation_ssl.images import read_images
+from rotation_ssl.labelled import LabelledImages, check_same_classes, load_folder
+from rotation_ssl.pretraining.images import UnlabelledImages, open_files, open_images
+from training.photos import photo_files
 
 DATASETS = ("cifar10", "tinyimagenet", "folder")
 TINYIMAGENET_SIZE = 64
@@ -13,22 +16,6 @@ TINYIMAGENET_SIZE = 64
 NAMES = {"cifar10": "CIFAR-10 test", "tinyimagenet": "Tiny-ImageNet val"}
 WHOLE = {"cifar10": (50_000, 10_000), "tinyimagenet": (100_000, 10_000)}
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-
-
-@dataclass(frozen=True)
-class LabelledImages:
-    """N square images of one size in memory: ``images`` (N, 3, H, H) uint8 and ``labels`` (N,) int64."""
-
-    images: torch.Tensor
-    labels: torch.Tensor
-    classes: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def subset(self, index: torch.Tensor) -> "LabelledImages":
-        """The images at ``index``, in its order."""
-        return LabelledImages(self.images[index], self.labels[index], self.classes)
 
 
 @dataclass(frozen=True)
@@ -87,29 +74,6 @@ def check_whole(dataset: str, train: int, test: int) -> None:
         )
 
 
-def labels_subset(
-    data: LabelledImages, labels_per_class: int, generator: torch.Generator | None = None
-) -> LabelledImages:
-    """The first ``labels_per_class`` images of each class, in their order, or as many drawn at random.
-
-    Args:
-        data: N images of K classes.
-        labels_per_class: images of each class.
-        generator: for random ones; None for the first.
-
-    Raises:
-        ValueError: a class has fewer images.
-    """
-    chosen = []
-    for label, name in enumerate(data.classes):
-        own = (data.labels == label).nonzero()[:, 0]
-        if not 1 <= labels_per_class <= len(own):
-            raise ValueError(f"labels of class {name} must be 1 to {len(own)}, all that it has, got {labels_per_class}")
-        order = torch.arange(len(own)) if generator is None else torch.randperm(len(own), generator=generator)
-        chosen.append(own[order[:labels_per_class]])
-    return data.subset(torch.cat(chosen).sort().values)
-
-
 def load_cifar10(data_dir: Path, split: str, download: bool = False) -> LabelledImages:
     """CIFAR-10 (Krizhevsky 2009) from a folder ``train|test/<class>/*.png``, or from torchvision's batches.
 
@@ -135,7 +99,7 @@ def load_cifar10(data_dir: Path, split: str, download: bool = False) -> Labelled
     if not download and not (data_dir / "cifar-10-batches-py").is_dir():
         raise ValueError(
             f"no CIFAR-10 in {data_dir}: expected {split}/<class>/*.png or cifar-10-batches-py/; "
-            "give --data-dir, or --download to fetch it there"
+            "give --data, or --download to fetch it there"
         )
     from torchvision.datasets import CIFAR10
 
@@ -223,40 +187,27 @@ def load_split(dataset: str, data_dir: Path, split: str, size: int, download: bo
     return data.subset(torch.randperm(len(data), generator=torch.Generator().manual_seed(0)))
 
 
-def check_same_classes(train: LabelledImages, test: LabelledImages) -> None:
-    """Refuse test images of other classes than the training images'.
+def open_unlabelled(data: str, root: Path, size: int, download: bool = False) -> torch.Tensor | UnlabelledImages:
+    """The training images of a data set of the recipes, without their labels.
+
+    Args:
+        data: 'cifar10', 'tinyimagenet', 'photos', or what :func:`rotation_ssl.pretraining.images.open_images` takes.
+        root: where it is.
+        size: side of the squares.
+        download: let torchvision fetch it.
+
+    Returns:
+        (N, 3, size, size) uint8 of CIFAR-10; others are opened, not read.
 
     Raises:
-        ValueError: the classes differ; the error names those that one of the two lacks.
+        ValueError: no such data set, nothing in it, not the whole of it, or another size than it has.
     """
-    if train.classes != test.classes:
-        lacking = [f"{name} (not in train)" for name in test.classes if name not in train.classes]
-        lacking += [f"{name} (not in test)" for name in train.classes if name not in test.classes]
-        raise ValueError(f"training and test images are of different classes: {', '.join(lacking)}; make them the same")
-
-
-def load_folder(folder: Path, size: int) -> LabelledImages:
-    """Images of ``folder/<class>/*``, sorted by file name over all classes, as RGB squares of ``size`` pixels.
-
-    An image of another size is resized (bicubic) so that its shorter side is ``size``, then its centre is taken.
-    Grayscale, palette, RGBA and CMYK images are converted to RGB.
-
-    Raises:
-        ValueError: the folder is missing or empty, a class folder is empty, or an image does not decode.
-    """
-    if not folder.is_dir():
-        raise ValueError(f"data folder {folder} does not exist; give one that holds a folder of images for each class")
-    class_folders = sorted(path for path in folder.iterdir() if path.is_dir())
-    if not class_folders:
-        raise ValueError(f"data folder {folder} holds no class folders; expected {folder}/<class>/*.png")
-    files: list[tuple[Path, int]] = []
-    for label, class_folder in enumerate(class_folders):
-        found = [(path, label) for path in class_folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
-        if not found:
-            raise ValueError(
-                f"class folder {class_folder} holds no images ({', '.join(IMAGE_SUFFIXES)}); fill or remove it"
-            )
-        files += found
-    files.sort(key=lambda item: (item[0].name, item[0]))
-    images = read_images([path for path, _ in files], size)
-    return LabelledImages(images, torch.tensor([label for _, label in files]), tuple(p.name for p in class_folders))
+    if data == "cifar10":
+        if size != 32:
+            raise ValueError(f"CIFAR-10's images are of 32 pixels, not {size}: for another size give --dataset folder")
+        return load_cifar10(root, "train", download).images
+    if data == "tinyimagenet":
+        return open_files(tinyimagenet_files(root, "train")[0], size)
+    if data == "photos":
+        return open_files(photo_files(root), size)
+    return open_images(data, root, size, download)

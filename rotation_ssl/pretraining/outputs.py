@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,10 @@ from safetensors.torch import save
 from torch import nn
 
 from rotation_ssl.convert import NOT_OF_THESE_WEIGHTS, write_config
+from rotation_ssl.machine import device_name, library_versions
 from rotation_ssl.messages import first_line
-from training.checkpoint import Progress, sync
-from training.recipes import Recipe
-from training.reporting.rows import device_name, library_versions
+from rotation_ssl.pretraining.recipe import Recipe
+from rotation_ssl.pretraining.state import Progress, sync
 
 
 @contextlib.contextmanager
@@ -56,6 +57,68 @@ def lock_output(accelerator: Accelerator, output: Path) -> Iterator[None]:
             if made:
                 with contextlib.suppress(OSError):
                     output.rmdir()  # nothing was written
+
+
+class Metrics:
+    """metrics.jsonl, a line a point of the curve and of what the monitor saw, as the run goes.
+
+    A run that is taken up again writes the points of its checkpoint anew: those of steps that are trained again go.
+    """
+
+    def __init__(self, output: Path, progress: Progress, accelerator: Accelerator) -> None:
+        self.file = output / "metrics.jsonl" if accelerator.is_main_process else Path(os.devnull)
+        self.lines = self._kept(progress.step) or [dict(point) for point in progress.curve]
+
+    def __enter__(self) -> "Metrics":
+        self.stream = self.file.open("w")
+        for line in self.lines:
+            self._write(line)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stream.close()
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """Add a line."""
+        self._write({"step": step} | values)
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self.stream.write(json.dumps(line) + "\n")
+        self.stream.flush()
+
+    def _kept(self, step: int) -> list[dict[str, Any]]:
+        """The lines of an earlier part of the run; a kill may have cut the last one short."""
+        kept: list[dict[str, Any]] = []
+        with contextlib.suppress(OSError, ValueError):
+            for text in self.file.read_text().splitlines() if step else ():
+                line = json.loads(text)
+                if line["step"] <= step:
+                    kept.append(line)
+        return kept
+
+
+def check_finished(recipe: Recipe, images: str, output: Path) -> None:
+    """Refuse to take a finished run of other settings, or of images of another fingerprint, for the one asked for."""
+    try:
+        run = json.loads((output / "run.json").read_text())
+        finished = dict(run["recipe"])
+        # earlier versions did not record them
+        trained_on = run.get("images", images)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{output} holds weights of an unknown run ({error}): give another --output") from error
+    asked = json.loads(json.dumps(dataclasses.asdict(recipe)))
+    # nothing is computed any more: 'auto' was what it was
+    if recipe.precision == "auto" and finished.get("precision") in ("bf16", "fp32"):
+        del asked["precision"]
+    different = [name for name in asked if name != "note" and finished.get(name) != asked[name]]
+    if different:
+        raise ValueError(
+            f"{output} holds a finished run of another recipe ({', '.join(different)} differ): give another --output"
+        )
+    if trained_on != images:
+        raise ValueError(
+            f"{output} holds a finished run of other images ({trained_on} -> {images}): give another --output"
+        )
 
 
 def describe_run(recipe: Recipe, progress: Progress, accelerator: Accelerator) -> dict[str, Any]:

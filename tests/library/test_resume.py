@@ -16,11 +16,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_runs import SHORT, TINY, interrupt, same, sample_images, weights
 
-from training import outputs
-from training.checkpoint import HASHES, find_checkpoint, read_progress, write_hashes
-from training.pretrain import create_accelerator, pretrain
-from training.recipes import AdamW, Sgd, Stage
-from training.unlabelled import open_images
+from rotation_ssl.pretraining import outputs
+from rotation_ssl.pretraining.images import open_images
+from rotation_ssl.pretraining.loop import pretrain
+from rotation_ssl.pretraining.recipe import AdamW, Sgd, Stage
+from rotation_ssl.pretraining.setup import create_accelerator
+from rotation_ssl.pretraining.state import HASHES, find_checkpoint, read_progress, write_hashes
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ KILLS = """
     # before the first operation: a process that has threads cannot be forked
     torch.set_num_threads(1)
     from tiny_runs import TINY, sample_images, same, weights
-    from training.checkpoint import find_checkpoint
+    from rotation_ssl.pretraining.state import find_checkpoint
     from training.pretrain import pretrain
     from training.recipes import Stage
 
@@ -325,7 +326,7 @@ KILLED = """
     sys.path[:0] = [{tests!r}, {root!r}]
     from tiny_runs import SHORT, interrupt
     from training.pretrain import pretrain
-    from training.unlabelled import open_images
+    from rotation_ssl.pretraining.images import open_images
 
     class Patch:
         setattr = staticmethod(setattr)

@@ -20,10 +20,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm import tqdm
 
 from rotation_ssl.images import find_images, read_image, square
+from rotation_ssl.machine import available_memory
 from rotation_ssl.messages import first_line
-from training.data import load_cifar10, tinyimagenet_files
-from training.memory import available_memory
-from training.photos import photo_files
 
 BROKEN_IN_A_ROW = 100  # so many mean that it is not the images that are broken
 
@@ -138,34 +136,22 @@ def fingerprint(images: torch.Tensor | UnlabelledImages) -> str:
     return images.describe() if images.describe else f"{len(images)} images"
 
 
-def open_images(data: str, data_dir: Path, size: int, download: bool = False) -> torch.Tensor | UnlabelledImages:
-    """The training images of a data set, without their labels.
+def open_images(data: str, root: Path, size: int, download: bool = False) -> UnlabelledImages:
+    """The training images of a data set, without their labels; opened, not read.
 
     Args:
-        data: 'cifar10'; 'tinyimagenet'; 'photos'; 'folder', all images below ``data_dir/train`` where there is such a
-            folder, else below ``data_dir``; or a name of ``timm.data.create_dataset``: 'torch/places365',
-            'hfds/OWNER/NAME'.
-        data_dir: where it is.
+        data: 'folder', all images below ``root/train`` where there is such a folder, else below ``root``; or a name of
+            ``timm.data.create_dataset``: 'torch/places365', 'hfds/OWNER/NAME'.
+        root: where it is.
         size: side of the squares.
         download: let torchvision fetch it.
-
-    Returns:
-        (N, 3, size, size) uint8 of CIFAR-10; others are opened, not read.
 
     Raises:
         ValueError: no such data set, nothing in it, or one that can only be read from start to end.
     """
-    if data == "cifar10":
-        if size != 32:
-            raise ValueError(f"CIFAR-10's images are of 32 pixels, not {size}: for another size give --data folder")
-        return load_cifar10(data_dir, "train", download).images
-    if data == "tinyimagenet":
-        return open_files(tinyimagenet_files(data_dir, "train")[0], size)
-    if data == "photos":
-        return open_files(photo_files(data_dir), size)
     if data == "folder":
-        return open_files(find_images(data_dir / "train" if (data_dir / "train").is_dir() else data_dir), size)
-    return open_entries(open_dataset(data, data_dir, "train", download), size, data)
+        return open_files(find_images(root / "train" if (root / "train").is_dir() else root), size)
+    return open_entries(open_dataset(data, root, "train", download), size, data)
 
 
 def open_dataset(data: str, data_dir: Path, split: str, download: bool = False) -> Any:

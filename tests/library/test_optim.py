@@ -6,8 +6,14 @@ import pytest
 import timm
 import torch
 
-from training.optimizers import create_optimizers, learning_rate_factor, renormalize_filters, set_learning_rates
-from training.recipes import NIN_CIFAR10_AUTHORS, NIN_CIFAR10_PAPER, CosineSchedule, LinearSchedule, Muon, Sgd
+from rotation_ssl.pretraining.optim import (
+    create_optimizers,
+    learning_rate_factor,
+    renormalize_filters,
+    set_learning_rates,
+)
+from rotation_ssl.pretraining.recipe import CosineSchedule, LinearSchedule, Muon, Sgd
+from training.recipes import NIN_CIFAR10_AUTHORS, NIN_CIFAR10_PAPER
 
 
 def learning_rates(schedule, steps, at):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from training.eighths import count_correct_eighths, eighths_loss, rotate_eighths
+from rotation_ssl.eighths import count_correct_eighths, eighths_loss, rotate_eighths
 
 SIZES = (8, 9, 24, 32)
 

@@ -18,10 +18,17 @@ from PIL import Image
 from tiny_runs import TINY, same, weights
 
 from rotation_ssl.images import read_image, read_images
+from rotation_ssl.pretraining.images import (
+    UnlabelledImages,
+    _read_entry,
+    fingerprint,
+    open_entries,
+    open_images,
+    stream,
+)
+from rotation_ssl.pretraining.loop import pretrain
 from training import pretrain as command
-from training.pretrain import pretrain
 from training.recipes import RECIPES
-from training.unlabelled import UnlabelledImages, _read_entry, fingerprint, open_entries, open_images, stream
 
 FILES = sorted((SAMPLES / "cifar10").glob("*.png"))
 
@@ -173,7 +180,7 @@ def test_the_fingerprint_of_other_data_sets(small_cifar10):
 
 
 def test_what_fits_into_memory(monkeypatch):
-    from training import unlabelled
+    from rotation_ssl.pretraining import images as unlabelled
 
     images = UnlabelledImages(10, 100, lambda index: None)  # 30,000 bytes
     for available, copies, fits in ((60_000, 1, True), (59_999, 1, False), (60_000, 2, False), (None, 1, True)):
@@ -182,7 +189,7 @@ def test_what_fits_into_memory(monkeypatch):
 
 
 def test_memory_is_what_a_container_may_have(tmp_path, monkeypatch):
-    from training import memory
+    from rotation_ssl import machine as memory
 
     monkeypatch.setattr(memory, "CONTROL_GROUP", tmp_path)
     free = memory.available_memory()
@@ -198,7 +205,7 @@ STREAMED = """
     from pathlib import Path
     sys.path[:0] = [{root!r}]
     import torch
-    from training.unlabelled import open_images, stream
+    from rotation_ssl.pretraining.images import open_images, stream
 
     def peak(process):
         # getrusage's figure would begin with that of pytest
@@ -274,7 +281,7 @@ def test_names_of_timms_data_sets(folder, small_cifar10, tmp_path):
 def test_one_command_on_a_folder_of_ones_own(folder, tmp_path, capsys):
     broken = broken_files(folder)
     arguments = [
-        *("folder", "--data-dir", str(folder), "--model", "test_resnet", "--image-size", "32", "--cpu"),
+        *("folder", "--data", str(folder), "--model", "test_resnet", "--size", "32", "--device", "cpu"),
         *("--images-per-step", "8", "--steps", "10", "--workers", "0", "--tracker", "none"),
     ]
     for name, more in (("held", []), ("streamed", ["--stream"])):

@@ -8,7 +8,7 @@ from timm.optim import Muon as TimmMuon
 from timm.optim.muon import zeropower_via_newtonschulz
 from torch import nn
 
-from training.recipes import AdamW, CosineSchedule, LinearSchedule, Muon, Sgd, StepSchedule
+from rotation_ssl.pretraining.recipe import AdamW, CosineSchedule, LinearSchedule, Muon, Sgd, StepSchedule
 
 Schedule = LinearSchedule | CosineSchedule | StepSchedule
 # of Muon's five iterations, timm's default: https://leloykun.github.io/ponder/muon-opt-coeffs/

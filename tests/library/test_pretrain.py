@@ -16,16 +16,19 @@ from safetensors.torch import load_file
 from tiny_runs import SHORT, TINY, same, sample_images, weights
 from torch import nn
 
+from rotation_ssl.eighths import count_correct_eighths
 from rotation_ssl.images import normalize
+from rotation_ssl.pretraining import loop
+from rotation_ssl.pretraining.batches import augmented_batches
+from rotation_ssl.pretraining.loop import pretrain, renew_statistics
+from rotation_ssl.pretraining.optim import create_optimizers
+from rotation_ssl.pretraining.recipe import AdamW, LinearSchedule, Sgd, Stage
+from rotation_ssl.pretraining.setup import create_accelerator, create_model
+from rotation_ssl.pretraining.state import find_checkpoint
 from rotation_ssl.rotations import count_correct_rotations, rotate_all, rotation_labels
 from training import pretrain as command
 from training.__main__ import main
-from training.batches import augmented_batches
-from training.checkpoint import find_checkpoint
-from training.eighths import count_correct_eighths
-from training.optimizers import create_optimizers
-from training.pretrain import create_accelerator, create_model, pretrain, renew_statistics
-from training.recipes import NIN_CIFAR10_ABLATION_R8, RECIPES, AdamW, LinearSchedule, Sgd, Stage
+from training.recipes import NIN_CIFAR10_ABLATION_R8, RECIPES
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +82,7 @@ def test_outputs(images, tmp_path):
     assert sorted(p.name for p in file.parent.iterdir()) == [
         "config.json",
         "curve.png",
+        "metrics.jsonl",
         "model.safetensors",
         "run.json",
     ]
@@ -96,7 +100,7 @@ def test_a_short_run_has_a_curve_too(monkeypatch, tmp_path, steps, points):
     """At least twenty points, where there are as many steps; one every ten steps of a long run: the means between."""
     recipe = dataclasses.replace(SHORT, stages=(Stage(steps, 8),))
     losses = iter(range(1, steps + 1))
-    monkeypatch.setattr(command, "train_step", lambda *args: torch.tensor(float(next(losses))))
+    monkeypatch.setattr(loop, "train_step", lambda *args: torch.tensor(float(next(losses))))
     images = torch.zeros(4, 3, 16, 16, dtype=torch.uint8)
     pretrain(recipe, images, tmp_path)
     curve = json.loads((tmp_path / "run.json").read_text())["curve"]
@@ -254,7 +258,7 @@ def test_two_processes_train_as_one(small_cifar10, tmp_path, capsys):
     checkpoints at every step, a stop and a resume.
     """
     arguments = [
-        *("nin-cifar10-paper", "--model", "test_convnext", "--data-dir", str(small_cifar10), "--steps", "12"),
+        *("nin-cifar10-paper", "--model", "test_convnext", "--data", str(small_cifar10), "--steps", "12"),
         *("--images-per-step", "8", "--tracker", "none", "--checkpoint-seconds", "0", "--output"),
     ]
     stopped = tmp_path / "stopped.py"
@@ -294,7 +298,7 @@ def test_batch_norms_common_to_processes_keep_activations_and_muon():
     """timm's conversion, not torch's, which drops the activation that timm's own batch norms carry."""
     from timm.layers import convert_sync_batchnorm
 
-    assert command.convert_sync_batchnorm is convert_sync_batchnorm
+    assert loop.convert_sync_batchnorm is convert_sync_batchnorm
     model = convert_sync_batchnorm(timm.create_model("test_resnet", num_classes=4))
     assert any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
     assert len(create_optimizers(TINY.optimizer, model, "fp32")) == 2
@@ -318,16 +322,16 @@ def test_what_needs_a_gpu_is_refused_without_one(images, tmp_path):
 def test_averaged_weights_by_hand(images, tmp_path, monkeypatch):
     recipe = dataclasses.replace(TINY, stages=(Stage(3, 8),), average=0.5, schedule=LinearSchedule(0.0, 1.0))
     seen = []
-    whole = command.set_learning_rates
+    whole = loop.set_learning_rates
 
     def record(optimizers, factor):
         group = optimizers[0].param_groups[0]["params"][0]
         seen.append(group.detach().clone())
         whole(optimizers, factor)
 
-    monkeypatch.setattr(command, "set_learning_rates", record)
+    monkeypatch.setattr(loop, "set_learning_rates", record)
     kept = []
-    monkeypatch.setattr(command, "renew_statistics", lambda r, model, b: kept.append(next(model.parameters()).clone()))
+    monkeypatch.setattr(loop, "renew_statistics", lambda r, model, b: kept.append(next(model.parameters()).clone()))
     plain = dataclasses.replace(recipe, average=0.0)
     for name, r in (("averaged", recipe), ("plain", plain)):
         pretrain(r, images, tmp_path / name)
@@ -488,7 +492,7 @@ def test_holdout_is_checked(images, tmp_path, holdout):
 
 def test_the_command_changes_a_recipe_and_records_it(small_cifar10, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(RECIPES, "tiny", dataclasses.replace(TINY, name="tiny", image_size=32))
-    arguments = ["tiny", "--data-dir", str(small_cifar10), "--output", str(tmp_path / "run"), "--cpu"]
+    arguments = ["tiny", "--data", str(small_cifar10), "--output", str(tmp_path / "run"), "--device", "cpu"]
     assert command.main([*arguments, "--steps", "1"]) == 2
     assert "a step each at least, got 1" in capsys.readouterr().err
     assert command.main([*arguments, "--accumulate", "0"]) == 2
@@ -501,7 +505,16 @@ def test_the_command_changes_a_recipe_and_records_it(small_cifar10, tmp_path, mo
 
 def test_a_processor_without_bfloat16_is_told(small_cifar10, tmp_path, monkeypatch, capsys):
     # nothing to resume: it is told before anything is trained
-    arguments = ["nin-cifar10-cpu", "--data-dir", str(small_cifar10), "--cpu", "--resume", "--output", str(tmp_path)]
+    arguments = [
+        "nin-cifar10-cpu",
+        "--data",
+        str(small_cifar10),
+        "--device",
+        "cpu",
+        "--resume",
+        "--output",
+        str(tmp_path),
+    ]
     told = "cpu is not known to multiply bfloat16: bf16 may be many times slower than fp32"
     for precision, flags, expected in (
         ("bf16", set(), True),
@@ -509,7 +522,7 @@ def test_a_processor_without_bfloat16_is_told(small_cifar10, tmp_path, monkeypat
         ("fp32", set(), False),
         ("auto", set(), False),
     ):
-        monkeypatch.setattr("training.precision.cpu_flags", lambda flags=flags: flags)
+        monkeypatch.setattr("rotation_ssl.precision.cpu_flags", lambda flags=flags: flags)
         assert command.main([*arguments, "--images-per-step", "8", "--precision", precision]) == 2
         error = capsys.readouterr().err
         assert (told in error) == expected and "nothing to resume" in error
@@ -517,27 +530,27 @@ def test_a_processor_without_bfloat16_is_told(small_cifar10, tmp_path, monkeypat
 
 def test_command_line_errors_are_one_line(tmp_path, capsys):
     status = command.main(
-        ["nin-cifar10-cpu", "--cpu", "--data-dir", str(tmp_path / "nowhere"), "--output", str(tmp_path / "o")]
+        ["nin-cifar10-cpu", "--device", "cpu", "--data", str(tmp_path / "nowhere"), "--output", str(tmp_path / "o")]
     )
     assert status == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: no CIFAR-10 in") and "\n" not in error
-    assert command.main(["nin-cifar10-cpu", "--image-size", "64", "--data-dir", str(tmp_path), "--cpu"]) == 2
+    assert command.main(["nin-cifar10-cpu", "--size", "64", "--data", str(tmp_path), "--device", "cpu"]) == 2
     assert capsys.readouterr().err.startswith("error: CIFAR-10's images are of 32 pixels, not 64")
     assert not (tmp_path / "o").exists()
-    assert command.main(["nin-cifar10-cpu", "--seed", str(2**64), "--data-dir", str(tmp_path), "--cpu"]) == 2
+    assert command.main(["nin-cifar10-cpu", "--seed", str(2**64), "--data", str(tmp_path), "--device", "cpu"]) == 2
     assert capsys.readouterr().err == f"error: seed must be below 2**64, got {2**64}\n"
 
 
 def test_memory_that_is_short_is_told_in_one_line(small_cifar10, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(RECIPES, "tiny", dataclasses.replace(TINY, name="tiny", image_size=32))
-    arguments = ["tiny", "--data-dir", str(small_cifar10), "--output", str(tmp_path / "run"), "--cpu"]
+    arguments = ["tiny", "--data", str(small_cifar10), "--output", str(tmp_path / "run"), "--device", "cpu"]
 
     def fail(message):
         def step(*args):
             raise RuntimeError(message)
 
-        monkeypatch.setattr(command, "train_step", step)
+        monkeypatch.setattr(loop, "train_step", step)
 
     fail("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore of it")
     assert command.main(arguments) == 2

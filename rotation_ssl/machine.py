@@ -1,15 +1,15 @@
-"""Memory: glibc's allocator told to keep large blocks, and how much is left.
-
-The first is the one process setting that the training commands change.
-
-As it stands glibc maps every large activation anew and gives it back at once, so each step faults in gigabytes of fresh
-pages. Importing ``rotation_ssl`` never does this; set ``ROTATION_SSL_MALLOPT=0`` to keep the training commands from it.
-"""
+"""The machine and what is installed on it: memory, processor or GPU, versions."""
 
 import ctypes
 import os
+import platform
 import sys
 from pathlib import Path
+
+import timm
+import torch
+
+import rotation_ssl
 
 # parameters of mallopt(3), from malloc.h
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
@@ -20,7 +20,12 @@ CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
 def keep_large_blocks() -> bool:
-    """Serve large blocks from the heap and never trim it (Linux with glibc alone); whether it was done."""
+    """Have glibc serve large blocks from the heap and never trim it (on Linux alone); whether it was done.
+
+    Otherwise glibc maps every large activation anew and gives it back at once: each step faults in gigabytes of fresh
+    pages. It is the one setting of the process that the training commands change. Importing ``rotation_ssl`` never does
+    it, and ``ROTATION_SSL_MALLOPT=0`` keeps the commands from it.
+    """
     if not sys.platform.startswith("linux") or os.environ.get("ROTATION_SSL_MALLOPT") == "0":
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
@@ -43,6 +48,26 @@ def available_memory() -> int | None:
         if most and now and most.strip() != "max":
             found.append(max(0, int(most) - int(now)))
     return min(found, default=None)
+
+
+def device_name(device: torch.device | str) -> str:
+    """The GPU, or the processor as /proc/cpuinfo names it, or the platform's word where there is none."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what decides a number."""
+    return {
+        "rotation_ssl": rotation_ssl.__version__,
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def _read(file: Path) -> str | None:

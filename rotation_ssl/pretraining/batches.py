@@ -10,9 +10,9 @@ from timm.data import resolve_model_data_config
 from torch import nn
 
 from rotation_ssl.images import normalize
-from training.augment import Boxes, Windows, draw_boxes, draw_windows, take_boxes, take_windows
-from training.recipes import Recipe
-from training.unlabelled import UnlabelledImages, stream
+from rotation_ssl.pretraining.augment import Boxes, Windows, draw_boxes, draw_windows, take_boxes, take_windows
+from rotation_ssl.pretraining.images import UnlabelledImages, stream
+from rotation_ssl.pretraining.recipe import Recipe
 
 
 def augmented_batches(

@@ -8,14 +8,15 @@ import pytest
 import torch
 from tiny_runs import TINY, interrupt, sample_images
 
-from training import precision
-from training.data import load_images
+from rotation_ssl import precision
+from rotation_ssl.precision import cpu_flags, multiplies_bfloat16, resolve_precision, resolved, warn_if_emulated
+from rotation_ssl.pretraining.loop import pretrain
+from rotation_ssl.pretraining.setup import create_accelerator
+from training.datasets import load_images
 from training.evaluation import finetune
 from training.evaluation import layers as imagenet
 from training.evaluation import probes as evaluate
 from training.evaluation.subject import load_subject
-from training.precision import cpu_flags, multiplies_bfloat16, resolve_precision, resolved, warn_if_emulated
-from training.pretrain import create_accelerator, pretrain
 from training.protocols import LAYER_PROBES, PROBES, TRANSFERS
 from training.recipes import RECIPES
 from training.studies.nin_cifar10 import VARIANTS
@@ -139,7 +140,7 @@ def test_what_the_device_would_take_anyway_is_the_recipe_as_it_is(
     recipe, model = {finetune: ("few-labels-cpu", "rotnet_nin"), imagenet: ("imagenet-linear-cpu", "rotnet_alexnet")}[
         command
     ]
-    arguments = [recipe, model, "--data-dir", str(small_cifar10), "--dataset", "cifar10", "--record"]
+    arguments = [recipe, model, "--data", str(small_cifar10), "--dataset", "cifar10", "--record"]
     for given, message in (
         ("fp32", "this is not the whole of CIFAR-10"),
         ("auto", "this is not the whole of CIFAR-10"),

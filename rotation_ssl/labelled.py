@@ -1,0 +1,86 @@
+"""Labelled images in memory, and folders of them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from rotation_ssl.images import IMAGE_SUFFIXES, read_images
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """N square images of one size in memory: ``images`` (N, 3, H, H) uint8 and ``labels`` (N,) int64."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def subset(self, index: torch.Tensor) -> "LabelledImages":
+        """The images at ``index``, in its order."""
+        return LabelledImages(self.images[index], self.labels[index], self.classes)
+
+
+def labels_subset(
+    data: LabelledImages, labels_per_class: int, generator: torch.Generator | None = None
+) -> LabelledImages:
+    """The first ``labels_per_class`` images of each class, in their order, or as many drawn at random.
+
+    Args:
+        data: N images of K classes.
+        labels_per_class: images of each class.
+        generator: for random ones; None for the first.
+
+    Raises:
+        ValueError: a class has fewer images.
+    """
+    chosen = []
+    for label, name in enumerate(data.classes):
+        own = (data.labels == label).nonzero()[:, 0]
+        if not 1 <= labels_per_class <= len(own):
+            raise ValueError(f"labels of class {name} must be 1 to {len(own)}, all that it has, got {labels_per_class}")
+        order = torch.arange(len(own)) if generator is None else torch.randperm(len(own), generator=generator)
+        chosen.append(own[order[:labels_per_class]])
+    return data.subset(torch.cat(chosen).sort().values)
+
+
+def check_same_classes(train: LabelledImages, test: LabelledImages) -> None:
+    """Refuse test images of other classes than the training images'.
+
+    Raises:
+        ValueError: the classes differ; the error names those that one of the two lacks.
+    """
+    if train.classes != test.classes:
+        lacking = [f"{name} (not in train)" for name in test.classes if name not in train.classes]
+        lacking += [f"{name} (not in test)" for name in train.classes if name not in test.classes]
+        raise ValueError(f"training and test images are of different classes: {', '.join(lacking)}; make them the same")
+
+
+def load_folder(folder: Path, size: int) -> LabelledImages:
+    """Images of ``folder/<class>/*``, sorted by file name over all classes, as RGB squares of ``size`` pixels.
+
+    An image of another size is resized (bicubic) so that its shorter side is ``size``, then its centre is taken.
+    Grayscale, palette, RGBA and CMYK images are converted to RGB.
+
+    Raises:
+        ValueError: the folder is missing or empty, a class folder is empty, or an image does not decode.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"data folder {folder} does not exist; give one that holds a folder of images for each class")
+    class_folders = sorted(path for path in folder.iterdir() if path.is_dir())
+    if not class_folders:
+        raise ValueError(f"data folder {folder} holds no class folders; expected {folder}/<class>/*.png")
+    files: list[tuple[Path, int]] = []
+    for label, class_folder in enumerate(class_folders):
+        found = [(path, label) for path in class_folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
+        if not found:
+            raise ValueError(
+                f"class folder {class_folder} holds no images ({', '.join(IMAGE_SUFFIXES)}); fill or remove it"
+            )
+        files += found
+    files.sort(key=lambda item: (item[0].name, item[0]))
+    images = read_images([path for path, _ in files], size)
+    return LabelledImages(images, torch.tensor([label for _, label in files]), tuple(p.name for p in class_folders))

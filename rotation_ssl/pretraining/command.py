@@ -1,0 +1,162 @@
+"""A pretraining from its options to its last word: what `rotation_ssl.pretrain` and the commands share."""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+
+from rotation_ssl.machine import keep_large_blocks
+from rotation_ssl.messages import counted, first_line
+from rotation_ssl.precision import resolve_precision, warn_if_emulated
+from rotation_ssl.pretraining.images import UnlabelledImages, open_images
+from rotation_ssl.pretraining.loop import create_accelerator, pretrain
+from rotation_ssl.pretraining.monitor import Monitor
+from rotation_ssl.pretraining.options import WORKERS
+from rotation_ssl.pretraining.recipe import FOLDER, Recipe, with_image_size, with_steps
+
+NAMED = 3  # so many broken images are named; run.json has all
+Opener = Callable[[Recipe], "torch.Tensor | UnlabelledImages"]
+
+
+def run(
+    recipe: Recipe,
+    open_set: Opener,
+    output: Path,
+    *,
+    resume: bool = False,
+    device: str = "auto",
+    workers: int = WORKERS,
+    stream: bool = False,
+    accumulate: int = 1,
+    sync_batchnorm: bool = False,
+    checkpoint_seconds: float = 180.0,
+    tracker: str | None = "tensorboard",
+    monitor: Path | None = None,
+    monitor_every: int = 500,
+    commit: str = "",
+) -> Path:
+    """Open the images and pretrain.
+
+    Args:
+        recipe: all of the training's settings.
+        open_set: gives its images.
+        output: folder for weights, curve and checkpoints.
+        resume: go on from the last checkpoint.
+        device: 'auto', what accelerate finds, or 'cpu'.
+        workers: processes that decode images.
+        stream: decode images as they come, even where they fit in memory.
+        accumulate: parts that a step's images are taken in.
+        sync_batchnorm: batch norm over the images of all processes, on GPUs.
+        checkpoint_seconds: between checkpoints.
+        tracker: one of accelerate's; None for none.
+        monitor: folder of images by class that the middle layers are measured on as training goes.
+        monitor_every: steps between two measurements.
+        commit: of the code, for run.json.
+
+    Returns:
+        The weights file, or the checkpoint when the run was stopped.
+
+    Raises:
+        ValueError: what does not fit; the error says what to give instead.
+        OSError: a file cannot be written.
+    """
+    if accumulate < 1 or workers < 0 or monitor_every < 1:
+        raise ValueError("--accumulate and --monitor-every must be at least 1, --workers at least 0")
+    accelerator = create_accelerator(recipe, device == "cpu", accumulate, tracker, output)
+    with accelerator.local_main_process_first():
+        # the others find what the first one downloads
+        images = open_set(recipe)
+    if accelerator.is_main_process:
+        warn_if_emulated(recipe.precision, accelerator.device)
+    if isinstance(images, UnlabelledImages):
+        images.set_holdout(recipe.holdout)
+        if not stream and images.fits_memory(accelerator.num_processes):
+            images.read_all(workers, quiet=not accelerator.is_main_process)
+    watch = None
+    if monitor is not None and accelerator.is_main_process:
+        watch = Monitor(monitor, recipe.input_size, resolve_precision(recipe.precision, accelerator.device))
+    return pretrain(
+        recipe, images, output, accelerator, resume, checkpoint_seconds, workers, sync_batchnorm, commit,
+        watch, monitor_every,
+    )  # fmt: skip
+
+
+def pretrain_model(
+    data: str | Path | torch.Tensor, output: Path, model: str = "resnet18", recipe: Recipe = FOLDER, **options: Any
+) -> Path:
+    """:func:`rotation_ssl.pretrain`: fields of the recipe among the options, the others are those of :func:`run`."""
+    given = {f.name for f in dataclasses.fields(Recipe)} | {"steps"}
+    fields = {name: options.pop(name) for name in list(options) if name in given}
+    if isinstance(data, torch.Tensor):
+        fields.setdefault("image_size", data.shape[-1])
+    recipe = changed(recipe, model=model, **fields)
+    tensor = data if isinstance(data, torch.Tensor) else None
+    root = None if isinstance(data, torch.Tensor) else Path(data)
+    return run(
+        recipe,
+        lambda r: tensor if tensor is not None else open_images(r.data, root or Path(), r.image_size),
+        output,
+        **options,
+    )
+
+
+def changed(recipe: Recipe, **fields: Any) -> Recipe:
+    """The recipe with other fields; another ``image_size`` or number of ``steps`` keeps its proportions.
+
+    Raises:
+        ValueError: a value that a field cannot have.
+    """
+    fields = {name: value for name, value in fields.items() if value is not None}
+    if "image_size" in fields:
+        recipe = with_image_size(recipe, fields.pop("image_size"))
+    if "steps" in fields:
+        recipe = with_steps(recipe, fields.pop("steps"))
+    return dataclasses.replace(recipe, **fields)
+
+
+def execute(args: argparse.Namespace, recipe: Recipe, open_set: Opener, commit: str = "") -> int:
+    """Run what the options ask for, and tell how it ended; returns the exit status."""
+    keep_large_blocks()
+    try:
+        names = ("model", "images_per_step", "precision", "holdout", "seed", "steps")
+        recipe = changed(recipe, image_size=args.size, **{name: getattr(args, name) for name in names})
+        output = args.output or Path("runs") / recipe.name
+        same = (
+            "resume", "device", "workers", "stream", "accumulate", "sync_batchnorm", "checkpoint_seconds", "monitor",
+            "monitor_every",
+        )  # fmt: skip
+        tracker = None if args.tracker == "none" else args.tracker
+        result = run(recipe, open_set, output, tracker=tracker, commit=commit, **{n: getattr(args, n) for n in same})
+    except (ValueError, OSError, RuntimeError) as error:
+        short = should_reduce_batch_size(error)
+        if isinstance(error, RuntimeError) and not short:
+            raise
+        hint = " (give fewer --images-per-step, or take them in parts: --accumulate)" if short else ""
+        _tell(f"error{f' (process {_rank()})' if _rank() else ''}: {first_line(error)}{hint}")
+        return 2
+    if result.name != "model.safetensors":
+        if not _rank():
+            _tell(f"stopped; go on with --resume --output {output}")
+        return 130
+    if not _rank():
+        broken = json.loads((output / "run.json").read_text()).get("broken_images", [])
+        if broken:
+            named = ", ".join(broken[:NAMED]) + (", ..." if len(broken) > NAMED else "")
+            _tell(f"skipped {counted(len(broken), 'broken image')}: {named} (run.json has all)")
+        _tell(f"wrote {result}, run.json, metrics.jsonl and curve.png beside it", sys.stdout)
+    return 0
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _tell(line: str, stream: Any = None) -> None:
+    print(line, file=stream or sys.stderr)

@@ -1,0 +1,62 @@
+"""What one watches to know when to stop: k-NN accuracy and RankMe of the middle layers, as pretraining goes."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import resolve_model_data_config
+from torch import nn
+from tqdm import tqdm
+
+from rotation_ssl.features import extract_features, layer_modules, rankme
+from rotation_ssl.images import normalize
+from rotation_ssl.labelled import load_folder
+from rotation_ssl.precision import autocast_type
+from rotation_ssl.probes import knn_predict
+
+MOST = 4000  # images looked at, spread over all there are
+NEIGHBOURS = 20
+
+
+class Monitor:
+    """Called with the backbone, it prints a line and returns its numbers; the backbone stays as it is.
+
+    Every other image of the folder is classified by the k-NN of those between them.
+
+    Args:
+        folder: images by class, ``folder/<class>/*``; one class will do for RankMe alone.
+        size: side of the squares that the backbone gets.
+        precision: 'fp32' or 'bf16', that the features are computed in.
+
+    Raises:
+        ValueError: no such folder, an image that does not decode, or fewer than 4 images.
+    """
+
+    def __init__(self, folder: Path, size: int, precision: str = "fp32") -> None:
+        data = load_folder(folder, size)
+        if len(data) < 4:
+            raise ValueError(f"{folder} holds {len(data)} images: give at least 4 to monitor by")
+        chosen = torch.linspace(0, len(data) - 1, min(MOST, len(data))).round().long()
+        # by class, so that the two halves have as many of each
+        chosen = chosen[data.labels[chosen].argsort(stable=True)]
+        self.data, self.autocast = data.subset(chosen), autocast_type(precision)
+
+    def __call__(self, network: nn.Module) -> dict[str, Any]:
+        """k-NN accuracy and RankMe by layer."""
+        layers = list(layer_modules(network))
+        layers = layers[1:-1] or layers
+        cfg = resolve_model_data_config(network)
+        features = extract_features(
+            network, self.data.images, layers, autocast=self.autocast,
+            prepare=lambda batch: normalize(batch, cfg["mean"], cfg["std"]),
+        )  # fmt: skip
+        knn, rank, (known, asked) = {}, {}, (slice(0, None, 2), slice(1, None, 2))
+        classes, labels = len(self.data.classes), self.data.labels
+        for layer, rows in features.items():
+            neighbours = min(NEIGHBOURS, len(rows[known]))
+            predicted = knn_predict(rows[known], labels[known], rows[asked], classes, neighbours)
+            knn[layer] = float((predicted == labels[asked]).double().mean())
+            rank[layer] = rankme(rows)
+        told = ", ".join(f"{layer} {100 * knn[layer]:.1f} %, RankMe {rank[layer]:.0f}" for layer in layers)
+        tqdm.write(f"k-NN accuracy: {told}")
+        return {"knn_accuracy": knn, "rankme": rank}

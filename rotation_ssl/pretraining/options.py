@@ -1,0 +1,39 @@
+"""The options of the commands that pretrain; nothing here needs the extra `train`."""
+
+import argparse
+import os
+from pathlib import Path
+
+from rotation_ssl.pretraining.recipe import PRECISIONS
+
+WORKERS = min(8, os.cpu_count() or 1)
+
+
+def add_options(parser: argparse.ArgumentParser, output: str) -> None:
+    """The options that both commands have; ``output`` says where it goes by default."""
+    where = parser.add_argument_group("where things are")
+    where.add_argument("--data", type=Path, required=True, help="where the images are")
+    where.add_argument("--download", action="store_true", help="let torchvision fetch them into --data")
+    where.add_argument("--output", type=Path, help=f"folder for checkpoints, weights and curve [{output}]")
+    where.add_argument("--resume", action="store_true", help="go on from the output folder's last checkpoint")
+    where.add_argument("--checkpoint-seconds", type=float, default=180.0, help="between checkpoints [%(default)s]")
+    where.add_argument("--tracker", default="tensorboard", help="one of accelerate's, or none [%(default)s]")
+    watched = parser.add_argument_group("what one watches")
+    watched.add_argument(
+        "--monitor", type=Path, metavar="FOLDER", help="images by class: k-NN accuracy and RankMe of the middle layers"
+    )
+    watched.add_argument("--monitor-every", type=int, default=500, metavar="N", help="steps [%(default)s]")
+    how = parser.add_argument_group("how it is computed")
+    how.add_argument("--device", choices=("auto", "cpu"), default="auto", help="auto: the GPU where there is one")
+    how.add_argument("--accumulate", type=int, default=1, metavar="N", help="take a step's images in N parts [1]")
+    how.add_argument("--sync-batchnorm", action="store_true", help="batch norm over all processes' images (GPUs)")
+    how.add_argument("--stream", action="store_true", help="decode images as they come, even where they fit in memory")
+    how.add_argument("--workers", type=int, default=WORKERS, help="that decode [%(default)s]")
+    instead = parser.add_argument_group("in place of the recipe's")
+    instead.add_argument("--model", help="any model of timm")
+    instead.add_argument("--size", type=int, help="side of the squares, crops and padding in proportion")
+    instead.add_argument("--images-per-step", type=int, help="upright ones; each is turned by every rotation")
+    instead.add_argument("--steps", type=int, help="each stage in proportion")
+    instead.add_argument("--precision", choices=PRECISIONS, help="auto: bf16 where it is fast, else fp32")
+    instead.add_argument("--holdout", type=int, help="training images kept out, the last ones, to tune on")
+    instead.add_argument("--seed", type=int)

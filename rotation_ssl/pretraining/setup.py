@@ -1,0 +1,140 @@
+"""What a run is made of: devices and processes, the backbone, and whether recipe, images and processes fit."""
+
+import dataclasses
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState, PartialState
+from torch import nn
+
+import rotation_ssl  # noqa: F401  registers the models with timm
+from rotation_ssl.messages import first_line
+from rotation_ssl.precision import resolve_precision
+from rotation_ssl.pretraining.images import UnlabelledImages, fingerprint
+from rotation_ssl.pretraining.recipe import Muon, Recipe
+
+
+def create_accelerator(
+    recipe: Recipe, cpu: bool = False, accumulate: int = 1, trackers: str | None = None, output: Path | None = None
+) -> Accelerator:
+    """Devices and processes as accelerate finds them, in the recipe's precision: 'auto' is what suits the device.
+
+    Args:
+        recipe: gives the precision.
+        cpu: take the CPU even where there is a GPU.
+        accumulate: parts that a step's images are taken in, one after the other.
+        trackers: name of accelerate's tracker, 'tensorboard' or another; None for none.
+        output: where trackers write.
+
+    Raises:
+        ValueError: a precision that the device does not have, or a tracker whose package is not installed.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    # without this accelerate takes each process for the only one where there is no GPU
+    cpu = cpu or (processes > 1 and not torch.cuda.is_available())
+    # one process may train several recipes, one after the other, in different precisions
+    AcceleratorState._reset_state()
+    try:
+        with warnings.catch_warnings():
+            # a tracker that is not installed is refused below, in our own words
+            warnings.filterwarnings("ignore", message="`log_with=")
+            # the device is found first: it decides what 'auto' is
+            precision = resolve_precision(recipe.precision, PartialState(cpu=cpu).device)
+            accelerator = Accelerator(
+                cpu=cpu,
+                mixed_precision="no" if precision == "fp32" else precision,
+                gradient_accumulation_steps=accumulate,
+                log_with=trackers,
+                project_dir=output,
+                # each process keeps its own batch norm statistics; the first one's are saved
+                kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+            )
+    except (ValueError, ImportError) as error:
+        raise ValueError(f"training cannot be set up: {first_line(error)}") from error
+    if accelerator.num_processes != processes:
+        raise ValueError(
+            f"{processes} processes were started, accelerate sees {accelerator.num_processes} on {accelerator.device}: "
+            "start them with torchrun or accelerate launch, on GPUs or with --device cpu"
+        )
+    if recipe.precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("precision fp16 needs a GPU: take bf16 or fp32 on the CPU")
+    if recipe.precision == "fp16" and isinstance(recipe.optimizer, Muon):
+        # its gradients are scaled, and accelerate changes the scale between the steps of the two
+        raise ValueError("precision fp16 does not go with Muon, which is two optimisers: take bf16 or fp32")
+    if trackers and not accelerator.log_with:
+        raise ValueError(f"tracker {trackers!r} is not installed: pip install it, or --tracker none")
+    return accelerator
+
+
+def create_model(recipe: Recipe) -> nn.Module:
+    """The recipe's backbone with an output for each rotation.
+
+    Raises:
+        ValueError: no such model, one whose head cannot be resized, or one that does not take the recipe's crops.
+    """
+    outputs, crops = len(recipe.rotations), sorted({stage.crop for stage in recipe.stages})
+    try:
+        options: dict[str, Any] = dict(recipe.model_args)
+        cfg = timm.get_pretrained_cfg(recipe.model) if timm.is_model(recipe.model) else None
+        if cfg is not None and cfg.fixed_input_size:
+            options["img_size"] = crops[-1]
+        model = timm.create_model(recipe.model, num_classes=outputs, **options)
+    except (RuntimeError, TypeError, ValueError, AssertionError, ZeroDivisionError) as error:
+        raise ValueError(
+            f"model {recipe.model!r} cannot be made ({first_line(error)}); see timm.list_models()"
+        ) from error
+    model.eval()
+    for crop in crops:
+        try:
+            with torch.inference_mode():
+                shape = tuple(model(torch.zeros(2, 3, crop, crop)).shape)
+        except (RuntimeError, AssertionError, ValueError, ZeroDivisionError) as error:
+            raise ValueError(f"{recipe.model} does not take crops of {crop} pixels ({first_line(error)})") from error
+        if shape != (2, outputs):
+            raise ValueError(
+                f"{recipe.model} gives {shape} for two images, not (2, {outputs}): it has no head that can be resized "
+                "to the rotations; take another model"
+            )
+    return model.train()
+
+
+def count_training_images(recipe: Recipe, images: torch.Tensor | UnlabelledImages, accelerator: Accelerator) -> int:
+    """How many images are trained on, after a look at whether recipe, images and processes fit."""
+    shares = accelerator.num_processes * accelerator.gradient_accumulation_steps
+    if not 0 <= recipe.holdout < len(images):
+        raise ValueError(f"holdout must be 0 to {len(images) - 1} of the training images, got {recipe.holdout}")
+    size = images.shape[-1] if isinstance(images, torch.Tensor) else images.size
+    if size != recipe.image_size:
+        raise ValueError(f"{recipe.name} takes images of {recipe.image_size} pixels, these are of {size}")
+    count = len(images) - recipe.holdout
+    if count < recipe.images_per_step:
+        raise ValueError(f"{recipe.name} takes {recipe.images_per_step} images a step, there are {count}")
+    if recipe.images_per_step % shares:
+        raise ValueError(
+            f"{recipe.images_per_step} images a step cannot be shared by {shares} (processes x parts of a step): give "
+            "another --images-per-step"
+        )
+    return count
+
+
+def run_identity(
+    recipe: Recipe,
+    images: torch.Tensor | UnlabelledImages,
+    count: int,
+    accelerator: Accelerator,
+    sync_batchnorm: bool,
+) -> dict[str, str]:
+    """All that decides the weights but machine, thread count and library versions, by name."""
+    return {
+        **{f.name: repr(getattr(recipe, f.name)) for f in dataclasses.fields(recipe) if f.name != "note"},
+        "number of images": repr(count),
+        "images": fingerprint(images),
+        "processes": repr(accelerator.num_processes),
+        "parts of a step": repr(accelerator.gradient_accumulation_steps),
+        "sync_batchnorm": repr(sync_batchnorm),
+    }
