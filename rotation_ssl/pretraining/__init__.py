@@ -38,5 +38,6 @@ def engine() -> Any:
     try:
         from rotation_ssl.pretraining import command
     except ImportError as error:
-        raise ImportError(f"pretraining needs {error.name}: pip install 'rotation-ssl[train]'") from error
+        name = (error.name or str(error)).partition(".")[0]
+        raise ImportError(f"pretraining needs {name}: pip install 'rotation-ssl[train]'") from error
     return command

@@ -1,0 +1,155 @@
+"""Pretraining as people meet it: `rotation_ssl.pretrain`, `rotation-ssl pretrain`, and what one watches meanwhile."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from conftest import ROOT, SAMPLES
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_runs import SHORT, TINY, interrupt, same, sample_images, weights
+
+import rotation_ssl
+from rotation_ssl import cli
+from rotation_ssl.features import rankme
+from rotation_ssl.pretraining.loop import pretrain
+from rotation_ssl.pretraining.monitor import Monitor
+
+# in fp32: oneDNN's gradients of 3 x 3 filters on maps of one pixel are not reliable in bf16
+SMALL = ["--model", "test_resnet", "--size", "16", "--steps", "6", "--images-per-step", "4", "--precision", "fp32"]
+SMALL += ["--device", "cpu", "--tracker", "none"]
+PHOTOS = SAMPLES / "photos"
+
+
+@pytest.fixture(scope="module")
+def by_class(tmp_path_factory):
+    """The CIFAR-10 samples in a folder a class."""
+    root = tmp_path_factory.mktemp("by_class")
+    for i, file in enumerate(sorted((SAMPLES / "cifar10").glob("*.png"))):
+        folder = root / f"class{i % 2}"
+        folder.mkdir(exist_ok=True)
+        (folder / file.name).write_bytes(file.read_bytes())
+    return root
+
+
+def test_a_folder_becomes_a_backbone(tmp_path, capsys):
+    arguments = ["pretrain", "--data", str(PHOTOS), "--output", str(tmp_path / "mine"), *SMALL]
+    assert cli.main(arguments) == 0
+    assert "wrote" in capsys.readouterr().out
+    model = timm.create_model(f"local-dir:{tmp_path / 'mine'}", pretrained=True)
+    assert model.num_classes == 4 and model.pretrained_cfg["input_size"] == (3, 16, 16)
+    run = json.loads((tmp_path / "mine" / "run.json").read_text())
+    assert run["recipe"]["name"] == "folder" and run["commit"] == ""
+    assert cli.main(arguments) == 2
+    assert "holds a run already" in capsys.readouterr().err
+
+
+def test_the_function_is_the_command(tmp_path):
+    options = dict(steps=6, image_size=16, images_per_step=4, precision="fp32", device="cpu", tracker=None)
+    file = rotation_ssl.pretrain(PHOTOS, tmp_path / "function", "test_resnet", **options)
+    assert file == tmp_path / "function" / "model.safetensors"
+    assert cli.main(["pretrain", "--data", str(PHOTOS), "--output", str(tmp_path / "command"), *SMALL]) == 0
+    assert same(weights(tmp_path / "function"), weights(tmp_path / "command"))
+    with pytest.raises(TypeError, match="learning_rate"):
+        rotation_ssl.pretrain(PHOTOS, tmp_path / "new", "test_resnet", learning_rate=1.0)
+    with pytest.raises(ValueError, match="does not exist"):
+        rotation_ssl.pretrain(tmp_path / "nowhere", tmp_path / "new", "test_resnet", **options)
+    assert not (tmp_path / "new").exists()
+
+
+def test_images_in_memory_and_a_recipe_of_ones_own(tmp_path):
+    file = rotation_ssl.pretrain(
+        sample_images(), tmp_path, "test_resnet", recipe=SHORT, device="cpu", tracker=None, images_per_step=8
+    )
+    assert json.loads((file.parent / "run.json").read_text())["rotated_images"] == 6 * 8 * 4
+
+
+def test_without_the_extra_a_line_says_what_to_install(tmp_path):
+    code = (
+        "import sys\n"
+        "sys.modules['accelerate'] = None\n"
+        "from rotation_ssl import cli\n"
+        f"sys.exit(cli.main(['pretrain', '--data', {str(PHOTOS)!r}, '--output', {str(tmp_path / 'mine')!r}]))\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr == "error: pretraining needs accelerate: pip install 'rotation-ssl[train]'\n"
+
+
+# --- metrics.jsonl
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_curve_a_line_a_point(tmp_path):
+    pretrain(TINY, sample_images(), tmp_path)
+    assert lines(tmp_path) == json.loads((tmp_path / "run.json").read_text())["curve"]
+
+
+@pytest.mark.parametrize("cut", [0, 7], ids=["whole", "cut off by a kill"])
+def test_a_resumed_run_has_each_point_once(tmp_path, monkeypatch, cut):
+    interrupt(monkeypatch, 14, lambda: signal.raise_signal(signal.SIGTERM))
+    pretrain(TINY, sample_images(), tmp_path, monitor=lambda network: {"seen": 1}, monitor_every=5)
+    monkeypatch.undo()
+    file = tmp_path / "metrics.jsonl"
+    # a line of a step after the checkpoint, which is trained again
+    text = file.read_text() + json.dumps({"step": 15, "loss": 0.0}) + "\n"
+    file.write_text(text[: len(text) - cut])
+    pretrain(TINY, sample_images(), tmp_path, resume=True)
+    assert [line["step"] for line in lines(tmp_path) if "loss" in line] == list(range(1, 31))
+    assert [line["step"] for line in lines(tmp_path) if "seen" in line] == [5, 10]
+
+
+# --- what one watches
+
+
+def test_the_monitor_changes_nothing_and_writes_its_numbers(by_class, tmp_path, capsys):
+    for name, every in (("watched", 3), ("alone", 0)):
+        pretrain(SHORT, sample_images(), tmp_path / name, monitor=Monitor(by_class, 16), monitor_every=every)
+    assert same(weights(tmp_path / "watched"), weights(tmp_path / "alone"))
+    seen = [line for line in lines(tmp_path / "watched") if "rankme" in line]
+    assert [line["step"] for line in seen] == [3, 6] and not any("rankme" in line for line in lines(tmp_path / "alone"))
+    layers = list(seen[0]["knn_accuracy"])
+    assert layers and layers == list(seen[0]["rankme"])
+    assert all(0 <= value <= 1 for value in seen[0]["knn_accuracy"].values())
+    assert capsys.readouterr().out.count("k-NN accuracy: ") == 2
+
+
+def test_the_monitor_finds_what_is_easy_to_find(tmp_path):
+    from PIL import Image
+
+    for name, grey in (("dark", 20), ("light", 230)):
+        (tmp_path / name).mkdir()
+        for i in range(6):
+            Image.new("RGB", (16, 16), (grey + i,) * 3).save(tmp_path / name / f"{i}.png")
+    network = timm.create_model("test_resnet", num_classes=4).eval()
+    assert max(Monitor(tmp_path, 16)(network)["knn_accuracy"].values()) == 1
+
+
+def test_the_monitor_wants_a_folder_of_classes(tmp_path):
+    with pytest.raises(ValueError, match="does not exist"):
+        Monitor(tmp_path / "nowhere", 16)
+    with pytest.raises(ValueError, match="at least 1"):
+        rotation_ssl.pretrain(PHOTOS, tmp_path / "new", "test_resnet", monitor=PHOTOS, monitor_every=0)
+
+
+@given(st.integers(1, 6), st.floats(0.1, 10))
+def test_rankme_counts_the_directions_of_equal_features(directions, scale):
+    features = scale * torch.eye(8)[:directions].repeat(3, 1)
+    # the 1e-7 of its definition is added to each of the 8 parts
+    assert rankme(features) == pytest.approx(directions, rel=1e-4)
+
+
+def test_rankme_by_hand():
+    # singular values 3 and 1: parts 3/4 and 1/4
+    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    assert rankme(torch.diag(torch.tensor([3.0, 1.0]))) == pytest.approx(math.exp(entropy), rel=1e-5)
+    with pytest.raises(ValueError, match="finite features"):
+        rankme(torch.tensor([[math.nan, 1.0]]))
