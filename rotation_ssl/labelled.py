@@ -24,6 +24,15 @@ class LabelledImages:
         return LabelledImages(self.images[index], self.labels[index], self.classes)
 
 
+@dataclass(frozen=True)
+class Images:
+    """Training and test images of the same classes, and the name that the data set has in result rows."""
+
+    name: str
+    train: LabelledImages
+    test: LabelledImages
+
+
 def labels_subset(
     data: LabelledImages, labels_per_class: int, generator: torch.Generator | None = None
 ) -> LabelledImages:
@@ -84,3 +93,22 @@ def load_folder(folder: Path, size: int) -> LabelledImages:
     files.sort(key=lambda item: (item[0].name, item[0]))
     images = read_images([path for path, _ in files], size)
     return LabelledImages(images, torch.tensor([label for _, label in files]), tuple(p.name for p in class_folders))
+
+
+def load_folder_split(root: Path, split: str, size: int) -> LabelledImages:
+    """The training or test images of ``root/train/<class>/*`` and ``root/test`` or ``root/val``.
+
+    Args:
+        root: holds both.
+        split: 'train', shuffled, always in the same way, or 'test'.
+        size: side of the squares.
+
+    Raises:
+        ValueError: as :func:`load_folder`.
+    """
+    instead = split == "test" and not (root / "test").is_dir() and (root / "val").is_dir()
+    data = load_folder(root / ("val" if instead else split), size)
+    if split == "test":
+        return data
+    # file names often go with the class: the last images, which choose settings, must be of all classes
+    return data.subset(torch.randperm(len(data), generator=torch.Generator().manual_seed(0)))

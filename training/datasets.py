@@ -1,12 +1,11 @@
 """Labelled images as one uint8 tensor."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from rotation_ssl.images import read_images
-from rotation_ssl.labelled import LabelledImages, check_same_classes, load_folder
+from rotation_ssl.labelled import Images, LabelledImages, check_same_classes, load_folder, load_folder_split
 from rotation_ssl.pretraining.images import UnlabelledImages, open_files, open_images
 from training.photos import photo_files
 
@@ -16,15 +15,6 @@ TINYIMAGENET_SIZE = 64
 NAMES = {"cifar10": "CIFAR-10 test", "tinyimagenet": "Tiny-ImageNet val"}
 WHOLE = {"cifar10": (50_000, 10_000), "tinyimagenet": (100_000, 10_000)}
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-
-
-@dataclass(frozen=True)
-class Images:
-    """Training and test images of the same classes, and the name that the data set has in result rows."""
-
-    name: str
-    train: LabelledImages
-    test: LabelledImages
 
 
 def load_images(
@@ -179,12 +169,7 @@ def load_split(dataset: str, data_dir: Path, split: str, size: int, download: bo
         return LabelledImages(read_images(files, TINYIMAGENET_SIZE), torch.tensor(labels), classes)
     if dataset != "folder":
         raise ValueError(f"no data set {dataset!r}; there are {', '.join(DATASETS)}")
-    instead = split == "test" and not (data_dir / "test").is_dir() and (data_dir / "val").is_dir()
-    data = load_folder(data_dir / ("val" if instead else split), size)
-    if split == "test":
-        return data
-    # file names often go with the class: the last images, which choose settings, must be of all classes
-    return data.subset(torch.randperm(len(data), generator=torch.Generator().manual_seed(0)))
+    return load_folder_split(data_dir, split, size)
 
 
 def open_unlabelled(data: str, root: Path, size: int, download: bool = False) -> torch.Tensor | UnlabelledImages:

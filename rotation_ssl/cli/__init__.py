@@ -1,4 +1,4 @@
-"""List, fetch, verify and convert weights, compute features of a folder of images, and pretrain on it.
+"""List, fetch, verify and convert weights, compute features of a folder of images, evaluate and pretrain.
 
     rotation-ssl list                          all published weights, and which are on this machine
     rotation-ssl info rotnet_nin.cifar10       what is known of one
@@ -6,6 +6,7 @@
     rotation-ssl verify [TAG | FILE]           hash again, and compare golden outputs
     rotation-ssl convert FILE -o FOLDER        other people's checkpoints, for timm's local-dir:
     rotation-ssl features IMAGES -o FILE       features of a layer for every image of a folder
+    rotation-ssl evaluate MODEL --data FOLDER  k-NN and probes of every layer, on labelled images
     rotation-ssl pretrain --data IMAGES        a backbone of your own, by predicting rotations
 
 TAG is a name like rotnet_nin.cifar10; rotnet_nin alone means its default tag. With --json a command prints what a
@@ -18,10 +19,10 @@ import sys
 from collections.abc import Sequence
 
 import rotation_ssl
-from rotation_ssl.cli import convert, features, fetch, info, list, pretrain, verify
+from rotation_ssl.cli import convert, evaluate, features, fetch, info, list, pretrain, verify
 from rotation_ssl.cli.options import Parser
 
-COMMANDS = (list, info, fetch, verify, convert, features, pretrain)
+COMMANDS = (list, info, fetch, verify, convert, features, evaluate, pretrain)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

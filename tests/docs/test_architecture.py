@@ -39,6 +39,7 @@ LAYERS = (
         "rotation_ssl.pretraining.run",
         "rotation_ssl.pretraining.monitor",
     },
+    {"rotation_ssl.evaluation"},
     {"rotation_ssl.pretraining.loop"},
     {"rotation_ssl.pretraining.command"},
     {"rotation_ssl.golden", "rotation_ssl.hub", "rotation_ssl.demo", "rotation_ssl.cli"},

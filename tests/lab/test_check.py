@@ -7,13 +7,15 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from rotation_ssl import golden, zoo
+from rotation_ssl.evaluation import frozen
+from rotation_ssl.evaluation.recipes import PROBES
 from rotation_ssl.golden import golden_file
 from training.datasets import load_images
 from training.evaluation import finetune, subject
 from training.evaluation import layers as imagenet
 from training.evaluation import probes as evaluate
 from training.evaluation.subject import load_subject
-from training.protocols import LAYER_PROBES, PROBES, TRANSFERS
+from training.protocols import LAYER_PROBES, TRANSFERS
 from training.reporting import check
 from training.reporting.rows import ON_CIFAR10, Row, complaints, missing_rows, read_file, read_rows, write_rows
 
@@ -49,7 +51,7 @@ def shorten(patch):
     """
     probes = {key: dataclasses.replace(r, epochs=3, milestones=(2,), batch_size=16) for key, r in PROBES.items()}
     transfers = {name: dataclasses.replace(r, images=64, batch_size=16) for name, r in TRANSFERS.items()}
-    patch.setattr(evaluate, "PROBES", probes)
+    patch.setattr(frozen, "PROBES", probes)
     patch.setattr(finetune, "TRANSFERS", transfers)
     patch.setattr(check, "TRANSFERS", transfers)
     numbers = tuple(dataclasses.replace(n, seeds=n.seeds[:1]) for n in ON_CIFAR10.numbers[:4])
@@ -178,7 +180,7 @@ def test_changed_weights_with_a_changed_manifest_are_caught_by_golden_outputs(on
 
 def test_a_linear_probe_is_measured_again_with_the_penalty_it_chose(reported, small_module, monkeypatch):
     rows = [r for r in read_file(reported / f"{NAME}.jsonl") if r.protocol == "linear probe"]
-    assert len(rows) == 4 and all(row.strength in evaluate.LINEAR_STRENGTHS for row in rows)
+    assert len(rows) == 4 and all(row.strength in frozen.LINEAR_STRENGTHS for row in rows)
     other = [dataclasses.replace(row, strength=7.0) for row in rows]
     monkeypatch.setattr(check, "measure_rotation", None)
     again = list(check.measure_again(other, load_images("cifar10", small_module, 32)))

@@ -11,15 +11,18 @@ from conftest import SAMPLES
 from safetensors.torch import save_file
 
 from rotation_ssl import zoo
+from rotation_ssl.evaluation import frozen
+from rotation_ssl.evaluation.frozen import preparation
+from rotation_ssl.evaluation.recipes import PROBES
 from rotation_ssl.features import extract_features
 from rotation_ssl.golden import golden_file
 from rotation_ssl.images import normalize
+from rotation_ssl.labelled import Images
 from rotation_ssl.probes import knn_predict, linear_predict
 from rotation_ssl.rotations import rotate_all
-from training.datasets import Images, load_cifar10, load_images
+from training.datasets import load_cifar10, load_images
 from training.evaluation import probes as evaluate
 from training.evaluation import subject
-from training.protocols import PROBES
 from training.reporting.rows import RESULTS_DIR, read_file, read_rows
 
 NAME = "rotnet_nin.cifar10"
@@ -33,7 +36,7 @@ def run(*arguments):
 def short_probes(monkeypatch):
     """Every probe's recipe, at its cost, cut to four epochs."""
     short = {key: dataclasses.replace(r, epochs=4, milestones=(3,), batch_size=8) for key, r in PROBES.items()}
-    monkeypatch.setattr(evaluate, "PROBES", short)
+    monkeypatch.setattr(frozen, "PROBES", short)
     return short
 
 
@@ -208,22 +211,32 @@ def test_random_weights_beside_a_tag_are_of_its_network_and_size():
 def test_maps_are_pooled_to_what_memory_bears():
     nin = subject.load_subject("rotnet_nin", random=True)
     image = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
-    assert evaluate.map_grids(nin, image, ["block1", "block2"], 8) == {"block1": 8, "block2": 8}
-    assert evaluate.map_grids(nin, image, ["block1", "block2"], 16) == {"block1": 11, "block2": 8}
+    assert frozen.map_grids(frozen.Frozen(nin.backbone, nin.size), image, ["block1", "block2"], 8) == {
+        "block1": 8,
+        "block2": 8,
+    }
+    assert frozen.map_grids(frozen.Frozen(nin.backbone, nin.size), image, ["block1", "block2"], 16) == {
+        "block1": 11,
+        "block2": 8,
+    }
     resnet = subject.load_subject("resnet18", random=True, size=64)
     # 64 x 16 x 16 -> 8; 512 x 2 x 2 stays; a vector is one cell
-    assert evaluate.map_grids(resnet, image, ["layer1", "layer4", "fc"], 8) == {"layer1": 8, "layer4": 2, "fc": 1}
+    assert frozen.map_grids(frozen.Frozen(resnet.backbone, resnet.size), image, ["layer1", "layer4", "fc"], 8) == {
+        "layer1": 8,
+        "layer4": 2,
+        "fc": 1,
+    }
 
 
 def test_cached_features_are_those_of_the_images_as_they_are(small_cifar10):
     """k-NN and the linear probe take view 0: no crop, no flip; other views are the same at every call."""
     images = load_cifar10(small_cifar10, "train").images
-    assert evaluate._view(images, 0) is images
-    assert torch.equal(evaluate._view(images, 1), evaluate._view(images, 1))
-    assert not torch.equal(evaluate._view(images, 1), evaluate._view(images, 2))
+    assert frozen._view(images, 0) is images
+    assert torch.equal(frozen._view(images, 1), frozen._view(images, 1))
+    assert not torch.equal(frozen._view(images, 1), frozen._view(images, 2))
     nin = subject.load_subject("rotnet_nin")
-    prepare = subject.preparation(nin.backbone, 32)
-    maps = evaluate._maps(nin.backbone, images, {"block2": 4}, prepare)["block2"]
+    prepare = preparation(nin.backbone, 32)
+    maps = frozen.Frozen(nin.backbone, 32).maps(images, {"block2": 4})["block2"]
     expected = extract_features(nin.backbone, images, ["block2"], grid=4, prepare=prepare)["block2"]
     assert maps.dtype == torch.bfloat16 and maps.shape == (40, 192, 4, 4)
     torch.testing.assert_close(maps.flatten(1).float(), expected, rtol=1e-2, atol=1e-2)
@@ -238,7 +251,7 @@ def test_cached_features_are_those_of_the_images_as_they_are(small_cifar10):
         (["vit_tiny_patch16_224", "--random", "--size", "32"], "does not take images of 32 pixels"),
         (["rotnet_nin", "--layers", "block7"], "no layer block7"),
         (["rotnet_nin", "--record"], "this is not the whole of CIFAR-10: 40 training and 40 test images"),
-        (["resnet18", "--random", "--only", "rotation", "--size", "32"], "resnet18.random has 1000"),
+        (["resnet18", "--random", "--only", "rotation", "--size", "32"], "the network has 1000"),
         (["rotnet_nin", "--layers", "block7", "--only", "knn"], "block1, block2, block3, block4"),
         (["rotnet_nin", "--weights", "nowhere.safetensors"], "nowhere.safetensors does not exist"),
         (["rotnet_nin", "--weights", "a", "--random"], "exclude each other"),
@@ -309,7 +322,7 @@ def test_fewer_training_images_than_neighbours(tmp_path, capsys):
 
 
 def test_what_does_not_fit_into_memory_is_refused_before_it_is_computed(small_cifar10, monkeypatch):
-    monkeypatch.setattr(evaluate, "available_memory", lambda: 1000)
+    monkeypatch.setattr(frozen, "available_memory", lambda: 1000)
     images = load_images("cifar10", small_cifar10, 32)
     with pytest.raises(ValueError, match=r"features of block1 need 0.0 GiB of memory, 0.0 are available"):
         next(
@@ -318,7 +331,7 @@ def test_what_does_not_fit_into_memory_is_refused_before_it_is_computed(small_ci
             )
         )
     monkeypatch.undo()
-    assert (evaluate.available_memory() or 2**30) > 2**20
+    assert (frozen.available_memory() or 2**30) > 2**20
 
 
 def test_numbers_are_those_of_the_test_images(small_cifar10):
@@ -329,7 +342,7 @@ def test_numbers_are_those_of_the_test_images(small_cifar10):
     nin = subject.load_subject("rotnet_nin")
     plan = evaluate.plan(["block3"], ["knn", "linear"], "cached", [])
     rows = {row.protocol: row for row in evaluate.measure_features(nin, images, plan)}
-    prepare = subject.preparation(nin.backbone, 32)
+    prepare = preparation(nin.backbone, 32)
     train, test = (
         extract_features(nin.backbone, part.images, ["block3"], grid=4, prepare=prepare, dtype=torch.bfloat16)["block3"]
         for part in (images.train, images.test)

@@ -5,10 +5,11 @@ import dataclasses
 import pytest
 import torch
 
+from rotation_ssl.evaluation.frozen import preparation
 from rotation_ssl.labelled import labels_subset
 from training.datasets import load_images
 from training.evaluation import finetune
-from training.evaluation.subject import load_subject, preparation
+from training.evaluation.subject import load_subject
 from training.protocols import TRANSFERS
 from training.reporting.rows import read_file
 

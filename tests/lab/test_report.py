@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
+from rotation_ssl.evaluation.report import report_text
 from rotation_ssl.messages import counted
-from training.reporting.report import report_text
 from training.reporting.rows import Row
 
 ROW = Row(

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from small_voc import write_small_voc
 from torch import nn
 
-from training.evaluation.subject import load_subject, preparation
+from rotation_ssl.evaluation.frozen import preparation
+from training.evaluation.subject import load_subject
 from training.protocols import VOC_CLASSIFICATION
 from training.reporting.rows import read_file
 from training.transfer import classification as voc

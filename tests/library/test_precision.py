@@ -9,6 +9,8 @@ import torch
 from tiny_runs import TINY, interrupt, sample_images
 
 from rotation_ssl import precision
+from rotation_ssl.evaluation import frozen
+from rotation_ssl.evaluation.recipes import PROBES
 from rotation_ssl.precision import cpu_flags, multiplies_bfloat16, resolve_precision, resolved, warn_if_emulated
 from rotation_ssl.pretraining.loop import pretrain
 from rotation_ssl.pretraining.setup import create_accelerator
@@ -17,7 +19,7 @@ from training.evaluation import finetune
 from training.evaluation import layers as imagenet
 from training.evaluation import probes as evaluate
 from training.evaluation.subject import load_subject
-from training.protocols import LAYER_PROBES, PROBES, TRANSFERS
+from training.protocols import LAYER_PROBES, TRANSFERS
 from training.recipes import RECIPES
 from training.studies.nin_cifar10 import VARIANTS
 
@@ -113,7 +115,7 @@ def test_rows_of_layer_probes_say_it(small_tinyimagenet, set_flags, flags, compu
 def test_rows_of_probes_say_it(images, set_flags, monkeypatch, flags, computed):
     set_flags(flags)
     short = {key: dataclasses.replace(r, epochs=2, milestones=(), batch_size=8) for key, r in PROBES.items()}
-    monkeypatch.setattr(evaluate, "PROBES", short)
+    monkeypatch.setattr(frozen, "PROBES", short)
     subject = load_subject("test_resnet", random=True, size=32)
 
     def settings(protocol, cost="cached", **options):
@@ -154,13 +156,13 @@ def test_what_the_device_would_take_anyway_is_the_recipe_as_it_is(
 def test_features_are_computed_in_what_the_row_says(images, set_flags, monkeypatch, flags, computed):
     set_flags(flags)
     seen = []
-    extract = evaluate.extract_features
+    extract = frozen.extract_features
 
     def watched(*args, **options):
         seen.append(options.get("autocast"))
         return extract(*args, **options)
 
-    monkeypatch.setattr(evaluate, "extract_features", watched)
+    monkeypatch.setattr(frozen, "extract_features", watched)
     subject = load_subject("test_resnet", random=True, size=32)
     for features, expected in ((None, None), ("auto", precision.autocast_type(computed)), ("bf16", torch.bfloat16)):
         seen.clear()

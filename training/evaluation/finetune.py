@@ -26,8 +26,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from rotation_ssl import zoo
+from rotation_ssl.evaluation.frozen import PARTS, preparation
 from rotation_ssl.features import layer_modules
-from rotation_ssl.labelled import LabelledImages, labels_subset
+from rotation_ssl.labelled import Images, LabelledImages, labels_subset
 from rotation_ssl.machine import TURN_OFF
 from rotation_ssl.messages import counted
 from rotation_ssl.precision import add_precision_argument, autocast_type, resolved, warn_if_emulated
@@ -35,11 +36,11 @@ from rotation_ssl.pretraining.augment import crop_and_flip
 from rotation_ssl.pretraining.optim import learning_rate_factor, set_learning_rates
 from rotation_ssl.probes import convolutional_probe, nonlinear_probe
 from rotation_ssl.progress import progress
-from training.datasets import DATASETS, Images, check_whole, load_images
-from training.evaluation.subject import Subject, load_subject, measured_row, preparation, record_file
+from training.datasets import DATASETS, check_whole, load_images
+from training.evaluation.subject import Subject, load_subject, measured_row, record_file
 from training.protocols import TRANSFERS, TransferRecipe
 from training.reporting.report import check_rows, keep_row, run_measuring, write_report
-from training.reporting.rows import PARTS, Row
+from training.reporting.rows import Row
 
 
 def measure_transfer(
@@ -91,7 +92,7 @@ def measure_transfer(
         len(right),
         images.name,
         settings,
-        started,
+        time.monotonic() - started,
         protocol=recipe.protocol,
         cost=recipe.cost,
         layer=layer,

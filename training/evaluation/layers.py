@@ -26,6 +26,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from rotation_ssl.evaluation.frozen import PARTS, preparation
 from rotation_ssl.features import layer_modules
 from rotation_ssl.images import find_images
 from rotation_ssl.machine import TURN_OFF
@@ -36,10 +37,10 @@ from rotation_ssl.pretraining.images import UnlabelledImages, open_dataset, open
 from rotation_ssl.probes import max_pooled_probe
 from rotation_ssl.progress import progress
 from training.datasets import NAMES, check_whole, load_cifar10, tinyimagenet_files
-from training.evaluation.subject import Subject, load_subject, measured_row, preparation, record_file
+from training.evaluation.subject import Subject, load_subject, measured_row, record_file
 from training.protocols import LAYER_PROBES, LayerProbeRecipe
 from training.reporting.report import check_rows, keep_row, run_measuring, write_report
-from training.reporting.rows import PARTS, Row
+from training.reporting.rows import Row
 
 MAX_VALUES = 9600  # of 12 x 12 x 64, 7 x 7 x 192, 5 x 5 x 384, 6 x 6 x 256: AlexNet's layers at 224 pixels
 CROP = 7 / 8  # of the side: 224 of 256 pixels
@@ -321,7 +322,7 @@ def measure_layers(
         epochs = counted(recipe.epochs, "epoch")
         settings = f"{kind}; {epochs} of SGD, {subject.size} pixels, {recipe.precision}"
         row = measured_row(
-            subject, counts, len(measured), name, settings, started,
+            subject, counts, len(measured), name, settings, time.monotonic() - started,
             protocol=recipe.protocol, cost=recipe.cost, layer=layer, seed=seed,
         )  # fmt: skip
         # one pass for all: each its share

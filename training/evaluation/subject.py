@@ -3,8 +3,7 @@
 import dataclasses
 import hashlib
 import json
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from timm.data import resolve_model_data_config
 from torch import nn
-from torch.nn import functional as F
-from tqdm import tqdm
 
 import rotation_ssl  # noqa: F401  registers the models with timm
 from rotation_ssl import zoo
-from rotation_ssl.images import normalize
 from rotation_ssl.machine import device_name, library_versions
 from rotation_ssl.messages import first_line
 from training.reporting.rows import RESULTS_DIR, Row, current_commit, require_committed
@@ -116,25 +112,10 @@ def subject_of_row(weights: str) -> Subject:
     raise ValueError(f"{weights} has no entry in the manifest: its numbers cannot be reported or checked")
 
 
-def preparation(backbone: nn.Module, size: int, bar: tqdm | None = None) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function from uint8 images (B, 3, H, H) to what the backbone takes, (B, 3, size, size), that moves a bar on."""
-    cfg = resolve_model_data_config(backbone)
-
-    def prepare(images: torch.Tensor) -> torch.Tensor:
-        batch = normalize(images, cfg["mean"], cfg["std"])
-        if batch.shape[-1] != size:
-            batch = F.interpolate(batch, size=(size, size), mode="bicubic", antialias=True, align_corners=False)
-        if bar is not None:
-            bar.update(len(images))
-        return batch.contiguous(memory_format=torch.channels_last)
-
-    return prepare
-
-
 def measured_row(
-    subject: Subject, counts: Sequence[int], n: int, data: str, settings: str, started: float, **fields: Any
+    subject: Subject, counts: Sequence[int], n: int, data: str, settings: str, seconds: float, **fields: Any
 ) -> Row:
-    """The row of a number just measured: right answers by parts of ``n``, begun at ``started`` (time.monotonic())."""
+    """The row of a number just measured: right answers by parts of ``n``, and how long it took."""
     return Row(
         weights=subject.name,
         value=sum(counts) / n,
@@ -149,7 +130,7 @@ def measured_row(
         versions=library_versions(),
         device=device_name(next(subject.backbone.parameters()).device),
         threads=torch.get_num_threads(),
-        seconds=round(time.monotonic() - started, 1),
+        seconds=round(seconds, 1),
         **fields,
     )
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import timm
 
+from rotation_ssl.evaluation.report import spread_text
 from training.recipes import IMAGENET_IMAGES, RECIPES
-from training.reporting.report import spread_text
 from training.reporting.rows import REPORTED, RESULTS_DIR, Row, read_file
 
 ROOT = Path(__file__).parent.parent.parent

@@ -33,18 +33,20 @@ import torch
 from tqdm import tqdm
 
 from rotation_ssl import zoo
+from rotation_ssl.evaluation.frozen import PARTS, PROTOCOLS, Measurement, images_to_run
 from rotation_ssl.features import layer_modules
 from rotation_ssl.golden import GOLDEN_TOLERANCE, golden_difference
+from rotation_ssl.labelled import Images
 from rotation_ssl.machine import TURN_OFF, keep_large_blocks
 from rotation_ssl.messages import counted
 from rotation_ssl.progress import progress
-from training.datasets import NAMES, WHOLE, Images, load_images
+from training.datasets import NAMES, WHOLE, load_images
 from training.evaluation.finetune import measure_transfer, transfer_subject
 from training.evaluation.layers import Labelled, measure_layers
-from training.evaluation.probes import PROTOCOLS, Measurement, images_to_run, measure_features, measure_rotation
+from training.evaluation.probes import measure_features, measure_rotation
 from training.evaluation.subject import subject_of_row
 from training.protocols import LAYER_PROBES, TRANSFERS
-from training.reporting.rows import PARTS, RESULTS_DIR, Row, check_device, complaints, read_rows
+from training.reporting.rows import RESULTS_DIR, Row, check_device, complaints, read_rows
 
 QUICK_PARTS = (0, 1)
 QUICK_PROTOCOLS = ("rotation accuracy", "k-NN")

@@ -24,7 +24,6 @@ from rotation_ssl.messages import counted, first_line
 RESULTS_DIR = Path(__file__).parent.parent / "results"
 
 
-PARTS = 10  # counts are kept by tenths of the test images, so that a tenth can be checked by itself
 COSTS = ("", "paper", "cached", "cpu")
 
 

@@ -24,12 +24,14 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from rotation_ssl.evaluation.frozen import plan
+from rotation_ssl.labelled import Images
 from rotation_ssl.machine import TURN_OFF, keep_large_blocks
 from rotation_ssl.precision import add_precision_argument, warn_if_emulated
 from rotation_ssl.pretraining.recipe import CosineSchedule, LinearSchedule, Muon, Recipe, Sgd, Stage
 from rotation_ssl.progress import progress
-from training.datasets import Images, load_images
-from training.evaluation.probes import measure_features, plan
+from training.datasets import load_images
+from training.evaluation.probes import measure_features
 from training.evaluation.subject import load_subject, measured_row
 from training.pretrain import finished_run
 from training.reporting.card import replace_parts

@@ -18,12 +18,14 @@ from pathlib import Path
 
 import torch
 
+from rotation_ssl.evaluation.frozen import plan
+from rotation_ssl.labelled import Images
 from rotation_ssl.machine import TURN_OFF, keep_large_blocks
 from rotation_ssl.precision import add_precision_argument, warn_if_emulated
 from rotation_ssl.pretraining.recipe import Recipe
 from rotation_ssl.progress import progress
-from training.datasets import Images, check_whole, load_images
-from training.evaluation.probes import measure_features, plan
+from training.datasets import check_whole, load_images
+from training.evaluation.probes import measure_features
 from training.evaluation.subject import load_subject
 from training.pretrain import finished_run
 from training.recipes import RECIPES

@@ -28,10 +28,11 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
+from rotation_ssl.evaluation.frozen import preparation
 from rotation_ssl.machine import TURN_OFF
 from rotation_ssl.messages import counted
 from rotation_ssl.progress import progress
-from training.evaluation.subject import Subject, preparation
+from training.evaluation.subject import Subject
 from training.protocols import VOC_CLASSIFICATION, VocClassification
 from training.reporting.report import run_measuring
 from training.transfer.command import (

@@ -13,11 +13,12 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from rotation_ssl.backbones.alexnet import FcHead, RotNetAlexNet
+from rotation_ssl.evaluation.frozen import preparation
 from rotation_ssl.images import square
 from rotation_ssl.messages import first_line
 from rotation_ssl.pretraining.optim import learning_rate_factor, set_learning_rates
 from rotation_ssl.progress import progress
-from training.evaluation.subject import Subject, preparation
+from training.evaluation.subject import Subject
 from training.protocols import Training
 from training.transfer.data import open_pixels
 from training.transfer.rescale import centre, fold_batch_norms, rescale

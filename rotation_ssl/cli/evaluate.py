@@ -1,0 +1,75 @@
+"""rotation-ssl evaluate."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import resolve_model_data_config
+from tqdm import tqdm
+
+from rotation_ssl.cli.features import load_model
+from rotation_ssl.cli.options import add_command, positive
+from rotation_ssl.evaluation.frozen import PROTOCOLS, Frozen, measure_features, measure_rotation, plan
+from rotation_ssl.evaluation.report import Reported, reported, write_report
+from rotation_ssl.features import layer_modules
+from rotation_ssl.labelled import Images, check_same_classes, load_folder_split
+from rotation_ssl.messages import some
+from rotation_ssl.precision import add_precision_argument, autocast_type, resolve_precision, warn_if_emulated
+
+DETAILS = """
+
+FOLDER holds train/<class>/* and test/<class>/* (or val/). k-NN and the probes take features of one frozen pass over the
+images. A linear probe's strength is chosen on the last tenth of the training images, nothing on the test images. The
+numbers are printed as they come; report.md, report.json and report.png are written to --output after each.
+"""
+
+
+def add(commands: Any) -> None:
+    """Add the command."""
+    text = "k-NN and probes of every layer, on labelled images"
+    added = add_command(commands, "evaluate", run, text, DETAILS, as_json=False)
+    added.add_argument("model", metavar="MODEL", help="model or model.tag, timm's own, hf-hub: or local-dir:")
+    added.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="labelled images")
+    added.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the report")
+    added.add_argument(
+        "--only", nargs="+", choices=PROTOCOLS, default=["rotation", "knn", "linear", "nonlinear", "conv"],
+        help="what to measure [all; rotation where the network has 4 outputs]",
+    )  # fmt: skip
+    added.add_argument("--layers", nargs="+", metavar="LAYER", help="layers to probe [all feature layers]")
+    added.add_argument("--size", type=positive, help="side of the images that the backbone gets [the model's own]")
+    add_precision_argument(added, "auto")
+    added.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps [%(default)s]")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; returns the exit status."""
+    if (args.output / "report.json").exists():
+        raise ValueError(f"{args.output} holds a report already: give another --output")
+    model = load_model(args.model, args.device).eval().to(memory_format=torch.channels_last)
+    warn_if_emulated(args.precision, args.device)
+    precision = resolve_precision(args.precision or "auto", args.device)
+    size = args.size or resolve_model_data_config(model)["input_size"][-1]
+    frozen = Frozen(model, size, args.device, autocast_type(precision))
+    layers = args.layers or list(layer_modules(model))
+    unknown = [layer for layer in layers if layer not in layer_modules(model)]
+    if unknown:
+        raise ValueError(f"no layer {some(unknown)} in {args.model}; it has {some(list(layer_modules(model)))}")
+    train, test = (load_folder_split(args.data, split, size) for split in ("train", "test"))
+    check_same_classes(train, test)
+    images = Images(args.data.resolve().name, train, test)
+    results: list[Reported] = []
+    measurements = plan(layers, args.only, "cached", [0])
+    if "rotation" in args.only and model.num_classes == 4:
+        results.append(_keep(reported(measure_rotation(frozen, test), args.model, images.name), results, args.output))
+    for number in measure_features(frozen, images, measurements, precision=precision):
+        results.append(_keep(reported(number, args.model, images.name), results, args.output))
+    print(f"the report is in {args.output}: report.md, report.json, report.png")
+    return 0
+
+
+def _keep(result: Reported, earlier: list[Reported], output: Path) -> Reported:
+    of = " ".join(part for part in (result.protocol, result.layer) if part)
+    tqdm.write(f"  {of}: {100 * result.value:.2f} % ({result.correct:,} of {result.n:,}, {result.seconds:.0f} s)")
+    write_report(output, [*earlier, result])
+    return result

@@ -1,0 +1,1 @@
+"""Frozen layers and what they are worth: rotation accuracy, k-NN, probes, and their report."""

@@ -1,0 +1,74 @@
+"""`rotation-ssl evaluate`: what each layer of a backbone is worth on labelled images of one's own."""
+
+import json
+
+import pytest
+from conftest import SAMPLES
+
+from rotation_ssl import cli
+from rotation_ssl.evaluation import frozen, report
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    """The CIFAR-10 samples by class, 30 to train on and 10 to test on."""
+    root = tmp_path_factory.mktemp("labelled")
+    for i, file in enumerate(sorted((SAMPLES / "cifar10").glob("*.png"))):
+        folder = root / ("val" if i % 4 == 3 else "train") / f"class{i % 2 if i % 4 != 3 else (i // 4) % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / file.name).write_bytes(file.read_bytes())
+    return root
+
+
+def test_every_layer_by_every_protocol(labelled, tmp_path, capsys, monkeypatch):
+    import dataclasses
+
+    short = {key: dataclasses.replace(r, epochs=2, milestones=(1,)) for key, r in frozen.PROBES.items()}
+    monkeypatch.setattr(frozen, "PROBES", short)
+    output = tmp_path / "report"
+    assert cli.main(["evaluate", "rotnet_nin", "--data", str(labelled), "--output", str(output)]) == 0
+    told = capsys.readouterr().out
+    results = json.loads((output / "report.json").read_text())
+    layers = ["block1", "block2", "block3", "block4"]
+    protocols = ["k-NN", "linear probe", "non-linear probe", "convolutional probe"]
+    assert {(r["protocol"], r["layer"]) for r in results} == {
+        ("rotation accuracy", ""),
+        *((protocol, layer) for protocol in protocols for layer in layers),
+    }
+    for result in results:
+        assert result["value"] == result["correct"] / result["n"] and result["settings"]
+        assert result["n"] == (40 if result["protocol"] == "rotation accuracy" else 10)
+        assert f"({result['correct']} of {result['n']}, " in told
+    assert "| protocol | block1 | block2 | block3 | block4 |" in (output / "report.md").read_text()
+    assert (output / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert cli.main(["evaluate", "rotnet_nin", "--data", str(labelled), "--output", str(output)]) == 2
+    assert "holds a report already" in capsys.readouterr().err
+
+
+def test_only_some_of_it_and_of_any_backbone(labelled, tmp_path, capsys):
+    arguments = ["evaluate", "local-dir:" + str(tmp_path / "mine"), "--data", str(labelled), "--output"]
+    small = ["--size", "32", "--steps", "1", "--images-per-step", "4", "--precision", "fp32", "--tracker", "none"]
+    made = ["pretrain", "--data", str(labelled), "--model", "test_resnet", "--output", str(tmp_path / "mine")]
+    assert cli.main([*made, *small]) == 0
+    assert cli.main([*arguments, str(tmp_path / "r"), "--only", "knn", "--layers", "layer1", "layer3"]) == 0
+    results = json.loads((tmp_path / "r" / "report.json").read_text())
+    assert [(r["protocol"], r["layer"]) for r in results] == [("k-NN", "layer1"), ("k-NN", "layer3")]
+    assert cli.main([*arguments, str(tmp_path / "s"), "--layers", "block9"]) == 2
+    assert "no layer block9 in local-dir:" in capsys.readouterr().err
+    assert not (tmp_path / "s").exists()
+
+
+def test_images_without_classes_are_refused(labelled, tmp_path, capsys):
+    assert cli.main(["evaluate", "rotnet_nin", "--data", str(SAMPLES), "--output", str(tmp_path / "r")]) == 2
+    assert f"data folder {SAMPLES / 'train'} does not exist" in capsys.readouterr().err
+
+
+def test_without_matplotlib_the_numbers_are_kept(tmp_path, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    number = frozen.Number(frozen.Measurement("k-NN", "", "block1"), (1,) * 10, 20, "k = 20", 1.0)
+    with pytest.raises(ImportError, match=r"no figure without matplotlib: pip install 'rotation-ssl\[demo\]'"):
+        report.write_report(tmp_path, [report.reported(number, "mine", "my images")])
+    assert json.loads((tmp_path / "report.json").read_text())[0]["value"] == 0.5
+    assert "| k-NN | 50.00 % |" in (tmp_path / "report.md").read_text()
