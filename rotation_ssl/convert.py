@@ -22,6 +22,7 @@ from safetensors.torch import save
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
+from rotation_ssl.files import replace_file
 from rotation_ssl.messages import some
 
 AUTHORS = "the authors' release"
@@ -174,13 +175,15 @@ def write_config(
         "size": len(content),
         "provenance": dict(provenance),
     }
-    unfinished = file.with_name(f"{file.name}.tmp")
-    save_config_for_hf(model, str(unfinished), model_config=described)
-    config = json.loads(unfinished.read_text())
-    # both read it at the top level; transformers passes it beside model_args, where it would be given twice
-    config.get("model_args", {}).pop("num_classes", None)
-    unfinished.write_text(json.dumps(config, indent=2))
-    unfinished.replace(file)
+
+    def write(path: Path) -> None:
+        save_config_for_hf(model, str(path), model_config=described)
+        config = json.loads(path.read_text())
+        # both read it at the top level; transformers passes it beside model_args, where it would be given twice
+        config.get("model_args", {}).pop("num_classes", None)
+        path.write_text(json.dumps(config, indent=2))
+
+    replace_file(file, write)
 
 
 def _tensors(checkpoint: Mapping[str, Any]) -> dict[str, torch.Tensor]:

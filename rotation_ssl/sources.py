@@ -12,7 +12,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,20 +31,11 @@ from safetensors.torch import save
 
 from rotation_ssl.checkpoints import read_checkpoint
 from rotation_ssl.convert import convert
-from rotation_ssl.download import BLOCK, download
+from rotation_ssl.download import download
+from rotation_ssl.files import replace_file
 from rotation_ssl.messages import first_line
 
 _SHA256 = re.compile("[0-9a-f]{64}")
-
-
-def sha256_of(file: Path) -> str:
-    """sha256 of a file, as 64 hexadecimal digits."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        # Python 3.10 has no hashlib.file_digest
-        while block := stream.read(BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 class Mismatch(ValueError):
@@ -246,19 +237,6 @@ def read_record(name: str, cache_dir: str | Path | None = None) -> dict[str, Any
     'url', 'archive_sha256' and 'archive_size' of what was downloaded, 'sha256' and 'size' of the converted file.
     """
     return _read_record((Path(cache_dir) if cache_dir else release_cache()) / f"{name}.json")
-
-
-def replace_file(file: Path, write: Callable[[Path], object]) -> None:
-    """Write a file beside its place and move it there whole; a kill leaves what was there before."""
-    unfinished = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    try:
-        write(unfinished)
-        # a crash of the machine must not leave a moved file without its bytes
-        with unfinished.open("rb+") as stream:
-            os.fsync(stream.fileno())
-        unfinished.replace(file)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import rotation_ssl
-from rotation_ssl import sources
 from rotation_ssl.checkpoints import read_checkpoint
 from rotation_ssl.cli.options import add_command
 from rotation_ssl.convert import AUTHORS, convert, write_folder
+from rotation_ssl.files import sha256_of
 
 
 def add(commands: Any) -> None:
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     )
     provenance = {
         "file": args.file.name,
-        "file_sha256": sources.sha256_of(args.file),
+        "file_sha256": sha256_of(args.file),
         "converter": f"rotation_ssl {rotation_ssl.__version__}",
     }
     write_folder(converted, args.output, tag, provenance)

@@ -17,9 +17,10 @@ from timm.data import resolve_model_data_config
 from torch import nn
 from tqdm import tqdm
 
-from rotation_ssl import sources, zoo
+from rotation_ssl import zoo
 from rotation_ssl.cli.options import add_command, positive
 from rotation_ssl.features import POOLS, extract_features, layer_modules
+from rotation_ssl.files import replace_file
 from rotation_ssl.images import count_suffixes, find_files, normalize, read_images
 from rotation_ssl.messages import first_line
 
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         "pool": args.pool,
         "grid": str(args.grid),
     }
-    sources.replace_file(args.output, lambda path: write(path, args.output.suffix.lower()[1:], features, metadata))
+    replace_file(args.output, lambda path: write(path, args.output.suffix.lower()[1:], features, metadata))
     result = {
         "file": str(args.output),
         "model": metadata["model"],

@@ -11,6 +11,7 @@ import torch
 from rotation_ssl import sources, zoo
 from rotation_ssl.checkpoints import read_checkpoint
 from rotation_ssl.cli.options import add_command, published_name
+from rotation_ssl.files import sha256_of
 from rotation_ssl.golden import GOLDEN_TOLERANCE, golden_difference, golden_file
 
 
@@ -74,7 +75,7 @@ def verify_file(path: Path) -> dict[str, Any]:
     file = path / "model.safetensors" if path.is_dir() else path
     if not file.is_file():
         raise ValueError(f"{file} does not exist")
-    digest = sources.sha256_of(file)
+    digest = sha256_of(file)
     for name, entry in zoo.manifest().items():
         release = entry["source"] == "release"
         record = sources.read_record(name) or {} if release else entry

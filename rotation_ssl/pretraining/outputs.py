@@ -17,10 +17,11 @@ from safetensors.torch import save
 from torch import nn
 
 from rotation_ssl.convert import NOT_OF_THESE_WEIGHTS, write_config
+from rotation_ssl.files import replace_bytes, sync
 from rotation_ssl.machine import device_name, library_versions
 from rotation_ssl.messages import first_line
 from rotation_ssl.pretraining.recipe import Recipe
-from rotation_ssl.pretraining.state import Progress, sync
+from rotation_ssl.pretraining.state import Progress
 
 
 @contextlib.contextmanager
@@ -154,8 +155,6 @@ def write_run(output: Path, recipe: Recipe, run: dict[str, Any], model: nn.Modul
     draw_curve(run, output / "curve.png")
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     content = save(state, metadata={"format": "pt"})
-    unfinished = output / "model.tmp"
-    unfinished.write_bytes(content)
     size = trained_size(recipe, model)
     cfg = {
         **NOT_OF_THESE_WEIGHTS,
@@ -165,8 +164,7 @@ def write_run(output: Path, recipe: Recipe, run: dict[str, Any], model: nn.Modul
         "test_input_size": None,
     }
     write_config(model, content, output / "config.json", cfg, {"recipe": run["recipe"], "commit": run["commit"]})
-    sync(unfinished)
-    unfinished.replace(output / "model.safetensors")
+    replace_bytes(output / "model.safetensors", content)
     sync(output)
 
 

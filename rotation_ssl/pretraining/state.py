@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -25,8 +24,8 @@ from accelerate.utils.other import load
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from rotation_ssl.files import sha256_of, sync
 from rotation_ssl.messages import first_line
-from rotation_ssl.sources import sha256_of
 
 PROGRESS = "progress.json"
 AVERAGE = "average.safetensors"
@@ -122,15 +121,6 @@ def _together(accelerator: Accelerator, output: Path, step: int) -> Iterator[Non
             f"the checkpoint of step {step} cannot be written ({reason}); "
             f"{f'{kept} is kept' if kept else 'there is none before it'}: make room, then --resume"
         ) from error
-
-
-def sync(path: Path) -> None:
-    """Have a file's content, or a folder's entries, written to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_hashes(folder: Path) -> None:

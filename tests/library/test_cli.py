@@ -19,9 +19,10 @@ from conftest import DATA, ROOT, SAMPLES, published_manifest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from rotation_ssl import cli, golden, sources, zoo
+from rotation_ssl import cli, golden, zoo
 from rotation_ssl.cli import features
 from rotation_ssl.features import extract_features
+from rotation_ssl.files import sha256_of
 from rotation_ssl.images import normalize, read_images
 
 NAME = "rotnet_nin.cifar10"
@@ -110,7 +111,7 @@ def test_a_models_name_means_its_default_tag(run, released, tmp_path, monkeypatc
 def test_fetch_then_verify_offline(run, released, go_offline):
     with pytest.warns(UserWarning, match="no published hash"):
         status, result = run("fetch", RELEASED, "--json")
-    assert status == 0 and sources.sha256_of(zoo.cached_file(RELEASED)) == result["sha256"]
+    assert status == 0 and sha256_of(zoo.cached_file(RELEASED)) == result["sha256"]
     go_offline()
     assert run("fetch", RELEASED, "--json")[1] == result
     assert run("info", RELEASED, "--json")[1]["fetched"]["sha256"] == result["sha256"]
@@ -127,7 +128,7 @@ def test_accepting_a_new_hash(run, released):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert run("fetch", RELEASED, "--accept-new-hash")[0] == 0
-    assert run("info", RELEASED, "--json")[1]["fetched"]["archive_sha256"] == sources.sha256_of(released)
+    assert run("info", RELEASED, "--json")[1]["fetched"]["archive_sha256"] == sha256_of(released)
 
 
 def test_verify_everything(run, released):
@@ -187,7 +188,7 @@ def test_convert_then_load_and_verify(run, tmp_path):
     model = timm.create_model(f"local-dir:{tmp_path / 'theirs'}", pretrained=True)
     assert model.num_classes == 4 and model.pretrained_cfg["tag"] == "gidaris"
     config = json.loads((tmp_path / "theirs" / "config.json").read_text())
-    assert config["provenance"]["file_sha256"] == sources.sha256_of(ARCHIVE)
+    assert config["provenance"]["file_sha256"] == sha256_of(ARCHIVE)
     assert config["pretrained_cfg"]["license"] == "mit", "the authors' own licence"
     assert run("verify", tmp_path / "theirs")[0] == 0
     file = tmp_path / "theirs" / "model.safetensors"

@@ -21,6 +21,7 @@ from safetensors.torch import load, load_file, save
 from rotation_ssl import download, sources, zoo
 from rotation_ssl.checkpoints import read_checkpoint
 from rotation_ssl.convert import convert, write_folder
+from rotation_ssl.files import sha256_of
 
 BUNDLED = "rotnet_nin.cifar10"
 HUBBED = "rotnet_nin.hubbed"
@@ -376,7 +377,7 @@ def test_a_damaged_cache_without_links_is_fetched_anew(hub, served, monkeypatch,
     file = zoo.weights_file(HUBBED)
     assert not file.is_symlink()
     corrupt(file)
-    assert sources.sha256_of(zoo.weights_file(HUBBED)) == served[HUBBED]["sha256"]
+    assert sha256_of(zoo.weights_file(HUBBED)) == served[HUBBED]["sha256"]
     corrupt(file)
     damaged = file.read_bytes()
     go_offline()
@@ -439,7 +440,7 @@ def test_a_release_is_recorded_and_its_change_noticed(release, served):
         file = zoo.weights_file(RELEASED)
     record = sources.read_record(RELEASED)
     assert record["archive_sha256"] == hashlib.sha256((DATA / ARCHIVE).read_bytes()).hexdigest()
-    assert record["sha256"] == sources.sha256_of(file) and record["url"] == served[RELEASED]["url"]
+    assert record["sha256"] == sha256_of(file) and record["url"] == served[RELEASED]["url"]
     # the release is replaced: who has the weights keeps them, who fetches them anew is told
     content = (release.folder / ARCHIVE).read_bytes()
     (release.folder / ARCHIVE).write_bytes(content + b"\0" * 512)
@@ -527,9 +528,9 @@ def test_first_loads_of_many_processes_at_once(hub, release, served, tmp_path):
     assert len({out for out, _ in results}) == 1
     assert release.requests.count(f"/{ARCHIVE}") == 1, "one downloads, the others wait for it"
     assert len([r for r in hub.requests if r.startswith("GET") and "model.safetensors" in r]) == 1
-    assert sources.sha256_of(Path(results[0][0].split()[1])) == served[HUBBED]["sha256"]
+    assert sha256_of(Path(results[0][0].split()[1])) == served[HUBBED]["sha256"]
     (file, record) = (tmp_path / "cache" / "rotation_ssl" / f"{RELEASED}.{end}" for end in ("safetensors", "json"))
-    assert sources.sha256_of(file) == json.loads(record.read_text())["sha256"]
+    assert sha256_of(file) == json.loads(record.read_text())["sha256"]
 
 
 def test_killed_while_writing_and_fetched_again(served, tmp_path):

@@ -23,6 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from rotation_ssl.features import attention_map, extract_features, layer_modules
+from rotation_ssl.files import replace_file
 from rotation_ssl.images import normalize
 from training.reporting.rows import REPORTED, Row
 
@@ -409,8 +410,7 @@ def _resized(picture: torch.Tensor, side: int) -> torch.Tensor:
 
 
 def _save(figure: Any, file: Path, stamp: str) -> None:
-    unfinished = file.with_name(f"{file.name}.tmp")
     # without matplotlib's version, which would change the file and not the figure
     metadata = {STAMP_KEY: stamp, "Software": None}
-    figure.savefig(unfinished, format="png", dpi=DPI, metadata=metadata, pil_kwargs={"optimize": True})
-    unfinished.replace(file)
+    options = {"format": "png", "dpi": DPI, "metadata": metadata, "pil_kwargs": {"optimize": True}}
+    replace_file(file, lambda path: figure.savefig(path, **options))

@@ -31,6 +31,7 @@ from timm.data import resolve_model_data_config
 
 from rotation_ssl import zoo
 from rotation_ssl.features import layer_modules
+from rotation_ssl.files import replace_bytes
 from rotation_ssl.golden import golden_file, golden_outputs
 from rotation_ssl.images import read_images
 from rotation_ssl.messages import counted
@@ -121,11 +122,11 @@ def bundle(run_dir: Path, name: str) -> None:
         "metrics": {},
     }
     FIGURES_DIR.mkdir(parents=True, exist_ok=True)
-    _replace(FIGURES_DIR / f"{name}.curve.png", curve.read_bytes())
-    _replace(golden_file(name), save(golden_outputs(model)))
-    _replace(RESULTS_DIR / f"{name}.run.json", run_file.read_bytes())
-    _replace(zoo.WEIGHTS_DIR / entry["file"], content)
-    _replace(zoo.WEIGHTS_DIR / "manifest.json", _json({**_read_manifest(), name: entry}).encode())
+    replace_bytes(FIGURES_DIR / f"{name}.curve.png", curve.read_bytes())
+    replace_bytes(golden_file(name), save(golden_outputs(model)))
+    replace_bytes(RESULTS_DIR / f"{name}.run.json", run_file.read_bytes())
+    replace_bytes(zoo.WEIGHTS_DIR / entry["file"], content)
+    replace_bytes(zoo.WEIGHTS_DIR / "manifest.json", _json({**_read_manifest(), name: entry}).encode())
 
 
 def render(check: bool = False) -> list[Path]:
@@ -152,7 +153,7 @@ def render(check: bool = False) -> list[Path]:
     different = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
     if not check:
         for path in different:
-            _replace(path, wanted[path].encode())
+            replace_bytes(path, wanted[path].encode())
         return different
     return different + stale_figures(rows, entries)
 
@@ -230,7 +231,7 @@ def publish_to_hub(uploads: list[Upload], namespace: str, version: str) -> Itera
     for upload in uploads:
         hub = publish(upload, namespace, version, rows)
         entry = {**upload.entry, "hub": hub}
-        _replace(zoo.WEIGHTS_DIR / "manifest.json", _json({**_read_manifest(), upload.name: entry}).encode())
+        replace_bytes(zoo.WEIGHTS_DIR / "manifest.json", _json({**_read_manifest(), upload.name: entry}).encode())
         yield upload.name, hub["revision"]
 
 
@@ -285,12 +286,6 @@ def _read_manifest() -> dict[str, Any]:
 
 def _json(entries: dict[str, Any]) -> str:
     return json.dumps(entries, indent=2) + "\n"
-
-
-def _replace(path: Path, content: bytes) -> None:
-    unfinished = path.with_name(f"{path.name}.tmp")
-    unfinished.write_bytes(content)
-    unfinished.replace(path)
 
 
 def main(arguments: list[str] | None = None) -> int:

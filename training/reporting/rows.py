@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from rotation_ssl.files import replace_file
 from rotation_ssl.messages import counted, first_line
 
 RESULTS_DIR = Path(__file__).parent.parent / "results"
@@ -209,9 +210,7 @@ def write_rows(file: Path, new: list[Row]) -> None:
     rows = {row.key: row for row in (*old, *new)}
     file.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(dataclasses.asdict(row) | {"digest": row.digest}) + "\n" for row in rows.values()]
-    unfinished = file.with_suffix(".tmp")
-    unfinished.write_text("".join(lines))
-    unfinished.replace(file)
+    replace_file(file, lambda path: path.write_text("".join(lines)))
 
 
 def complaints(

@@ -1,0 +1,47 @@
+"""Files written whole or not at all, and their hashes."""
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+
+def sha256_of(file: Path) -> str:
+    """sha256 of a file, as 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        # Python 3.10 has no hashlib.file_digest
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def replace_file(file: Path, write: Callable[[Path], object]) -> None:
+    """Write a file beside its place and move it there whole; a kill leaves what was there before.
+
+    Args:
+        file: to write or replace, in a folder that is there.
+        write: writes the path that it is given.
+    """
+    unfinished = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    try:
+        write(unfinished)
+        # a crash of the machine must not leave a moved file without its bytes
+        sync(unfinished)
+        unfinished.replace(file)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def replace_bytes(file: Path, content: bytes) -> None:
+    """:func:`replace_file` by a content that is at hand."""
+    replace_file(file, lambda path: path.write_bytes(content))
+
+
+def sync(path: Path) -> None:
+    """Have a file's content, or a folder's entries, written to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
