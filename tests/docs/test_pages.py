@@ -58,7 +58,6 @@ def test_every_page_that_has_commands_is_read():
         "nin_cifar10.md",
         "imagenet.md",
         "loading.md",
-        "pretraining.md",
         "transfer.md",
     }
     assert {page for page, _, _ in TYPED if page.endswith(".md")} >= pages
