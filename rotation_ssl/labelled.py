@@ -69,13 +69,23 @@ def check_same_classes(train: LabelledImages, test: LabelledImages) -> None:
 
 
 def load_folder(folder: Path, size: int) -> LabelledImages:
-    """Images of ``folder/<class>/*``, sorted by file name over all classes, as RGB squares of ``size`` pixels.
+    """Images of :func:`labelled_files`, as RGB squares of ``size`` pixels.
 
     An image of another size is resized (bicubic) so that its shorter side is ``size``, then its centre is taken.
     Grayscale, palette, RGBA and CMYK images are converted to RGB.
 
     Raises:
-        ValueError: the folder is missing or empty, a class folder is empty, or an image does not decode.
+        ValueError: as :func:`labelled_files`, or an image does not decode.
+    """
+    files, labels, classes = labelled_files(folder)
+    return LabelledImages(read_images(files, size), labels, classes)
+
+
+def labelled_files(folder: Path) -> tuple[list[Path], torch.Tensor, tuple[str, ...]]:
+    """The files of ``folder/<class>/*``, sorted by name over all classes, their labels (N,) int64, and the classes.
+
+    Raises:
+        ValueError: the folder is missing or empty, or a class folder is empty.
     """
     if not folder.is_dir():
         raise ValueError(f"data folder {folder} does not exist; give one that holds a folder of images for each class")
@@ -91,8 +101,8 @@ def load_folder(folder: Path, size: int) -> LabelledImages:
             )
         files += found
     files.sort(key=lambda item: (item[0].name, item[0]))
-    images = read_images([path for path, _ in files], size)
-    return LabelledImages(images, torch.tensor([label for _, label in files]), tuple(p.name for p in class_folders))
+    labels = torch.tensor([label for _, label in files])
+    return [path for path, _ in files], labels, tuple(path.name for path in class_folders)
 
 
 def load_folder_split(root: Path, split: str, size: int) -> LabelledImages:

@@ -23,9 +23,10 @@ import torch
 
 from rotation_ssl.machine import TURN_OFF
 from rotation_ssl.pretraining.command import execute
-from rotation_ssl.pretraining.loop import create_accelerator, pretrain
+from rotation_ssl.pretraining.loop import pretrain
 from rotation_ssl.pretraining.options import add_options
 from rotation_ssl.pretraining.recipe import Recipe
+from rotation_ssl.pretraining.setup import create_accelerator
 from rotation_ssl.pretraining.state import find_checkpoint
 from training.datasets import open_unlabelled
 from training.recipes import RECIPES
@@ -60,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("recipe", choices=sorted(RECIPES), metavar="RECIPE", help="one of the recipes below")
-    add_options(parser, "runs/RECIPE")
+    add_options(parser, "runs/RECIPE", Path("data/cifar10"))
     parser.add_argument(
         "--dataset",
         help="what --data holds: cifar10, tinyimagenet, photos, folder, or a name of timm's (torch/..., hfds/...)",

@@ -139,19 +139,12 @@ ALEXNET_TINYIMAGENET_CPU = Recipe(
     note="about 90 minutes on 2 cores that multiply bfloat16",
 )
 
-ALEXNET_PHOTOS_CPU = Recipe(
+ALEXNET_PHOTOS_CPU = dataclasses.replace(
+    ALEXNET_TINYIMAGENET_CPU,
     name="alexnet-photos-cpu",
-    model="rotnet_alexnet",
-    model_args=(("fc_size", 0),),
     data="photos",
     image_size=192,
     stages=(Stage(steps=8000, crop=96), Stage(steps=2000, crop=128)),
-    optimizer=Muon(lr=0.1),
-    schedule=LinearSchedule(warmup=0.1),
-    images_per_step=64,
-    padding=0,
-    scale=(0.35, 1.0),
-    precision="auto",
     note="about 105 minutes on 2 cores that multiply bfloat16",
 )
 

@@ -11,11 +11,11 @@ from tqdm import tqdm
 from rotation_ssl.cli.features import load_model
 from rotation_ssl.cli.options import add_command, positive
 from rotation_ssl.evaluation.frozen import PROTOCOLS, Frozen, measure_features, measure_rotation, plan
-from rotation_ssl.evaluation.report import Reported, reported, write_report
+from rotation_ssl.evaluation.report import Reported, new_figure, reported, write_report
 from rotation_ssl.features import layer_modules
 from rotation_ssl.labelled import Images, check_same_classes, load_folder_split
 from rotation_ssl.messages import some
-from rotation_ssl.precision import add_precision_argument, autocast_type, resolve_precision, warn_if_emulated
+from rotation_ssl.precision import add_precision_argument, resolve_precision, warn_if_emulated
 
 DETAILS = """
 
@@ -33,9 +33,8 @@ def add(commands: Any) -> None:
     added.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="labelled images")
     added.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the report")
     added.add_argument(
-        "--only", nargs="+", choices=PROTOCOLS, default=["rotation", "knn", "linear", "nonlinear", "conv"],
-        help="what to measure [all; rotation where the network has 4 outputs]",
-    )  # fmt: skip
+        "--only", nargs="+", choices=PROTOCOLS, help="what to measure [all; rotation where the network has 4 outputs]"
+    )
     added.add_argument("--layers", nargs="+", metavar="LAYER", help="layers to probe [all feature layers]")
     added.add_argument("--size", type=positive, help="side of the images that the backbone gets [the model's own]")
     add_precision_argument(added, "auto")
@@ -46,11 +45,12 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
     if (args.output / "report.json").exists():
         raise ValueError(f"{args.output} holds a report already: give another --output")
+    new_figure()  # refused before the work where it cannot be drawn
     model = load_model(args.model, args.device).eval().to(memory_format=torch.channels_last)
     warn_if_emulated(args.precision, args.device)
     precision = resolve_precision(args.precision or "auto", args.device)
     size = args.size or resolve_model_data_config(model)["input_size"][-1]
-    frozen = Frozen(model, size, args.device, autocast_type(precision))
+    frozen = Frozen(model, size, args.device, precision)
     layers = args.layers or list(layer_modules(model))
     unknown = [layer for layer in layers if layer not in layer_modules(model)]
     if unknown:
@@ -59,8 +59,9 @@ def run(args: argparse.Namespace) -> int:
     check_same_classes(train, test)
     images = Images(args.data.resolve().name, train, test)
     results: list[Reported] = []
-    measurements = plan(layers, args.only, "cached", [0])
-    if "rotation" in args.only and model.num_classes == 4:
+    wanted = args.only or [name for name in PROTOCOLS if name != "rotation" or model.num_classes == 4]
+    measurements = plan(layers, wanted, "cached", [0])
+    if "rotation" in wanted:
         results.append(_keep(reported(measure_rotation(frozen, test), args.model, images.name), results, args.output))
     for number in measure_features(frozen, images, measurements, precision=precision):
         results.append(_keep(reported(number, args.model, images.name), results, args.output))

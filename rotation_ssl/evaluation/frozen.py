@@ -52,12 +52,20 @@ BATCH = 64
 
 @dataclasses.dataclass(frozen=True)
 class Frozen:
-    """A backbone in eval mode, the side of the images it takes, the device it is on, and the type it computes in."""
+    """A backbone in eval mode, the side of the images it takes, the device it is on, and the precision of its features.
+
+    ``precision`` is 'fp32' or 'bf16', which the settings of a number say; None is fp32 of which they say nothing.
+    """
 
     backbone: nn.Module
     size: int
     device: str = "cpu"
-    autocast: torch.dtype | None = None
+    precision: str | None = None
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """The type to autocast to."""
+        return autocast_type(self.precision or "fp32")
 
     def maps(self, images: torch.Tensor, grids: Mapping[str, int], bar: tqdm | None = None) -> dict[str, torch.Tensor]:
         """Average-pooled maps by layer, (N, C, g, g) bfloat16; vectors as (N, D, 1, 1)."""
@@ -198,6 +206,7 @@ def measure_features(
                 )
                 right = (predictions == test.labels).split(lengths)
                 counts = tuple(int(part.sum()) for part in right)
+                settings += "" if frozen.precision is None else f"; features in {frozen.precision}"
                 yield Number(measurement, counts, len(test), settings, time.monotonic() - started)
             # gigabytes: not kept for the layers to come
             del maps, tested

@@ -54,10 +54,23 @@ def write_report(folder: Path, rows: Sequence[Result]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.md").write_text(report_text(rows))
     (folder / "report.json").write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n")
+    draw_report(rows, folder / "report.png")
+
+
+def new_figure() -> Any:
+    """An empty figure of matplotlib, with a canvas that writes files.
+
+    Raises:
+        ImportError: it is not installed; the error says how to.
+    """
     try:
-        draw_report(rows, folder / "report.png")
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("no figure without matplotlib: pip install 'rotation-ssl[demo]'") from error
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def report_text(rows: Sequence[Result]) -> str:
@@ -101,11 +114,7 @@ def series_name(row: Result) -> str:
 
 def draw_report(rows: Sequence[Result], file: Path) -> None:
     """Accuracy over layers, a line for each weights, data set and protocol; without layers a bar for each number."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure()
     axes = figure.subplots()
     probed = [row for row in rows if row.layer]
     layers = list(dict.fromkeys(row.layer for row in probed))

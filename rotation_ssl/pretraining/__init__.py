@@ -6,14 +6,14 @@ from typing import Any
 import torch
 
 
-def pretrain(data: str | Path | torch.Tensor, output: str | Path, model: str = "resnet18", **options: Any) -> Path:
+def pretrain(data: str | Path | torch.Tensor, output: str | Path, model: str | None = None, **options: Any) -> Path:
     """Pretrain a backbone on images of one's own, by predicting which way each was turned.
 
     Args:
         data: folder of images, searched in all depths; or images (N, 3, H, H) uint8.
         output: folder that the weights go to, with their curve; ``timm.create_model("local-dir:OUTPUT",
             pretrained=True)`` takes it.
-        model: any model of timm whose head can be resized.
+        model: any model of timm whose head can be resized; None: the recipe's, without one resnet18.
         **options: those of :func:`rotation_ssl.pretraining.command.run`: ``resume=True``; ``device="cpu"``;
             ``workers=8``; ``monitor=FOLDER, monitor_every=500``. Fields of the recipe by their names
             (:class:`rotation_ssl.pretraining.recipe.Recipe`): ``steps=2000``, ``image_size=64``,

@@ -16,10 +16,11 @@ from rotation_ssl.machine import keep_large_blocks
 from rotation_ssl.messages import counted, first_line
 from rotation_ssl.precision import resolve_precision, warn_if_emulated
 from rotation_ssl.pretraining.images import UnlabelledImages, open_images
-from rotation_ssl.pretraining.loop import create_accelerator, pretrain
+from rotation_ssl.pretraining.loop import pretrain
 from rotation_ssl.pretraining.monitor import Monitor
 from rotation_ssl.pretraining.options import WORKERS
 from rotation_ssl.pretraining.recipe import FOLDER, Recipe, with_image_size, with_steps
+from rotation_ssl.pretraining.setup import create_accelerator
 
 NAMED = 3  # so many broken images are named; run.json has all
 Opener = Callable[[Recipe], "torch.Tensor | UnlabelledImages"]
@@ -38,7 +39,7 @@ def run(
     sync_batchnorm: bool = False,
     checkpoint_seconds: float = 180.0,
     tracker: str | None = "tensorboard",
-    monitor: Path | None = None,
+    monitor: str | Path | None = None,
     monitor_every: int = 500,
     commit: str = "",
 ) -> Path:
@@ -81,7 +82,7 @@ def run(
             images.read_all(workers, quiet=not accelerator.is_main_process)
     watch = None
     if monitor is not None and accelerator.is_main_process:
-        watch = Monitor(monitor, recipe.input_size, resolve_precision(recipe.precision, accelerator.device))
+        watch = Monitor(Path(monitor), recipe.input_size, resolve_precision(recipe.precision, accelerator.device))
     return pretrain(
         recipe, images, output, accelerator, resume, checkpoint_seconds, workers, sync_batchnorm, commit,
         watch, monitor_every,
@@ -89,22 +90,16 @@ def run(
 
 
 def pretrain_model(
-    data: str | Path | torch.Tensor, output: Path, model: str = "resnet18", recipe: Recipe = FOLDER, **options: Any
+    data: str | Path | torch.Tensor, output: Path, model: str | None = None, recipe: Recipe = FOLDER, **options: Any
 ) -> Path:
     """:func:`rotation_ssl.pretrain`: fields of the recipe among the options, the others are those of :func:`run`."""
     given = {f.name for f in dataclasses.fields(Recipe)} | {"steps"}
     fields = {name: options.pop(name) for name in list(options) if name in given}
     if isinstance(data, torch.Tensor):
-        fields.setdefault("image_size", data.shape[-1])
-    recipe = changed(recipe, model=model, **fields)
-    tensor = data if isinstance(data, torch.Tensor) else None
-    root = None if isinstance(data, torch.Tensor) else Path(data)
-    return run(
-        recipe,
-        lambda r: tensor if tensor is not None else open_images(r.data, root or Path(), r.image_size),
-        output,
-        **options,
-    )
+        recipe = changed(recipe, model=model, **{"image_size": data.shape[-1]} | fields)
+        return run(recipe, lambda _: data, output, **options)
+    recipe, root = changed(recipe, model=model, **fields), Path(data)
+    return run(recipe, lambda r: open_images(r.data, root, r.image_size), output, **options)
 
 
 def changed(recipe: Recipe, **fields: Any) -> Recipe:

@@ -178,7 +178,7 @@ def train(run: Run, checkpoint_seconds: float, monitor: Monitor | None = None, m
             progress.step += 1
             curve.record(factor)
             if monitor and monitor_every and progress.step % monitor_every == 0:
-                metrics.write(progress.step, monitor(run.network))
+                metrics.write({"step": progress.step} | monitor(run.network))
             stopped = checkpoints.save(curve.losses)
     batches.close()
     return stopped

@@ -9,8 +9,8 @@ from torch import nn
 from tqdm import tqdm
 
 from rotation_ssl.features import extract_features, layer_modules, rankme
-from rotation_ssl.images import normalize
-from rotation_ssl.labelled import load_folder
+from rotation_ssl.images import normalize, read_images
+from rotation_ssl.labelled import LabelledImages, labelled_files
 from rotation_ssl.precision import autocast_type
 from rotation_ssl.probes import knn_predict
 
@@ -33,13 +33,14 @@ class Monitor:
     """
 
     def __init__(self, folder: Path, size: int, precision: str = "fp32") -> None:
-        data = load_folder(folder, size)
-        if len(data) < 4:
-            raise ValueError(f"{folder} holds {len(data)} images: give at least 4 to monitor by")
-        chosen = torch.linspace(0, len(data) - 1, min(MOST, len(data))).round().long()
+        files, labels, classes = labelled_files(folder)
+        if len(files) < 4:
+            raise ValueError(f"{folder} holds {len(files)} images: give at least 4 to monitor by")
+        chosen = torch.linspace(0, len(files) - 1, min(MOST, len(files))).round().long()
         # by class, so that the two halves have as many of each
-        chosen = chosen[data.labels[chosen].argsort(stable=True)]
-        self.data, self.autocast = data.subset(chosen), autocast_type(precision)
+        chosen = chosen[labels[chosen].argsort(stable=True)]
+        images = read_images([files[i] for i in chosen], size)
+        self.data, self.autocast = LabelledImages(images, labels[chosen], classes), autocast_type(precision)
 
     def __call__(self, network: nn.Module) -> dict[str, Any]:
         """k-NN accuracy and RankMe by layer."""

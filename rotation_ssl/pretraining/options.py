@@ -9,10 +9,11 @@ from rotation_ssl.pretraining.recipe import PRECISIONS
 WORKERS = min(8, os.cpu_count() or 1)
 
 
-def add_options(parser: argparse.ArgumentParser, output: str) -> None:
-    """The options that both commands have; ``output`` says where it goes by default."""
+def add_options(parser: argparse.ArgumentParser, output: str, data: Path | None = None) -> None:
+    """The options that both commands have; ``output`` and ``data`` say what they are by default, None that none is."""
     where = parser.add_argument_group("where things are")
-    where.add_argument("--data", type=Path, required=True, help="where the images are")
+    default = "" if data is None else " [%(default)s]"
+    where.add_argument("--data", type=Path, required=data is None, default=data, help=f"where the images are{default}")
     where.add_argument("--download", action="store_true", help="let torchvision fetch them into --data")
     where.add_argument("--output", type=Path, help=f"folder for checkpoints, weights and curve [{output}]")
     where.add_argument("--resume", action="store_true", help="go on from the output folder's last checkpoint")

@@ -73,17 +73,14 @@ class Metrics:
     def __enter__(self) -> "Metrics":
         self.stream = self.file.open("w")
         for line in self.lines:
-            self._write(line)
+            self.write(line)
         return self
 
     def __exit__(self, *_: object) -> None:
         self.stream.close()
 
-    def write(self, step: int, values: dict[str, Any]) -> None:
-        """Add a line."""
-        self._write({"step": step} | values)
-
-    def _write(self, line: dict[str, Any]) -> None:
+    def write(self, line: dict[str, Any]) -> None:
+        """Add a line, which names its step."""
         self.stream.write(json.dumps(line) + "\n")
         self.stream.flush()
 

@@ -84,7 +84,7 @@ class Curve:
         loss, crop = sum(values) / len(values), recipe.crop_at(step - 1)
         point = {"step": step, "loss": loss, "seconds": run.progress.seconds}
         run.progress.curve.append(point)
-        self.metrics.write(step, {"loss": loss, "seconds": run.progress.seconds})
+        self.metrics.write(point)
         broken = {"broken": len(run.broken)} if run.broken else {}
         self.bar.set_postfix({"loss": f"{loss:.3f}", "crop": crop} | broken)
         rate = factor * recipe.optimizer.lr

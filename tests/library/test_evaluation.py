@@ -1,11 +1,15 @@
 """`rotation-ssl evaluate`: what each layer of a backbone is worth on labelled images of one's own."""
 
+import dataclasses
 import json
+import sys
 
 import pytest
+import timm
 from conftest import SAMPLES
 
 from rotation_ssl import cli
+from rotation_ssl.cli import evaluate
 from rotation_ssl.evaluation import frozen, report
 
 
@@ -21,8 +25,6 @@ def labelled(tmp_path_factory):
 
 
 def test_every_layer_by_every_protocol(labelled, tmp_path, capsys, monkeypatch):
-    import dataclasses
-
     short = {key: dataclasses.replace(r, epochs=2, milestones=(1,)) for key, r in frozen.PROBES.items()}
     monkeypatch.setattr(frozen, "PROBES", short)
     output = tmp_path / "report"
@@ -37,6 +39,7 @@ def test_every_layer_by_every_protocol(labelled, tmp_path, capsys, monkeypatch):
     }
     for result in results:
         assert result["value"] == result["correct"] / result["n"] and result["settings"]
+        assert not result["layer"] or "; features in " in result["settings"]
         assert result["n"] == (40 if result["protocol"] == "rotation accuracy" else 10)
         assert f"({result['correct']} of {result['n']}, " in told
     assert "| protocol | block1 | block2 | block3 | block4 |" in (output / "report.md").read_text()
@@ -64,11 +67,24 @@ def test_images_without_classes_are_refused(labelled, tmp_path, capsys):
 
 
 def test_without_matplotlib_the_numbers_are_kept(tmp_path, monkeypatch):
-    import sys
-
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     number = frozen.Number(frozen.Measurement("k-NN", "", "block1"), (1,) * 10, 20, "k = 20", 1.0)
     with pytest.raises(ImportError, match=r"no figure without matplotlib: pip install 'rotation-ssl\[demo\]'"):
         report.write_report(tmp_path, [report.reported(number, "mine", "my images")])
     assert json.loads((tmp_path / "report.json").read_text())[0]["value"] == 0.5
     assert "| k-NN | 50.00 % |" in (tmp_path / "report.md").read_text()
+
+
+def test_the_command_asks_for_matplotlib_before_its_work(labelled, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert cli.main(["evaluate", "rotnet_nin", "--data", str(labelled), "--output", str(tmp_path / "r")]) == 2
+    assert capsys.readouterr().err == "error: no figure without matplotlib: pip install 'rotation-ssl[demo]'\n"
+    assert not (tmp_path / "r").exists()
+
+
+def test_rotation_accuracy_that_is_asked_for_is_not_passed_over(labelled, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "load_model", lambda name, device: timm.create_model(name, num_classes=10))
+    arguments = ["evaluate", "test_resnet", "--data", str(labelled), "--size", "32", "--output", str(tmp_path / "r")]
+    assert cli.main([*arguments, "--only", "rotation"]) == 2
+    assert "needs the 4 outputs of the rotations, the network has 10" in capsys.readouterr().err
+    assert not (tmp_path / "r").exists()

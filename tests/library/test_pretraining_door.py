@@ -17,6 +17,7 @@ from tiny_runs import SHORT, TINY, interrupt, same, sample_images, weights
 import rotation_ssl
 from rotation_ssl import cli
 from rotation_ssl.features import rankme
+from rotation_ssl.pretraining import monitor
 from rotation_ssl.pretraining.loop import pretrain
 from rotation_ssl.pretraining.monitor import Monitor
 
@@ -63,10 +64,9 @@ def test_the_function_is_the_command(tmp_path):
 
 
 def test_images_in_memory_and_a_recipe_of_ones_own(tmp_path):
-    file = rotation_ssl.pretrain(
-        sample_images(), tmp_path, "test_resnet", recipe=SHORT, device="cpu", tracker=None, images_per_step=8
-    )
-    assert json.loads((file.parent / "run.json").read_text())["rotated_images"] == 6 * 8 * 4
+    file = rotation_ssl.pretrain(sample_images(), tmp_path, recipe=SHORT, device="cpu", tracker=None, images_per_step=8)
+    run = json.loads((file.parent / "run.json").read_text())
+    assert run["rotated_images"] == 6 * 8 * 4 and run["recipe"]["model"] == "test_resnet"
 
 
 def test_without_the_extra_a_line_says_what_to_install(tmp_path):
@@ -131,6 +131,17 @@ def test_the_monitor_finds_what_is_easy_to_find(tmp_path):
             Image.new("RGB", (16, 16), (grey + i,) * 3).save(tmp_path / name / f"{i}.png")
     network = timm.create_model("test_resnet", num_classes=4).eval()
     assert max(Monitor(tmp_path, 16)(network)["knn_accuracy"].values()) == 1
+
+
+def test_the_monitor_reads_what_it_looks_at(by_class, tmp_path, monkeypatch):
+    monkeypatch.setattr(monitor, "MOST", 6)
+    read = []
+    whole = monitor.read_images
+    monkeypatch.setattr(monitor, "read_images", lambda files, size: read.extend(files) or whole(files, size))
+    options = dict(steps=2, images_per_step=4, precision="fp32", device="cpu", tracker=None, monitor_every=2)
+    rotation_ssl.pretrain(sample_images(), tmp_path, "test_resnet", monitor=str(by_class), **options)
+    assert len(read) == 6 and {file.parent.name for file in read} == {"class0", "class1"}
+    assert [line["step"] for line in lines(tmp_path) if "rankme" in line] == [2]
 
 
 def test_the_monitor_wants_a_folder_of_classes(tmp_path):

@@ -9,9 +9,9 @@ package, with its published weights, with --random weights, or with those of a f
 over the images feeds the probes of all layers. The numbers are printed as they come and written to --output as
 rows.jsonl (written after every number), report.md, report.json and report.png.
 
-A probe's settings are recipes (training/protocols.py); the linear probe's strength is chosen on the last tenth of the
-training images. Nothing is chosen by test images: with --holdout N the last N training images are measured in place of
-the test images, which are not read then, to choose by.
+A probe's settings are recipes (rotation_ssl/evaluation/recipes.py); the linear probe's strength is chosen on the last
+tenth of the training images. Nothing is chosen by test images: with --holdout N the last N training images are measured
+in place of the test images, which are not read then, to choose by.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from rotation_ssl.evaluation.frozen import (
 from rotation_ssl.features import layer_modules
 from rotation_ssl.labelled import Images, LabelledImages
 from rotation_ssl.machine import TURN_OFF
-from rotation_ssl.precision import add_precision_argument, autocast_type, resolve_precision, warn_if_emulated
+from rotation_ssl.precision import add_precision_argument, resolve_precision, warn_if_emulated
 from rotation_ssl.progress import progress
 from training.datasets import DATASETS, NAMES, check_whole, load_images
 from training.evaluation.subject import Subject, load_subject, measured_row, record_file
@@ -48,7 +48,7 @@ def measure_rotation(
 ) -> Row:
     """The row of :func:`rotation_ssl.evaluation.frozen.measure_rotation`, on images called ``data``."""
     number = frozen.measure_rotation(Frozen(subject.backbone, subject.size, device), test, parts)
-    return _row(subject, number, data, number.settings)
+    return _row(subject, number, data)
 
 
 def measure_features(
@@ -76,16 +76,14 @@ def measure_features(
     """
     if features is not None:
         features = resolve_precision(features, device)
-    backbone = Frozen(subject.backbone, subject.size, device, autocast_type(features or "fp32"))
+    backbone = Frozen(subject.backbone, subject.size, device, features)
     for number in frozen.measure_features(backbone, images, measurements, test_parts, probes):
-        computed = "" if features is None else f"; features in {features}"
-        yield _row(subject, number, images.name, number.settings + computed)
+        yield _row(subject, number, images.name)
 
 
-def _row(subject: Subject, number: Number, data: str, settings: str) -> Row:
-    return measured_row(
-        subject, number.counts, number.n, data, settings, number.seconds, **dataclasses.asdict(number.measurement)
-    )
+def _row(subject: Subject, number: Number, data: str) -> Row:
+    measurement = dataclasses.asdict(number.measurement)
+    return measured_row(subject, number.counts, number.n, data, number.settings, number.seconds, **measurement)
 
 
 def main(arguments: list[str] | None = None) -> int:
