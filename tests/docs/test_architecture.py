@@ -45,7 +45,14 @@ LAYERS = (
     {"rotation_ssl.golden", "rotation_ssl.hub", "rotation_ssl.demo", "rotation_ssl.cli"},
     {"hubconf"},
     # the lab
-    {"training", "training.recipes", "training.protocols", "training.photos", "training.datasets"},
+    {
+        "training",
+        "training.recipes",
+        "training.photos",
+        "training.datasets",
+        "training.evaluation.recipes",
+        "training.transfer.recipes",
+    },
     {"training.reporting.rows", "training.reporting.report"},
     {"training.pretrain"},
     {"training.evaluation"},

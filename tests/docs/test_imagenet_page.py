@@ -9,7 +9,7 @@ from conftest import ROOT
 
 from training.__main__ import main
 from training.evaluation import layers
-from training.protocols import LAYER_PROBES
+from training.evaluation.recipes import LAYER_PROBES
 from training.recipes import RECIPES
 from training.reporting.quoted import layer_table
 from training.reporting.rows import read_rows

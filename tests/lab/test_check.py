@@ -14,8 +14,8 @@ from training.datasets import load_images
 from training.evaluation import finetune, subject
 from training.evaluation import layers as imagenet
 from training.evaluation import probes as evaluate
+from training.evaluation.recipes import LAYER_PROBES, TRANSFERS
 from training.evaluation.subject import load_subject
-from training.protocols import LAYER_PROBES, TRANSFERS
 from training.reporting import check
 from training.reporting.rows import ON_CIFAR10, Row, complaints, missing_rows, read_file, read_rows, write_rows
 

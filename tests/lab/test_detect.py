@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 from small_voc import write_small_voc
 
 from training.evaluation.subject import load_subject
-from training.protocols import VOC_FAST_RCNN, VOC_FASTER_RCNN
 from training.reporting.rows import read_file
 from training.transfer import detection as detect
 from training.transfer.command import averages
 from training.transfer.data import CLASSES, AnnotatedImage, read_annotations
 from training.transfer.metrics import average_precision, match_detections
 from training.transfer.network import transfer_network
+from training.transfer.recipes import VOC_FAST_RCNN, VOC_FASTER_RCNN
 
 LEARNED = ("aeroplane", "horse")
 MODES = ("Fast R-CNN", "Faster R-CNN")

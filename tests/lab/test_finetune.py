@@ -9,8 +9,8 @@ from rotation_ssl.evaluation.frozen import preparation
 from rotation_ssl.labelled import labels_subset
 from training.datasets import load_images
 from training.evaluation import finetune
+from training.evaluation.recipes import TRANSFERS
 from training.evaluation.subject import load_subject
-from training.protocols import TRANSFERS
 from training.reporting.rows import read_file
 
 NAME = "rotnet_nin.cifar10"

@@ -21,8 +21,8 @@ from training.evaluation.layers import (
     train_probes,
     with_epochs,
 )
+from training.evaluation.recipes import IMAGENET_LINEAR_CPU, IMAGENET_LINEAR_PAPER, IMAGENET_NONLINEAR_CPU
 from training.evaluation.subject import load_subject
-from training.protocols import IMAGENET_LINEAR_CPU, IMAGENET_LINEAR_PAPER, IMAGENET_NONLINEAR_CPU
 from training.reporting.rows import read_file
 
 LINEAR = dataclasses.replace(

@@ -11,12 +11,12 @@ from small_voc import write_small_voc
 from torch.nn import functional as F
 
 from training.evaluation.subject import load_subject
-from training.protocols import VOC_SEGMENTATION
 from training.reporting.rows import read_file
 from training.transfer import segmentation as segment
 from training.transfer.data import CLASSES, open_mask, read_masks
 from training.transfer.metrics import confusion_matrix, intersections_over_unions, mean_over_classes
 from training.transfer.network import transfer_network
+from training.transfer.recipes import VOC_SEGMENTATION
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,12 @@ from torch import nn
 
 from rotation_ssl.evaluation.frozen import preparation
 from training.evaluation.subject import load_subject
-from training.protocols import VOC_CLASSIFICATION
 from training.reporting.rows import read_file
 from training.transfer import classification as voc
 from training.transfer.command import add_arguments, averages, cost_of
 from training.transfer.data import CLASSES, class_labels, read_annotations
 from training.transfer.network import Backbone, Draws, batches, smallest_side, transfer_network
+from training.transfer.recipes import VOC_CLASSIFICATION
 
 TINY = ("--size", 64, "--fc-size", 16, "--steps", 3, "--images-per-step", 4)
 

@@ -18,8 +18,8 @@ from training.datasets import load_images
 from training.evaluation import finetune
 from training.evaluation import layers as imagenet
 from training.evaluation import probes as evaluate
+from training.evaluation.recipes import LAYER_PROBES, TRANSFERS
 from training.evaluation.subject import load_subject
-from training.protocols import LAYER_PROBES, TRANSFERS
 from training.recipes import RECIPES
 from training.studies.nin_cifar10 import VARIANTS
 

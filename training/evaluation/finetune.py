@@ -37,8 +37,8 @@ from rotation_ssl.pretraining.optim import learning_rate_factor, set_learning_ra
 from rotation_ssl.probes import convolutional_probe, nonlinear_probe
 from rotation_ssl.progress import progress
 from training.datasets import DATASETS, check_whole, load_images
+from training.evaluation.recipes import TRANSFERS, TransferRecipe
 from training.evaluation.subject import Subject, load_subject, measured_row, record_file
-from training.protocols import TRANSFERS, TransferRecipe
 from training.reporting.report import check_rows, keep_row, run_measuring, write_report
 from training.reporting.rows import Row
 

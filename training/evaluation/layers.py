@@ -37,8 +37,8 @@ from rotation_ssl.pretraining.images import UnlabelledImages, open_dataset, open
 from rotation_ssl.probes import max_pooled_probe
 from rotation_ssl.progress import progress
 from training.datasets import NAMES, check_whole, load_cifar10, tinyimagenet_files
+from training.evaluation.recipes import LAYER_PROBES, LayerProbeRecipe
 from training.evaluation.subject import Subject, load_subject, measured_row, record_file
-from training.protocols import LAYER_PROBES, LayerProbeRecipe
 from training.reporting.report import check_rows, keep_row, run_measuring, write_report
 from training.reporting.rows import Row
 

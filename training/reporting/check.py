@@ -44,8 +44,8 @@ from training.datasets import NAMES, WHOLE, load_images
 from training.evaluation.finetune import measure_transfer, transfer_subject
 from training.evaluation.layers import Labelled, measure_layers
 from training.evaluation.probes import measure_features, measure_rotation
+from training.evaluation.recipes import LAYER_PROBES, TRANSFERS
 from training.evaluation.subject import subject_of_row
-from training.protocols import LAYER_PROBES, TRANSFERS
 from training.reporting.rows import RESULTS_DIR, Row, check_device, complaints, read_rows
 
 QUICK_PARTS = (0, 1)
@@ -143,7 +143,7 @@ def measure_again(
             if row.protocol in PROTOCOLS.values() or row in layered:
                 continue
             if (row.protocol, row.cost) not in transfers:
-                raise ValueError(f"{row.number} has no recipe in training/protocols.py: it cannot be measured again")
+                raise ValueError(f"{row.number} has no recipe: it cannot be measured again")
             recipe = transfers[row.protocol, row.cost]
             model = subject.name if subject.published else subject.architecture
             fresh = transfer_subject(recipe, model, row.seed or 0, random=not subject.published)

@@ -11,8 +11,8 @@ of ten random crops of each test image is measured; objects marked difficult do 
 Three numbers are written, and printed for every class: VOC2007's 11-point average precision, the area under the best
 precision (VOC2010 and later), and the area in steps, which is what scikit-learn calls average precision and the code
 of Kraehenbuehl et al., whose settings are taken, prints. Settings are the recipe VOC_CLASSIFICATION in
-training/protocols.py. Numbers are in --output as rows.jsonl, report.md, report.json and report.png, those of every
-class as classes.json, and the trained network as network.safetensors.
+training/transfer/recipes.py. Numbers are in --output as rows.jsonl, report.md, report.json and report.png, those of
+every class as classes.json, and the trained network as network.safetensors.
 """
 
 import argparse
@@ -33,7 +33,6 @@ from rotation_ssl.machine import TURN_OFF
 from rotation_ssl.messages import counted
 from rotation_ssl.progress import progress
 from training.evaluation.subject import Subject
-from training.protocols import VOC_CLASSIFICATION, VocClassification
 from training.reporting.report import run_measuring
 from training.transfer.command import (
     add_arguments,
@@ -54,6 +53,7 @@ from training.transfer.data import (
 )
 from training.transfer.metrics import KINDS, classification_precisions
 from training.transfer.network import Draws, InOrder, batches, read_once, train_network
+from training.transfer.recipes import VOC_CLASSIFICATION, VocClassification
 
 LAYERS = ("fc6-8", "all")
 

@@ -17,12 +17,12 @@ from tqdm import tqdm
 from rotation_ssl.machine import device_name, library_versions
 from rotation_ssl.messages import counted
 from training.evaluation.subject import Subject, load_subject
-from training.protocols import Training
 from training.reporting.report import check_rows, keep_row, write_report
 from training.reporting.rows import Row, current_commit
 from training.transfer.data import CLASSES
 from training.transfer.metrics import mean_over_classes
 from training.transfer.network import NETWORK, check_apart, has_fresh_fc, transfer_network
+from training.transfer.recipes import Training
 
 # options that leave the protocol as it is: what is transferred, and where and how it is worked on
 NOT_OF_THE_PROTOCOL = frozenset(

@@ -11,7 +11,7 @@ scale is measured. Objects marked difficult are neither trained on nor counted.
 
 The file of proposals is a safetensors file with a tensor (n, 4) for each image's name ('000005'), float32: left, top,
 right, bottom in pixels from the image's corner; write_proposals of this module writes one, docs/transfer.md shows how.
-Settings are the recipes VOC_FAST_RCNN and VOC_FASTER_RCNN in training/protocols.py. Numbers are in --output as
+Settings are the recipes VOC_FAST_RCNN and VOC_FASTER_RCNN in training/transfer/recipes.py. Numbers are in --output as
 rows.jsonl, report.md, report.json and report.png, those of every class as classes.json, and the trained network as
 network.safetensors.
 """
@@ -41,7 +41,6 @@ from torchvision.ops import roi_align, roi_pool
 from rotation_ssl.machine import TURN_OFF
 from rotation_ssl.messages import counted
 from rotation_ssl.progress import progress
-from training.protocols import VOC_FAST_RCNN, VOC_FASTER_RCNN, VocDetection
 from training.reporting.report import run_measuring
 from training.transfer.command import (
     add_arguments,
@@ -62,6 +61,7 @@ from training.transfer.data import (
 )
 from training.transfer.metrics import average_precision, match_detections
 from training.transfer.network import Backbone, Draws, InOrder, batches, read_once, smallest_side, train_network
+from training.transfer.recipes import VOC_FAST_RCNN, VOC_FASTER_RCNN, VocDetection
 
 KINDS = ("11-point", "area")
 POOLED = 6  # side of a region's map for AlexNet's fc6

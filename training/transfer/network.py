@@ -19,8 +19,8 @@ from rotation_ssl.messages import first_line
 from rotation_ssl.pretraining.optim import learning_rate_factor, set_learning_rates
 from rotation_ssl.progress import progress
 from training.evaluation.subject import Subject
-from training.protocols import Training
 from training.transfer.data import open_pixels
+from training.transfer.recipes import Training
 from training.transfer.rescale import centre, fold_batch_norms, rescale
 
 FC_SIZE = 4096  # of the paper's fc6 and fc7

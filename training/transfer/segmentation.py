@@ -9,8 +9,9 @@ package; its batch norm is folded and its layers are rescaled, then all are trai
 masks give as 255 do not count. VOC2012's train and val are taken where nothing else is said: the paper does not name
 its splits.
 
-Settings are the recipe VOC_SEGMENTATION in training/protocols.py. Numbers are in --output as rows.jsonl, report.md,
-report.json and report.png, those of every class as classes.json, and the trained network as network.safetensors.
+Settings are the recipe VOC_SEGMENTATION in training/transfer/recipes.py. Numbers are in --output as rows.jsonl,
+report.md, report.json and report.png, those of every class as classes.json, and the trained network as
+network.safetensors.
 """
 
 import argparse
@@ -31,7 +32,6 @@ from rotation_ssl.images import normalize
 from rotation_ssl.machine import TURN_OFF
 from rotation_ssl.messages import counted
 from rotation_ssl.progress import progress
-from training.protocols import VOC_SEGMENTATION, VocSegmentation
 from training.reporting.report import run_measuring
 from training.transfer.command import (
     add_arguments,
@@ -44,6 +44,7 @@ from training.transfer.command import (
 from training.transfer.data import MaskedImage, check_large_enough, open_mask, open_pixels, pixels_tensor, read_masks
 from training.transfer.metrics import IGNORED, confusion_matrix, intersections_over_unions, mean_over_classes
 from training.transfer.network import Backbone, Draws, InOrder, batches, read_once, train_network
+from training.transfer.recipes import VOC_SEGMENTATION, VocSegmentation
 
 
 class Fcn(nn.Module):
