@@ -4,6 +4,7 @@ The client of the Hub reads its environment when imported: the address of the lo
 so no test can reach the real one.
 """
 
+import dataclasses
 import importlib
 import json
 import os
@@ -36,6 +37,7 @@ from hypothesis import settings
 import rotation_ssl  # noqa: F401  registers the models with timm
 from rotation_ssl import zoo
 from rotation_ssl.backbones import alexnet, nin
+from rotation_ssl.evaluation.protocols import PROTOCOLS
 from rotation_ssl.images import read_image
 
 # a busy machine is not a failure
@@ -167,6 +169,14 @@ def set_manifest(monkeypatch):
 def go_offline(monkeypatch):
     """A function that makes the Hub's client refuse requests, as HF_HUB_OFFLINE=1 does."""
     return lambda: monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+def shorten_probes(monkeypatch, protocols=PROTOCOLS, ids=("nonlinear", "conv"), **changes):
+    """Change the recipes of protocols at each budget."""
+    for protocol in map(protocols.get, ids):
+        recipes = {budget: recipe and dataclasses.replace(recipe, **changes)
+                   for budget, recipe in protocol.recipes.items()}  # fmt: skip
+        monkeypatch.setitem(protocols, protocol.id, dataclasses.replace(protocol, recipes=recipes))
 
 
 def published_manifest():

@@ -1,67 +1,43 @@
-"""Labelled images as one uint8 tensor."""
+"""The labelled data sets of the lab, an entry each: name, number of images, and how it is read."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from rotation_ssl.images import read_images
-from rotation_ssl.labelled import Images, LabelledImages, check_same_classes, load_folder, load_folder_split
+from rotation_ssl.labelled import (
+    Images,
+    LabelledImages,
+    check_same_classes,
+    labelled_files,
+    load_folder,
+    load_folder_split,
+)
 from rotation_ssl.pretraining.images import UnlabelledImages, open_files, open_images
-from training.photos import photo_files
+from training.photos import listed_files, photo_files
 
-DATASETS = ("cifar10", "tinyimagenet", "folder")
-TINYIMAGENET_SIZE = 64
-# what the data sets are called in result rows, and how many training and test images they have
-NAMES = {"cifar10": "CIFAR-10 test", "tinyimagenet": "Tiny-ImageNet val"}
-WHOLE = {"cifar10": (50_000, 10_000), "tinyimagenet": (100_000, 10_000)}
+# the files of a split, their labels (positions in the classes) and the classes
+Listed = tuple[list[Path], list[int], tuple[str, ...]]
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
-def load_images(
-    dataset: str, data_dir: Path, size: int, download: bool = False, holdout: int = 0, test_only: bool = False
-) -> Images:
-    """Training and test images of a data set.
+@dataclass(frozen=True)
+class DataSet:
+    """A labelled data set.
 
-    Args:
-        dataset: one of :data:`DATASETS`.
-        data_dir: where it is.
-        size: side of a folder's images.
-        download: let torchvision fetch CIFAR-10.
-        holdout: take so many of the training images, the last ones, in place of the test images, which are not read.
-        test_only: read no training images: there are none.
-
-    Raises:
-        ValueError: as :func:`load_split`, different classes in the two, or a holdout out of range.
+    ``name`` is what result rows call it, ``counts`` are its training and test images, ``size`` is the side of its
+    images in pixels, 0 where they are resized to what is asked for. ``files`` lists a split, 'train' or 'test', of the
+    data set in a folder; None: it is read otherwise. ``probe_size`` is the side of the squares that small-budget probes
+    of all layers take their crops from.
     """
-    name = NAMES.get(dataset) or f"{data_dir.resolve().name} test"
-    if holdout:
-        train = load_split(dataset, data_dir, "train", size, download)
-        if not 0 < holdout < len(train):
-            raise ValueError(f"holdout must be 1 to {len(train) - 1} of the training images, got {holdout}")
-        order = torch.arange(len(train))
-        name = f"{name.rpartition(' ')[0]}, last {holdout} training image{'s' * (holdout != 1)}"
-        return Images(name, train.subset(order[:-holdout]), train.subset(order[-holdout:]))
-    test = load_split(dataset, data_dir, "test", size, download)
-    if test_only:
-        return Images(name, test.subset(torch.arange(0)), test)
-    train = load_split(dataset, data_dir, "train", size, download)
-    check_same_classes(train, test)
-    return Images(name, train, test)
 
-
-def check_whole(dataset: str, train: int, test: int) -> None:
-    """Refuse a part of a data set where the whole is meant; training images that were not read are none.
-
-    Raises:
-        ValueError: other numbers of images than the data set has, or one of one's own.
-    """
-    if dataset not in WHOLE:
-        raise ValueError(f"the card's numbers are of {', '.join(NAMES.values())}, not of one's own data")
-    images = WHOLE[dataset]
-    if (train, test) not in (images, (0, images[1])):
-        raise ValueError(
-            f"this is not the whole of {NAMES[dataset].rpartition(' ')[0]}: {train:,} training and {test:,} test images"
-        )
+    name: str
+    counts: tuple[int, int]
+    size: int = 0
+    files: Callable[[Path, str], Listed] | None = None
+    probe_size: int = 64
 
 
 def load_cifar10(data_dir: Path, split: str, download: bool = False) -> LabelledImages:
@@ -96,7 +72,7 @@ def load_cifar10(data_dir: Path, split: str, download: bool = False) -> Labelled
     try:
         dataset = CIFAR10(str(data_dir), train=split == "train", download=download)
     except (RuntimeError, OSError) as error:
-        raise ValueError(f"CIFAR-10 in {data_dir} cannot be had ({error}); fetch it anew with --download") from error
+        raise ValueError(f"CIFAR-10 in {data_dir} cannot be read ({error}); fetch it again with --download") from error
     images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()
     return LabelledImages(images, torch.tensor(dataset.targets), CIFAR10_CLASSES)
 
@@ -126,7 +102,7 @@ def tinyimagenet_files(data_dir: Path, split: str) -> tuple[list[Path], list[int
         for label, name in enumerate(classes):
             own = sorted((train / name / "images").glob("*.JPEG"))
             if not own:
-                raise ValueError(f"class {name} of {data_dir} has no images in train/{name}/images: fetch it anew")
+                raise ValueError(f"class {name} of {data_dir} has no images in train/{name}/images: fetch it again")
             files += own
             labels += [label] * len(own)
         order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0)).tolist()
@@ -146,17 +122,126 @@ def tinyimagenet_files(data_dir: Path, split: str) -> tuple[list[Path], list[int
     return files, labels, classes
 
 
-def load_split(dataset: str, data_dir: Path, split: str, size: int, download: bool = False) -> LabelledImages:
-    """One split of a data set.
+def imagenet20_files(root: Path, split: str) -> Listed:
+    """Imagenette and Imagewoof together, 20 classes of ImageNet; ``root`` holds both.
 
-    'cifar10', 'tinyimagenet', or 'folder' for ``data_dir/train/<class>/*`` and ``test`` or ``val`` beside.
+    Raises:
+        ValueError: one of them is not there.
+    """
+    files: list[Path] = []
+    labels: list[int] = []
+    classes: list[str] = []
+    for name in ("imagenette2-320", "imagewoof2-320"):
+        own, numbers, names = labelled_files(root / name / ("train" if split == "train" else "val"))
+        files += own
+        labels += (numbers + len(classes)).tolist()
+        classes += names
+    return files, labels, tuple(classes)
+
+
+def miniplaces_files(root: Path, split: str) -> Listed:
+    """MiniPlaces, 100 classes of Places at 128 pixels, as ``data/train.txt`` and ``data/val.txt`` list it.
+
+    Of the 1,000 listed training images of a class 900 are distributed: the others are skipped.
+
+    Raises:
+        ValueError: ``root`` does not hold its images and lists.
+    """
+    folder = root / "miniplaces" / "data"
+    try:
+        lists = {name: (folder / f"{name}.txt").read_text().splitlines() for name in ("train", "val")}
+        found = {name: [(folder / "images" / line.split()[0], int(line.split()[1])) for line in lines]
+                 for name, lines in lists.items()}  # fmt: skip
+    except (OSError, ValueError, IndexError) as error:
+        raise ValueError(f"no MiniPlaces in {folder}: expected images/, train.txt and val.txt there") from error
+    names = {label: file.parent.name for file, label in found["train"]}
+    chosen = found["val"] if split == "test" else [(file, label) for file, label in found["train"] if file.is_file()]
+    return [file for file, _ in chosen], [label for _, label in chosen], tuple(names[i] for i in sorted(names))
+
+
+def held_out(source: str) -> Callable[[Path, str], Listed]:
+    """The held-out photographs of one of the sources of `photos`, without labels: for rotation accuracy."""
+
+    def files(root: Path, split: str) -> Listed:
+        if split == "train":
+            raise ValueError(f"{source} is there to measure rotation accuracy on: give --only rotation")
+        listed = listed_files(root, source)
+        return listed, [0] * len(listed), ("photograph",)
+
+    return files
+
+
+DATASETS = {
+    "cifar10": DataSet("CIFAR-10 test", (50_000, 10_000), 32, probe_size=32),
+    "tinyimagenet": DataSet("Tiny-ImageNet val", (100_000, 10_000), 64, tinyimagenet_files),
+    "miniplaces": DataSet("MiniPlaces val", (90_000, 10_000), 0, miniplaces_files, 128),
+    "imagenet20": DataSet("Imagenette and Imagewoof val", (18_494, 7_854), 0, imagenet20_files, 146),
+    "imagenette": DataSet("Imagenette val", (0, 3_925), 0, held_out("imagenette2-320")),
+    "imagewoof": DataSet("Imagewoof val", (0, 3_929), 0, held_out("imagewoof2-320")),
+    "caltech101": DataSet("Caltech-101 test", (0, 3_049), 0, held_out("caltech101")),
+    "voc2007": DataSet("VOC2007 test", (0, 4_952), 0, held_out("VOCdevkit/VOC2007")),
+}
+FOLDER = "folder"  # of one's own images
+
+
+def name_of(dataset: str, root: Path, split: str = "test") -> str:
+    """What rows call a data set: its name, or that of the folder and the split."""
+    return DATASETS[dataset].name if dataset in DATASETS else f"{root.resolve().name} {split}"
+
+
+def dataset_of(name: str) -> str:
+    """The id of the data set that rows call ``name``.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = [id for id, dataset in DATASETS.items() if dataset.name == name]
+    if not found:
+        known = ", ".join(dataset.name for dataset in DATASETS.values())
+        raise ValueError(f"no data set is called {name!r}; there are {known}")
+    return found[0]
+
+
+def load_images(
+    dataset: str, data_dir: Path, size: int, download: bool = False, holdout: int = 0, test_only: bool = False
+) -> Images:
+    """Training and test images of a data set, in memory.
 
     Args:
-        dataset: one of :data:`DATASETS`.
+        dataset: one of :data:`DATASETS`, or 'folder'.
         data_dir: where it is.
-        split: 'train' or 'test'; a folder's test images may be in ``val/``, its training images are shuffled, always
-            in the same way.
-        size: side of a folder's images; CIFAR-10 keeps its 32 pixels, Tiny-ImageNet its 64.
+        size: side of the images, of a data set without a size of its own.
+        download: let torchvision fetch CIFAR-10.
+        holdout: take so many of the training images, the last ones, in place of the test images, which are not read.
+        test_only: read no training images.
+
+    Raises:
+        ValueError: as :func:`load_split`, different classes in the two, or a holdout out of range.
+    """
+    name = name_of(dataset, data_dir)
+    if holdout:
+        train = load_split(dataset, data_dir, "train", size, download)
+        if not 0 < holdout < len(train):
+            raise ValueError(f"holdout must be 1 to {len(train) - 1} of the training images, got {holdout}")
+        order = torch.arange(len(train))
+        name = f"{name.rpartition(' ')[0]}, last {holdout} training image{'s' * (holdout != 1)}"
+        return Images(name, train.subset(order[:-holdout]), train.subset(order[-holdout:]))
+    test = load_split(dataset, data_dir, "test", size, download)
+    if test_only:
+        return Images(name, test.subset(torch.arange(0)), test)
+    train = load_split(dataset, data_dir, "train", size, download)
+    check_same_classes(train, test)
+    return Images(name, train, test)
+
+
+def load_split(dataset: str, data_dir: Path, split: str, size: int, download: bool = False) -> LabelledImages:
+    """One split of a data set, in memory.
+
+    Args:
+        dataset: one of :data:`DATASETS`, or 'folder' for ``data_dir/train/<class>/*`` and ``test`` or ``val``.
+        data_dir: where it is.
+        split: 'train' or 'test'; a folder's training images are shuffled, always in the same way.
+        size: side of the images, of a data set without a size of its own.
         download: let torchvision fetch CIFAR-10.
 
     Raises:
@@ -164,12 +249,38 @@ def load_split(dataset: str, data_dir: Path, split: str, size: int, download: bo
     """
     if dataset == "cifar10":
         return load_cifar10(data_dir, split, download)
-    if dataset == "tinyimagenet":
-        files, labels, classes = tinyimagenet_files(data_dir, split)
-        return LabelledImages(read_images(files, TINYIMAGENET_SIZE), torch.tensor(labels), classes)
-    if dataset != "folder":
-        raise ValueError(f"no data set {dataset!r}; there are {', '.join(DATASETS)}")
-    return load_folder_split(data_dir, split, size)
+    if dataset == FOLDER:
+        return load_folder_split(data_dir, split, size)
+    files, labels, classes = list_files(dataset, data_dir, split)
+    return LabelledImages(read_images(files, DATASETS[dataset].size or size), torch.tensor(labels), classes)
+
+
+def list_files(dataset: str, data_dir: Path, split: str) -> Listed:
+    """The files of a split of a data set, their labels and the classes.
+
+    Raises:
+        ValueError: an unknown data set, or one that is not in the folder.
+    """
+    files = DATASETS[dataset].files if dataset in DATASETS else None
+    if files is None:
+        raise ValueError(f"no data set {dataset!r}; there are {', '.join((*DATASETS, FOLDER))}")
+    return files(data_dir, split)
+
+
+def check_whole(dataset: str, train: int, test: int) -> None:
+    """Refuse a part of a data set where the whole is meant; training images that were not read are none.
+
+    Raises:
+        ValueError: other numbers of images than the data set has, or one's own images.
+    """
+    if dataset not in DATASETS:
+        known = ", ".join(known.name for known in DATASETS.values())
+        raise ValueError(f"the card's numbers are of {known}, not of one's own data")
+    name, counts = DATASETS[dataset].name, DATASETS[dataset].counts
+    if (train, test) not in (counts, (0, counts[1])):
+        raise ValueError(
+            f"this is not the whole of {name.rpartition(' ')[0]}: {train:,} training and {test:,} test images"
+        )
 
 
 def open_unlabelled(data: str, root: Path, size: int, download: bool = False) -> torch.Tensor | UnlabelledImages:

@@ -66,7 +66,7 @@ def _listed(name: str, root: Path) -> list[Path]:
     try:
         lines = (root / name).read_text().splitlines()
     except OSError as error:
-        raise ValueError(f"{root / name}, the list of its images, cannot be read; fetch {root.name} anew") from error
+        raise ValueError(f"{root / name}, the list of its images, cannot be read; fetch {root.name} again") from error
     return sorted(root / "101_ObjectCategories" / line.strip() for line in lines if line.strip())
 
 
@@ -94,6 +94,22 @@ def training_files(root: Path) -> list[Path]:
 def held_out_files(root: Path) -> list[Path]:
     """The held-out images of all sources."""
     return [file for source in SOURCES for file in source.held_out(root / source.folder)]
+
+
+def listed_files(root: Path, source: str) -> list[Path]:
+    """The held-out images of one source, of VOC2007 those of its test list, in the order of their names.
+
+    Raises:
+        ValueError: ``root`` lacks the source.
+    """
+    (found,) = [own for own in SOURCES if own.folder == source]
+    if not (root / source).is_dir():
+        raise ValueError(f"{root} lacks {source}: give the folder that holds the data sets")
+    files = found.held_out(root / source)
+    if source.startswith("VOCdevkit"):
+        names = set((root / source / "ImageSets" / "Main" / "test.txt").read_text().split())
+        files = [file for file in files if file.stem in names]
+    return files
 
 
 def photo_files(folder: Path) -> list[Path]:

@@ -10,7 +10,9 @@ from tqdm import tqdm
 
 from rotation_ssl.cli.features import load_model
 from rotation_ssl.cli.options import add_command, positive
-from rotation_ssl.evaluation.frozen import PROTOCOLS, Frozen, measure_features, measure_rotation, plan
+from rotation_ssl.evaluation.frozen import Frozen
+from rotation_ssl.evaluation.measure import measure_features, measure_rotation, plan
+from rotation_ssl.evaluation.protocols import PROTOCOLS
 from rotation_ssl.evaluation.report import Reported, new_figure, reported, write_report
 from rotation_ssl.features import layer_modules
 from rotation_ssl.labelled import Images, check_same_classes, load_folder_split
@@ -70,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _keep(result: Reported, earlier: list[Reported], output: Path) -> Reported:
-    of = " ".join(part for part in (result.protocol, result.layer) if part)
+    of = " ".join(part for part in (result.title, result.layer) if part)
     tqdm.write(f"  {of}: {100 * result.value:.2f} % ({result.correct:,} of {result.n:,}, {result.seconds:.0f} s)")
     write_report(output, [*earlier, result])
     return result

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rotation_ssl.evaluation.frozen import Number
+from rotation_ssl.evaluation.measure import Number
+from rotation_ssl.evaluation.protocols import PROTOCOLS
 
 Result = Any  # with the fields of :class:`Reported`: one of these, or a row of the lab
 
@@ -19,7 +20,7 @@ class Reported:
     weights: str
     data: str
     protocol: str
-    cost: str
+    budget: str
     layer: str
     seed: int | None
     strength: float | None
@@ -31,6 +32,11 @@ class Reported:
     labels_per_class: int | None = None
     draw: str = ""
     sha256: str = ""
+
+    @property
+    def title(self) -> str:
+        """Protocol and budget, as text shows them."""
+        return PROTOCOLS[self.protocol].titled(self.budget)
 
 
 def reported(number: Number, weights: str, data: str) -> Reported:
@@ -46,7 +52,7 @@ def write_report(folder: Path, rows: Sequence[Result]) -> None:
 
     Args:
         folder: where they go.
-        rows: dataclasses with the fields of :class:`Reported`.
+        rows: dataclasses with the fields and the title of :class:`Reported`.
 
     Raises:
         ImportError: matplotlib is not installed; the first two are written.
@@ -81,7 +87,7 @@ def report_text(rows: Sequence[Result]) -> str:
         layers = list(dict.fromkeys(row.layer for row in own if row.layer))
         lines = [f"# {weights} on {data}", ""]
         lines += [f"sha256 `{own[0].sha256}`", ""] if own[0].sha256 else []
-        lines += [f"{row.protocol}: {100 * row.value:.2f} %" for row in own if not row.layer]
+        lines += [f"{row.title}: {100 * row.value:.2f} %" for row in own if not row.layer]
         if layers:
             lines += ["", f"| protocol | {' | '.join(layers)} |", f"|---|{'---|' * len(layers)}"]
         for series in dict.fromkeys(series_name(row) for row in own if row.layer):
@@ -106,10 +112,9 @@ def spread_text(rows: Sequence[Result]) -> str:
 
 
 def series_name(row: Result) -> str:
-    """What rows have in common that differ by layer and seed alone: protocol, cost, and the labels of each class."""
-    cost = f" ({row.cost})" if row.cost else ""
+    """What rows have in common that differ by layer and seed alone: protocol, budget, and the labels of each class."""
     labels = f", {row.draw} {row.labels_per_class} of each class" if row.labels_per_class else ""
-    return f"{row.protocol}{cost}{labels}"
+    return f"{row.title}{labels}"
 
 
 def draw_report(rows: Sequence[Result], file: Path) -> None:
@@ -137,7 +142,7 @@ def draw_report(rows: Sequence[Result], file: Path) -> None:
         axes.set_xticks(range(len(layers)), layers)
         axes.legend(fontsize="small")
     else:
-        axes.bar([f"{row.weights}\n{row.protocol}" for row in rows], [100 * row.value for row in rows], width=0.4)
+        axes.bar([f"{row.weights}\n{row.title}" for row in rows], [100 * row.value for row in rows], width=0.4)
     # what is no count is a mean of precisions or overlaps
     axes.set(
         ylabel="accuracy, percent" if all(row.n for row in rows) else "percent", title="" if several else rows[0].data

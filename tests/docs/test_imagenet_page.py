@@ -11,7 +11,7 @@ from training.__main__ import main
 from training.evaluation import layers
 from training.evaluation.recipes import LAYER_PROBES
 from training.recipes import RECIPES
-from training.reporting.quoted import layer_table
+from training.reporting.pages import layer_table
 from training.reporting.rows import read_rows
 
 PAGE = (ROOT / "docs" / "imagenet.md").read_text()
@@ -88,4 +88,4 @@ def less_workers(words):
 
 def test_the_papers_numbers_are_those_of_the_rows():
     assert layer_table(read_rows()) in PAGE, "again: python -m training publish render"
-    assert "_50.0 %_" in PAGE and "_36.5 %_" in PAGE
+    assert "_50.00 %_" in PAGE and "_36.50 %_" in PAGE

@@ -9,8 +9,8 @@ from conftest import ROOT
 from rotation_ssl.pretraining.recipe import Stage
 from training.datasets import load_images
 from training.recipes import RECIPES
-from training.reporting import card
 from training.reporting.rows import read_file, read_rows
+from training.reporting.tables import ablation_table
 from training.studies import rotations as ablation
 
 
@@ -67,17 +67,17 @@ def test_the_cards_rows_are_of_the_whole_data_and_of_committed_code(small_cifar1
 
 
 def test_the_table_has_ours_and_the_papers(images, tmp_path):
-    assert card.ablation_table([], read_rows()) == ""
+    assert ablation_table([], read_rows()) == ""
     file = tmp_path / "rows.jsonl"
     recipe = small("nin-cifar10-ablation-r90-270")
     torch.manual_seed(0)
     ablation.run_ablation(recipe, images, tmp_path / "run", file, (0, 1))
     rows = read_file(file)
     mean = 50 * (rows[0].value + rows[1].value)
-    (line,) = [line for line in card.ablation_table(rows, read_rows()).splitlines() if "90, 270" in line]
+    (line,) = [line for line in ablation_table(rows, read_rows()).splitlines() if "90, 270" in line]
     assert f"| {mean:.2f} ± " in line and "_85.52 %_ (paper, table 2)" in line
 
 
-def test_the_card_has_every_set_of_rotations():
+def test_the_page_has_every_set_of_rotations():
     assert all(ablation.measured(ablation.ROWS, name) for name in ablation.ROTATION_SETS)
-    assert card.ablation_table(read_file(ablation.ROWS), read_rows()) in (ROOT / "MODEL_CARD.md").read_text()
+    assert ablation_table(read_file(ablation.ROWS), read_rows()) in (ROOT / "docs" / "results.md").read_text()

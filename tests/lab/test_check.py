@@ -4,20 +4,21 @@ import dataclasses
 import json
 
 import pytest
+from conftest import shorten_probes
 from safetensors.torch import load_file, save_file
 
 from rotation_ssl import golden, zoo
-from rotation_ssl.evaluation import frozen
-from rotation_ssl.evaluation.recipes import PROBES
 from rotation_ssl.golden import golden_file
+from rotation_ssl.probes import LINEAR_STRENGTHS
 from training.datasets import load_images
 from training.evaluation import finetune, subject
 from training.evaluation import layers as imagenet
 from training.evaluation import probes as evaluate
-from training.evaluation.recipes import LAYER_PROBES, TRANSFERS
 from training.evaluation.subject import load_subject
+from training.protocols import PROTOCOLS
 from training.reporting import check
-from training.reporting.rows import ON_CIFAR10, Row, complaints, missing_rows, read_file, read_rows, write_rows
+from training.reporting.required import NIN_ON_CIFAR10, REQUIRED, complaints, missing_rows
+from training.reporting.rows import Row, read_file, read_rows, write_rows
 
 NAME = "rotnet_nin.cifar10"
 LAYERS = [f"block{i}" for i in range(1, 5)]
@@ -37,10 +38,10 @@ def reported(small_module, tmp_path_factory):
             rows = [evaluate.measure_rotation(measured, images.test, images.name)]
             rows += evaluate.measure_features(measured, images, plan)
             write_rows(folder / f"{measured.name}.jsonl", rows)
-        few = TRANSFERS["few-labels-cpu"]
+        few = PROTOCOLS["few-labels"].recipes["cpu"]
         for name, random in ((NAME, False), ("rotnet_nin", True)):
             measured = load_subject(name, random=random)
-            row = finetune.measure_transfer(finetune.TRANSFERS[few.name], measured, "block2", images, 2)
+            row = finetune.measure_transfer(few, measured, "block2", images, 2)
             write_rows(folder / f"{measured.name}.jsonl", [row])
     return folder
 
@@ -49,13 +50,10 @@ def shorten(patch):
     """Recipes cut to what 40 images need, one seed of each; the two commands that train see the same ones. Of what is
     reported the four cheap protocols.
     """
-    probes = {key: dataclasses.replace(r, epochs=3, milestones=(2,), batch_size=16) for key, r in PROBES.items()}
-    transfers = {name: dataclasses.replace(r, images=64, batch_size=16) for name, r in TRANSFERS.items()}
-    patch.setattr(frozen, "PROBES", probes)
-    patch.setattr(finetune, "TRANSFERS", transfers)
-    patch.setattr(check, "TRANSFERS", transfers)
-    numbers = tuple(dataclasses.replace(n, seeds=n.seeds[:1]) for n in ON_CIFAR10.numbers[:4])
-    patch.setattr("training.reporting.rows.REPORTED", {"rotnet_nin": dataclasses.replace(ON_CIFAR10, numbers=numbers)})
+    shorten_probes(patch, epochs=3, milestones=(2,), batch_size=16)
+    shorten_probes(patch, PROTOCOLS, ["few-labels"], images=64, batch_size=16)
+    numbers = tuple(dataclasses.replace(number, seeds=number.seeds[:1]) for number in NIN_ON_CIFAR10[:4])
+    patch.setitem(REQUIRED, NAME, numbers)
     one_bundled(patch)
 
 
@@ -100,7 +98,7 @@ def test_what_was_measured_holds(results, small_cifar10, capsys):
 def test_what_was_reported_in_bf16_is_found_again_in_fp32(results, small_cifar10, monkeypatch, capsys):
     monkeypatch.setattr("rotation_ssl.precision.cpu_flags", set)
     reported_in(results, "bf16")
-    assert run(results, small_cifar10, "--only", "few-labels-cpu") == 0
+    assert run(results, small_cifar10, "--only", "few-labels") == 0
     out = capsys.readouterr().out
     assert out.count("(bf16 then, fp32 now)") == 2 and "4 of 4 hold" in out
 
@@ -122,7 +120,7 @@ def test_a_part_can_be_asked_for(results, small_cifar10, capsys):
 def test_a_number_that_does_not_hold_is_caught(results, small_cifar10, capsys):
     """A row as a command would write it, with its digest, of a number that nobody will measure."""
     file = results / f"{NAME}.jsonl"
-    true = next(row for row in read_file(file) if row.protocol == "k-NN" and row.layer == "block1")
+    true = next(row for row in read_file(file) if row.protocol == "knn" and row.layer == "block1")
     counts = tuple(4 - count for count in true.counts)
     false = dataclasses.replace(true, counts=counts, correct=sum(counts), value=sum(counts) / 40)
     write_rows(file, [false])
@@ -179,11 +177,12 @@ def test_changed_weights_with_a_changed_manifest_are_caught_by_golden_outputs(on
 
 
 def test_a_linear_probe_is_measured_again_with_the_penalty_it_chose(reported, small_module, monkeypatch):
-    rows = [r for r in read_file(reported / f"{NAME}.jsonl") if r.protocol == "linear probe"]
-    assert len(rows) == 4 and all(row.strength in frozen.LINEAR_STRENGTHS for row in rows)
+    rows = [r for r in read_file(reported / f"{NAME}.jsonl") if r.protocol == "linear"]
+    assert len(rows) == 4 and all(row.strength in LINEAR_STRENGTHS for row in rows)
     other = [dataclasses.replace(row, strength=7.0) for row in rows]
     monkeypatch.setattr(check, "measure_rotation", None)
-    again = list(check.measure_again(other, load_images("cifar10", small_module, 32)))
+    images = load_images("cifar10", small_module, 32)
+    again = list(check.measure_again(other, lambda size, test_only: images))
     assert {(new.layer, new.strength) for _, new in again} == {(row.layer, 7.0) for row in rows}
     assert all("L2 7, chosen of" in new.settings for _, new in again)
 
@@ -197,11 +196,11 @@ def test_rows_of_other_bytes_are_caught(results, small_cifar10, capsys):
 
 def test_a_missing_row_is_caught(results, small_cifar10, capsys):
     file = results / f"{NAME}.jsonl"
-    lines = [line for line in file.read_text().splitlines() if '"linear probe", "layer": "block3"' not in line]
+    lines = [line for line in file.read_text().splitlines() if '"linear", "layer": "block3"' not in line]
     file.write_text("\n".join(lines) + "\n")
     assert run(results, small_cifar10, "--quick") == 1
     (broken,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("BROKEN")]
-    assert "linear probe (cached) block3 has no row" in broken
+    assert "linear probe, L-BFGS (cached) block3 has no row" in broken
 
 
 def test_nothing_reported_is_not_nothing_broken(tmp_path, small_cifar10, capsys, monkeypatch):
@@ -233,15 +232,16 @@ def test_rows_of_unpublished_weights_are_refused(results, small_cifar10, capsys)
     assert "nothing was measured" in captured.err
 
 
-def row(correct=9000, seed=None, cost="", n=10_000, **fields):
+def row(correct=9000, seed=None, budget="", n=10_000, **fields):
+    protocol = "nonlinear" if budget else "knn"
     return Row(
-        **{"weights": NAME, "protocol": "k-NN", "layer": "block1", "source": "measured", "sha256": "s"}
+        **{"weights": NAME, "protocol": protocol, "layer": "block1", "source": "measured", "sha256": "s"}
         | {"data": "CIFAR-10 test"}
         | {
             "value": correct / n,
             "correct": correct,
             "n": n,
-            "cost": cost,
+            "budget": budget,
             "seed": seed,
             "counts": (correct,) + (0,) * 9,
         }
@@ -254,9 +254,9 @@ def test_tolerances_by_hand():
     assert check.judge(row(9000), row(9010), []).holds and not check.judge(row(9000), row(9011), []).holds
     assert check.judge(row(9000), row(8990), []).holds and not check.judge(row(9000), row(8989), []).holds
     # fitted, no seed: half a point
-    fitted = row(9000, None, "cached")
-    assert check.judge(fitted, row(9050, None, "cached"), [fitted]).holds
-    assert not check.judge(fitted, row(9051, None, "cached"), [fitted]).holds
+    fitted = row(9000, protocol="linear", budget="cached")
+    assert check.judge(fitted, row(9050, protocol="linear", budget="cached"), [fitted]).holds
+    assert not check.judge(fitted, row(9051, protocol="linear", budget="cached"), [fitted]).holds
     # trained, one seed: 3 * (2 * 0.9 * 0.1 / 10,000) ** 0.5 = 1.273 points
     one = row(9000, 0, "cached")
     assert check.judge(one, row(9127, 0, "cached"), [one]).holds
@@ -297,33 +297,33 @@ def test_rows_without_a_precision_are_of_fp32():
     assert (check.precision_of(old), check.precision_of(new)) == ("fp32", "fp32")
     assert check.judge(old, new, [old]).tolerance == "1.27"
     # of what is reported, what is in bf16 says so
-    computed = {(row.protocol, check.precision_of(row)) for row in read_rows() if row.source == "measured" and row.cost}
+    computed = {
+        (row.protocol, check.precision_of(row)) for row in read_rows() if row.source == "measured" and row.budget
+    }
     assert computed == {
-        ("linear probe", "fp32"), ("non-linear probe", "fp32"), ("convolutional probe", "bf16"),
-        ("fine-tuned, convolutional probe", "bf16"), ("fine-tuned, non-linear probe", "bf16"),
-        ("few labels, convolutional probe", "bf16"), ("supervised", "bf16"),
-        ("ImageNet linear probe", "bf16"), ("ImageNet non-linear probe", "bf16"),
+        ("linear", "fp32"), ("nonlinear", "fp32"), ("conv", "bf16"),
+        ("finetune-conv", "bf16"), ("finetune-nonlinear", "bf16"),
+        ("few-labels", "bf16"), ("supervised", "bf16"),
+        ("linear-sgd", "bf16"), ("nonlinear-sgd", "bf16"),
     }  # fmt: skip
 
 
 def test_expected_time_is_that_of_the_rows():
-    rotation = row(protocol="rotation accuracy", layer="", n=40_000, correct=30_000, seconds=40.0)
+    rotation = row(protocol="rotation", layer="", n=40_000, correct=30_000, seconds=40.0)
     probes = [row(layer="block2", seconds=10.0), row(layer="block3", seconds=20.0)]
     rows = [rotation, *probes]
     # a millisecond an image: the rows, and one pass over the training and the test images, or a fifth of these
     assert check.expected_seconds(rows, rows, quick=False) == pytest.approx(70 + 60)
     assert check.expected_seconds(rows, rows, quick=True) == pytest.approx(14 + 52)
     # four views of the training images, and two more for maps of another size
-    probes = [
-        row(layer="block2", protocol=p, cost="cached", seed=0) for p in ("non-linear probe", "convolutional probe")
-    ]
+    probes = [row(layer="block2", protocol=p, budget="cached", seed=0) for p in ("nonlinear", "conv")]
     assert check.expected_seconds(probes[:1], [*rows, *probes], quick=False) == pytest.approx(4 * 50 + 10)
     assert check.expected_seconds(probes, [*rows, *probes], quick=False) == pytest.approx(4 * 50 + 10 + 2 * 50 + 10)
 
 
 def test_rows_of_all_layers_are_measured_again_in_one_pass(small_tinyimagenet, monkeypatch):
-    short = dataclasses.replace(LAYER_PROBES["imagenet-linear-cpu"], epochs=2, milestones=(1,), batch_size=10)
-    monkeypatch.setattr(check, "LAYER_PROBES", {short.name: short})
+    shorten_probes(monkeypatch, PROTOCOLS, ["linear-sgd"], epochs=2, milestones=(1,), batch_size=10)
+    short = PROTOCOLS["linear-sgd"].recipes["cpu"]
     images = load_images("tinyimagenet", small_tinyimagenet, 64)
     train, val = (imagenet.Labelled(part.images, part.labels, 10) for part in (images.train, images.test))
     measured = load_subject("rotnet_alexnet", random=True)
@@ -333,7 +333,7 @@ def test_rows_of_all_layers_are_measured_again_in_one_pass(small_tinyimagenet, m
         for seed in (0, 1)
         for row in imagenet.measure_layers(short, measured, layers, train, val, images.name, seed=seed)
     ]
-    found = list(check.measure_again(rows, images))
+    found = list(check.measure_again(rows, lambda size, test_only: images))
     assert [(old.layer, old.seed) for old, _ in found] == [(layer, seed) for seed in (0, 1) for layer in layers]
     assert all((new.layer, new.seed, new.counts) == (old.layer, old.seed, old.counts) for old, new in found)
 
@@ -341,7 +341,7 @@ def test_rows_of_all_layers_are_measured_again_in_one_pass(small_tinyimagenet, m
 def test_numbers_of_data_that_are_not_given_are_named(results, small_module, capsys):
     """Not passed over in silence, and not called passed."""
     file = results / f"{NAME}.jsonl"
-    rotation = next(row for row in read_file(file) if row.protocol == "rotation accuracy")
+    rotation = next(row for row in read_file(file) if row.protocol == "rotation")
     write_rows(file, [dataclasses.replace(rotation, data="Tiny-ImageNet val")])
     arguments = ["--results", str(results), "--data", str(small_module), "--only", "rotation", "--weights", NAME]
     assert check.main(arguments) == 0
@@ -349,7 +349,7 @@ def test_numbers_of_data_that_are_not_given_are_named(results, small_module, cap
     assert "not measured: 1 number of Tiny-ImageNet val: give --tinyimagenet DIR" in out and "3 of 3 hold" in out
     write_rows(file, [dataclasses.replace(rotation, data="holiday photographs")])
     assert check.main(arguments) == 2
-    assert "there are rows of holiday photographs" in capsys.readouterr().err
+    assert "no data set is called 'holiday photographs'" in capsys.readouterr().err
 
 
 def test_golden_outputs_that_are_not_numbers_do_not_hold(monkeypatch):
@@ -360,12 +360,10 @@ def test_golden_outputs_that_are_not_numbers_do_not_hold(monkeypatch):
 
 
 def test_complaints_by_hand():
-    entries = {NAME: {"sha256": "s"}}
+    entries = {NAME: {"sha256": "s", "source": "release"}}
     good = row(commit="0" * 40)
-    assert complaints([good, row(source="paper", weights="a.b")], entries, {NAME: []}) == complaints(
-        [], entries, {NAME: []}
-    )
-    uncommitted = complaints([row(commit="0" * 40 + "-dirty")], entries, {NAME: []})[0]
+    assert complaints([good, row(source="paper", weights="a.b")], entries) == []
+    (uncommitted,) = complaints([row(commit="0" * 40 + "-dirty")], entries)
     assert "k-NN block1 was measured by code that is not committed" in uncommitted
 
 
@@ -375,23 +373,24 @@ def test_missing_rows_by_hand():
         for w in (NAME, "rotnet_nin.random")
         for layer in ("block1", "block2")
     ]
-    missing = [r.number for r in missing_rows(rows, NAME, ["block1", "block2"])]
+    missing = [r.number for r in missing_rows(rows, NAME)]
     assert "rotnet_nin.cifar10 rotation accuracy" in missing and "rotnet_nin.random rotation accuracy" in missing
-    assert len(missing) == 2 * (1 + 2 + 3 * 2 + 3) + 2 + 2 * 5
-    assert not [number for number in missing if "k-NN" in number]
+    assert len(missing) == 2 * (1 + 2 + 4 + 3 * 4 + 3) + 2 + 2 * 5
+    assert not [number for number in missing if "k-NN block1" in number]
     # AlexNet's numbers are of Tiny-ImageNet: those of other data do not count
-    linear = {"weights": "rotnet_alexnet.a", "protocol": "ImageNet linear probe", "cost": "cpu", "seed": 0}
+    name = "rotnet_alexnet.tinyimagenet"
+    linear = {"weights": name, "protocol": "linear-sgd", "budget": "cpu", "seed": 0}
     rows = [row(layer="conv1", data=data, **linear) for data in ("CIFAR-10 test", "Tiny-ImageNet val")]
-    layers = [f"conv{i}" for i in range(1, 6)]
-    missing = [r.number for r in missing_rows(rows[:1], "rotnet_alexnet.a", layers)]
-    assert len(missing) == 2 * (1 + 5 + 2) and "rotnet_alexnet.a ImageNet linear probe (cpu) conv1 seed 0" in missing
-    there = {r.number for r in missing_rows(rows, "rotnet_alexnet.a", layers)}
-    assert set(missing) - there == {"rotnet_alexnet.a ImageNet linear probe (cpu) conv1 seed 0"}
+    missing = [r.number for r in missing_rows(rows[:1], name)]
+    of_conv1 = f"{name} linear probe, max-pooled, SGD (cpu) conv1 seed 0"
+    assert len(missing) == 2 * (1 + 5 + 2) and of_conv1 in missing
+    there = {r.number for r in missing_rows(rows, name)}
+    assert set(missing) - there == {of_conv1}
 
 
 def test_few_labels_are_of_published_weights_and_supervised_networks_of_random_ones():
-    every = missing_rows([], NAME, LAYERS)
-    few = [r for r in every if r.protocol == "few labels, convolutional probe"]
+    every = missing_rows([], NAME)
+    few = [r for r in every if r.protocol == "few-labels"]
     assert {r.weights for r in few} == {NAME} and [r.labels_per_class for r in few] == [20, 100, 400, 1000, 5000]
     supervised = [r for r in every if r.protocol == "supervised"]
     assert {r.weights for r in supervised} == {"rotnet_nin.random"}

@@ -221,7 +221,7 @@ def test_missing_and_empty_folders(tmp_path, small_cifar10):
 
 def test_damaged_batches_are_named(tmp_path):
     (tmp_path / "cifar-10-batches-py").mkdir()
-    with pytest.raises(ValueError, match=r"cannot be had .*--download"):
+    with pytest.raises(ValueError, match=r"cannot be read .*--download"):
         load_cifar10(tmp_path, "train")
 
 

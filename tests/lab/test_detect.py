@@ -62,8 +62,10 @@ def test_the_command_end_to_end(mode, devkit, proposals, tmp_path):
     regions = ["--proposals", proposals] if mode == "Fast R-CNN" else []
     assert run(*arguments, *regions, "--fc-size", 16, "--images-per-step", 1) == 0
     rows = read_file(tmp_path / "rows.jsonl")
-    assert [row.protocol for row in rows] == [f"PASCAL VOC detection ({mode}), {kind} mAP" for kind in detect.KINDS]
-    assert all(0 <= row.value <= 1 and row.n is None and row.cost == "" for row in rows)
+    assert [row.protocol for row in rows] == [
+        f"voc-{mode.lower().replace(' r-', '-r')}-{kind}" for kind in detect.KINDS
+    ]
+    assert all(0 <= row.value <= 1 and row.n is None and row.budget == "" for row in rows)
     assert rows[0].settings.startswith(f"{mode}, 2 classes, shorter side 128 in training and 128 in the test, ")
     by_class = json.loads((tmp_path / "classes.json").read_text())
     assert list(by_class) == list(detect.KINDS) and statistics.mean(by_class["area"].values()) == rows[1].value

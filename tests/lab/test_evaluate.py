@@ -7,17 +7,18 @@ import os
 import pytest
 import timm
 import torch
-from conftest import SAMPLES
+from conftest import SAMPLES, shorten_probes
 from safetensors.torch import save_file
 
 from rotation_ssl import zoo
 from rotation_ssl.evaluation import frozen
+from rotation_ssl.evaluation import measure as frozen_measure
 from rotation_ssl.evaluation.frozen import preparation
-from rotation_ssl.evaluation.recipes import PROBES
 from rotation_ssl.features import extract_features
 from rotation_ssl.golden import golden_file
 from rotation_ssl.images import normalize
 from rotation_ssl.labelled import Images
+from rotation_ssl.machine import available_memory
 from rotation_ssl.probes import knn_predict, linear_predict
 from rotation_ssl.rotations import rotate_all
 from training.datasets import load_cifar10, load_images
@@ -34,10 +35,8 @@ def run(*arguments):
 
 @pytest.fixture
 def short_probes(monkeypatch):
-    """Every probe's recipe, at its cost, cut to four epochs."""
-    short = {key: dataclasses.replace(r, epochs=4, milestones=(3,), batch_size=8) for key, r in PROBES.items()}
-    monkeypatch.setattr(frozen, "PROBES", short)
-    return short
+    """Every probe's recipe, at each budget, cut to four epochs."""
+    shorten_probes(monkeypatch, epochs=4, milestones=(3,), batch_size=8)
 
 
 def test_all_protocols_on_a_small_set(small_cifar10, short_probes, tmp_path, capsys):
@@ -46,19 +45,19 @@ def test_all_protocols_on_a_small_set(small_cifar10, short_probes, tmp_path, cap
     assert run("rotnet_nin", "--data", small_cifar10, "--output", output, "--seeds", 2, *only) == 0
     rows = read_file(output / "rows.jsonl")
     blocks = [f"block{i}" for i in range(1, 5)]
-    assert {(row.protocol, row.cost, row.layer, row.seed) for row in rows} == {
-        ("rotation accuracy", "", "", None),
-        *(("k-NN", "", block, None) for block in blocks),
-        *(("linear probe", "cached", block, None) for block in blocks),
-        *((f"{p} probe", "cached", b, s) for p in ("non-linear", "convolutional") for b in blocks for s in (0, 1)),
+    assert {(row.protocol, row.budget, row.layer, row.seed) for row in rows} == {
+        ("rotation", "", "", None),
+        *(("knn", "", block, None) for block in blocks),
+        *(("linear", "cached", block, None) for block in blocks),
+        *((p, "cached", b, s) for p in ("nonlinear", "conv") for b in blocks for s in (0, 1)),
     }
     model = timm.create_model(NAME, pretrained=True)
     for row in rows:
         assert row.weights == NAME and row.value == row.correct / row.n and row.sha256 == zoo.manifest()[NAME]["sha256"]
-        assert row.n == (160 if row.protocol == "rotation accuracy" else 40) and len(row.counts) == 10
+        assert row.n == (160 if row.protocol == "rotation" else 40) and len(row.counts) == 10
         # training and test images are the same here
-        assert row.protocol != "linear probe" or row.value > 0.9
-    (rotation,) = [row for row in rows if row.protocol == "rotation accuracy"]
+        assert row.protocol != "linear" or row.value > 0.9
+    (rotation,) = [row for row in rows if row.protocol == "rotation"]
     images = load_cifar10(small_cifar10, "test").images
     batch = normalize(images, model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
     with torch.inference_mode():
@@ -72,20 +71,20 @@ def test_all_protocols_on_a_small_set(small_cifar10, short_probes, tmp_path, cap
     assert "| k-NN |" in (output / "report.md").read_text()
 
 
-def test_probes_at_the_cost_of_the_paper_train_on_fresh_views(small_cifar10, short_probes, tmp_path):
-    assert run("rotnet_nin", "--data", small_cifar10, "--output", tmp_path, "--cost", "paper", "--layers", "block2",
+def test_probes_at_the_papers_budget_train_on_fresh_views(small_cifar10, short_probes, tmp_path):
+    assert run("rotnet_nin", "--data", small_cifar10, "--output", tmp_path, "--budget", "paper", "--layers", "block2",
                "--only", "nonlinear") == 0  # fmt: skip
     (row,) = read_file(tmp_path / "rows.jsonl")
-    assert (row.protocol, row.cost, row.layer) == ("non-linear probe", "paper", "block2")
+    assert (row.protocol, row.budget, row.layer) == ("nonlinear", "paper", "block2")
     assert "fresh crops" in row.settings and row.value > 0.2
 
 
-@pytest.mark.parametrize("cost", ["cached", "paper"])
-def test_no_buffer_or_parameter_of_the_backbone_moves_while_a_probe_trains(small_cifar10, short_probes, cost):
+@pytest.mark.parametrize("budget", ["cached", "paper"])
+def test_no_buffer_or_parameter_of_the_backbone_moves_while_a_probe_trains(small_cifar10, short_probes, budget):
     measured = subject.load_subject("rotnet_nin")
     before = {name: tensor.clone() for name, tensor in measured.backbone.state_dict().items()}
     images = load_images("cifar10", small_cifar10, 32)
-    plan = [evaluate.Measurement(p, cost, "block1", 0) for p in ("non-linear probe", "convolutional probe")]
+    plan = [evaluate.Measurement(p, budget, "block1", 0) for p in ("nonlinear", "conv")]
     assert len(list(evaluate.measure_features(measured, images, plan))) == 2
     assert all(torch.equal(tensor, before[name]) for name, tensor in measured.backbone.state_dict().items())
     assert not measured.backbone.training
@@ -96,7 +95,7 @@ def test_the_seed_decides_a_trained_probe(small_cifar10, short_probes):
     images = load_images("cifar10", small_cifar10, 32)
 
     def counts(seed):
-        plan = [evaluate.Measurement("non-linear probe", "cached", "block1", seed)]
+        plan = [evaluate.Measurement("nonlinear", "cached", "block1", seed)]
         (row,) = evaluate.measure_features(measured, dataclasses.replace(images, test=shifted(images.test)), plan)
         return row.counts
 
@@ -112,7 +111,7 @@ def shifted(data):
 def test_any_timm_model_by_name(small_cifar10, short_probes, tmp_path):
     assert run("resnet18", "--random", "--data", small_cifar10, "--size", 32, "--output", tmp_path) == 0
     rows = read_file(tmp_path / "rows.jsonl")
-    assert {row.protocol for row in rows} == {"k-NN", "linear probe", "non-linear probe"}
+    assert {row.protocol for row in rows} == {"knn", "linear", "nonlinear"}
     assert {row.layer for row in rows} == {"act1", "layer1", "layer2", "layer3", "layer4"}
     assert {row.weights for row in rows} == {"resnet18.random"}
 
@@ -231,9 +230,9 @@ def test_maps_are_pooled_to_what_memory_bears():
 def test_cached_features_are_those_of_the_images_as_they_are(small_cifar10):
     """k-NN and the linear probe take view 0: no crop, no flip; other views are the same at every call."""
     images = load_cifar10(small_cifar10, "train").images
-    assert frozen._view(images, 0) is images
-    assert torch.equal(frozen._view(images, 1), frozen._view(images, 1))
-    assert not torch.equal(frozen._view(images, 1), frozen._view(images, 2))
+    assert frozen_measure._view(images, 0) is images
+    assert torch.equal(frozen_measure._view(images, 1), frozen_measure._view(images, 1))
+    assert not torch.equal(frozen_measure._view(images, 1), frozen_measure._view(images, 2))
     nin = subject.load_subject("rotnet_nin")
     prepare = preparation(nin.backbone, 32)
     maps = frozen.Frozen(nin.backbone, 32).maps(images, {"block2": 4})["block2"]
@@ -322,16 +321,16 @@ def test_fewer_training_images_than_neighbours(tmp_path, capsys):
 
 
 def test_what_does_not_fit_into_memory_is_refused_before_it_is_computed(small_cifar10, monkeypatch):
-    monkeypatch.setattr(frozen, "available_memory", lambda: 1000)
+    monkeypatch.setattr(frozen_measure, "available_memory", lambda: 1000)
     images = load_images("cifar10", small_cifar10, 32)
     with pytest.raises(ValueError, match=r"features of block1 need 0.0 GiB of memory, 0.0 are available"):
         next(
             evaluate.measure_features(
-                subject.load_subject("rotnet_nin"), images, [evaluate.Measurement("k-NN", "", "block1")]
+                subject.load_subject("rotnet_nin"), images, [evaluate.Measurement("knn", "", "block1")]
             )
         )
     monkeypatch.undo()
-    assert (frozen.available_memory() or 2**30) > 2**20
+    assert (available_memory() or 2**30) > 2**20
 
 
 def test_numbers_are_those_of_the_test_images(small_cifar10):
@@ -350,7 +349,7 @@ def test_numbers_are_those_of_the_test_images(small_cifar10):
     means = [part.float().unflatten(1, (192, 16)).mean(2) for part in (train, test)]
     neighbours = knn_predict(means[0], images.train.labels, means[1], 10)
     linear, _ = linear_predict(train, images.train.labels, test, 10, validation=2)
-    for protocol, predictions in (("k-NN", neighbours), ("linear probe", linear)):
+    for protocol, predictions in (("knn", neighbours), ("linear", linear)):
         right = predictions == images.test.labels
         assert rows[protocol].counts == tuple(int(part.sum()) for part in right.tensor_split(10))
         assert 0 < rows[protocol].correct < 12
@@ -370,7 +369,7 @@ def test_sample_images_are_mostly_guessed_right(small_cifar10, tmp_path):
 
 
 def test_rotation_accuracy_of_a_tenth_is_the_reported_count(whole_cifar10):
-    (reported,) = [r for r in read_rows() if r.weights == NAME and r.protocol == "rotation accuracy"]
+    (reported,) = [r for r in read_rows() if r.weights == NAME and r.protocol == "rotation"]
     assert reported.n == 40_000
     measured = subject.load_subject(NAME)
     assert measured.sha256 == reported.sha256

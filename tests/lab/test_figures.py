@@ -11,16 +11,19 @@ from PIL import Image
 from torch import nn
 
 from rotation_ssl.images import read_images
-from training.reporting import figures
+from training.protocols import PROTOCOLS
+from training.reporting import figures, pictures
 from training.reporting.rows import Row
 
 NAME, RANDOM, PAPER = "rotnet_nin.cifar10", "rotnet_nin.random", "rotnet_nin.paper"
-FEW = "few labels, convolutional probe"
+FEW = "few-labels"
 STAMP = "0123456789abcdef" * 4
 
 
-def probe(weights, layer, value, protocol="linear probe", source="measured", **more):
-    return Row(weights, protocol, layer, value, source, "CIFAR-10 test", **more)
+def probe(weights, layer, value, protocol="linear", source="measured", budget=None, **more):
+    if budget is None:
+        budget = "" if "" in PROTOCOLS[protocol].recipes else "cached"
+    return Row(weights, protocol, layer, value, source, "CIFAR-10 test", budget, **more)
 
 
 def few(weights, labels, value, protocol=FEW, source="measured", **more):
@@ -28,23 +31,23 @@ def few(weights, labels, value, protocol=FEW, source="measured", **more):
 
 
 LAYER_ROWS = [
-    *(probe(NAME, f"block{i}", v, "k-NN") for i, v in enumerate((0.53, 0.62, 0.61, 0.47), 1)),
+    *(probe(NAME, f"block{i}", v, "knn") for i, v in enumerate((0.53, 0.62, 0.61, 0.47), 1)),
     *(probe(NAME, f"block{i}", v) for i, v in enumerate((0.74, 0.79, 0.77, 0.69), 1)),
-    *(probe(NAME, "block2", v, "non-linear probe", cost="cached", seed=s) for s, v in enumerate((0.86, 0.87, 0.88))),
-    probe(NAME, "block2", 0.9, "convolutional probe", cost="paper", seed=0),
+    *(probe(NAME, "block2", v, "nonlinear", budget="cached", seed=s) for s, v in enumerate((0.86, 0.87, 0.88))),
+    probe(NAME, "block2", 0.9, "conv", budget="paper", seed=0),
     *(probe(RANDOM, f"block{i}", v, seed=0) for i, v in enumerate((0.6, 0.58), 1)),
     probe(RANDOM, "block1", 0.62, seed=1),
-    *(probe(PAPER, f"block{i}", v, "non-linear probe", "paper, table 1") for i, v in enumerate((0.85, 0.89), 1)),
-    probe(PAPER, "block2", 0.9116, "convolutional probe", "paper, table 3"),
+    *(probe(PAPER, f"block{i}", v, "nonlinear", "paper, table 1") for i, v in enumerate((0.85, 0.89), 1)),
+    probe(PAPER, "block2", 0.9116, "conv", "paper, table 3"),
 ]
 OTHER_ROWS = [
     probe("rotnet_nin.other", "block1", 0.7),
     probe("rotnet_nin@0123456789ab", "block1", 0.7),
     probe("rotnet_nin5.random", "block1", 0.6, seed=0),
-    probe("rotnet_nin5.paper", "block1", 0.8504, "non-linear probe", "paper, table 1"),
-    probe(PAPER, "block1", 0.8465, "non-linear probe", "others' run of the authors' code"),
+    probe("rotnet_nin5.paper", "block1", 0.8504, "nonlinear", "paper, table 1"),
+    probe(PAPER, "block1", 0.8465, "nonlinear", "others' run of the authors' code"),
     probe(NAME, "block1", 0.7, source="paper, table 9"),
-    probe(NAME, "", 0.87, "rotation accuracy"),
+    probe(NAME, "", 0.87, "rotation"),
     dataclasses.replace(probe(NAME, "block1", 0.7), data="CIFAR-100 test"),
     probe(NAME, "block1", 0.7, labels_per_class=100, draw="first", seed=0),
 ]
@@ -117,7 +120,9 @@ def test_draws_of_few_labels_are_averaged_too():
 def test_rows_by_layer_are_those_of_the_weights_random_and_the_paper():
     mixed = OTHER_ROWS + LAYER_ROWS[::-1] + FEW_ROWS
     assert set(map(id, figures.rows_by_layer(mixed, NAME))) == set(map(id, LAYER_ROWS))
-    assert figures.rows_by_layer(mixed, "rotnet_nin@0123456789ab")[0].weights == "rotnet_nin@0123456789ab"
+    assert (
+        figures.rows_by_layer(mixed, "rotnet_nin@0123456789ab", "CIFAR-10 test")[0].weights == "rotnet_nin@0123456789ab"
+    )
     assert [row.data for row in figures.rows_by_layer(mixed, NAME, "CIFAR-100 test")] == ["CIFAR-100 test"]
 
 
@@ -143,7 +148,7 @@ def test_accuracy_by_layer_is_drawn_from_just_its_rows(tmp_path):
     file = tmp_path / "layers.png"
     figures.draw_accuracy_by_layer(LAYER_ROWS + OTHER_ROWS, NAME, file)
     picture = pixels(file, (3, 6))
-    assert all(shows(picture, color) for color in figures.COLORS.values())
+    assert all(shows(picture, PROTOCOLS[id].color) for id in ("knn", "linear", "nonlinear", "conv"))
     assert figures.stamp_of(file) == figures.rows_stamp(LAYER_ROWS)
     figures.draw_accuracy_by_layer([dataclasses.replace(LAYER_ROWS[0], value=0.1), *LAYER_ROWS[1:]], NAME, file)
     assert figures.stamp_of(file) != figures.rows_stamp(LAYER_ROWS)
@@ -165,7 +170,7 @@ def test_few_labels_are_drawn_from_just_their_rows(tmp_path):
     file = tmp_path / "few.png"
     assert figures.draw_few_labels(FEW_ROWS + OTHER_FEW_ROWS, NAME, file) is True
     picture = pixels(file, (3, 6))
-    assert all(shows(picture, color) for color in figures.FEW_COLORS.values())
+    assert all(shows(picture, PROTOCOLS[id].color) for id in ("few-labels", "supervised"))
     assert figures.stamp_of(file) == figures.rows_stamp(FEW_ROWS)
 
 
@@ -177,7 +182,7 @@ def test_few_labels_that_nobody_measured_are_not_drawn(tmp_path):
 
 def test_filters_are_tiles_around_grey(tmp_path, backbone):
     file = tmp_path / "filters.png"
-    figures.draw_filters(backbone, file, STAMP)
+    pictures.draw_filters(backbone, file, STAMP)
     picture = pixels(file, (1, 4))
     assert figures.stamp_of(file) == STAMP
     # 192 filters, 24 a line: tiles of 5 x 5 squares of 7 pixels between gaps of 5
@@ -191,12 +196,12 @@ def test_filters_are_tiles_around_grey(tmp_path, backbone):
 
 def test_filters_need_a_convolution_of_colours(tmp_path):
     with pytest.raises(ValueError, match="three channels"):
-        figures.draw_filters(nn.Sequential(nn.Conv2d(1, 4, 3)), tmp_path / "filters.png", STAMP)
+        pictures.draw_filters(nn.Sequential(nn.Conv2d(1, 4, 3)), tmp_path / "filters.png", STAMP)
 
 
 def test_attention_shows_each_image_and_three_maps(tmp_path, backbone, images):
     file = tmp_path / "attention.png"
-    figures.draw_attention(backbone, images[::5], file, STAMP)
+    pictures.draw_attention(backbone, images[::5], file, STAMP)
     picture = pixels(file, (2, 5))
     assert figures.stamp_of(file) == STAMP
     # the first image below the titles, three pixels to one
@@ -210,18 +215,18 @@ def test_attention_shows_each_image_and_three_maps(tmp_path, backbone, images):
 def test_attention_and_filters_of_other_backbones(tmp_path, name):
     model = timm.create_model(name)
     larger = torch.randint(0, 256, (2, 3, 80, 80), dtype=torch.uint8)
-    figures.draw_attention(model, larger, tmp_path / "attention.png", STAMP)
+    pictures.draw_attention(model, larger, tmp_path / "attention.png", STAMP)
     pixels(tmp_path / "attention.png", (0.5, 2))
-    figures.draw_filters(model, tmp_path / "filters.png", STAMP)
+    pictures.draw_filters(model, tmp_path / "filters.png", STAMP)
     pixels(tmp_path / "filters.png", (0.5, 4))
 
 
 def test_images_must_be_uint8_pictures(tmp_path, backbone, images):
     for wrong in (images.float(), images[0], images[:, :1], images[:0]):
         with pytest.raises(ValueError, match=r"images must be uint8 \(N, 3, H, W\)"):
-            figures.draw_attention(backbone, wrong, tmp_path / "attention.png", STAMP)
+            pictures.draw_attention(backbone, wrong, tmp_path / "attention.png", STAMP)
         with pytest.raises(ValueError, match="gallery must be uint8"):
-            figures.nearest(backbone, "block2", wrong, images[:1])
+            pictures.nearest(backbone, "block2", wrong, images[:1])
 
 
 def test_nearest_is_the_noisy_copy_and_never_the_copy_itself(backbone, images):
@@ -229,7 +234,7 @@ def test_nearest_is_the_noisy_copy_and_never_the_copy_itself(backbone, images):
     noise = torch.randint(-3, 4, queries.shape)
     noisy = (queries.long() + noise).clamp(0, 255).to(torch.uint8)
     gallery = torch.cat([images, noisy, queries[:1]])
-    indices, similarities = figures.nearest(backbone, "block2", gallery, queries, count=5)
+    indices, similarities = pictures.nearest(backbone, "block2", gallery, queries, count=5)
     assert indices.shape == similarities.shape == (2, 5)
     assert indices[:, 0].tolist() == [40, 41]
     assert not {3, 42} & set(indices[0].tolist())
@@ -239,8 +244,8 @@ def test_nearest_is_the_noisy_copy_and_never_the_copy_itself(backbone, images):
 
 
 def test_nearest_is_by_cosine_similarity(backbone, images):
-    indices, similarities = figures.nearest(backbone, "block1", images[1:], images[:1], count=39)
-    maps = figures._features(backbone, images, ["block1"], maps=True)["block1"]
+    indices, similarities = pictures.nearest(backbone, "block1", images[1:], images[:1], count=39)
+    maps = pictures._features(backbone, images, ["block1"], maps=True)["block1"]
     pooled = maps.mean((2, 3))
     wanted = torch.cosine_similarity(pooled[:1], pooled[1:])
     assert torch.allclose(similarities[0], wanted[indices[0]], atol=1e-5)
@@ -249,21 +254,21 @@ def test_nearest_is_by_cosine_similarity(backbone, images):
 
 def test_nearest_says_what_is_wrong(backbone, images):
     with pytest.raises(ValueError, match="1 to 39"):
-        figures.nearest(backbone, "block2", images, images[:1], count=40)
+        pictures.nearest(backbone, "block2", images, images[:1], count=40)
     with pytest.raises(ValueError, match="1 to 40"):
-        figures.nearest(backbone, "block2", images, 255 - images[:1], count=0)
+        pictures.nearest(backbone, "block2", images, 255 - images[:1], count=0)
     with pytest.raises(ValueError, match="differ in size"):
-        figures.nearest(backbone, "block2", images, images[:1, :, :16, :16])
+        pictures.nearest(backbone, "block2", images, images[:1, :, :16, :16])
     with pytest.raises(ValueError, match="block9"):
-        figures.nearest(backbone, "block9", images, images[:1])
+        pictures.nearest(backbone, "block9", images, images[:1])
 
 
 def test_neighbours_are_drawn_beside_their_query(tmp_path, backbone, images):
     file = tmp_path / "neighbours.png"
-    figures.draw_neighbours(backbone, "block2", images, images[::4], file, STAMP)
+    pictures.draw_neighbours(backbone, "block2", images, images[::4], file, STAMP)
     picture = pixels(file, (8, 11))
     assert figures.stamp_of(file) == STAMP
-    indices, _ = figures.nearest(backbone, "block2", images, images[::4])
+    indices, _ = pictures.nearest(backbone, "block2", images, images[::4])
     for line, query in ((0, 0), (9, 36)):
         top = line * 122 + 26
         for left, wanted in ((8, images[query]), (128, images[indices[line, 0]])):
@@ -274,8 +279,8 @@ def test_neighbours_are_drawn_beside_their_query(tmp_path, backbone, images):
 def test_drawing_leaves_the_backbone_as_it_was(tmp_path, backbone, images):
     backbone.train()
     before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
-    figures.draw_attention(backbone, images[:1], tmp_path / "attention.png", STAMP)
-    figures.draw_filters(backbone, tmp_path / "filters.png", STAMP)
+    pictures.draw_attention(backbone, images[:1], tmp_path / "attention.png", STAMP)
+    pictures.draw_filters(backbone, tmp_path / "filters.png", STAMP)
     assert backbone.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in backbone.state_dict().items())
 

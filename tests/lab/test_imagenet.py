@@ -204,7 +204,7 @@ def test_the_command_writes_rows_and_a_report(small_tinyimagenet, tmp_path, caps
     assert imagenet.main([*arguments, "--seeds", "2"]) == 0
     assert imagenet.main([*arguments, "--epochs", "1"]) == 0
     rows = read_file(tmp_path / "out" / "rows.jsonl")
-    assert [(row.layer, row.seed, row.cost) for row in rows] == [
+    assert [(row.layer, row.seed, row.budget) for row in rows] == [
         *(("conv1", 0, "cpu"), ("conv3", 0, "cpu"), ("conv1", 1, "cpu"), ("conv3", 1, "cpu")),
         *(("conv1", 0, ""), ("conv3", 0, "")),
     ]
@@ -219,7 +219,7 @@ def test_the_command_writes_rows_and_a_report(small_tinyimagenet, tmp_path, caps
     assert imagenet.main(arguments) == 2
     assert "rows.jsonl, line 1 is not a result row" in capsys.readouterr().err
     report = (tmp_path / "out" / "report.md").read_text()
-    assert "ImageNet linear probe" in report and (tmp_path / "out" / "report.png").exists()
+    assert "linear probe, max-pooled, SGD" in report and (tmp_path / "out" / "report.png").exists()
 
 
 def test_a_broken_validation_image_is_found_before_the_training(subject, small_tinyimagenet, train, monkeypatch):
@@ -236,7 +236,7 @@ def test_rows_say_what_they_are_of(subject, train):
         measure_layers(with_epochs(LINEAR, 1), subject, ["conv1"], train, train, "Tiny-ImageNet val", 5, seed=3)
     )
     (row,) = rows
-    assert (row.protocol, row.cost, row.layer, row.seed) == ("ImageNet linear probe", "cpu", "conv1", 3)
+    assert (row.protocol, row.budget, row.layer, row.seed) == ("linear-sgd", "cpu", "conv1", 3)
     assert row.data == "Tiny-ImageNet, 5 training images" and row.n == 5 and row.value == row.correct / 5
     assert "max-pooled to 12 x 12" in row.settings and json.dumps(dataclasses.asdict(row))
     assert with_epochs(IMAGENET_LINEAR_PAPER, 70).milestones == (10, 30, 50)

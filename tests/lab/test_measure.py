@@ -4,8 +4,10 @@ import dataclasses
 
 import pytest
 
+from training.datasets import DATASETS
 from training.reporting import check, measure
-from training.reporting.rows import ROTATION, Numbers, Reported, read_file, write_rows
+from training.reporting.required import CIFAR10, REQUIRED, Required
+from training.reporting.rows import read_file, write_rows
 
 NAME = "rotnet_nin.cifar10"
 
@@ -14,14 +16,13 @@ NAME = "rotnet_nin.cifar10"
 def small(small_cifar10, monkeypatch):
     """Three protocols, committed code, and 40 images as the whole of CIFAR-10."""
     numbers = (
-        ROTATION,
-        Numbers("k-NN", layers=("block1", "block2")),
-        Numbers("k-NN", layers=("block3",), random=False),
+        Required(CIFAR10, "rotation", layers=("",)),
+        Required(CIFAR10, "knn", layers=("block1", "block2")),
+        Required(CIFAR10, "knn", layers=("block3",), random=False),
     )
-    monkeypatch.setattr(measure, "REPORTED", {"rotnet_nin": Reported("CIFAR-10 test", numbers)})
-    monkeypatch.setattr("training.reporting.rows.REPORTED", {"rotnet_nin": Reported("CIFAR-10 test", numbers)})
+    monkeypatch.setitem(REQUIRED, NAME, numbers)
     monkeypatch.setattr("training.reporting.rows.current_commit", lambda: "0" * 40)
-    monkeypatch.setattr("training.datasets.WHOLE", {"cifar10": (40, 40)})
+    monkeypatch.setitem(DATASETS, "cifar10", dataclasses.replace(DATASETS["cifar10"], counts=(40, 40)))
     return small_cifar10
 
 
@@ -38,7 +39,7 @@ def test_what_is_missing_is_measured_and_nothing_else(small, tmp_path, capsys):
     folder.mkdir()
     assert run(small, folder, "--list") == 0
     assert "7 numbers are missing" in capsys.readouterr().out and not numbers(folder)
-    assert run(small, folder, "--only", "k-NN") == 0
+    assert run(small, folder, "--only", "knn") == 0
     assert len(numbers(folder)) == 5 and f"{NAME} k-NN block3" in numbers(folder)
     before = {file: file.read_bytes() for file in folder.iterdir()}
     assert run(small, folder) == 0
@@ -71,18 +72,17 @@ def test_a_stopped_command_keeps_what_it_measured(small, tmp_path, monkeypatch, 
 def test_rows_of_other_bytes_are_measured_anew(small, tmp_path):
     folder = tmp_path / "results"
     folder.mkdir()
-    assert run(small, folder, "--only", "k-NN") == 0
+    assert run(small, folder, "--only", "knn") == 0
     file = folder / f"{NAME}.jsonl"
     rows = read_file(file)
     write_rows(file, [dataclasses.replace(rows[0], sha256="f" * 64, value=0.0, correct=0, counts=())])
-    assert run(small, folder, "--only", "k-NN") == 0
+    assert run(small, folder, "--only", "knn") == 0
     assert [row.sha256 for row in read_file(file)] == [rows[1].sha256] * 3
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--only", "palmistry"), "no protocol palmistry of rotnet_nin.cifar10 is reported"),
         (("--data", "nowhere"), "no CIFAR-10 in nowhere"),
         (("--device", "abacus"), "device 'abacus' cannot be used"),
     ],

@@ -8,9 +8,7 @@ from rotation_ssl.evaluation.report import report_text
 from rotation_ssl.messages import counted
 from training.reporting.rows import Row
 
-ROW = Row(
-    "rotnet_nin.cifar10", "linear probe", "block1", 0.5, "measured", "CIFAR-10 test", "cached", "L2 0.1", sha256="ab"
-)
+ROW = Row("rotnet_nin.cifar10", "linear", "block1", 0.5, "measured", "CIFAR-10 test", "cached", "L2 0.1", sha256="ab")
 
 
 def settings_of(rows):
@@ -19,19 +17,19 @@ def settings_of(rows):
 
 def test_settings_say_whose_they_are():
     rows = [
-        dataclasses.replace(ROW, protocol="rotation accuracy", layer="", cost="", settings="4 rotations of each image"),
+        dataclasses.replace(ROW, protocol="rotation", layer="", budget="", settings="4 rotations of each image"),
         ROW,
         dataclasses.replace(ROW, layer="block2", settings="L2 0.01"),
         dataclasses.replace(ROW, layer="block3"),
     ]
     probes = [
-        dataclasses.replace(ROW, protocol="non-linear probe", seed=seed, settings=f"20 epochs in {precision}")
+        dataclasses.replace(ROW, protocol="nonlinear", seed=seed, settings=f"20 epochs in {precision}")
         for seed, precision in ((0, "bf16"), (1, "fp32"), (2, "fp32"))
     ]
     assert settings_of([*rows, *probes]) == [
         "- rotation accuracy: 4 rotations of each image.",
-        "- linear probe (cached), block1, block3: L2 0.1.",
-        "- linear probe (cached), block2: L2 0.01.",
+        "- linear probe, L-BFGS (cached), block1, block3: L2 0.1.",
+        "- linear probe, L-BFGS (cached), block2: L2 0.01.",
         "- non-linear probe (cached), block1: 20 epochs in bf16.",
         "- non-linear probe (cached), block1: 20 epochs in fp32.",
     ]
@@ -40,8 +38,8 @@ def test_settings_say_whose_they_are():
         for labels in (20, 100)
     ]
     assert settings_of(few) == [
-        "- linear probe (cached), first 20 of each class, block1: 20 crops.",
-        "- linear probe (cached), first 100 of each class, block1: 100 crops.",
+        "- linear probe, L-BFGS (cached), first 20 of each class, block1: 20 crops.",
+        "- linear probe, L-BFGS (cached), first 100 of each class, block1: 100 crops.",
     ]
 
 
@@ -55,5 +53,5 @@ def test_one_is_not_many(number, expected):
 
 def test_the_name_of_a_number_of_one_label():
     one = dataclasses.replace(ROW, labels_per_class=1, draw="first")
-    assert one.number == "rotnet_nin.cifar10 linear probe (cached) block1 1 label a class (first)"
+    assert one.number == "rotnet_nin.cifar10 linear probe, L-BFGS (cached) block1 1 label a class (first)"
     assert "2 labels a class" in dataclasses.replace(one, labels_per_class=2).number

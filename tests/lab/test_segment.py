@@ -39,7 +39,7 @@ def test_the_command_end_to_end(fc_size, devkit, tmp_path):
     splits = ["--year", 2007, "--train", "trainval", "--test", "test"]
     assert run(*arguments, *splits, "--steps", 2, "--images-per-step", 2) == 0
     (row,) = read_file(tmp_path / "rows.jsonl")
-    assert (row.protocol, row.data, row.n) == ("PASCAL VOC segmentation, mean IoU", "VOC2007 test", None)
+    assert (row.protocol, row.data, row.n) == ("voc-segmentation", "VOC2007 test", None)
     assert 0 <= row.value <= 1 and row.settings.startswith(
         "FCN, 3 classes with the background, trained on trainval, 2 steps"
     )

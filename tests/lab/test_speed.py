@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from training.reporting.card import SPEED_FILE, speed_tables
+from training.reporting.pages import SPEED_FILE, speed_tables
 from training.studies import speed
 from training.studies.speed import Case, NaiveDataset, inference_flop, measure, training_flop
 
@@ -71,7 +71,7 @@ def test_the_tables_by_hand():
         }
     )  # fmt: skip
     assert "Square matrix products reach 400 GFLOP/s in bf16 and 100 in fp32;" in text
-    assert "training in bf16 was between 190 and 210 images/s." in text
+    assert "Training in bf16 ranged from 190 to 210 images/s." in text
     assert "| training, naive: one image at a time, fp32, NCHW | 50 | 1.00 | 50% | 1.0 GiB |" in text
     assert "| **training in bf16, as the commands do it** | 200 | 4.00 | 50% | 4.0 GiB |" in text
     assert "| **features in bf16, as the commands do it** | 500 | 1.25 | 62% | 6.0 GiB |" in text

@@ -62,7 +62,7 @@ def test_page_and_figure_follow_the_rows(small_study, tmp_path, monkeypatch):
     assert study.render(check=True) == [page, figure] and not figure.exists()
     assert study.render() == [page, figure]
     assert study.render(check=True) == []
-    rows = [row for row in read_file(small_study) if row.recipe == "seed-1" and row.protocol == "linear probe"]
+    rows = [row for row in read_file(small_study) if row.recipe == "seed-1" and row.protocol == "linear"]
     assert f"{100 * rows[0].value:.2f} %" in next(line for line in page.read_text().splitlines() if "seed-1" in line)
     assert page.read_text().startswith("before\n") and page.read_text().endswith("\nafter\n")
 

@@ -171,7 +171,7 @@ def test_killed_after_the_upload_and_run_again(hub, weights_dir, tmp_path):
 def test_nothing_is_published_without_an_address(hub, weights_dir, monkeypatch, capsys):
     monkeypatch.setattr(upload, "REPOSITORY", "OWNER/rotation_ssl")
     assert publish_one() == 2
-    assert "set REPOSITORY in training/reporting/card.py" in capsys.readouterr().err and not hub.repositories
+    assert "set REPOSITORY in training/reporting/pages.py" in capsys.readouterr().err and not hub.repositories
     assert publish_one("--dry-run") == 0
 
 

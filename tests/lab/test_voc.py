@@ -17,7 +17,7 @@ from rotation_ssl.evaluation.frozen import preparation
 from training.evaluation.subject import load_subject
 from training.reporting.rows import read_file
 from training.transfer import classification as voc
-from training.transfer.command import add_arguments, averages, cost_of
+from training.transfer.command import add_arguments, averages, budget_of
 from training.transfer.data import CLASSES, class_labels, read_annotations
 from training.transfer.network import Backbone, Draws, batches, smallest_side, transfer_network
 from training.transfer.recipes import VOC_CLASSIFICATION
@@ -48,10 +48,10 @@ def test_the_command_end_to_end(layers, devkit, tmp_path, capsys):
     arguments = ("rotnet_alexnet", "--random", "--data", devkit, "--output", tmp_path, "--layers", layers)
     assert run(*arguments, *TINY) == 0
     rows = read_file(tmp_path / "rows.jsonl")
-    kinds = [f"PASCAL VOC classification, {kind} mAP" for kind in ("11-point", "area", "steps")]
+    kinds = [f"voc-classification-{kind}" for kind in ("11-point", "area", "steps")]
     assert [row.protocol for row in rows] == kinds
     assert all(0 < row.value <= 1 and row.correct is None and row.n is None for row in rows)
-    assert {(row.weights, row.layer, row.data, row.cost) for row in rows} == {
+    assert {(row.weights, row.layer, row.data, row.budget) for row in rows} == {
         ("rotnet_alexnet.random", layers, "VOC2007 test", "")
     }
     assert rows[0].settings.startswith("2 classes, 10 crops of 64 pixels, trained on trainval, 3 steps of 4 images, ")
@@ -101,14 +101,14 @@ def test_what_the_paper_did_is_called_so():
     parser = argparse.ArgumentParser()
     add_arguments(parser, "2007", "trainval", "test")
 
-    def cost(*options, size=224, fresh_fc=False):
-        return cost_of(parser.parse_args(["rotnet_alexnet", *options]), parser, size, fresh_fc)
+    def budget(*options, size=224, fresh_fc=False):
+        return budget_of(parser.parse_args(["rotnet_alexnet", *options]), parser, size, fresh_fc)
 
-    assert cost() == cost("--seed", "3", "--workers", "4", "--output", "x") == cost("--random") == "paper"
-    assert cost("--random", fresh_fc=True) == "paper" and cost(fresh_fc=True) == ""
-    assert cost("--random", size=128) == "", "the bundled weights' size is not the paper's"
+    assert budget() == budget("--seed", "3", "--workers", "4", "--output", "x") == budget("--random") == "paper"
+    assert budget("--random", fresh_fc=True) == "paper" and budget(fresh_fc=True) == ""
+    assert budget("--random", size=128) == "", "the bundled weights' size is not the paper's"
     for options in ("--steps 9", "--lr 1", "--images-per-step 2", "--no-rescale", "--fc-size 9", "--train train"):
-        assert cost(*options.split()) == "", options
+        assert budget(*options.split()) == "", options
 
 
 def test_frozen_layers_do_not_move(devkit):

@@ -1,16 +1,17 @@
 """`rotation-ssl evaluate`: what each layer of a backbone is worth on labelled images of one's own."""
 
-import dataclasses
 import json
 import sys
 
 import pytest
 import timm
-from conftest import SAMPLES
+import torch
+from conftest import SAMPLES, shorten_probes
 
 from rotation_ssl import cli
 from rotation_ssl.cli import evaluate
-from rotation_ssl.evaluation import frozen, report
+from rotation_ssl.evaluation import measure, report
+from rotation_ssl.evaluation.protocols import PROTOCOLS, ProbeRecipe, Protocol
 
 
 @pytest.fixture(scope="module")
@@ -25,22 +26,21 @@ def labelled(tmp_path_factory):
 
 
 def test_every_layer_by_every_protocol(labelled, tmp_path, capsys, monkeypatch):
-    short = {key: dataclasses.replace(r, epochs=2, milestones=(1,)) for key, r in frozen.PROBES.items()}
-    monkeypatch.setattr(frozen, "PROBES", short)
+    shorten_probes(monkeypatch, epochs=2, milestones=(1,))
     output = tmp_path / "report"
     assert cli.main(["evaluate", "rotnet_nin", "--data", str(labelled), "--output", str(output)]) == 0
     told = capsys.readouterr().out
     results = json.loads((output / "report.json").read_text())
     layers = ["block1", "block2", "block3", "block4"]
-    protocols = ["k-NN", "linear probe", "non-linear probe", "convolutional probe"]
+    protocols = ["knn", "linear", "nonlinear", "conv"]
     assert {(r["protocol"], r["layer"]) for r in results} == {
-        ("rotation accuracy", ""),
+        ("rotation", ""),
         *((protocol, layer) for protocol in protocols for layer in layers),
     }
     for result in results:
         assert result["value"] == result["correct"] / result["n"] and result["settings"]
         assert not result["layer"] or "; features in " in result["settings"]
-        assert result["n"] == (40 if result["protocol"] == "rotation accuracy" else 10)
+        assert result["n"] == (40 if result["protocol"] == "rotation" else 10)
         assert f"({result['correct']} of {result['n']}, " in told
     assert "| protocol | block1 | block2 | block3 | block4 |" in (output / "report.md").read_text()
     assert (output / "report.png").read_bytes().startswith(b"\x89PNG")
@@ -55,7 +55,7 @@ def test_only_some_of_it_and_of_any_backbone(labelled, tmp_path, capsys):
     assert cli.main([*made, *small]) == 0
     assert cli.main([*arguments, str(tmp_path / "r"), "--only", "knn", "--layers", "layer1", "layer3"]) == 0
     results = json.loads((tmp_path / "r" / "report.json").read_text())
-    assert [(r["protocol"], r["layer"]) for r in results] == [("k-NN", "layer1"), ("k-NN", "layer3")]
+    assert [(r["protocol"], r["layer"]) for r in results] == [("knn", "layer1"), ("knn", "layer3")]
     assert cli.main([*arguments, str(tmp_path / "s"), "--layers", "block9"]) == 2
     assert "no layer block9 in local-dir:" in capsys.readouterr().err
     assert not (tmp_path / "s").exists()
@@ -68,7 +68,7 @@ def test_images_without_classes_are_refused(labelled, tmp_path, capsys):
 
 def test_without_matplotlib_the_numbers_are_kept(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    number = frozen.Number(frozen.Measurement("k-NN", "", "block1"), (1,) * 10, 20, "k = 20", 1.0)
+    number = measure.Number(measure.Measurement("knn", "", "block1"), (1,) * 10, 20, "k = 20", 1.0)
     with pytest.raises(ImportError, match=r"no figure without matplotlib: pip install 'rotation-ssl\[demo\]'"):
         report.write_report(tmp_path, [report.reported(number, "mine", "my images")])
     assert json.loads((tmp_path / "report.json").read_text())[0]["value"] == 0.5
@@ -88,3 +88,33 @@ def test_rotation_accuracy_that_is_asked_for_is_not_passed_over(labelled, tmp_pa
     assert cli.main([*arguments, "--only", "rotation"]) == 2
     assert "needs the 4 outputs of the rotations, the network has 10" in capsys.readouterr().err
     assert not (tmp_path / "r").exists()
+
+
+def test_a_new_probe_is_a_function_and_an_entry_of_the_table(labelled, tmp_path, capsys, monkeypatch):
+    """Options, numbers, text and figures follow."""
+
+    def centroid_probe(features, classes):
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(features[0].numel(), classes))
+
+    recipe = ProbeRecipe(epochs=2, milestones=(), views=2, grid=2, batch_size=8)
+    toy = Protocol("toy", "toy probe", "#000000", {"cached": recipe}, centroid_probe)
+    monkeypatch.setitem(PROTOCOLS, "toy", toy)
+    arguments = ["evaluate", "rotnet_nin", "--data", str(labelled), "--output", str(tmp_path / "r")]
+    assert cli.main([*arguments, "--only", "toy", "--layers", "block3"]) == 0
+    (result,) = json.loads((tmp_path / "r" / "report.json").read_text())
+    assert (result["protocol"], result["budget"], result["layer"]) == ("toy", "cached", "block3")
+    assert "toy probe (cached) block3: " in capsys.readouterr().out
+    assert "| toy probe (cached) |" in (tmp_path / "r" / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("protocol", "budget", "message"),
+    [
+        ("spline", "cached", "no protocol 'spline'; there are rotation, knn, linear, nonlinear, conv"),
+        ("nonlinear", "cheap", "protocol nonlinear has no budget 'cheap'; it has 'cached', 'paper'"),
+        ("knn", "cached", "protocol knn has no budget 'cached'; it has ''"),
+    ],
+)
+def test_an_unknown_protocol_or_budget_is_an_error(protocol, budget, message):
+    with pytest.raises(ValueError, match=message):
+        measure.Measurement(protocol, budget, "block1")

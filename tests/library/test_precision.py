@@ -6,11 +6,12 @@ import signal
 
 import pytest
 import torch
+from conftest import shorten_probes
 from tiny_runs import TINY, interrupt, sample_images
 
 from rotation_ssl import precision
 from rotation_ssl.evaluation import frozen
-from rotation_ssl.evaluation.recipes import PROBES
+from rotation_ssl.evaluation.protocols import PROTOCOLS
 from rotation_ssl.precision import cpu_flags, multiplies_bfloat16, resolve_precision, resolved, warn_if_emulated
 from rotation_ssl.pretraining.loop import pretrain
 from rotation_ssl.pretraining.setup import create_accelerator
@@ -26,7 +27,7 @@ from training.studies.nin_cifar10 import VARIANTS
 EVERY = [
     *RECIPES.values(),
     *VARIANTS.values(),
-    *PROBES.values(),
+    *(recipe for protocol in PROTOCOLS.values() for recipe in protocol.recipes.values() if recipe),
     *TRANSFERS.values(),
     *LAYER_PROBES.values(),
 ]
@@ -71,7 +72,7 @@ def test_a_gpu_is_asked_without_its_emulation(monkeypatch, native):
     assert multiplies_bfloat16("cuda:0") is native and asked == [{"including_emulation": False}]
 
 
-@pytest.mark.parametrize("recipe", EVERY, ids=lambda r: getattr(r, "name", None) or f"{r.protocol} ({r.cost})")
+@pytest.mark.parametrize("recipe", EVERY, ids=lambda r: getattr(r, "name", None) or "probe")
 def test_no_recipe_emulates_bfloat16(recipe, set_flags):
     set_flags(set())
     assert resolved(recipe, "cpu").precision == "fp32"
@@ -114,22 +115,21 @@ def test_rows_of_layer_probes_say_it(small_tinyimagenet, set_flags, flags, compu
 @NATIVE
 def test_rows_of_probes_say_it(images, set_flags, monkeypatch, flags, computed):
     set_flags(flags)
-    short = {key: dataclasses.replace(r, epochs=2, milestones=(), batch_size=8) for key, r in PROBES.items()}
-    monkeypatch.setattr(frozen, "PROBES", short)
+    shorten_probes(monkeypatch, epochs=2, milestones=(), batch_size=8)
     subject = load_subject("test_resnet", random=True, size=32)
 
-    def settings(protocol, cost="cached", **options):
-        measurement = evaluate.Measurement(protocol, cost, "layer1", 0)
+    def settings(protocol, budget="cached", **options):
+        measurement = evaluate.Measurement(protocol, budget, "layer1", 0)
         (row,) = evaluate.measure_features(subject, images, [measurement], **options)
         return row.settings
 
-    assert settings("convolutional probe").endswith(f"2 views, 2 epochs of SGD in {computed}")
-    assert settings("non-linear probe").endswith("4 views, 2 epochs of SGD in fp32"), "its recipe's"
-    assert settings("non-linear probe", "paper").endswith("every epoch, 2 epochs of SGD in fp32")
-    assert settings("non-linear probe", features="auto").endswith(f"SGD in fp32; features in {computed}")
-    both = settings("non-linear probe", "paper", features="auto", probes="auto")
+    assert settings("conv").endswith(f"2 views, 2 epochs of SGD in {computed}")
+    assert settings("nonlinear").endswith("4 views, 2 epochs of SGD in fp32"), "its recipe's"
+    assert settings("nonlinear", "paper").endswith("every epoch, 2 epochs of SGD in fp32")
+    assert settings("nonlinear", features="auto").endswith(f"SGD in fp32; features in {computed}")
+    both = settings("nonlinear", "paper", features="auto", probes="auto")
     assert both.endswith(f"SGD in {computed}; features in {computed}")
-    assert settings("convolutional probe", probes="fp32").endswith("SGD in fp32"), "what is asked for is obeyed"
+    assert settings("conv", probes="fp32").endswith("SGD in fp32"), "what is asked for is obeyed"
 
 
 @pytest.mark.parametrize("command", [finetune, imagenet])

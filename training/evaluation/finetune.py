@@ -36,9 +36,10 @@ from rotation_ssl.pretraining.augment import crop_and_flip
 from rotation_ssl.pretraining.optim import learning_rate_factor, set_learning_rates
 from rotation_ssl.probes import convolutional_probe, nonlinear_probe
 from rotation_ssl.progress import progress
-from training.datasets import DATASETS, check_whole, load_images
+from training.datasets import DATASETS, FOLDER, check_whole, load_images
 from training.evaluation.recipes import TRANSFERS, TransferRecipe
 from training.evaluation.subject import Subject, load_subject, measured_row, record_file
+from training.protocols import PROTOCOLS
 from training.reporting.report import check_rows, keep_row, run_measuring, write_report
 from training.reporting.rows import Row
 
@@ -94,7 +95,7 @@ def measure_transfer(
         settings,
         time.monotonic() - started,
         protocol=recipe.protocol,
-        cost=recipe.cost,
+        budget=recipe.budget,
         layer=layer,
         labels_per_class=labels_per_class,
         draw=draw if labels_per_class is not None else "",
@@ -246,7 +247,7 @@ def transfer_subject(recipe: TransferRecipe, model: str, seed: int, **options: A
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    recipes = "\n".join(f"  {r.name:24s} {r.protocol}, {r.images:,} crops" for r in TRANSFERS.values())
+    recipes = "\n".join(f"  {r.name:24s} {PROTOCOLS[r.protocol].title}, {r.images:,} crops" for r in TRANSFERS.values())
     parser = argparse.ArgumentParser(
         prog="python -m training finetune", description=__doc__, epilog=f"recipes:\n{recipes}\n\n{TURN_OFF}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -260,7 +261,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--draw", choices=("first", "random"), default="first", help="which of a class [%(default)s]")
     parser.add_argument("--seeds", type=int, default=1, help="how often each is trained [%(default)s]")
     parser.add_argument("--images", type=int, help="crops seen in all, instead of the recipe's")
-    parser.add_argument("--dataset", choices=DATASETS, default="cifar10", help="what --data holds [%(default)s]")
+    sets = (*DATASETS, FOLDER)
+    parser.add_argument(
+        "--dataset", choices=sets, default="cifar10", metavar="SET", help=f"{', '.join(sets)} [cifar10]"
+    )
     parser.add_argument("--data", type=Path, default=Path("data/cifar10"), help="where it is [%(default)s]")
     parser.add_argument("--size", type=int, help="side of the images the backbone gets [the model's own]")
     parser.add_argument("--download", action="store_true", help="let torchvision fetch CIFAR-10 into --data")

@@ -36,7 +36,7 @@ from rotation_ssl.pretraining.augment import Windows, crop_and_flip, take_window
 from rotation_ssl.pretraining.images import UnlabelledImages, open_dataset, open_entries, open_files, stream
 from rotation_ssl.probes import max_pooled_probe
 from rotation_ssl.progress import progress
-from training.datasets import NAMES, check_whole, load_cifar10, tinyimagenet_files
+from training.datasets import DATASETS, FOLDER, check_whole, list_files, load_cifar10, name_of
 from training.evaluation.recipes import LAYER_PROBES, LayerProbeRecipe
 from training.evaluation.subject import Subject, load_subject, measured_row, record_file
 from training.reporting.report import check_rows, keep_row, run_measuring, write_report
@@ -63,7 +63,7 @@ def open_labelled(dataset: str, data_dir: Path, split: str, size: int, download:
     """The training or validation images of a data set, and their labels.
 
     Args:
-        dataset: 'cifar10', 'tinyimagenet', 'folder', or a name of timm for one of torchvision's ('torch/places365').
+        dataset: one of :data:`DATASETS`, 'folder', or a name of timm for one of torchvision's ('torch/places365').
         data_dir: where it is.
         split: 'train' or 'val'.
         size: side of the squares; CIFAR-10 keeps its 32 pixels.
@@ -75,10 +75,10 @@ def open_labelled(dataset: str, data_dir: Path, split: str, size: int, download:
     if dataset == "cifar10":
         data = load_cifar10(data_dir, "train" if split == "train" else "test", download)
         return Labelled(data.images, data.labels, len(data.classes))
-    if dataset == "tinyimagenet":
-        files, numbers, classes = tinyimagenet_files(data_dir, "train" if split == "train" else "test")
+    if dataset in DATASETS:
+        files, numbers, classes = list_files(dataset, data_dir, "train" if split == "train" else "test")
         return Labelled(open_files(files, size), torch.tensor(numbers), len(classes))
-    if dataset == "folder":
+    if dataset == FOLDER:
         names = class_folders(data_dir / "train")
         if not names:
             raise ValueError(f"no class folders in {data_dir / 'train'}: expected train/<class>/* and val/<class>/*")
@@ -93,6 +93,11 @@ def open_labelled(dataset: str, data_dir: Path, split: str, size: int, download:
     if targets is None:
         raise ValueError(f"{dataset!r} does not tell its labels without its images: take a folder, or torch/places365")
     return Labelled(open_entries(entries, size), torch.as_tensor(targets), int(max(targets)) + 1)
+
+
+def square_size(recipe: LayerProbeRecipe, dataset: str) -> int:
+    """The side in pixels of the squares that crops are taken from: of small budgets, the data set's own."""
+    return DATASETS[dataset].probe_size if recipe.budget == "cpu" and dataset in DATASETS else recipe.image_size
 
 
 def class_folders(folder: Path) -> list[str]:
@@ -323,7 +328,7 @@ def measure_layers(
         settings = f"{kind}; {epochs} of SGD, {subject.size} pixels, {recipe.precision}"
         row = measured_row(
             subject, counts, len(measured), name, settings, time.monotonic() - started,
-            protocol=recipe.protocol, cost=recipe.cost, layer=layer, seed=seed,
+            protocol=recipe.protocol, budget=recipe.budget, layer=layer, seed=seed,
         )  # fmt: skip
         # one pass for all: each its share
         yield dataclasses.replace(row, seconds=round(seconds / len(probes), 1))
@@ -394,7 +399,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=1, help="how often the classifiers are trained [%(default)s]")
     parser.add_argument("--epochs", type=int, help="instead of the recipe's, rates falling in proportion")
     parser.add_argument(
-        "--dataset", default="folder", help="folder, tinyimagenet, cifar10, or torch/NAME of torchvision [%(default)s]"
+        "--dataset", default=FOLDER, help=f"folder, {', '.join(DATASETS)}, or torch/NAME of torchvision [%(default)s]"
     )
     parser.add_argument("--data", type=Path, required=True, help="where it is")
     parser.add_argument("--download", action="store_true", help="let torchvision fetch it into --data")
@@ -417,25 +422,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
             recipe = dataclasses.replace(recipe, precision=args.precision)
         recipe = resolved(recipe, args.device)
         if recipe != named:
-            recipe = dataclasses.replace(recipe, cost="")
+            recipe = dataclasses.replace(recipe, budget="")
         subject = load_subject(args.model, random=args.random, weights=args.weights, size=args.size)
         subject.backbone.to(args.device).to(memory_format=torch.channels_last)
         layers = args.layers or list(layer_modules(subject.backbone))
         build_probes(recipe, subject, layers, classes=2)
         output = args.output or Path("runs") / "imagenet" / subject.name
-        own = args.dataset not in NAMES or args.holdout or args.size or recipe != named
+        own = args.dataset not in DATASETS or args.holdout or args.size or recipe != named
         file = record_file(subject, bool(own)) if args.record else output / "rows.jsonl"
-        train = open_labelled(args.dataset, args.data, "train", recipe.image_size, args.download)
-        val = train if args.holdout else open_labelled(
-            args.dataset, args.data, "val", recipe.image_size, args.download
-        )  # fmt: skip
+        side = square_size(LAYER_PROBES[args.recipe], args.dataset)
+        train = open_labelled(args.dataset, args.data, "train", side, args.download)
+        val = train if args.holdout else open_labelled(args.dataset, args.data, "val", side, args.download)
         if val.classes != train.classes:
             raise ValueError(f"the classes to train on are {train.classes}, those to measure on {val.classes}")
         if args.record:
             check_whole(args.dataset, len(train), len(val))
         train = read_into_memory(train, args.workers)
         val = train if args.holdout else read_into_memory(val, args.workers)
-        name = NAMES.get(args.dataset) or f"{args.data.resolve().name} val"
+        name = name_of(args.dataset, args.data, "val")
         check_rows(file)
         for seed in progress("seeds", args.seeds, "seed", range(args.seeds), disable=args.seeds == 1):
             for row in measure_layers(recipe, subject, layers, train, val, name, args.holdout, seed, args.workers):

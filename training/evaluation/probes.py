@@ -9,7 +9,7 @@ package, with its published weights, with --random weights, or with those of a f
 over the images feeds the probes of all layers. The numbers are printed as they come and written to --output as
 rows.jsonl (written after every number), report.md, report.json and report.png.
 
-A probe's settings are recipes (rotation_ssl/evaluation/recipes.py); the linear probe's strength is chosen on the last
+A probe's settings are recipes (rotation_ssl/evaluation/protocols.py); the linear probe's strength is chosen on the last
 tenth of the training images. Nothing is chosen by test images: with --holdout N the last N training images are measured
 in place of the test images, which are not read then, to choose by.
 """
@@ -21,23 +21,16 @@ from pathlib import Path
 
 import torch
 
-from rotation_ssl.evaluation import frozen
-from rotation_ssl.evaluation.frozen import (
-    LINEAR_GRID,
-    PARTS,
-    PROTOCOLS,
-    Frozen,
-    Measurement,
-    Number,
-    map_grids,
-    plan,
-)
+from rotation_ssl.evaluation import measure as frozen_measure
+from rotation_ssl.evaluation.frozen import PARTS, Frozen, map_grids
+from rotation_ssl.evaluation.measure import LINEAR_GRID, Measurement, Number, plan
+from rotation_ssl.evaluation.protocols import PROTOCOLS
 from rotation_ssl.features import layer_modules
 from rotation_ssl.labelled import Images, LabelledImages
 from rotation_ssl.machine import TURN_OFF
 from rotation_ssl.precision import add_precision_argument, resolve_precision, warn_if_emulated
 from rotation_ssl.progress import progress
-from training.datasets import DATASETS, NAMES, check_whole, load_images
+from training.datasets import DATASETS, FOLDER, check_whole, load_images
 from training.evaluation.subject import Subject, load_subject, measured_row, record_file
 from training.reporting.report import check_rows, keep_row, run_measuring, write_report
 from training.reporting.rows import Row
@@ -46,8 +39,8 @@ from training.reporting.rows import Row
 def measure_rotation(
     subject: Subject, test: LabelledImages, data: str, device: str = "cpu", parts: Sequence[int] = range(PARTS)
 ) -> Row:
-    """The row of :func:`rotation_ssl.evaluation.frozen.measure_rotation`, on images called ``data``."""
-    number = frozen.measure_rotation(Frozen(subject.backbone, subject.size, device), test, parts)
+    """The row of :func:`rotation_ssl.evaluation.measure.measure_rotation`, on images called ``data``."""
+    number = frozen_measure.measure_rotation(Frozen(subject.backbone, subject.size, device), test, parts)
     return _row(subject, number, data)
 
 
@@ -60,7 +53,7 @@ def measure_features(
     features: str | None = None,
     probes: str | None = None,
 ) -> Iterator[Row]:
-    """The rows of :func:`rotation_ssl.evaluation.frozen.measure_features`, each as soon as it is there.
+    """The rows of :func:`rotation_ssl.evaluation.measure.measure_features`, each as soon as it is there.
 
     Args:
         subject: the backbone, on the device.
@@ -77,7 +70,7 @@ def measure_features(
     if features is not None:
         features = resolve_precision(features, device)
     backbone = Frozen(subject.backbone, subject.size, device, features)
-    for number in frozen.measure_features(backbone, images, measurements, test_parts, probes):
+    for number in frozen_measure.measure_features(backbone, images, measurements, test_parts, probes):
         yield _row(subject, number, images.name)
 
 
@@ -106,8 +99,11 @@ def main(arguments: list[str] | None = None) -> int:
         "--layers", nargs="+", metavar="LAYER", help="layers to probe [all feature layers of the model]"
     )
     parser.add_argument("--seeds", type=int, default=1, help="how often each trained probe is trained [%(default)s]")
-    parser.add_argument("--cost", choices=("cached", "paper"), default="cached", help="of the trained probes [cached]")
-    parser.add_argument("--dataset", choices=DATASETS, default="cifar10", help="what --data holds [%(default)s]")
+    parser.add_argument("--budget", choices=("cached", "paper"), default="cached", help="of trained probes [cached]")
+    sets = (*DATASETS, FOLDER)
+    parser.add_argument(
+        "--dataset", choices=sets, default="cifar10", metavar="SET", help=f"{', '.join(sets)} [cifar10]"
+    )
     parser.add_argument("--data", type=Path, default=Path("data/cifar10"), help="where it is [%(default)s]")
     parser.add_argument("--size", type=int, help="side of the images the backbone gets [the model's own]")
     parser.add_argument("--download", action="store_true", help="let torchvision fetch CIFAR-10 into --data")
@@ -131,9 +127,9 @@ def main(arguments: list[str] | None = None) -> int:
         if "rotation" in wanted and args.only == parser.get_default("only") and subject.backbone.num_classes != 4:
             wanted.remove("rotation")
         output = args.output or Path("runs") / "evaluate" / subject.name
-        own = args.dataset not in NAMES or args.holdout or args.size or args.precision
+        own = args.dataset not in DATASETS or args.holdout or args.size or args.precision
         file = record_file(subject, bool(own)) if args.record else output / "rows.jsonl"
-        measurements = plan(layers, wanted, args.cost, range(args.seeds))
+        measurements = plan(layers, wanted, args.budget, range(args.seeds))
         images = load_images(
             args.dataset, args.data, subject.size, args.download, args.holdout, test_only=not measurements
         )

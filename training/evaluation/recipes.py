@@ -18,7 +18,7 @@ class TransferRecipe:
 
     name: str
     protocol: str
-    cost: str
+    budget: str
     start: str
     classifier: str
     images: int
@@ -40,8 +40,8 @@ NONLINEAR_SCHEDULE = StepSchedule(milestones=(0.2, 0.4, 0.45), factor=0.2)
 
 FEW_LABELS_CPU = TransferRecipe(
     name="few-labels-cpu",
-    protocol="few labels, convolutional probe",
-    cost="cpu",
+    protocol="few-labels",
+    budget="cpu",
     start="frozen",
     classifier="convolutional",
     images=CPU_IMAGES,
@@ -53,14 +53,14 @@ SUPERVISED_CPU = dataclasses.replace(FEW_LABELS_CPU, name="supervised-cpu", prot
 FINETUNE_CONVOLUTIONAL_CPU = dataclasses.replace(
     FEW_LABELS_CPU,
     name="finetune-conv-cpu",
-    protocol="fine-tuned, convolutional probe",
+    protocol="finetune-conv",
     start="trained",
     backbone_lr=0.01,
 )
 FINETUNE_NONLINEAR_CPU = dataclasses.replace(
     FINETUNE_CONVOLUTIONAL_CPU,
     name="finetune-nonlinear-cpu",
-    protocol="fine-tuned, non-linear probe",
+    protocol="finetune-nonlinear",
     classifier="non-linear",
     schedule=NONLINEAR_SCHEDULE,
 )
@@ -69,7 +69,7 @@ _PAPER_TRANSFERS = tuple(
     dataclasses.replace(
         recipe,
         name=recipe.name.replace("-cpu", "-paper"),
-        cost="paper",
+        budget="paper",
         images=PAPER_IMAGES,
         precision="fp32",
     )
@@ -92,7 +92,7 @@ class LayerProbeRecipe:
 
     name: str
     protocol: str
-    cost: str
+    budget: str
     classifier: str
     epochs: int
     milestones: tuple[int, ...]
@@ -109,8 +109,8 @@ class LayerProbeRecipe:
 
 IMAGENET_LINEAR_PAPER = LayerProbeRecipe(
     name="imagenet-linear-paper",
-    protocol="ImageNet linear probe",
-    cost="paper",
+    protocol="linear-sgd",
+    budget="paper",
     classifier="linear",
     epochs=35,
     milestones=(5, 15, 25),
@@ -118,8 +118,8 @@ IMAGENET_LINEAR_PAPER = LayerProbeRecipe(
 )
 IMAGENET_NONLINEAR_PAPER = LayerProbeRecipe(
     name="imagenet-nonlinear-paper",
-    protocol="ImageNet non-linear probe",
-    cost="paper",
+    protocol="nonlinear-sgd",
+    budget="paper",
     classifier="non-linear",
     epochs=40,
     milestones=(10, 20, 30),
@@ -128,7 +128,7 @@ IMAGENET_NONLINEAR_PAPER = LayerProbeRecipe(
 IMAGENET_LINEAR_CPU = dataclasses.replace(
     IMAGENET_LINEAR_PAPER,
     name="imagenet-linear-cpu",
-    cost="cpu",
+    budget="cpu",
     epochs=10,
     milestones=(3, 6, 8),
     image_size=64,
@@ -138,7 +138,7 @@ IMAGENET_LINEAR_CPU = dataclasses.replace(
 IMAGENET_NONLINEAR_CPU = dataclasses.replace(
     IMAGENET_NONLINEAR_PAPER,
     name="imagenet-nonlinear-cpu",
-    cost="cpu",
+    budget="cpu",
     epochs=4,
     milestones=(2, 3),
     image_size=64,

@@ -21,35 +21,38 @@ multiplies it, else in fp32: one that was reported in the other precision may be
 
 import argparse
 import dataclasses
+import functools
 import math
 import re
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-import timm
 import torch
 from tqdm import tqdm
 
 from rotation_ssl import zoo
-from rotation_ssl.evaluation.frozen import PARTS, PROTOCOLS, Measurement, images_to_run
-from rotation_ssl.features import layer_modules
+from rotation_ssl.evaluation.frozen import PARTS
+from rotation_ssl.evaluation.measure import Measurement, images_to_run
 from rotation_ssl.golden import GOLDEN_TOLERANCE, golden_difference
 from rotation_ssl.labelled import Images
 from rotation_ssl.machine import TURN_OFF, keep_large_blocks
 from rotation_ssl.messages import counted
 from rotation_ssl.progress import progress
-from training.datasets import NAMES, WHOLE, load_images
+from training.datasets import DATASETS, dataset_of, load_images
 from training.evaluation.finetune import measure_transfer, transfer_subject
-from training.evaluation.layers import Labelled, measure_layers
+from training.evaluation.layers import Labelled, measure_layers, square_size
 from training.evaluation.probes import measure_features, measure_rotation
-from training.evaluation.recipes import LAYER_PROBES, TRANSFERS
-from training.evaluation.subject import subject_of_row
-from training.reporting.rows import RESULTS_DIR, Row, check_device, complaints, read_rows
+from training.evaluation.subject import Subject, subject_of_row
+from training.protocols import FROZEN, PROTOCOLS
+from training.reporting.options import OPTIONS, add_data_arguments, data_folder
+from training.reporting.required import complaints
+from training.reporting.rows import RESULTS_DIR, Row, check_device, read_rows
 
 QUICK_PARTS = (0, 1)
-QUICK_PROTOCOLS = ("rotation accuracy", "k-NN")
+QUICK_PROTOCOLS = ("rotation", "knn")
 FLIPS = 1e-3
 TRAINED_TOLERANCE = 5e-3
 # A training in bf16 takes another path than in fp32, as with another seed, which is allowed for already; this is for a
@@ -96,63 +99,84 @@ def check_weights(name: str) -> Iterator[Verdict]:
 
 def check_rows(rows: Sequence[Row]) -> Iterator[Verdict]:
     """What keeps the rows from being reported: other bytes, weights that are not published, missing numbers."""
-    models = {name: timm.create_model(name.split(".", 1)[0], device="meta") for name in zoo.bundled()}
-    layers = {name: list(layer_modules(model)) for name, model in models.items()}
-    for complaint in complaints(rows, zoo.bundled(), layers):
+    for complaint in complaints(rows, zoo.bundled()):
         yield Verdict(complaint, "", "", "none", False)
 
 
-def measure_again(
-    rows: Sequence[Row], images: Images, quick: bool = False, device: str = "cpu"
-) -> Iterator[tuple[Row, Row]]:
+Load = Callable[[int, bool], Images]  # of a side in pixels, and whether test images alone are wanted
+Pairs = Iterator[tuple[Row, Row]]
+
+
+def measure_again(rows: Sequence[Row], load: Load, quick: bool = False, device: str = "cpu") -> Pairs:
     """Each row and what is measured now: features of a network are taken once for all of its rows.
 
     Args:
-        rows: all of the data in ``images``.
-        images: training and test images; for rotation accuracy alone there need be no training images.
+        rows: all of one data set.
+        load: reads the data set, as squares of a side.
         quick: on the first fifth of the test images.
         device: where to work.
 
     Raises:
-        ValueError: rows of weights that are not in the manifest, or of a protocol that has no recipe.
+        ValueError: rows of weights that are not in the manifest, or of a protocol that cannot be measured again.
     """
     parts = QUICK_PARTS if quick else tuple(range(PARTS))
-    transfers = {(recipe.protocol, recipe.cost): recipe for recipe in TRANSFERS.values()}
-    layer_probes = {(recipe.protocol, recipe.cost): recipe for recipe in LAYER_PROBES.values()}
     for weights in dict.fromkeys(row.weights for row in rows):
-        own = [row for row in rows if row.weights == weights]
         subject = subject_of_row(weights)
         subject.backbone.to(device).to(memory_format=torch.channels_last)
-        for row in own:
-            if row.protocol == "rotation accuracy":
-                yield row, measure_rotation(subject, images.test, images.name, device, parts)
-        probed = {_measurement(row): row for row in own if row.protocol in _probes()}
-        if probed:
-            by_number = {dataclasses.replace(m, strength=None): row for m, row in probed.items()}
-            for new in measure_features(subject, images, list(probed), device, parts):
-                yield by_number[dataclasses.replace(_measurement(new), strength=None)], new
-        layered = [row for row in own if (row.protocol, row.cost) in layer_probes]
-        for key in dict.fromkeys((row.protocol, row.cost, row.seed) for row in layered):
-            by_layer = {row.layer: row for row in layered if (row.protocol, row.cost, row.seed) == key}
-            train, val = (Labelled(part.images, part.labels, len(part.classes)) for part in (images.train, images.test))
-            for new in measure_layers(
-                layer_probes[key[:2]], subject, list(by_layer), train, val, images.name, seed=key[2] or 0
-            ):
-                yield by_layer[new.layer], new
-        for row in own:
-            if row.protocol in PROTOCOLS.values() or row in layered:
-                continue
-            if (row.protocol, row.cost) not in transfers:
-                raise ValueError(f"{row.number} has no recipe: it cannot be measured again")
-            recipe = transfers[row.protocol, row.cost]
-            model = subject.name if subject.published else subject.architecture
-            fresh = transfer_subject(recipe, model, row.seed or 0, random=not subject.published)
-            yield (
-                row,
-                measure_transfer(
-                    recipe, fresh, row.layer, images, row.labels_per_class, row.draw or "first", row.seed or 0, device
-                ),
-            )
+        own = [row for row in rows if row.weights == weights]
+        for command in dict.fromkeys(PROTOCOLS[row.protocol].command for row in own):
+            chosen = [row for row in own if PROTOCOLS[row.protocol].command == command]
+            if command not in AGAIN:
+                raise ValueError(f"{chosen[0].number} is measured again by `python -m training {command}` alone")
+            yield from AGAIN[command](chosen, subject, load, parts, device)
+
+
+def _evaluate_again(rows: Sequence[Row], subject: Subject, load: Load, parts: Sequence[int], device: str) -> Pairs:
+    probed = {_measurement(row): row for row in rows if row.protocol != "rotation"}
+    images = load(subject.size, not probed)
+    for row in rows:
+        if row.protocol == "rotation":
+            yield row, measure_rotation(subject, images.test, images.name, device, parts)
+    by_number = {dataclasses.replace(m, strength=None): row for m, row in probed.items()}
+    for new in measure_features(subject, images, list(probed), device, parts) if probed else ():
+        yield by_number[dataclasses.replace(_measurement(new), strength=None)], new
+
+
+def _probe_layers_again(rows: Sequence[Row], subject: Subject, load: Load, parts: Sequence[int], device: str) -> Pairs:
+    for key in dict.fromkeys((row.protocol, row.budget, row.seed) for row in rows):
+        by_layer = {row.layer: row for row in rows if (row.protocol, row.budget, row.seed) == key}
+        row = next(iter(by_layer.values()))
+        recipe = _recipe(row)
+        images = load(square_size(recipe, dataset_of(row.data)), False)
+        train, val = (Labelled(part.images, part.labels, len(part.classes)) for part in (images.train, images.test))
+        for new in measure_layers(recipe, subject, list(by_layer), train, val, images.name, seed=key[2] or 0):
+            yield by_layer[new.layer], new
+
+
+def _finetune_again(rows: Sequence[Row], subject: Subject, load: Load, parts: Sequence[int], device: str) -> Pairs:
+    images = load(subject.size, False)
+    for row in rows:
+        model, seed = subject.name if subject.published else subject.architecture, row.seed or 0
+        recipe = _recipe(row)
+        # a training uses its backbone up
+        fresh = transfer_subject(recipe, model, seed, random=not subject.published)
+        labels = row.labels_per_class, row.draw or "first"
+        yield row, measure_transfer(recipe, fresh, row.layer, images, *labels, seed, device)
+
+
+# by the command that measures a protocol
+AGAIN: dict[str, Callable[[Sequence[Row], Subject, Load, Sequence[int], str], Pairs]] = {
+    "evaluate": _evaluate_again,
+    "probe-layers": _probe_layers_again,
+    "finetune": _finetune_again,
+}
+
+
+def _recipe(row: Row) -> Any:
+    recipe = PROTOCOLS[row.protocol].recipes[row.budget]
+    if recipe is None:
+        raise ValueError(f"{row.number} has no recipe: it cannot be measured again")
+    return recipe
 
 
 def judge(row: Row, new: Row, rows: Sequence[Row]) -> Verdict:
@@ -161,7 +185,7 @@ def judge(row: Row, new: Row, rows: Sequence[Row]) -> Verdict:
     parts = len(new.counts) if new.counts else PARTS
     reported_n = row.n if parts == PARTS else new.n
     value = row.value if parts == PARTS else sum(row.counts[:parts]) / new.n
-    tolerance = max(2 / new.n, FLIPS) if row.cost == "" else trained_tolerance(row, rows)
+    tolerance = max(2 / new.n, FLIPS) if row.budget == "" else trained_tolerance(row, rows)
     text = f"{100 * tolerance:.2f}"
     if (then := precision_of(row)) != (now := precision_of(new)):
         tolerance += PRECISION_TOLERANCE
@@ -196,13 +220,13 @@ def expected_seconds(rows: Sequence[Row], every: Sequence[Row], quick: bool) -> 
     """
     part = len(QUICK_PARTS) / PARTS if quick else 1.0
     seconds = 0.0
-    counts = {NAMES[dataset]: WHOLE[dataset] for dataset in WHOLE}
+    counts = {dataset.name: dataset.counts for dataset in DATASETS.values()}
     for weights, data in {(row.weights, row.data) for row in rows}:
         own = [row for row in rows if (row.weights, row.data) == (weights, data)]
-        probed = [_measurement(row) for row in own if row.protocol in _probes()]
+        probed = [_measurement(row) for row in own if row.protocol in FROZEN and row.protocol != "rotation"]
         train, test = counts.get(data, (0, 0))
         passes = [row for row in every if (_model(row), row.data) == (_model(own[0]), data)]
-        rates = [row.seconds / row.n for row in passes if row.protocol == "rotation accuracy" and row.seconds and row.n]
+        rates = [row.seconds / row.n for row in passes if row.protocol == "rotation" and row.seconds and row.n]
         rate = statistics.mean(rates) if rates else 0.0
         seconds += rate * images_to_run(probed, train, round(part * test))
         seconds += sum(row.seconds or 0.0 for row in own) * part
@@ -214,7 +238,7 @@ def _model(row: Row) -> str:
 
 
 def _measurement(row: Row) -> Measurement:
-    return Measurement(row.protocol, row.cost, row.layer, row.seed, row.strength)
+    return Measurement(row.protocol, row.budget, row.layer, row.seed, row.strength)
 
 
 def _difference(row: Row, new: Row) -> str:
@@ -223,14 +247,8 @@ def _difference(row: Row, new: Row) -> str:
     return f"images ({new.data}, {new.n:,})"
 
 
-def _probes() -> list[str]:
-    return [protocol for protocol in PROTOCOLS.values() if protocol != "rotation accuracy"]
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
-    names = PROTOCOLS | {recipe.name: recipe.protocol for recipe in TRANSFERS.values() if recipe.cost == "cpu"}
-    names |= {recipe.name: recipe.protocol for recipe in LAYER_PROBES.values() if recipe.cost == "cpu"}
+def build_parser() -> argparse.ArgumentParser:
+    """The command's options."""
     parser = argparse.ArgumentParser(
         prog="python -m training check",
         description=__doc__,
@@ -238,14 +256,64 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--quick", action="store_true", help="the part that takes minutes")
-    parser.add_argument("--only", nargs="+", choices=names, help="a part of the numbers [all]")
+    parser.add_argument("--only", nargs="+", choices=PROTOCOLS, metavar="ID", help=f"{', '.join(PROTOCOLS)} [all]")
     parser.add_argument("--weights", nargs="+", metavar="NAME", help="numbers of these weights [all]")
-    parser.add_argument("--data", type=Path, default=Path("data/cifar10"), help="where CIFAR-10 is [%(default)s]")
-    parser.add_argument("--tinyimagenet", type=Path, metavar="DIR", help="where tiny-imagenet-200 is [not measured]")
-    parser.add_argument("--download", action="store_true", help="let torchvision fetch CIFAR-10 into --data")
+    add_data_arguments(parser)
     parser.add_argument("--results", type=Path, default=RESULTS_DIR, help="folder of the rows [training/results]")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps [%(default)s]")
-    args = parser.parse_args(arguments)
+    return parser
+
+
+def chosen_rows(every: Sequence[Row], args: argparse.Namespace) -> list[Row]:
+    """The rows that the options ask for.
+
+    Raises:
+        ValueError: there are none.
+    """
+    rows = [row for row in every if args.only is None or row.protocol in args.only]
+    rows = [row for row in rows if args.weights is None or row.weights in args.weights]
+    if args.quick:
+        rows = [row for row in rows if row.protocol in QUICK_PROTOCOLS and row.weights in zoo.bundled()]
+    if not rows:
+        raise ValueError("no reported number is asked for: see --quick, --only and --weights")
+    return rows
+
+
+def check_numbers(every: Sequence[Row], args: argparse.Namespace) -> Iterator[Verdict]:
+    """Measure the rows that the options ask for again, where the data are there.
+
+    Raises:
+        ValueError: no such rows, data that are not what they should be, or as :func:`measure_again`.
+    """
+    check_device(args.device)
+    rows = chosen_rows(every, args)
+    named = dict.fromkeys(row.data for row in rows)
+    by_data = {dataset_of(data): [row for row in rows if row.data == data] for data in named}
+    folders = {dataset: data_folder(args, dataset) for dataset in by_data}
+    given = [row for dataset, own in by_data.items() for row in own if folders[dataset] is not None]
+    minutes = counted(round(expected_seconds(given, every, args.quick) / 60), "minute")
+    print(f"{counted(len(given), 'number')}; measuring took {minutes} where they were reported")
+    for dataset, own in by_data.items():
+        folder = folders[dataset]
+        if folder is None:
+            continue
+
+        @functools.cache
+        def load(size: int, test_only: bool, dataset: str = dataset, folder: Path = folder) -> Images:
+            return load_images(dataset, folder, size, args.download, test_only=test_only)
+
+        pairs = measure_again(own, load, args.quick, args.device)
+        for row, new in progress(DATASETS[dataset].name, len(own), "number", pairs):
+            yield judge(row, new, every)
+    for dataset, folder in folders.items():
+        if folder is None:
+            numbers = counted(len(by_data[dataset]), "number")
+            print(f"not measured: {numbers} of {DATASETS[dataset].name}: give --{OPTIONS[dataset]} DIR")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    args = build_parser().parse_args(arguments)
     keep_large_blocks()
     try:
         every = [row for row in read_rows(args.results) if row.source == "measured"]
@@ -257,41 +325,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if any(not verdict.holds for verdict in verdicts):
         print("error: the weights or rows above are not what was reported: nothing was measured", file=sys.stderr)
         return 1
-    wanted = [names[name] for name in args.only] if args.only else None
-    left_out: list[str] = []
-    rows = [row for row in every if wanted is None or row.protocol in wanted]
-    rows = [row for row in rows if args.weights is None or row.weights in args.weights]
-    if args.quick:
-        rows = [row for row in rows if row.protocol in QUICK_PROTOCOLS and row.weights in zoo.bundled()]
     try:
-        check_device(args.device)
-        if not rows:
-            raise ValueError("no reported number is asked for: see --quick, --only and --weights")
-        unknown = sorted({row.data for row in rows} - set(NAMES.values()))
-        if unknown:
-            raise ValueError(f"there are rows of {', '.join(unknown)}: only {', '.join(NAMES.values())} can be checked")
-        folders = {"cifar10": args.data, "tinyimagenet": args.tinyimagenet}
-        measurable = {dataset: [row for row in rows if row.data == NAMES[dataset]] for dataset in folders}
-        measurable = {dataset: own for dataset, own in measurable.items() if own}
-        for dataset in [dataset for dataset in measurable if folders[dataset] is None]:
-            numbers = counted(len(measurable.pop(dataset)), "number")
-            left_out.append(f"{numbers} of {NAMES[dataset]}: give --{dataset} DIR")
-        given = [row for own in measurable.values() for row in own]
-        seconds = expected_seconds(given, every, args.quick)
-        minutes = counted(round(seconds / 60), "minute")
-        print(f"{counted(len(given), 'number')}; measuring took {minutes} where they were reported")
-        for dataset, own in measurable.items():
-            test_only = {row.protocol for row in own} == {"rotation accuracy"}
-            images = load_images(dataset, folders[dataset], 0, args.download, test_only=test_only)
-            pairs = measure_again(own, images, args.quick, args.device)
-            for row, new in progress(NAMES[dataset], len(own), "number", pairs):
-                verdicts.append(judge(row, new, every))
-                tqdm.write(str(verdicts[-1]))
+        for verdict in check_numbers(every, args):
+            verdicts.append(verdict)
+            tqdm.write(str(verdict))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     broken = [verdict for verdict in verdicts if not verdict.holds]
     print(f"{len(verdicts) - len(broken)} of {len(verdicts)} hold" + (": something is broken" if broken else ""))
-    for line in left_out:
-        print(f"not measured: {line}")
     return 1 if broken else 0

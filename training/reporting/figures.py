@@ -8,58 +8,39 @@ their file. :func:`stamp_of` reads either back, so that a figure older than what
 
 import hashlib
 import statistics
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from PIL import Image, UnidentifiedImageError
-from timm.data import resolve_model_data_config
-from torch import nn
-from torch.nn import functional as F
 
-from rotation_ssl.features import attention_map, extract_features, layer_modules
 from rotation_ssl.files import replace_file
-from rotation_ssl.images import normalize
-from training.reporting.rows import REPORTED, Row
+from training.protocols import PROTOCOLS
+from training.reporting.required import main_data
+from training.reporting.rows import Row
 
-# the palette of Okabe and Ito, which the colour-blind tell apart
-COLORS = {
-    "k-NN": "#0072B2",
-    "linear probe": "#E69F00",
-    "ImageNet linear probe": "#E69F00",
-    "non-linear probe": "#009E73",
-    "ImageNet non-linear probe": "#009E73",
-    "convolutional probe": "#CC79A7",
-}
-FEW_LABELS, SUPERVISED = "few labels, convolutional probe", "supervised"
-FEW_COLORS = {FEW_LABELS: "#0072B2", SUPERVISED: "#D55E00"}
-MARKERS = {"": "o", "paper": "s", "cached": "D", "cpu": "^"}  # by a row's cost
-POWERS = (1.0, 2.0, 4.0)  # of the attention maps of the first, second and third layer, as in the paper
+PROBES = ("knn", "linear", "nonlinear", "conv", "linear-sgd", "nonlinear-sgd")  # of any layer
+MARKERS = {"": "o", "paper": "s", "cached": "D", "cpu": "^"}  # by a row's budget
 DPI = 120
-WIDTH = 960  # pixels; 8 inches
-TILE = 96  # pixels; three to a pixel of CIFAR-10
-NEIGHBOURS = 6  # with ten queries, one a class, the file stays below 300 kB
 STAMP_KEY = "drawn from"
 
 
 def rows_by_layer(rows: Iterable[Row], name: str, data: str = "") -> list[Row]:
     """The rows that :func:`draw_accuracy_by_layer` shows of weights ``name`` ('rotnet_nin.cifar10') on ``data``.
 
-    Without ``data`` they are those of what the network is reported on. These are the probes of any layer: measured of
-    ``name`` and of the model's random weights, and quoted from the paper. There are none, and no figure, where nothing
-    was measured of ``name``.
+    Without ``data`` they are those of what published weights are first of all measured on. These are the probes of any
+    layer: measured of ``name`` and of the model's random weights, and quoted from the paper. There are none, and no
+    figure, where nothing was measured of ``name``.
     """
     model = _model_of(name)
-    data = data or REPORTED[model].data
+    data = data or main_data(name)
     shown = [
         row
         for row in rows
-        if row.protocol in COLORS
+        if row.protocol in PROBES
         and row.layer
         and row.labels_per_class is None
         and row.data == data
@@ -80,7 +61,7 @@ def rows_few_labels(rows: Iterable[Row], name: str, data: str = "CIFAR-10 test")
     figure, where no few labels were measured of ``name``.
     """
     model = _model_of(name)
-    measured = ((name, FEW_LABELS), (f"{model}.random", SUPERVISED))
+    measured = ((name, "few-labels"), (f"{model}.random", "supervised"))
     shown = [
         row
         for row in rows
@@ -134,7 +115,7 @@ def draw_accuracy_by_layer(rows: Iterable[Row], name: str, file: Path, data: str
     Raises:
         ValueError: no probe of ``name`` was measured on ``data``.
     """
-    data = data or REPORTED[_model_of(name)].data
+    data = data or main_data(name)
     shown = rows_by_layer(rows, name, data)
     if not shown:
         raise ValueError(f"no row of a probe of {name} measured on {data}: run `python -m training measure {name}`")
@@ -146,22 +127,21 @@ def draw_accuracy_by_layer(rows: Iterable[Row], name: str, file: Path, data: str
     }
     titles = dict(zip(looks, ("random weights", "the paper's (quoted)", name), strict=True))
     figure, axes = _plot((8.0, 4.4))
-    curves = _grouped(shown, lambda r: (r.weights, r.protocol, r.cost, r.source))
-    for (weights, protocol, cost, _), group in curves.items():
+    curves = _grouped(shown, lambda r: (r.weights, r.protocol, r.budget, r.source))
+    for (weights, protocol, budget, _), group in curves.items():
         points = curve_points(group, lambda row: layers.index(row.layer))
-        _line(axes, points, color=COLORS[protocol], marker=MARKERS[cost], **looks[weights])
+        _line(axes, points, color=PROTOCOLS[protocol].color, marker=MARKERS[budget], **looks[weights])
     axes.set_xticks(range(len(layers)), layers)
     axes.set_xlabel("layer whose frozen features are classified")
     axes.set_ylabel(f"accuracy on {data} (%)")
     axes.margins(x=0.06)
     # colour and marker say the protocol, the line says the weights: a legend each. Quoted points are of the protocol's
     # colour; it has an entry for them only where nothing was measured
-    measured = {(row.protocol, row.cost) for row in shown if _is_measured(row)}
-    quoted = {(row.protocol, row.cost) for row in shown if row.protocol not in {protocol for protocol, _ in measured}}
-    protocols = sorted(measured | quoted, key=lambda key: (list(COLORS).index(key[0]), key[1]))
+    measured = {(row.protocol, row.budget) for row in shown if _is_measured(row)}
+    quoted = {(row.protocol, row.budget) for row in shown if row.protocol not in {protocol for protocol, _ in measured}}
     colored = [
-        Line2D([], [], color=COLORS[protocol], marker=MARKERS[cost], label=f"{protocol} ({cost})" if cost else protocol)
-        for protocol, cost in protocols
+        Line2D([], [], color=PROTOCOLS[id].color, marker=MARKERS[budget], label=PROTOCOLS[id].titled(budget))
+        for id, budget in sorted(measured | quoted, key=lambda key: (PROBES.index(key[0]), key[1]))
     ]
     styled = [
         Line2D([], [], color="0.25", marker="o" if weights.endswith(".paper") else "", label=titles[weights], **look)
@@ -177,7 +157,7 @@ def draw_accuracy_by_layer(rows: Iterable[Row], name: str, file: Path, data: str
     }
     axes.add_artist(axes.legend(handles=styled, title="weights:", bbox_to_anchor=(1.01, 1.02), **place))
     axes.legend(handles=colored, title="protocol:", bbox_to_anchor=(1.01, 0.93 - 0.05 * len(styled)), **place)
-    _save(figure, file, rows_stamp(shown))
+    save_figure(figure, file, rows_stamp(shown))
 
 
 def draw_few_labels(rows: Iterable[Row], name: str, file: Path, data: str = "CIFAR-10 test") -> bool:
@@ -190,19 +170,19 @@ def draw_few_labels(rows: Iterable[Row], name: str, file: Path, data: str = "CIF
     if not shown:
         return False
     figure, axes = _plot((8.0, 4.8))
-    curves = _grouped(shown, lambda r: (_is_measured(r), r.source, r.weights, r.protocol, r.layer, r.cost, r.draw))
+    curves = _grouped(shown, lambda r: (_is_measured(r), r.source, r.weights, r.protocol, r.layer, r.budget, r.draw))
     # ours first, in the legend as well
-    for (measured, source, _, protocol, layer, cost, draw), group in sorted(
+    for (measured, source, _, protocol, layer, budget, draw), group in sorted(
         curves.items(), key=lambda item: not item[0][0]
     ):
         points = curve_points(group, lambda row: row.labels_per_class or 0)
-        ours = {FEW_LABELS: f"{name}, convolutional probe", SUPERVISED: "supervised, from random weights"}
-        what = ours[protocol] if measured else protocol
-        details = ", ".join(filter(None, (layer, cost, draw if measured else source)))
+        ours = {"few-labels": f"{name}, convolutional probe", "supervised": "supervised, from random weights"}
+        what = ours[protocol] if measured else PROTOCOLS[protocol].title
+        details = ", ".join(filter(None, (layer, budget, draw if measured else source)))
         look: dict[str, Any] = {"linewidth": 2.0} if measured else {"linestyle": ":", "markerfacecolor": "white"}
-        color = FEW_COLORS.get(protocol, "0.4")
+        color = PROTOCOLS[protocol].color or "0.4"
         label = f"{what} ({details})" if details else what
-        _line(axes, points, color=color, marker=MARKERS[cost], label=label, **look)
+        _line(axes, points, color=color, marker=MARKERS[budget], label=label, **look)
     counts = sorted({row.labels_per_class for row in shown if row.labels_per_class})
     axes.set_xscale("log")
     axes.set_xticks(counts, [f"{count:,}" for count in counts])
@@ -210,126 +190,8 @@ def draw_few_labels(rows: Iterable[Row], name: str, file: Path, data: str = "CIF
     axes.set_xlabel("labels per class (log scale)")
     axes.set_ylabel(f"accuracy on {data} (%)")
     figure.legend(loc="outside lower center", ncols=1, frameon=False, fontsize=9)
-    _save(figure, file, rows_stamp(shown))
+    save_figure(figure, file, rows_stamp(shown))
     return True
-
-
-def draw_filters(backbone: nn.Module, file: Path, stamp: str) -> None:
-    """The first layer's filters as RGB tiles in the network's order, each scaled to its own range; grey is zero.
-
-    Args:
-        backbone: any network whose first convolution of three input channels is to be shown.
-        file: the png to write.
-        stamp: sha256 of the weights.
-
-    Raises:
-        ValueError: no convolution takes three channels.
-    """
-    first = next((m for m in backbone.modules() if isinstance(m, nn.Conv2d) and m.weight.shape[1] == 3), None)
-    if first is None:
-        raise ValueError(f"{type(backbone).__name__} has no convolution of three channels whose filters are colours")
-    filters = first.weight.detach().float().cpu()
-    pictures = filters / filters.abs().amax((1, 2, 3), keepdim=True).clamp_min(1e-12) / 2 + 0.5
-    columns = min(24, len(pictures))
-    lines = [[(picture, "") for picture in line] for line in pictures.split(columns)]
-    gap = 5
-    # whole multiples: every weight of a filter is as large as the others
-    side = max(1, (WIDTH // columns - gap) // filters.shape[-1]) * filters.shape[-1]
-    _draw_tiles(lines, side, gap, (), file, stamp)
-
-
-def draw_attention(backbone: nn.Module, images: torch.Tensor, file: Path, stamp: str) -> None:
-    """Images and where the first three layers are active: attention maps of powers 1, 2 and 4, from dark to bright.
-
-    Args:
-        backbone: a timm model.
-        images: a handful, (N, 3, H, W) uint8, on the backbone's device.
-        file: the png to write.
-        stamp: sha256 of the weights.
-
-    Raises:
-        ValueError: images of another shape or type, or none.
-    """
-    _check_images("images", images)
-    powers = dict(zip(layer_modules(backbone), POWERS, strict=False))
-    size = (images.shape[-2], images.shape[-1])
-    maps = {
-        layer: attention_map(features, powers[layer], size)
-        for layer, features in _features(backbone, images, list(powers), maps=True).items()
-    }
-    titles = ["image", *(f"{layer}, p = {power:g}" for layer, power in powers.items())]
-    columns = 2 if len(images) > 1 else 1
-    lines: list[list[tuple[torch.Tensor, str]]] = []
-    for i, image in enumerate(images):
-        pictures = [image.cpu().float() / 255, *(_heat(attention[i]) for attention in maps.values())]
-        if i % columns == 0:
-            lines.append([])
-        lines[-1] += zip(pictures, titles if i < columns else [""] * len(titles), strict=True)
-    _draw_tiles(lines, TILE, 8, (len(titles) - 1,) if columns > 1 else (), file, stamp)
-
-
-def nearest(
-    backbone: nn.Module, layer: str, gallery: torch.Tensor, queries: torch.Tensor, count: int = NEIGHBOURS
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gallery images most like each query, by cosine similarity of a layer's globally averaged features.
-
-    Args:
-        backbone: a timm model.
-        layer: a name of its layers ('block2').
-        gallery: (M, 3, H, W) uint8, on the backbone's device.
-        queries: (N, 3, H, W) uint8, of the same size and device; a copy of a query is none of its neighbours.
-        count: neighbours of each query, k.
-
-    Returns:
-        Indices into the gallery (N, k) int64 and similarities (N, k) float32 in -1..1, the largest first.
-
-    Raises:
-        ValueError: images of another shape or type, none, an unknown layer, or a gallery of fewer than k other images.
-    """
-    _check_images("gallery", gallery)
-    _check_images("queries", queries)
-    if gallery.shape[1:] != queries.shape[1:]:
-        raise ValueError(f"gallery {tuple(gallery.shape)} and queries {tuple(queries.shape)} differ in size")
-    known, asked = (
-        F.normalize(_features(backbone, images, [layer], maps=False)[layer]) for images in (gallery, queries)
-    )
-    similarity = asked @ known.T
-    copies = torch.stack([(gallery == query).flatten(1).all(1) for query in queries]).cpu()
-    others = int((~copies).sum(1).min())
-    if not 1 <= count <= others:
-        raise ValueError(f"count must be 1 to {others}, the gallery's images other than a query, got {count}")
-    best = similarity.masked_fill(copies, float("-inf")).topk(count, dim=1)
-    return best.indices, best.values
-
-
-def draw_neighbours(
-    backbone: nn.Module, layer: str, gallery: torch.Tensor, queries: torch.Tensor, file: Path, stamp: str
-) -> None:
-    """A row for each query: the image and its six nearest of the gallery, each under its cosine similarity.
-
-    Args, errors: as for :func:`nearest`; ``file`` is the png to write, ``stamp`` the sha256 of the weights.
-    """
-    indices, similarities = nearest(backbone, layer, gallery, queries)
-    lines = []
-    for query, found, values in zip(queries, indices.tolist(), similarities.tolist(), strict=True):
-        titles = ["query", *(f"{value:.3f}" for value in values)]
-        pictures = [query, *(gallery[i] for i in found)]
-        lines.append([(p.cpu().float() / 255, title) for p, title in zip(pictures, titles, strict=True)])
-    _draw_tiles(lines, TILE, 8, (0,), file, stamp)
-
-
-def _features(backbone: nn.Module, images: torch.Tensor, layers: list[str], maps: bool) -> dict[str, torch.Tensor]:
-    cfg = resolve_model_data_config(backbone)
-    size = cfg["input_size"][-1]
-
-    def prepare(batch: torch.Tensor) -> torch.Tensor:
-        normalized = normalize(batch, cfg["mean"], cfg["std"])
-        if batch.shape[-1] < size:
-            # smaller images than the network is for: it may not take them
-            normalized = F.interpolate(normalized, (size, size), mode="bicubic", antialias=True)
-        return normalized
-
-    return extract_features(backbone, images, layers, pool=None if maps else "avg", prepare=prepare)
 
 
 def _model_of(weights: str) -> str:
@@ -345,16 +207,6 @@ def _grouped(rows: Iterable[Row], key: Callable[[Row], Hashable]) -> dict[Any, l
     for row in rows:
         groups.setdefault(key(row), []).append(row)
     return groups
-
-
-def _check_images(what: str, images: torch.Tensor) -> None:
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or not len(images):
-        raise ValueError(f"{what} must be uint8 (N, 3, H, W), got {images.dtype} {tuple(images.shape)}")
-
-
-def _heat(attention: torch.Tensor) -> torch.Tensor:
-    colors = matplotlib.colormaps["inferno"](attention.numpy())
-    return torch.from_numpy(colors[..., :3]).permute(2, 0, 1).float()
 
 
 def _plot(inches: tuple[float, float]) -> tuple[Any, Any]:
@@ -377,39 +229,8 @@ def _line(axes: Any, points: list[tuple[int, float, float | None]], color: str, 
         axes.set_title("bars: standard deviation over seeds and draws", fontsize=9, color="0.35", loc="left")
 
 
-def _draw_tiles(
-    lines: list[list[tuple[torch.Tensor, str]]], side: int, gap: int, wide_after: Sequence[int], file: Path, stamp: str
-) -> None:
-    # pasted pixel by pixel, not laid out as axes: small images stay crisp, and the file small
-    lefts, x = [], gap
-    for column in range(max(map(len, lines))):
-        lefts.append(x)
-        x += side + (3 * gap if column in wide_after else gap)
-    tops, y = [], gap
-    for line in lines:
-        y += 18 if any(title for _, title in line) else 0
-        tops.append(y)
-        y += side + gap
-    canvas = torch.ones(3, y, x)
-    figure = Figure(figsize=(x / DPI, y / DPI))
-    FigureCanvasAgg(figure)
-    axes = figure.add_axes((0, 0, 1, 1))
-    for top, line in zip(tops, lines, strict=True):
-        for left, (picture, title) in zip(lefts, line, strict=False):
-            canvas[:, top : top + side, left : left + side] = _resized(picture, side)
-            axes.text(left + side / 2, top - 3, title, fontsize=8, ha="center", va="bottom")
-    axes.imshow(canvas.permute(1, 2, 0).numpy(), interpolation="nearest", extent=(0, x, y, 0))
-    axes.axis("off")
-    _save(figure, file, stamp)
-
-
-def _resized(picture: torch.Tensor, side: int) -> torch.Tensor:
-    if side % picture.shape[-1] == 0 and side % picture.shape[-2] == 0:
-        return F.interpolate(picture[None], (side, side), mode="nearest-exact")[0]
-    return F.interpolate(picture[None], (side, side), mode="bilinear", antialias=True)[0].clamp(0, 1)
-
-
-def _save(figure: Any, file: Path, stamp: str) -> None:
+def save_figure(figure: Any, file: Path, stamp: str) -> None:
+    """Write a figure as a png that says what it was drawn from: see :func:`stamp_of`."""
     # without matplotlib's version, which would change the file and not the figure
     metadata = {STAMP_KEY: stamp, "Software": None}
     options = {"format": "png", "dpi": DPI, "metadata": metadata, "pil_kwargs": {"optimize": True}}

@@ -28,8 +28,10 @@ from rotation_ssl.convert import write_config
 from rotation_ssl.features import layer_modules
 from rotation_ssl.golden import GOLDEN_TOLERANCE, golden_file, golden_outputs
 from rotation_ssl.messages import first_line
-from training.reporting.card import FIGURES, REPOSITORY, ROOT, evaluation_lines, select
-from training.reporting.rows import REPORTED, RESULTS_DIR, Row
+from training.reporting.pages import FIGURES, REPOSITORY, ROOT
+from training.reporting.required import main_data
+from training.reporting.rows import RESULTS_DIR, Row
+from training.reporting.tables import evaluation_lines, select
 
 CARD_TEMPLATE = Path(__file__).parent / "hub_card.md"
 WEIGHTS = "model.safetensors"
@@ -171,7 +173,7 @@ def publish(upload: Upload, namespace: str, version: str, rows: Sequence[Row]) -
     """
     if REPOSITORY.startswith("OWNER/"):
         raise ValueError(
-            "cards on the Hub point to this project's public address: set REPOSITORY in training/reporting/card.py"
+            "cards on the Hub point to this project's public address: set REPOSITORY in training/reporting/pages.py"
         )
     repository = f"{namespace}/{upload.name}"
     files, api = hub_files(upload, repository, version, rows), HfApi()
@@ -237,7 +239,7 @@ def _card_data(name: str, entry: dict[str, Any], rows: Sequence[Row]) -> str:
     results = []
     for key, value in entry["metrics"].items():
         metric, _, data = key.partition(" on ")
-        dataset, _, split = (data or REPORTED[name.split(".", 1)[0]].data).rpartition(" ")
+        dataset, _, split = (data or main_data(name)).rpartition(" ")
         results.append(
             EvalResult(
                 task_type="image-classification",

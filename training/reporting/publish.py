@@ -30,28 +30,27 @@ from safetensors.torch import save
 from timm.data import resolve_model_data_config
 
 from rotation_ssl import zoo
-from rotation_ssl.features import layer_modules
 from rotation_ssl.files import replace_bytes
 from rotation_ssl.golden import golden_file, golden_outputs
 from rotation_ssl.images import read_images
 from rotation_ssl.messages import counted
 from training.datasets import load_cifar10
+from training.protocols import PROTOCOLS
 from training.recipes import RECIPES
-from training.reporting.card import ROOT, render_card, render_readme, replace_parts, select
 from training.reporting.figures import (
     draw_accuracy_by_layer,
-    draw_attention,
     draw_few_labels,
-    draw_filters,
-    draw_neighbours,
     rows_by_layer,
     rows_few_labels,
     rows_stamp,
     stamp_of,
 )
 from training.reporting.hub import Upload, current_version, hub_files, publish, upload_of, upload_of_folder
-from training.reporting.quoted import layer_table, voc_table
-from training.reporting.rows import REPORTED, RESULTS_DIR, Row, complaints, read_rows
+from training.reporting.pages import ROOT, pages, render_page
+from training.reporting.pictures import draw_attention, draw_filters, draw_neighbours
+from training.reporting.required import complaints, main_data
+from training.reporting.rows import RESULTS_DIR, Row, read_rows
+from training.reporting.tables import select
 
 FIGURES_DIR = ROOT / "docs" / "figures"
 # by tables 1 and 4 of the paper
@@ -142,14 +141,8 @@ def render(check: bool = False) -> list[Path]:
     rows = _reportable_rows(every)
     for name, entry in entries.items():
         entry["metrics"] = metrics(select(rows, name))
-    wanted = {
-        zoo.WEIGHTS_DIR / "manifest.json": _json(every),
-        ROOT / "MODEL_CARD.md": render_card(rows, every),
-        ROOT / "README.md": render_readme((ROOT / "README.md").read_text(), rows, every),
-    }
-    for name, part, table in (("imagenet", "layers", layer_table), ("transfer", "voc", voc_table)):
-        page = ROOT / "docs" / f"{name}.md"
-        wanted[page] = replace_parts(page.read_text(), {part: table(read_rows())}, page.name)
+    wanted = {zoo.WEIGHTS_DIR / "manifest.json": _json(every)}
+    wanted |= {page: render_page(page, rows, every) for page in pages()}
     different = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
     if not check:
         for path in different:
@@ -197,9 +190,7 @@ def _reportable_rows(every: dict[str, Any]) -> list[Row]:
         ValueError: they are not.
     """
     rows = read_rows()
-    bundled = [name for name, entry in every.items() if entry["source"] == "bundled"]
-    layers = {name: list(layer_modules(timm.create_model(_model(name), device="meta"))) for name in bundled}
-    found = complaints(rows, every, layers)
+    found = complaints(rows, every)
     if found:
         raise ValueError(found[0] + (f" (and {len(found) - 1} more such)" if len(found) > 1 else ""))
     return rows
@@ -236,15 +227,16 @@ def publish_to_hub(uploads: list[Upload], namespace: str, version: str) -> Itera
 
 
 def metrics(rows: list[Row]) -> dict[str, float]:
-    """Accuracy of each protocol, cost and layer of one published weight, the mean over seeds, for the manifest.
+    """Accuracy of each protocol, budget and layer of one published weight, the mean over seeds, for the manifest.
 
     Numbers on other data than those its network is reported on name them.
     """
     values: dict[str, list[float]] = {}
     for row in rows:
         if row.labels_per_class is None:
-            data = "" if row.data == REPORTED[_model(row.weights)].data else f"on {row.data}"
-            values.setdefault(" ".join(filter(None, (row.protocol, row.cost, row.layer, data))), []).append(row.value)
+            data = "" if row.data == main_data(row.weights) else f"on {row.data}"
+            what = (PROTOCOLS[row.protocol].title, row.budget, row.layer, data)
+            values.setdefault(" ".join(filter(None, what)), []).append(row.value)
     return {name: round(statistics.mean(numbers), 6) for name, numbers in values.items()}
 
 

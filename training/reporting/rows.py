@@ -10,22 +10,18 @@ import dataclasses
 import functools
 import hashlib
 import json
-import re
 import subprocess
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from rotation_ssl.evaluation.protocols import find_protocol
 from rotation_ssl.files import replace_file
 from rotation_ssl.messages import counted, first_line
+from training.protocols import PROTOCOLS
 
 RESULTS_DIR = Path(__file__).parent.parent / "results"
-
-
-COSTS = ("", "paper", "cached", "cpu")
 
 
 @dataclass(frozen=True)
@@ -34,9 +30,8 @@ class Row:
 
     ``weights`` is a published ``model.tag``, ``model.random`` for a network as initialised (``model.tag-random`` for
     that of weights that are not bundled), ``model@sha256`` (12 digits) for other weights, or for quoted numbers the
-    model that they are of. ``cost`` is a part of the protocol: 'paper' (fresh augmentation every epoch, the authors'
-    epochs), 'cached' (a frozen pass over a few views, probes trained from them), 'cpu' (a fixed budget of images), or
-    '' where nothing is trained. ``counts`` are the right answers in each tenth of the test images, in their order.
+    model that they are of. ``protocol`` is an id of :data:`training.protocols.PROTOCOLS`, ``budget`` one that it has.
+    ``counts`` are the right answers in each tenth of the test images, in their order.
     ``settings`` says what the protocol's name leaves open. ``strength`` is the L2 penalty that a linear probe chose:
     two candidates may be so close that the next machine would choose the other, so that a number is measured again with
     the one it was measured with. ``recipe`` names what made weights that are not published: a variant of
@@ -49,7 +44,7 @@ class Row:
     value: float
     source: str
     data: str
-    cost: str = ""
+    budget: str = ""
     settings: str = ""
     labels_per_class: int | None = None
     draw: str = ""
@@ -67,8 +62,7 @@ class Row:
     recipe: str = ""
 
     def __post_init__(self) -> None:
-        if self.cost not in COSTS:
-            raise ValueError(f"cost must be one of {', '.join(map(repr, COSTS))}, got {self.cost!r}")
+        find_protocol(self.protocol, self.budget, PROTOCOLS)
         if self.correct is not None and self.n is not None and self.value != self.correct / self.n:
             raise ValueError(f"{self.number} says {self.value}, but {self.correct} of {self.n} were right")
         if self.counts and sum(self.counts) != self.correct:
@@ -78,81 +72,25 @@ class Row:
     def key(self) -> tuple[object, ...]:
         """What the number is of: a file holds one row for each."""
         few = (self.labels_per_class, self.draw)
-        return self.weights, self.protocol, self.cost, self.layer, self.source, self.data, *few, self.seed
+        return self.weights, self.protocol, self.budget, self.layer, self.source, self.data, *few, self.seed
 
     @property
     def number(self) -> str:
         """The number's name in one line, for tables and errors."""
         few = f"{counted(self.labels_per_class, 'label')} a class ({self.draw})" if self.labels_per_class else ""
         seed = "" if self.seed is None else f"seed {self.seed}"
-        parts = (self.weights, self.protocol, self.cost and f"({self.cost})", self.layer, few, seed)
+        parts = (self.weights, self.title, self.layer, few, seed)
         return " ".join(part for part in parts if part)
+
+    @property
+    def title(self) -> str:
+        """Protocol and budget, as text shows them."""
+        return PROTOCOLS[self.protocol].titled(self.budget)
 
     @property
     def digest(self) -> str:
         """sha256 of all fields, as canonical JSON."""
-        fields = dataclasses.asdict(self)
-        # rows were written before there were these fields
-        for later, empty in (("strength", None), ("recipe", "")):
-            if fields[later] == empty:
-                del fields[later]
-        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class Numbers:
-    """The numbers of one protocol that the card has of a network: of each layer, seed and number of labels.
-
-    ``layers`` is empty for all of them, and (``''``,) where the protocol has none. ``published`` and ``random`` say of
-    which weights. A card is written when all of them are there.
-    """
-
-    protocol: str
-    cost: str = ""
-    layers: tuple[str, ...] = ()
-    seeds: tuple[int | None, ...] = (None,)
-    labels: tuple[int | None, ...] = (None,)
-    published: bool = True
-    random: bool = True
-
-
-@dataclass(frozen=True)
-class Reported:
-    """What the published weights of a network are measured by, and the name that the data have in the rows."""
-
-    data: str
-    numbers: tuple[Numbers, ...]
-
-
-THREE = (0, 1, 2)
-FEW = (20, 100, 400, 1000, 5000)  # labels of each class, as in figure 5 of the paper; 5,000 are all of CIFAR-10
-ROTATION = Numbers("rotation accuracy", layers=("",))
-ON_CIFAR10 = Reported(
-    "CIFAR-10 test",
-    (
-        ROTATION,
-        Numbers("k-NN"),
-        Numbers("linear probe", "cached"),
-        Numbers("non-linear probe", "cached", seeds=THREE),
-        Numbers("convolutional probe", "cached", ("block2",), seeds=THREE),
-        Numbers("fine-tuned, convolutional probe", "cpu", ("block2",), (0,), random=False),
-        Numbers("fine-tuned, non-linear probe", "cpu", ("block2",), (0,), random=False),
-        Numbers("few labels, convolutional probe", "cpu", ("block2",), (0,), FEW, random=False),
-        Numbers("supervised", "cpu", ("block2",), (0,), FEW, published=False),
-    ),
-)
-ON_TINYIMAGENET = Reported(
-    "Tiny-ImageNet val",
-    (
-        ROTATION,
-        Numbers("ImageNet linear probe", "cpu", seeds=(0,)),
-        Numbers("ImageNet non-linear probe", "cpu", ("conv4", "conv5"), seeds=(0,)),
-    ),
-)
-REPORTED = {
-    **dict.fromkeys(("rotnet_nin", "rotnet_nin3", "rotnet_nin5"), ON_CIFAR10),
-    "rotnet_alexnet": ON_TINYIMAGENET,
-}
+        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()
 
 
 def read_rows(folder: Path = RESULTS_DIR) -> list[Row]:
@@ -211,59 +149,6 @@ def write_rows(file: Path, new: list[Row]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(dataclasses.asdict(row) | {"digest": row.digest}) + "\n" for row in rows.values()]
     replace_file(file, lambda path: path.write_text("".join(lines)))
-
-
-def complaints(
-    rows: Sequence[Row], entries: Mapping[str, Mapping[str, Any]], layers: Mapping[str, Sequence[str]]
-) -> list[str]:
-    """What keeps rows from being reported, one line each; none is good.
-
-    Args:
-        rows: all rows; quoted ones are passed over.
-        entries: the manifest: published ``model.tag`` -> its entry.
-        layers: of the network of each published name that must have its numbers.
-    """
-    found = []
-    for row in rows:
-        if row.source != "measured":
-            continue
-        if row.weights not in entries and not row.weights.endswith(".random"):
-            found.append(f"{row.number} is of weights that have no entry in the manifest: publish them first")
-        elif row.weights in entries and row.sha256 != entries[row.weights]["sha256"]:
-            found.append(
-                f"{row.number} is of other bytes (sha256 {row.sha256[:12]}) than the manifest's: measure it again with "
-                f"`python -m training measure {row.weights}`"
-            )
-        elif not re.fullmatch("[0-9a-f]{40}", row.commit):
-            found.append(f"{row.number} was measured by code that is not committed ({row.commit}): measure it again")
-    for name in layers:
-        found += [f"{row.number} has no row: measure it" for row in missing_rows(rows, name, layers[name])]
-    return found
-
-
-def missing_rows(rows: Sequence[Row], weights: str, layers: Sequence[str]) -> list[Row]:
-    """The numbers of :data:`REPORTED` that published weights ``model.tag``, or random ones beside them, have no row of.
-
-    Args:
-        rows: all rows.
-        weights: the published name.
-        layers: of its network.
-
-    Returns:
-        Rows of those numbers, without a value.
-    """
-    model = weights.split(".", 1)[0]
-    reported, have = REPORTED[model], {row.key for row in rows}
-    wanted = [
-        Row(name, n.protocol, layer, float("nan"), "measured", reported.data, n.cost,
-            labels_per_class=labels, draw="" if labels is None else "first", seed=seed)
-        for n in reported.numbers
-        for name, of in ((weights, n.published), (f"{model}.random", n.random)) if of
-        for layer in n.layers or layers
-        for labels in n.labels
-        for seed in n.seeds
-    ]  # fmt: skip
-    return [row for row in wanted if row.key not in have]
 
 
 def require_committed(what: str) -> None:

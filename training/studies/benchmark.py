@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from rotation_ssl import zoo
 from rotation_ssl.backbones.nin import RotNetNIN
-from training.reporting.card import SPEED_FILE, speed_tables
+from training.reporting.pages import SPEED_FILE, speed_tables
 from training.reporting.rows import require_committed
 from training.studies.speed import measure_speed
 

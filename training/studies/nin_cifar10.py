@@ -24,7 +24,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from rotation_ssl.evaluation.frozen import plan
+from rotation_ssl.evaluation.measure import plan
 from rotation_ssl.labelled import Images
 from rotation_ssl.machine import TURN_OFF, keep_large_blocks
 from rotation_ssl.precision import add_precision_argument, warn_if_emulated
@@ -34,10 +34,12 @@ from training.datasets import load_images
 from training.evaluation.probes import measure_features
 from training.evaluation.subject import load_subject, measured_row
 from training.pretrain import finished_run
-from training.reporting.card import replace_parts
-from training.reporting.figures import STAMP_KEY, rows_stamp, stamp_of
+from training.protocols import PROTOCOLS
+from training.reporting.figures import rows_stamp, save_figure, stamp_of
+from training.reporting.pages import replace_parts
 from training.reporting.report import keep_row
 from training.reporting.rows import RESULTS_DIR, Row, read_file
+from training.reporting.tables import markdown_table
 
 ROWS = RESULTS_DIR / "study" / "runs.jsonl"
 BUDGET = 102_400  # rotated images a run
@@ -45,7 +47,7 @@ HOLDOUT = 5_000
 PROBE_IMAGES = 10_000
 FEW_IMAGES = 9_000
 LAYER = "block2"
-PROTOCOLS = ("non-linear probe", "linear probe", "rotation accuracy")
+MEASURED = ("nonlinear", "linear", "rotation")
 PAGE = Path(__file__).with_suffix(".md")
 FIGURE = Path(__file__).parent.parent.parent / "docs" / "figures" / "study.png"
 
@@ -130,7 +132,7 @@ VARIANTS = {recipe.name: recipe for recipes in QUESTIONS.values() for recipe in 
 def measured(file: Path) -> set[str]:
     """The variants that have all of their numbers."""
     rows = read_file(file) if file.exists() else []
-    return {name for name in VARIANTS if {row.protocol for row in rows if row.recipe == name} >= set(PROTOCOLS)}
+    return {name for name in VARIANTS if {row.protocol for row in rows if row.recipe == name} >= set(MEASURED)}
 
 
 def run_variant(recipe: Recipe, images: Images, output: Path, file: Path, device: str = "cpu") -> None:
@@ -157,7 +159,7 @@ def run_variant(recipe: Recipe, images: Images, output: Path, file: Path, device
         images.name,
         "4 rotations of each image",
         time.monotonic() - run["seconds"],
-        protocol="rotation accuracy",
+        protocol="rotation",
         layer="",
     )
     # the run's own: it may have been made by an earlier commit than the one that measures
@@ -184,19 +186,17 @@ def results(file: Path) -> dict[str, dict[str, Row]]:
 
 def table(found: dict[str, dict[str, Row]]) -> str:
     """The page's table: a line a variant, question by question."""
-    lines = [
-        f"| variant | {' | '.join(PROTOCOLS)} | rotated images | pixels, of the base's |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines: list[tuple[str, ...]] = []
     for question, recipes in QUESTIONS.items():
         own = [recipe for recipe in recipes if recipe.name in found]
         if own:
-            lines.append(f"| **{question}** | | | | | |")
+            lines.append((f"**{question}**", "", "", "", "", ""))
         for recipe in own:
-            values = [f"{100 * found[recipe.name][protocol].value:.2f} %" for protocol in PROTOCOLS]
+            values = [f"{100 * found[recipe.name][protocol].value:.2f} %" for protocol in MEASURED]
             cost = pixels(recipe) / pixels(BASE)
-            lines.append(f"| `{recipe.name}` | {' | '.join(values)} | {recipe.rotated_images:,} | {cost:.2f} |")
-    return "\n".join(lines)
+            lines.append((f"`{recipe.name}`", *values, f"{recipe.rotated_images:,}", f"{cost:.2f}"))
+    titles = (PROTOCOLS[protocol].title for protocol in MEASURED)
+    return markdown_table(("variant", *titles, "rotated images", "pixels, of the base's"), lines)
 
 
 def draw(found: dict[str, dict[str, Row]], file: Path) -> None:
@@ -204,17 +204,17 @@ def draw(found: dict[str, dict[str, Row]], file: Path) -> None:
     names = [name for name in VARIANTS if name in found][::-1]
     figure = Figure(figsize=(8.0, 1.2 + 0.3 * len(names)), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, protocol in zip(figure.subplots(1, 2, sharey=True), PROTOCOLS[:2], strict=True):
+    for axes, protocol in zip(figure.subplots(1, 2, sharey=True), MEASURED[:2], strict=True):
         values = [100 * found[name][protocol].value for name in names]
         chance = [100 * found[name][protocol].value for name in CHANCE if name in found]
         axes.axvspan(min(chance) - 0.1, max(chance) + 0.1, color="#E69F00", alpha=0.25, lw=0)
         axes.plot(values, range(len(names)), "o", color="#0072B2")
-        axes.set_xlabel(f"{protocol} of {LAYER} (%)")
+        axes.set_xlabel(f"{PROTOCOLS[protocol].title} of {LAYER} (%)")
         axes.grid(axis="x", alpha=0.3)
     figure.axes[0].set_yticks(range(len(names)), names)
     figure.suptitle("one setting changed; the band is the base with several seeds", fontsize=10)
     rows = [row for own in found.values() for row in own.values()]
-    figure.savefig(file, dpi=120, metadata={STAMP_KEY: rows_stamp(rows), "Software": None})
+    save_figure(figure, file, rows_stamp(rows))
 
 
 def render(check: bool = False) -> list[Path]:
@@ -227,7 +227,7 @@ def render(check: bool = False) -> list[Path]:
     if BASE.name not in found:
         raise ValueError(f"{ROWS} has no rows of the base: run the study first")
     text = PAGE.read_text()
-    anew = replace_parts(text, {"runs": table(found)}, PAGE.name)
+    anew = replace_parts(text, {"runs": lambda: table(found)}, PAGE.name)
     changed = [PAGE] if anew != text else []
     stamp = rows_stamp(row for own in found.values() for row in own.values())
     if not FIGURE.exists() or stamp_of(FIGURE) != stamp:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from rotation_ssl.evaluation.frozen import plan
+from rotation_ssl.evaluation.measure import plan
 from rotation_ssl.labelled import Images
 from rotation_ssl.machine import TURN_OFF, keep_large_blocks
 from rotation_ssl.precision import add_precision_argument, warn_if_emulated

@@ -244,7 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         classes, crops = counted(count_present(by_class), "class", "classes"), counted(recipe.test_crops, "crop")
         settings = f"{classes}, {crops} of {size} pixels"
         rows = [
-            transfer_row(transfer, args, value, f"PASCAL VOC classification, {kind} mAP", settings, args.layers)
+            transfer_row(transfer, args, value, f"voc-classification-{kind}", settings, args.layers)
             for kind, value in averages(by_class).items()
         ]
         return keep_numbers(transfer.output, rows, by_class, args.classes)

@@ -35,7 +35,7 @@ PAPER_SIZE = 224  # pixels that the paper's AlexNet is for
 class Transfer:
     """A transfer that is ready to be trained: the ``network`` of a ``subject``, and the images of two splits.
 
-    ``output`` is a new folder's path, ``settings`` and ``cost`` are parts of the rows, ``started`` is the time
+    ``output`` is a new folder's path, ``settings`` and ``budget`` are parts of the rows, ``started`` is the time
     (time.monotonic()).
     """
 
@@ -45,7 +45,7 @@ class Transfer:
     test: Sequence[Any]
     output: Path
     settings: str
-    cost: str
+    budget: str
     started: float
 
 
@@ -84,7 +84,7 @@ def training_of(training: Training, args: argparse.Namespace) -> Training:
     return dataclasses.replace(training, **{name: value for name, value in given.items() if value is not None})
 
 
-def cost_of(args: argparse.Namespace, parser: argparse.ArgumentParser, size: int, fresh_fc: bool) -> str:
+def budget_of(args: argparse.Namespace, parser: argparse.ArgumentParser, size: int, fresh_fc: bool) -> str:
     """The row's word for what the training costs: 'paper' for the recipe and the data as they are, '' for others.
 
     Args:
@@ -159,10 +159,10 @@ def prepare_transfer(
     check_apart(train, test)
     files = [image.file for image in train]
     network = transfer_network(subject, len(args.classes), files, args.fc_size, not args.no_rescale, args.seed)
-    cost = cost_of(args, parser, subject.size, has_fresh_fc(subject, network))
+    budget = budget_of(args, parser, subject.size, has_fresh_fc(subject, network))
     check_rows(output / "rows.jsonl")
     return Transfer(
-        subject, network, train, test, output, settings_text(args, training, subject, network), cost, started
+        subject, network, train, test, output, settings_text(args, training, subject, network), budget, started
     )
 
 
@@ -175,7 +175,7 @@ def transfer_row(
         transfer: what was trained.
         args: of the command line.
         value: the number.
-        protocol: its name.
+        protocol: its id.
         settings: in words, beside those of the transfer.
         layer: which layers were trained.
     """
@@ -186,7 +186,7 @@ def transfer_row(
         value=value,
         source="measured",
         data=data_name(args),
-        cost=transfer.cost,
+        budget=transfer.budget,
         settings=f"{settings}, {transfer.settings}",
         seed=args.seed,
         sha256=transfer.subject.sha256,

@@ -433,18 +433,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         recipe = dataclasses.replace(recipe, training=training_of(recipe.training, args))
         if args.side is not None:
             recipe = dataclasses.replace(recipe, train_sides=(args.side,), test_side=args.side)
-        name, given = "Faster R-CNN", ""
+        name, protocol, given = "Faster R-CNN", "voc-faster-rcnn", ""
         if args.proposals:
-            name = "Fast R-CNN"
+            name, protocol = "Fast R-CNN", "voc-fast-rcnn"
             check_proposals_file(args.proposals, [])
             given = f", proposals {hashlib.sha256(args.proposals.read_bytes()).hexdigest()[:12]}"
         transfer = prepare_transfer(
-            args, parser, recipe.training, name.lower().replace(" ", "-"),
+            args, parser, recipe.training, protocol.removeprefix("voc-"),
             lambda split: read_annotations(args.data, args.year, split, args.classes),
         )  # fmt: skip
         if not args.proposals:
             # the paper has Fast R-CNN alone
-            transfer = dataclasses.replace(transfer, cost="")
+            transfer = dataclasses.replace(transfer, budget="")
         _, by_class = measure_detection(
             recipe, transfer.network, transfer.train, transfer.test, len(args.classes), args.proposals, args.device,
             args.seed, args.workers, transfer.output,
@@ -455,7 +455,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f" {recipe.test_side} in the test{given}"
         )
         rows = [
-            transfer_row(transfer, args, value, f"PASCAL VOC detection ({name}), {kind} mAP", settings)
+            transfer_row(transfer, args, value, f"{protocol}-{kind}", settings)
             for kind, value in averages(by_class).items()
         ]
         return keep_numbers(transfer.output, rows, by_class, args.classes)

@@ -248,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )  # fmt: skip
         by_class = {"IoU": values}
         row = transfer_row(
-            transfer, args, mean_over_classes(values), "PASCAL VOC segmentation, mean IoU",
+            transfer, args, mean_over_classes(values), "voc-segmentation",
             f"FCN, {counted(count_present(by_class), 'class', 'classes')} with the background",
         )  # fmt: skip
         return keep_numbers(transfer.output, [row], by_class, ("background", *args.classes))

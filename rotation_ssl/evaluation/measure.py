@@ -1,0 +1,333 @@
+"""Frozen layers measured: rotation accuracy, k-NN, and linear, non-linear and convolutional probes.
+
+One frozen pass over the images feeds the probes of all layers. Settings are those of
+:mod:`rotation_ssl.evaluation.protocols`; the linear probe's strength is chosen on the last tenth of the training
+images. Nothing is chosen by test images.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+from torch import nn
+
+from rotation_ssl.evaluation.frozen import BATCH, PARTS, Frozen, map_grids, preparation
+from rotation_ssl.evaluation.protocols import PROTOCOLS, ProbeRecipe, find_protocol
+from rotation_ssl.labelled import Images, LabelledImages
+from rotation_ssl.machine import available_memory
+from rotation_ssl.messages import counted
+from rotation_ssl.precision import autocast_type, resolved
+from rotation_ssl.pretraining.augment import crop_and_flip
+from rotation_ssl.probes import LINEAR_STRENGTHS, knn_predict, linear_predict, probe_predict, train_probe
+from rotation_ssl.progress import progress
+from rotation_ssl.rotations import count_correct_rotations
+
+LINEAR_GRID = 4
+NEIGHBOURS = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """One number to measure: a protocol, by its id, at a budget, of a layer, with the seed of what is trained for it.
+
+    ``strength`` is the linear probe's L2 penalty; None: it is chosen, on the last tenth of the training images.
+
+    Raises:
+        ValueError: no such protocol, or no such budget of it.
+    """
+
+    protocol: str
+    budget: str = ""
+    layer: str = ""
+    seed: int | None = None
+    strength: float | None = None
+
+    def __post_init__(self) -> None:
+        find_protocol(self.protocol, self.budget)
+
+    @property
+    def recipe(self) -> ProbeRecipe | None:
+        """How the probe is trained; None where none is trained by SGD."""
+        recipe: ProbeRecipe | None = PROTOCOLS[self.protocol].recipes[self.budget]
+        return recipe
+
+    @property
+    def inputs(self) -> tuple[int, int | None]:
+        """Views and grid of the cached features that it takes; grid None: it takes fresh ones."""
+        return (self.recipe.views, self.recipe.grid) if self.recipe else (1, LINEAR_GRID)
+
+
+@dataclasses.dataclass(frozen=True)
+class Number:
+    """A measurement's outcome: correct predictions in each tenth of the ``n`` test images, in their order.
+
+    ``settings`` says what the protocol's name leaves open, ``seconds`` how long it took.
+    """
+
+    measurement: Measurement
+    counts: tuple[int, ...]
+    n: int
+    settings: str
+    seconds: float
+
+    @property
+    def value(self) -> float:
+        """Accuracy, a fraction."""
+        return sum(self.counts) / self.n
+
+
+def plan(layers: Sequence[str], protocols: Iterable[str], budget: str, seeds: Iterable[int]) -> list[Measurement]:
+    """What to measure on frozen features: the protocols, by their ids, on every layer.
+
+    Args:
+        layers: their names.
+        protocols: ids of :data:`PROTOCOLS`; rotation accuracy, which is of no layer, is left out.
+        budget: of the probes that SGD trains.
+        seeds: of those.
+
+    Raises:
+        ValueError: no such protocol, or no such budget of it.
+    """
+    wanted = {find_protocol(name).id for name in protocols}
+    measurements = []
+    for layer in layers:
+        for protocol in (PROTOCOLS[name] for name in PROTOCOLS if name in wanted):
+            if protocol.build is not None:
+                measurements += [Measurement(protocol.id, budget, layer, seed) for seed in seeds]
+            elif protocol.id != "rotation":
+                measurements.append(Measurement(protocol.id, next(iter(protocol.recipes)), layer))
+    return measurements
+
+
+def measure_rotation(frozen: Frozen, test: LabelledImages, parts: Sequence[int] = range(PARTS)) -> Number:
+    """Rotation accuracy on all four rotations of every test image, or of some tenths of them.
+
+    Raises:
+        ValueError: the network does not have 4 outputs.
+    """
+    started, backbone = time.monotonic(), frozen.backbone
+    outputs = getattr(backbone, "num_classes", None)
+    if outputs != 4:
+        raise ValueError(f"rotation accuracy needs the 4 outputs of the rotations, the network has {outputs}")
+    chosen = [test.images.tensor_split(PARTS)[part] for part in parts]
+    counts, total = [], 0
+    with progress("rotation accuracy", sum(map(len, chosen))) as bar:
+        prepare = preparation(backbone, frozen.size, bar)
+        for images in chosen:
+            batches = (prepare(batch.to(frozen.device)) for batch in images.split(BATCH) if len(batch))
+            correct, n = count_correct_rotations(backbone, batches)
+            counts.append(correct)
+            total += n
+    seconds = time.monotonic() - started
+    return Number(Measurement("rotation"), tuple(counts), total, "4 rotations of each image", seconds)
+
+
+def measure_features(
+    frozen: Frozen,
+    images: Images,
+    measurements: Sequence[Measurement],
+    test_parts: Sequence[int] = range(PARTS),
+    precision: str | None = None,
+) -> Iterator[Number]:
+    """The numbers that are measured on frozen features, layer by layer, each as soon as it is there.
+
+    Features are kept as bfloat16, in one pass for all layers and all measurements that want maps of the same size:
+    k-NN, linear and non-linear probe share one, the convolutional probe has its own.
+
+    Args:
+        frozen: the backbone.
+        images: training and test images.
+        measurements: what to measure.
+        test_parts: tenths of the test images to measure on.
+        precision: of the trained probes; None: their recipes'. The settings say what 'auto' was.
+
+    Raises:
+        ValueError: a layer or protocol that does not exist, fewer training images than neighbours, features that do not
+            fit into memory, or what the probes refuse.
+    """
+    if any(m.protocol == "knn" for m in measurements) and len(images.train) < NEIGHBOURS:
+        raise ValueError(f"k-NN asks {NEIGHBOURS} neighbours of {counted(len(images.train), 'training image')}")
+    tenths = torch.arange(len(images.test)).tensor_split(PARTS)
+    test = images.test.subset(torch.cat([tenths[part] for part in test_parts]))
+    lengths = [len(tenths[part]) for part in test_parts]
+    for grid in dict.fromkeys(m.inputs[1] for m in measurements):
+        own = [m for m in measurements if m.inputs[1] == grid]
+        layers = list(dict.fromkeys(m.layer for m in own))
+        views: list[dict[str, torch.Tensor]] = []
+        test_maps: dict[str, torch.Tensor] = {}
+        if grid is not None:
+            views, test_maps = _cache(frozen, images.train, test, layers, grid, max(m.inputs[0] for m in own))
+        for layer in layers:
+            maps = [view.pop(layer) for view in views]
+            tested = test_maps.pop(layer, None)
+            for measurement in (m for m in own if m.layer == layer):
+                started = time.monotonic()
+                predictions, settings, measurement = _measure(
+                    frozen, measurement, images.train, test, maps, tested, precision
+                )
+                right = (predictions == test.labels).split(lengths)
+                counts = tuple(int(part.sum()) for part in right)
+                settings += "" if frozen.precision is None else f"; features in {frozen.precision}"
+                yield Number(measurement, counts, len(test), settings, time.monotonic() - started)
+            # gigabytes: not kept for the layers to come
+            del maps, tested
+
+
+def _measure(
+    frozen: Frozen,
+    measurement: Measurement,
+    train: LabelledImages,
+    test: LabelledImages,
+    maps: list[torch.Tensor],
+    test_maps: torch.Tensor | None,
+    precision: str | None,
+) -> tuple[torch.Tensor, str, Measurement]:
+    """Predictions, settings, and the measurement with the strength that it chose; without cached maps fresh ones."""
+    if measurement.protocol == "linear" and test_maps is not None:
+        found = _linear_probe(train, maps[0], test_maps, measurement.strength)
+        return found[0], found[1], dataclasses.replace(measurement, strength=found[2])
+    if measurement.protocol == "knn" and test_maps is not None:
+        return (*_nearest(train, maps[0], test_maps), measurement)
+    recipe = measurement.recipe
+    assert recipe is not None
+    recipe = resolved(dataclasses.replace(recipe, precision=precision or recipe.precision), frozen.device)
+    if test_maps is None:
+        return (*_fresh_probe(recipe, frozen, train, test, measurement), measurement)
+    return (*_cached_probe(recipe, train, maps, test_maps, measurement, frozen.device), measurement)
+
+
+def _cache(
+    frozen: Frozen, train: LabelledImages, test: LabelledImages, layers: Sequence[str], grid: int, views: int
+) -> tuple[list[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    """Pooled maps by layer, (N, C, g, g) bfloat16, of each view of the training images and of the test images."""
+    grids = map_grids(frozen, test.images[:1], layers, grid)
+    one = frozen.maps(test.images[:1], grids)
+    needed = sum(m.nbytes for m in one.values()) * (views * len(train) + len(test))
+    available = available_memory()
+    if available is not None and needed > available:
+        raise ValueError(
+            f"the features of {', '.join(layers)} need {needed / 2**30:.1f} GiB of memory, {available / 2**30:.1f} are "
+            "available: take fewer layers at a time with --layers"
+        )
+    with progress("features", views * len(train) + len(test)) as bar:
+        cached = [frozen.maps(_view(train.images, view), grids, bar) for view in range(views)]
+        return cached, frozen.maps(test.images, grids, bar)
+
+
+def images_to_run(measurements: Sequence[Measurement], train: int, test: int) -> int:
+    """How many images :func:`measure_features` runs through the backbone, of so many training and test images."""
+    total = 0
+    for grid in {m.inputs[1] for m in measurements} - {None}:
+        total += max(m.inputs[0] for m in measurements if m.inputs[1] == grid) * train + test
+    return total
+
+
+def _view(images: torch.Tensor, view: int, padding: int = 4, padding_mode: str = "reflect") -> torch.Tensor:
+    """The images as they are (view 0), or crops and mirrorings of them that are the same at every call."""
+    if view == 0:
+        return images
+    generator = torch.Generator().manual_seed(view)
+    return crop_and_flip(images, images.shape[-1], padding, padding_mode, True, generator)
+
+
+def _linear_probe(
+    train: LabelledImages, features: torch.Tensor, test: torch.Tensor, strength: float | None
+) -> tuple[torch.Tensor, str, float]:
+    strengths = LINEAR_STRENGTHS if strength is None else (strength,)
+    classes, tenth, side = len(train.classes), max(1, len(train) // 10), test.shape[-1]
+    # L-BFGS gives up after 125 evaluations of the loss in 100 iterations; where it converges it stops before
+    fits = len(strengths) + (len(strengths) > 1)
+    with progress("linear probe", fits * 125, "evaluation") as bar:
+        predictions, strength = linear_predict(
+            features.flatten(1).float(), train.labels, test.flatten(1).float(), classes, tenth, strengths,
+            evaluated=bar.update,
+        )  # fmt: skip
+    candidates = ", ".join(f"{s:g}" for s in LINEAR_STRENGTHS)
+    settings = f"logistic regression, {side} x {side} average pooling, L2 {strength:g}, chosen of {candidates}"
+    return predictions, settings, strength
+
+
+def _nearest(train: LabelledImages, maps: torch.Tensor, test: torch.Tensor) -> tuple[torch.Tensor, str]:
+    side = test.shape[-1]
+    # where the cells are of equal size, as those of maps of 8, 16 or 32, this is the global average
+    pooled = [m.float().mean((2, 3)) for m in (maps, test)]
+    predictions = knn_predict(pooled[0], train.labels, pooled[1], len(train.classes), k=NEIGHBOURS)
+    return predictions, f"k = {NEIGHBOURS}, cosine, mean of the {side} x {side} average-pooled cells"
+
+
+def _cached_probe(
+    recipe: ProbeRecipe,
+    train: LabelledImages,
+    maps: list[torch.Tensor],
+    test: torch.Tensor,
+    measurement: Measurement,
+    device: str,
+) -> tuple[torch.Tensor, str]:
+    classes, side = len(train.classes), test.shape[-1]
+    probe = _new_probe(measurement, test[:1], classes, device)
+    views = maps[: recipe.views]
+    with progress(f"{measurement.layer} {PROTOCOLS[measurement.protocol].title}", recipe.epochs * len(train)) as bar:
+
+        def batches(epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+            generator = _epoch_generator(measurement.seed, epoch)
+            for chosen in _shuffled(len(train), recipe.batch_size, generator):
+                picks = torch.randint(len(views), (len(chosen),), generator=generator)
+                features = torch.empty((len(chosen), *test.shape[1:]))
+                for number, view in enumerate(views):
+                    features[picks == number] = view[chosen[picks == number]].float()
+                yield features.to(device), train.labels[chosen].to(device)
+                bar.update(len(chosen))
+
+        _train(probe, recipe, batches)
+    trained = f"{counted(len(views), 'view')}, {counted(recipe.epochs, 'epoch')} of SGD in {recipe.precision}"
+    return probe_predict(probe, test), f"{side} x {side} average pooling, {trained}"
+
+
+def _fresh_probe(
+    recipe: ProbeRecipe, frozen: Frozen, train: LabelledImages, test: LabelledImages, measurement: Measurement
+) -> tuple[torch.Tensor, str]:
+    def features(batch: torch.Tensor) -> torch.Tensor:
+        return frozen.whole_map(batch, measurement.layer)
+
+    side, classes = train.images.shape[-1], len(train.classes)
+    probe = _new_probe(measurement, features(test.images[:1]), classes, frozen.device)
+    with progress(f"{measurement.layer} {PROTOCOLS[measurement.protocol].title}", recipe.epochs * len(train)) as bar:
+
+        def batches(epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+            generator = _epoch_generator(measurement.seed, epoch)
+            for chosen in _shuffled(len(train), recipe.batch_size, generator):
+                crops = crop_and_flip(train.images[chosen], side, recipe.padding, recipe.padding_mode, True, generator)
+                yield features(crops), train.labels[chosen].to(frozen.device)
+                bar.update(len(chosen))
+
+        _train(probe, recipe, batches)
+    parts = test.images.split(1000)
+    found = [probe_predict(probe, features(part)) for part in progress("measuring", len(parts), "batch", parts)]
+    trained = f"{counted(recipe.epochs, 'epoch')} of SGD in {recipe.precision}"
+    return torch.cat(found), f"whole map, fresh crops and flips every epoch, {trained}"
+
+
+def _new_probe(measurement: Measurement, features: torch.Tensor, classes: int, device: str) -> nn.Module:
+    build = PROTOCOLS[measurement.protocol].build
+    assert build is not None
+    torch.manual_seed(measurement.seed or 0)
+    return build(features, classes).to(device)
+
+
+def _train(
+    probe: nn.Module, recipe: ProbeRecipe, batches: Callable[[int], Iterable[tuple[torch.Tensor, torch.Tensor]]]
+) -> None:
+    names = ("epochs", "milestones", "factor", "lr", "momentum", "weight_decay")
+    settings = {name: getattr(recipe, name) for name in names}
+    train_probe(probe, batches, **settings, autocast=autocast_type(recipe.precision))
+
+
+def _shuffled(count: int, size: int, generator: torch.Generator) -> list[torch.Tensor]:
+    parts = torch.randperm(count, generator=generator).split(size)
+    # batch norm has nothing to normalise by in a batch of one
+    return [part for part in parts if len(part) > 1]
+
+
+def _epoch_generator(seed: int | None, epoch: int) -> torch.Generator:
+    return torch.Generator().manual_seed(1000 * (seed or 0) + epoch)

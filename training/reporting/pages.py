@@ -1,0 +1,246 @@
+"""The rendered parts of README.md, MODEL_CARD.md and docs/: functions of result rows, manifest and run files alone.
+
+A part stands between ``<!-- rendered: NAME -->`` and ``<!-- end -->``; the rest of a page is written by hand.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+
+from training.recipes import IMAGENET_IMAGES
+from training.reporting.rows import RESULTS_DIR, Row, read_file
+from training.reporting.tables import (
+    QUOTED,
+    ablation_table,
+    evaluation_lines,
+    markdown_table,
+    model_of,
+    percent,
+    results_tables,
+    select,
+    weights_table,
+)
+
+ROOT = Path(__file__).parent.parent.parent
+FIGURES = "docs/figures"
+ABLATION_FILE = RESULTS_DIR / "ablation" / "runs.jsonl"  # written by `training.studies.rotations`
+SPEED_FILE = RESULTS_DIR / "speed.json"  # written by `training.studies.benchmark speed --record`
+# the repository has no public address yet: this is the one place that names it
+REPOSITORY = "OWNER/rotation_ssl"
+# rotated images that the paper's networks saw, and what they are
+NIN_BUDGET = (100 * 4 * 50_000, "100 epochs of 4 x 50,000")
+PAPER_BUDGETS = {
+    **dict.fromkeys(("rotnet_nin", "rotnet_nin3", "rotnet_nin5"), NIN_BUDGET),
+    "rotnet_alexnet": (30 * 4 * IMAGENET_IMAGES, f"30 epochs of 4 x {IMAGENET_IMAGES:,}"),
+}
+
+
+def pages() -> list[Path]:
+    """The pages that may have rendered parts."""
+    return [ROOT / "README.md", ROOT / "MODEL_CARD.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def render_page(page: Path, rows: Sequence[Row], entries: Mapping[str, Any]) -> str:
+    """The text of a page with its parts rendered again.
+
+    Raises:
+        ValueError: a part that this program does not know.
+    """
+    # figures are found from where the page stands
+    figures = "figures" if page.parent.name == "docs" else FIGURES
+    bundled = {name: entry for name, entry in entries.items() if entry["source"] == "bundled"}
+    parts: dict[str, Callable[[], str]] = {
+        "weights": lambda: weights_table(entries),
+        "results": lambda: results_tables(rows, entries),
+        "defaults": lambda: default_weights(entries),
+        "elsewhere": lambda: elsewhere(entries),
+        "training": lambda: "\n\n".join(training(name, entry, figures) for name, entry in bundled.items()),
+        "evaluation": lambda: "\n\n".join(evaluation(name, entry, rows, figures) for name, entry in bundled.items()),
+        "compute": lambda: compute(bundled, rows),
+        "ablation": lambda: ablation_table(read_file(ABLATION_FILE) if ABLATION_FILE.exists() else [], rows),
+        "layers": lambda: layer_table(rows),
+        "voc": lambda: voc_table(rows),
+        "repository": hub_snippet,
+        "speed": lambda: speed_tables(json.loads(SPEED_FILE.read_text())),
+    }
+    return replace_parts(page.read_text(), parts, page.name)
+
+
+def replace_parts(text: str, parts: Mapping[str, Callable[[], str]], page: str) -> str:
+    """A page's text with each part between ``<!-- rendered: NAME -->`` and ``<!-- end -->`` rendered again.
+
+    Raises:
+        ValueError: a part that is not among ``parts``.
+    """
+
+    def replace(match: re.Match[str]) -> str:
+        if match[1] not in parts:
+            raise ValueError(f"{page} has an unknown rendered part {match[1]!r}; there are {', '.join(parts)}")
+        return f"<!-- rendered: {match[1]} -->\n{parts[match[1]]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- rendered: (\w+) -->\n.*?\n?<!-- end -->", replace, text, flags=re.DOTALL)
+
+
+def default_weights(entries: Mapping[str, Any]) -> str:
+    """Which networks have weights by default, the bundled ones, and which have none."""
+    bundled = {model_of(name) for name, entry in entries.items() if entry["source"] == "bundled"}
+    models = timm.list_models("rotnet_*")
+    with_weights = _and([f"`{model}`" for model in models if model in bundled])
+    without = _and([f"`{model}`" for model in models if model not in bundled])
+    return (
+        f"{with_weights} have bundled weights, which `pretrained=True` loads. {without} have no default weights:"
+        " `pretrained=True` without a tag raises an error for them."
+    )
+
+
+def elsewhere(entries: Mapping[str, Any]) -> str:
+    """One line for each of the weights that are not in the wheel."""
+    return "\n".join(
+        f"- `{name}`: {entry['origin']}; {entry['data']}; {_address(entry)}; licence {entry['license']}."
+        for name, entry in entries.items()
+        if entry["source"] != "bundled"
+    )
+
+
+def training(name: str, entry: Mapping[str, Any], figures: str) -> str:
+    """How bundled weights were pretrained, and at what part of the paper's budget."""
+    budget, of = PAPER_BUDGETS[model_of(name)]
+    run = json.loads((RESULTS_DIR / f"{name}.run.json").read_text())
+    lines = [
+        f"### `{name}`",
+        "",
+        f"- sha256 `{entry['sha256']}`, {entry['size']:,} bytes, safetensors, fp32, {entry['source']} in the wheel;"
+        f" licence {entry['license']}.",
+        f"- Recipe `{entry['recipe']}`, seed {entry['seed']}, commit `{entry['commit']}`, on {entry['data']}:"
+        f" {entry['rotated_images']:,} rotated images.",
+        f"- Time: {_minutes(run['seconds'])} on {run['threads']} threads of {run['device']}.",
+        f"- Budget: {entry['rotated_images'] / budget:.1%} of the paper's {budget / 1e6:.0f} million rotated images"
+        f" ({of}). These are small-budget weights: expect less from them than from the paper's.",
+        "",
+        *_figures(name, {"curve": "Training loss", "filters": "Filters of the first layer"}, figures),
+    ]
+    return "\n".join(lines)
+
+
+def evaluation(name: str, entry: Mapping[str, Any], rows: Sequence[Row], figures: str) -> str:
+    """Every number of bundled weights, and the figures that show them."""
+    titles = {
+        "layers": "Accuracy by layer",
+        "few-labels": "Accuracy with few labels",
+        "attention": "Attention maps of sample images",
+        "neighbours": f"Nearest CIFAR-10 test images of sample images by {entry['recommended_layer']}",
+    }
+    return "\n".join([f"### `{name}`", "", *evaluation_lines(name, rows), *_figures(name, titles, figures)])
+
+
+def compute(bundled: Mapping[str, Any], rows: Sequence[Row]) -> str:
+    """Minutes and machines of the measured rows."""
+    models = [*bundled, *(f"{model}.random" for model in dict.fromkeys(map(model_of, bundled)))]
+    seconds: dict[tuple[Any, ...], float] = {}
+    for row in (row for name in models for row in select(rows, name)):
+        key = f"`{row.weights}`", f"{row.threads} threads of {row.device}", row.versions["torch"], f"`{row.commit[:7]}`"
+        seconds[key] = seconds.get(key, 0.0) + (row.seconds or 0.0)
+    header = ("numbers of", "machine", "torch", "commit", "time, without passes to cache features")
+    return markdown_table(header, ((*key, _minutes(value)) for key, value in sorted(seconds.items())))
+
+
+def layer_table(rows: Sequence[Row]) -> str:
+    """Probes of AlexNet's layers in one table a data set: ours, and the paper's on ImageNet and Places205."""
+    probes = [row for row in rows if row.protocol in ("linear-sgd", "nonlinear-sgd")]
+    probes = [row for row in probes if row.source == "measured" or row.source.startswith("paper")]
+    tables = []
+    for data in dict.fromkeys(row.data for row in sorted(probes, key=lambda row: row.source != "measured")):
+        own = [row for row in probes if row.data == data]
+        layers = sorted({row.layer for row in own})
+        lines = []
+        for title, whose in dict.fromkeys((row.title, _whose(row)) for row in own):
+            found = {row.layer: percent(row) for row in own if (row.title, _whose(row)) == (title, whose)}
+            lines.append((title, whose, *(found.get(layer, "") for layer in layers)))
+        tables.append(f"{data}:\n\n{markdown_table(('protocol', 'weights', *layers), lines)}")
+    return "\n\n".join(tables)
+
+
+def voc_table(rows: Sequence[Row]) -> str:
+    """PASCAL VOC: a table of ours, and one of the paper's."""
+    found = [row for row in rows if row.protocol.startswith("voc-")]
+    tables = []
+    for own in ([r for r in found if r.source == "measured"], [r for r in found if r.source != "measured"]):
+        columns = list(dict.fromkeys((row.title.removeprefix("PASCAL VOC "), row.layer) for row in own))
+        lines = []
+        for whose in dict.fromkeys(map(_whose, own)):
+            theirs = [row for row in own if _whose(row) == whose]
+            cells = {(row.title.removeprefix("PASCAL VOC "), row.layer): percent(row) for row in theirs}
+            lines.append((whose, *(cells.get(column, "") for column in columns)))
+        tables.append(markdown_table(("weights", *(", ".join(column) for column in columns)), lines) if own else "")
+    return "\n\n".join(filter(None, tables))
+
+
+def _whose(row: Row) -> str:
+    if row.source == "measured":
+        return "random weights" if row.weights.endswith(".random") else f"`{row.weights}`"
+    return f"_{QUOTED[row.weights.partition('.')[2]]}, {row.source.rpartition(', ')[2]}_"
+
+
+def speed_tables(measured: Mapping[str, Any]) -> str:
+    """The figures of ``training.studies.benchmark speed`` as Markdown."""
+    cases = measured["cases"]
+    flops = {name: case["images_per_second"] * case["flop"] for name, case in cases.items()}
+    products = {name: value for name, value in flops.items() if name.startswith("product")}
+    peak_fp32 = max(value for name, value in products.items() if "fp32" in name)
+    peak = max(value for name, value in products.items() if "fp32" not in name)
+    ours = cases["training"]
+    rows = (
+        ("training, naive: one image at a time, fp32, NCHW", "naive", "naive", peak_fp32),
+        ("training in fp32", "training in fp32", "naive", peak_fp32),
+        ("training in bf16, memory given back", "training without kept blocks", "naive", peak),
+        ("**training in bf16, as the commands do it**", "training", "naive", peak),
+        ("features in bf16, memory given back", "features without kept blocks", "features without kept blocks", peak),
+        ("**features in bf16, as the commands do it**", "features", "features without kept blocks", peak),
+    )
+    lines = []
+    for title, name, base, highest in rows:
+        rate, memory = cases[name]["images_per_second"], cases[name]["peak_bytes"] / 2**30
+        ratio = rate / cases[base]["images_per_second"]
+        lines.append((title, f"{rate:.0f}", f"{ratio:.2f}", f"{flops[name] / highest:.0%}", f"{memory:.1f} GiB"))
+    header = ("", "images/s", "ratio", "share of matrix-product speed", "peak memory")
+    return (
+        f"On {measured['device']}, {measured['threads']} threads: medians of {measured['rounds']} fresh processes each,"
+        f" run in turns (commit `{measured['commit'][:7]}`). Training in bf16 ranged from {ours['slowest']:.0f} to"
+        f" {ours['fastest']:.0f} images/s. Images are 32 pixels, 512 rotated images a step, 128 a batch of features."
+        f" Square matrix products reach {peak / 1e9:.0f} GFLOP/s in bf16 and {peak_fp32 / 1e9:.0f} in fp32;"
+        f" convolutions may be faster than those.\n\n{markdown_table(header, lines)}"
+    )
+
+
+def hub_snippet() -> str:
+    """How torch.hub loads a model from the repository."""
+    # a pinned commit, not a branch that moves under whoever loads it
+    call = f'model = torch.hub.load("{REPOSITORY}:COMMIT", "rotnet_nin", trust_repo=True).eval()'
+    return f"```python\nimport torch\n\n{call}\n```"
+
+
+def _and(words: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+
+
+def _figures(name: str, titles: Mapping[str, str], figures: str) -> list[str]:
+    return [
+        f"![{title} of {name}]({figures}/{name}.{kind}.png)"
+        for kind, title in titles.items()
+        if (ROOT / FIGURES / f"{name}.{kind}.png").exists()
+    ]
+
+
+def _minutes(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return "1 minute" if minutes == 1 else f"{minutes} minutes"
+
+
+def _address(entry: Mapping[str, Any]) -> str:
+    if entry["source"] == "release":
+        return str(entry["url"])
+    return f"https://huggingface.co/{entry['hub']['repository']}, sha256 `{entry['sha256']}`"

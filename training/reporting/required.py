@@ -1,0 +1,116 @@
+"""What the card must report of each of the published weights, and what of it has no row yet."""
+
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+
+from rotation_ssl.features import layer_modules
+from training.reporting.rows import Row
+
+
+@dataclass(frozen=True)
+class Required:
+    """The numbers of one protocol that the card has of some weights: of each layer, seed and number of labels.
+
+    ``data`` is the name that the data have in the rows. ``layers`` is empty for all layers, and (``''``,) where the
+    protocol has none. ``published`` and ``random`` say of which weights. A card is written when all of them exist.
+    """
+
+    data: str
+    protocol: str
+    budget: str = ""
+    layers: tuple[str, ...] = ()
+    seeds: tuple[int | None, ...] = (None,)
+    labels: tuple[int | None, ...] = (None,)
+    published: bool = True
+    random: bool = True
+
+
+THREE = (0, 1, 2)
+FEW = (20, 100, 400, 1000, 5000)  # labels of each class, as in figure 5 of the paper; 5,000 are all of CIFAR-10
+CIFAR10, TINYIMAGENET = "CIFAR-10 test", "Tiny-ImageNet val"
+NIN_ON_CIFAR10 = (
+    Required(CIFAR10, "rotation", layers=("",)),
+    Required(CIFAR10, "knn"),
+    Required(CIFAR10, "linear", "cached"),
+    Required(CIFAR10, "nonlinear", "cached", seeds=THREE),
+    Required(CIFAR10, "conv", "cached", ("block2",), THREE),
+    Required(CIFAR10, "finetune-conv", "cpu", ("block2",), (0,), random=False),
+    Required(CIFAR10, "finetune-nonlinear", "cpu", ("block2",), (0,), random=False),
+    Required(CIFAR10, "few-labels", "cpu", ("block2",), (0,), FEW, random=False),
+    Required(CIFAR10, "supervised", "cpu", ("block2",), (0,), FEW, published=False),
+)
+ALEXNET_ON_TINYIMAGENET = (
+    Required(TINYIMAGENET, "rotation", layers=("",)),
+    Required(TINYIMAGENET, "linear-sgd", "cpu", seeds=(0,)),
+    Required(TINYIMAGENET, "nonlinear-sgd", "cpu", ("conv4", "conv5"), (0,)),
+)
+# by model.tag; what each is measured on first is what its figures and the manifest's metrics are of
+REQUIRED = {
+    "rotnet_nin.cifar10": NIN_ON_CIFAR10,
+    "rotnet_alexnet.tinyimagenet": ALEXNET_ON_TINYIMAGENET,
+}
+
+
+def main_data(weights: str) -> str:
+    """The name of the data that published weights are first of all measured on; '' of others."""
+    return REQUIRED[weights][0].data if weights in REQUIRED else ""
+
+
+@functools.cache
+def network_layers(weights: str) -> tuple[str, ...]:
+    """The layers of a published name's network, from input to output."""
+    return tuple(layer_modules(timm.create_model(weights.split(".", 1)[0], device="meta")))
+
+
+def missing_rows(rows: Sequence[Row], weights: str) -> list[Row]:
+    """The numbers of :data:`REQUIRED` that published weights, or random ones beside them, have no row of.
+
+    Args:
+        rows: all rows.
+        weights: the published ``model.tag``.
+
+    Returns:
+        Rows of those numbers, without a value.
+    """
+    have = {row.key for row in rows}
+    wanted = [
+        Row(name, r.protocol, layer, float("nan"), "measured", r.data, r.budget,
+            labels_per_class=labels, draw="" if labels is None else "first", seed=seed)
+        for r in REQUIRED[weights]
+        for name, of in ((weights, r.published), (f"{weights.split('.', 1)[0]}.random", r.random)) if of
+        for layer in r.layers or network_layers(weights)
+        for labels in r.labels
+        for seed in r.seeds
+    ]  # fmt: skip
+    return [row for row in wanted if row.key not in have]
+
+
+def complaints(rows: Sequence[Row], entries: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What keeps rows from being reported, one line each; none is good.
+
+    Args:
+        rows: all rows; quoted ones are skipped.
+        entries: the manifest: published ``model.tag`` -> its entry.
+    """
+    found = []
+    for row in rows:
+        if row.source != "measured":
+            continue
+        if row.weights not in entries and not row.weights.endswith(".random"):
+            found.append(f"{row.number} is of weights that have no entry in the manifest: publish them first")
+        elif row.weights in entries and row.sha256 != entries[row.weights]["sha256"]:
+            found.append(
+                f"{row.number} is of other bytes (sha256 {row.sha256[:12]}) than the manifest's: measure it again with "
+                f"`python -m training measure {row.weights}`"
+            )
+        elif not re.fullmatch("[0-9a-f]{40}", row.commit):
+            found.append(f"{row.number} was measured by code that is not committed ({row.commit}): measure it again")
+    for name, entry in entries.items():
+        if entry["source"] == "bundled":
+            found += [f"{row.number} has no row: measure it" for row in missing_rows(rows, name)]
+    return found

@@ -1,0 +1,275 @@
+"""Result rows as Markdown tables. Quoted numbers are in italics, and name their source."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rotation_ssl.evaluation.report import spread_text
+from training.protocols import PROTOCOLS
+from training.recipes import RECIPES
+from training.reporting.rows import Row
+
+# whose quoted numbers are, by the weights that the rows name
+QUOTED = {
+    "paper": "paper",
+    "paper-supervised": "paper, pretrained with ImageNet labels",
+    "paper-rescaled": "paper, random weights rescaled",
+    "paper-random": "paper, random weights",
+}
+
+
+def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A table with a header; '' for an empty cell."""
+    rows = [list(header), ["---"] * len(header), *map(list, lines)]
+    return "\n".join(f"| {' | '.join(row)} |" if row is not rows[1] else f"|{'|'.join(row)}|" for row in rows)
+
+
+def model_of(name: str) -> str:
+    """The network of ``model.tag``."""
+    return name.split(".", 1)[0]
+
+
+def percent(row: Row) -> str:
+    """A row's value, in italics where it is quoted, with a mark where no printed copy was at hand."""
+    text = f"{100 * row.value:.2f} %"
+    if row.source == "measured":
+        return text
+    return f"_{text}_{' (unchecked)' if 'unchecked' in row.source else ''}"
+
+
+def select(rows: Iterable[Row], weights: str, measured: bool = True) -> list[Row]:
+    """The rows of some weights that this project measured, or those that it quotes."""
+    return [row for row in rows if row.weights == weights and (row.source == "measured") == measured]
+
+
+def data_in_words(data: str) -> str:
+    """The data's name in a row, in words: 'the validation images of Tiny-ImageNet'."""
+    name, _, split = data.rpartition(" ")
+    return f"the {'validation' if split == 'val' else split} images of {name}"
+
+
+def weights_table(entries: Mapping[str, Mapping[str, Any]]) -> str:
+    """One line for each of the published weights: what they are and where they come from."""
+    places = {"bundled": "in the package", "hub": "Hugging Face Hub", "release": "the authors' release"}
+    return markdown_table(
+        ("weights", "pretrained on", "rotated images", "size", "use layer", "from"),
+        (
+            (
+                f"`{name}`",
+                entry["data"],
+                f"{entry['rotated_images']:,}" if entry.get("rotated_images") else "unknown",
+                f"{entry['size'] / 1e6:.1f} MB" if entry["size"] else "unknown",
+                f"`{entry['recommended_layer']}`",
+                places[entry["source"]],
+            )
+            for name, entry in entries.items()
+        ),
+    )
+
+
+def results_tables(rows: Sequence[Row], entries: Mapping[str, Mapping[str, Any]]) -> str:
+    """A table for each data set: our weights, random ones and the paper's, a column for each protocol."""
+    bundled = {name: entry for name, entry in entries.items() if entry["source"] == "bundled"}
+    own = [row for row in rows if row.source == "measured" and row.weights in bundled]
+    return "\n\n".join(
+        f"On {data_in_words(data)}:\n\n{_results_table([row for row in rows if row.data == data], bundled)}"
+        for data in dict.fromkeys(row.data for row in own)
+    )
+
+
+def _results_table(rows: Sequence[Row], bundled: Mapping[str, Mapping[str, Any]]) -> str:
+    lines: dict[tuple[str, ...], dict[str, list[Row]]] = {}
+    for weights, entry in bundled.items():
+        if not select(rows, weights):
+            continue
+        layer, model = entry["recommended_layer"], model_of(weights)
+        groups = [(f"`{weights}`", select(rows, weights)), ("random weights", select(rows, f"{model}.random"))]
+        paper = [row for row in select(rows, f"{model}.paper", measured=False) if row.source.startswith("paper")]
+        groups.append(("_paper, full budget_", paper))
+        for label, group in groups:
+            found = [row for row in group if row.layer in ("", layer) and row.labels_per_class is None]
+            if found:
+                lines[label, f"`{layer}`"] = {id: [r for r in found if r.protocol == id] for id in PROTOCOLS}
+    ours = [cells for (label, _), cells in lines.items() if label.strip("`") in bundled]
+    columns = [id for id in PROTOCOLS if any(cells[id] for cells in ours)]
+    titles = [next(cells[id][0].title for cells in ours if cells[id]) for id in columns]
+
+    def shown(label: str, found: Sequence[Row]) -> str:
+        text = spread_text(found)
+        return f"_{text}_" if text and label.startswith("_") else text
+
+    return markdown_table(
+        ("weights", "layer", *titles),
+        ((*key, *(shown(key[0], cells[id]) for id in columns)) for key, cells in lines.items()),
+    )
+
+
+def probe_table(name: str, rows: Sequence[Row]) -> list[str]:
+    """Every probe of every layer of published weights, of random ones and the paper's; the rows are of one data set."""
+    model = model_of(name)
+    groups = {
+        f"`{name}`": select(rows, name),
+        "random weights": select(rows, f"{model}.random"),
+        **_quoted_groups(rows, f"{model}.paper", ""),
+        **_quoted_groups(rows, f"{model}.paper-random", ", random weights"),
+    }
+    groups = {
+        label: [row for row in group if row.layer and row.labels_per_class is None] for label, group in groups.items()
+    }
+    probed = [row for group in groups.values() for row in group]
+    layers = sorted({row.layer for row in probed})
+    lines: list[tuple[str, ...]] = []
+    for protocol in (id for id in PROTOCOLS if any(row.protocol == id for row in probed)):
+        ours: dict[str, list[Row]] = {}
+        for label, group in groups.items():
+            for budget in dict.fromkeys(row.budget for row in group if row.protocol == protocol):
+                chosen = [row for row in group if (row.protocol, row.budget) == (protocol, budget)]
+                cells = {layer: [row for row in chosen if row.layer == layer] for layer in layers}
+                lines.append(_probe_line(chosen[0], label, cells))
+                if label == f"`{name}`":
+                    ours = cells
+                if chosen[0].source.startswith("paper") and "random" not in label and ours:
+                    gaps = (_gap(ours[layer], cells[layer]) for layer in layers)
+                    lines.append(("gap", chosen[0].source, *gaps))
+    quoting = "Numbers in italics are quoted; the gap to the paper's, at its full budget, is in percentage points."
+    return [
+        f"Accuracy on {data_in_words(probed[0].data)} of classifiers on each layer. Backbones are frozen except in the"
+        f" fine-tuned and supervised rows. ± is the standard deviation over seeds."
+        f"{f' {quoting}' if any(row.source != 'measured' for row in probed) else ''}",
+        "",
+        markdown_table(("protocol", "weights", *layers), lines),
+        "",
+        *_settings_lines(groups[f"`{name}`"], groups["random weights"]),
+        "",
+    ]
+
+
+def few_labels_table(name: str, rows: Sequence[Row]) -> list[str]:
+    """Accuracy over labels of each class; no lines where none was measured."""
+    model = model_of(name)
+    own = [row for row in (*select(rows, name), *select(rows, f"{model}.random")) if row.labels_per_class]
+    if not select(own, name):
+        return []
+    quoted = [row for row in select(rows, f"{model}.paper", measured=False) if row.labels_per_class]
+    labels = sorted({row.labels_per_class or 0 for row in own})
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in (*own, *quoted):
+        groups.setdefault((row.title, row.layer, row.draw, row.weights, row.source), []).append(row)
+    lines = []
+    for (title, layer, draw, weights, source), chosen in groups.items():
+        texts = [spread_text([row for row in chosen if row.labels_per_class == count]) for count in labels]
+        what, label = f"{title} on {layer}, {draw} images", f"`{weights}`"
+        if source != "measured":
+            what, label, texts = f"_{what}_", f"_{source}_", [f"_{text}_" if text else "" for text in texts]
+        lines.append((what, label, *texts))
+    everything = " (5,000 are all of CIFAR-10)" if 5000 in labels else ""
+    header = ("protocol", "weights", *(f"{count:,}" for count in labels))
+    return [f"Accuracy by number of labels of each class{everything}:", "", markdown_table(header, lines), ""]
+
+
+def rotation_lines(name: str, rows: Sequence[Row]) -> list[str]:
+    """Rotation accuracy of published weights, of random ones and of others, on one data set; no lines where none is."""
+    model = model_of(name)
+    found = [row for row in select(rows, name) if row.protocol == "rotation"]
+    if not found:
+        return []
+    lines = [f"Rotation accuracy, all four rotations of {data_in_words(found[0].data)} (chance is 25 %):", ""]
+    for label, group in (("these weights", found), ("random weights", select(rows, f"{model}.random"))):
+        lines += [
+            f"- {label}: **{percent(row)}** ({row.correct:,} of {row.n:,})"
+            for row in group
+            if row.protocol == "rotation"
+        ]
+    quoted = [row for row in select(rows, f"{model}.paper", measured=False) if row.protocol == "rotation"]
+    return [*lines, *(f"- {row.settings}: {percent(row)} ({row.source})" for row in quoted), ""]
+
+
+def evaluation_lines(name: str, rows: Sequence[Row]) -> list[str]:
+    """Rotation accuracy and every probe of published weights, on each data set that they were measured on."""
+    lines = []
+    for data in dict.fromkeys(row.data for row in select(rows, name)):
+        there = [row for row in rows if row.data == data]
+        lines += rotation_lines(name, there)
+        if any(row.layer and row.labels_per_class is None for row in select(there, name)):
+            lines += probe_table(name, there)
+        lines += few_labels_table(name, there)
+    return lines
+
+
+def ablation_table(measured: Sequence[Row], rows: Sequence[Row]) -> str:
+    """The paper's ablations at this project's small budget next to the paper's; '' where nothing is measured.
+
+    Args:
+        measured: rows of ``training.studies.rotations``.
+        rows: all others, the quoted ones among them.
+    """
+    if not measured:
+        return ""
+    seen = sorted({RECIPES[row.recipe].rotated_images for row in measured})
+    lines = []
+    for name in dict.fromkeys(row.recipe for row in measured):
+        recipe = RECIPES[name]
+        degrees = ", ".join(str(rotation * recipe.rotation_unit) for rotation in recipe.rotations)
+        quoted = f"{recipe.model}{name.partition('-ablation')[2]}.paper"
+        paper = [row for row in rows if (row.weights, row.layer, row.protocol) == (quoted, "block2", "nonlinear")]
+        cells = [f"{percent(row)} ({row.source})" for row in paper if row.source.startswith("paper")]
+        own = spread_text([row for row in measured if row.recipe == name])
+        lines.append((f"`{recipe.model}`: {degrees}", f"`{name}`", own, ", ".join(cells)))
+    header = ("network, degrees", "recipe", "non-linear probe (cached) of block2", "paper, 100 epochs")
+    return f"""### Which rotations to tell apart
+
+Networks pretrained on {" or ".join(f"{count:,}" for count in seen)} rotated images each (recipes
+`nin-cifar10-ablation...`, command `python -m training ablation`; not published). ± is the standard deviation over
+seeds of the probe. Each was pretrained once: another pretraining seed moves such numbers by some tenths of a point
+(training/studies/nin_cifar10.md), so differences of that size say nothing. With fewer rotations, as many rotated images
+come from more upright ones: two rotations have seen twice as many as four, eight half as many. In steps of 45 degrees
+all eight views are resampled and masked to a circle. {_features_precision(measured)}
+
+{markdown_table(header, lines)}"""
+
+
+def _features_precision(measured: Sequence[Row]) -> str:
+    found = sorted({row.settings.rpartition("features in ")[2] for row in measured if "features in " in row.settings})
+    return f"Features are computed in {' or '.join(found)}." if found else "Features are computed in fp32."
+
+
+def _probe_line(first: Row, label: str, cells: Mapping[str, Sequence[Row]]) -> tuple[str, ...]:
+    texts = [spread_text(group) for group in cells.values()]
+    if first.source == "measured":
+        return first.title, label, *texts
+    return f"_{first.title}_", label, *(f"_{text}_" if text else "" for text in texts)
+
+
+def _settings_lines(own: Sequence[Row], random: Sequence[Row]) -> list[str]:
+    """What the protocols' names leave open: with the layers where they differ, and random weights' where others."""
+    ours, theirs = _settings(own), _settings(random)
+    shown = []
+    for title in dict.fromkeys((*ours, *theirs)):
+        for whose, settings in (([], ours.get(title, {})), (["random weights"], theirs.get(title, {}))):
+            if whose and settings == ours.get(title):
+                continue
+            for text, layers in settings.items():
+                of = ", ".join(whose + layers * (len(settings) > 1))
+                shown.append(f"- {title}{f', {of}' if of else ''}: {text}.")
+    return shown
+
+
+def _settings(rows: Sequence[Row]) -> dict[str, dict[str, list[str]]]:
+    """By protocol and budget the settings, each with its layers."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for row in rows:
+        layers = found.setdefault(row.title, {}).setdefault(row.settings, [])
+        layers += [row.layer] if row.layer not in layers else []
+    return found
+
+
+def _quoted_groups(rows: Sequence[Row], weights: str, suffix: str) -> dict[str, list[Row]]:
+    quoted = [row for row in select(rows, weights, measured=False) if row.layer]
+    return {
+        f"_{s}{suffix}_": [row for row in quoted if row.source == s] for s in dict.fromkeys(r.source for r in quoted)
+    }
+
+
+def _gap(ours: Sequence[Row], theirs: Sequence[Row]) -> str:
+    if not ours or not theirs:
+        return ""
+    return f"{100 * (sum(r.value for r in ours) / len(ours) - sum(r.value for r in theirs) / len(theirs)):+.2f}"
