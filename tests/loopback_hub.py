@@ -122,14 +122,15 @@ def handler_of(hub):
 
         def preupload(self, body, query, repo, revision):
             files = json.loads(body)["files"]
-            modes = [
-                {
-                    "path": file["path"],
-                    "uploadMode": "lfs" if file["size"] > LARGE else "regular",
-                    "shouldIgnore": False,
-                }
-                for file in files
-            ]
+            there = hub.repositories[repo]["commits"][hub.resolve(repo, revision)]
+            modes = []
+            for file in files:
+                large = file["size"] > LARGE
+                mode = {"path": file["path"], "uploadMode": "lfs" if large else "regular", "shouldIgnore": False}
+                if file["path"] in there:
+                    content = there[file["path"]]
+                    mode["oid"] = hashlib.sha256(content).hexdigest() if large else blob_id(content)
+                modes.append(mode)
             return self.reply(200, {"files": modes})
 
         def batch(self, body, query, repo):

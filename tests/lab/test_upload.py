@@ -155,7 +155,7 @@ def test_killed_after_the_upload_and_run_again(hub, weights_dir, tmp_path):
         "zoo.WEIGHTS_DIR = pathlib.Path(sys.argv[1])\n"
         "from training.reporting import hub, publish\n"
         "hub.REPOSITORY = 'ORG/rotation_ssl'\n"
-        "hub._verify = lambda *args: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "hub._differing = lambda *args: os.kill(os.getpid(), signal.SIGKILL)\n"
         "publish.main(['--namespace', 'ORG', '--weights', sys.argv[2]])\n"
     )
     environment = {**os.environ, **HUB_ENVIRONMENT, "HF_HOME": str(tmp_path / "home")}
@@ -188,14 +188,13 @@ def test_refused_by_the_hub(hub, weights_dir, status, message, capsys):
 
 
 def test_a_commit_in_between_is_noticed(hub, weights_dir, monkeypatch, capsys):
-    told = upload._digests
+    keep = upload._keep_golden
 
     def commit_meanwhile(*args):
-        found = told(*args)
+        keep(*args)
         hub.commit(REPOSITORY, {"note.txt": b"meanwhile"})
-        return found
 
-    monkeypatch.setattr(upload, "_digests", commit_meanwhile)
+    monkeypatch.setattr(upload, "_keep_golden", commit_meanwhile)
     assert publish_one() == 2
     assert "someone else committed meanwhile" in capsys.readouterr().err
 

@@ -17,8 +17,7 @@ from typing import Any
 import timm
 import torch
 from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCardData, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
-from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors.torch import load, save
 from torch import nn
 
@@ -181,21 +180,24 @@ def publish(upload: Upload, namespace: str, version: str, rows: Sequence[Row]) -
         api.create_repo(repository, exist_ok=True)
         revision = _revision(api, repository, version)
         if revision is not None:
-            changed = _changed(api, repository, revision, files)
-            if changed:
+            _keep_golden(repository, revision, files)
+            if changed := _differing(repository, revision, files):
                 raise ValueError(
                     f"{version} of {repository} has other {', '.join(changed)}, and a version never moves: raise it"
                     " (--version)"
                 )
         else:
-            revision = _revision(api, repository, "main")
-            changed = _changed(api, repository, revision, files) if revision else list(files)
-            if changed:
-                operations = [CommitOperationAdd(path, files[path]) for path in changed]
-                message = f"{upload.name} {version}"
-                revision = api.create_commit(repository, operations, commit_message=message, parent_commit=revision).oid
-        assert revision is not None
-        _verify(repository, revision, files)
+            head = _revision(api, repository, "main")
+            assert head is not None
+            _keep_golden(repository, head, files)
+            # the client leaves out what is there already
+            operations = [CommitOperationAdd(path, content) for path, content in files.items()]
+            message = f"{upload.name} {version}"
+            revision = api.create_commit(repository, operations, commit_message=message, parent_commit=head).oid
+            if changed := _differing(repository, revision, files):
+                raise ValueError(
+                    f"{', '.join(changed)} of {repository}@{revision} is not what was uploaded: nothing was published"
+                )
         api.create_tag(repository, tag=version, revision=revision, exist_ok=True)
         tagged = api.model_info(repository, revision=version).sha
     except HfHubHTTPError as error:
@@ -289,42 +291,31 @@ def _revision(api: HfApi, repository: str, name: str) -> str | None:
         return None
 
 
-def _changed(api: HfApi, repository: str, revision: str, files: dict[str, bytes]) -> list[str]:
-    """Which files a revision lacks or has otherwise; golden outputs that agree with ours are taken over."""
-    there = _digests(api, repository, revision)
-    changed = [path for path, content in files.items() if there.get(path) not in _digests_of(content)]
-    if GOLDEN in changed and GOLDEN in there:
-        with tempfile.TemporaryDirectory() as folder:
-            served = Path(hf_hub_download(repository, GOLDEN, revision=revision, cache_dir=folder)).read_bytes()
-        ours, theirs = load(files[GOLDEN]), load(served)
-        if ours.keys() == theirs.keys() and all(
-            ours[key].shape == theirs[key].shape and (ours[key] - theirs[key]).abs().max() < GOLDEN_TOLERANCE
-            for key in ours
-        ):
-            files[GOLDEN] = served
-            changed.remove(GOLDEN)
-    return changed
+def _keep_golden(repository: str, revision: str, files: dict[str, bytes]) -> None:
+    """Take over the golden outputs of a revision that agree with ours: another machine's differ by rounding."""
+    served = _served(repository, revision, GOLDEN)
+    if served is None:
+        return
+    ours, theirs = load(files[GOLDEN]), load(served)
+    if ours.keys() == theirs.keys() and all(
+        ours[key].shape == theirs[key].shape and (ours[key] - theirs[key]).abs().max() < GOLDEN_TOLERANCE
+        for key in ours
+    ):
+        files[GOLDEN] = served
 
 
-def _digests(api: HfApi, repository: str, revision: str) -> dict[str, str]:
-    """sha256 of each large file of a repository, git's hash of each small one."""
-    entries = api.list_repo_tree(repository, revision=revision, recursive=True)
-    found = [entry for entry in entries if isinstance(entry, RepoFile)]
-    return {entry.path: entry.lfs.sha256 if entry.lfs else entry.blob_id for entry in found}
+def _differing(repository: str, revision: str, files: dict[str, bytes]) -> list[str]:
+    """The files whose content at a revision of the Hub is another."""
+    return [path for path, content in files.items() if _served(repository, revision, path) != content]
 
 
-def _digests_of(content: bytes) -> tuple[str, str]:
-    # git's hash of a file, not a protection of anything
-    blob = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False)
-    return hashlib.sha256(content).hexdigest(), blob.hexdigest()
-
-
-def _verify(repository: str, revision: str, files: dict[str, bytes]) -> None:
+def _served(repository: str, revision: str, path: str) -> bytes | None:
+    """A file's content as the Hub serves it now, None where it has no such file."""
     with tempfile.TemporaryDirectory() as folder:
-        for path, content in files.items():
-            served = Path(hf_hub_download(repository, path, revision=revision, cache_dir=folder)).read_bytes()
-            if served != content:
-                raise ValueError(f"{path} of {repository}@{revision} is not what was uploaded: nothing was published")
+        try:
+            return Path(hf_hub_download(repository, path, revision=revision, cache_dir=folder)).read_bytes()
+        except EntryNotFoundError:
+            return None
 
 
 def _reason(error: HfHubHTTPError) -> str:
