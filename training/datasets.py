@@ -30,7 +30,8 @@ class DataSet:
     ``name`` is what result rows call it, ``counts`` are its training and test images, ``size`` is the side of its
     images in pixels, 0 where they are resized to what is asked for. ``files`` lists a split, 'train' or 'test', of the
     data set in a folder; None: it is read otherwise. ``probe_size`` is the side of the squares that small-budget probes
-    of all layers take their crops from.
+    of all layers take their crops from. ``network_size`` is the side that random networks get them in: that of the
+    published weights they are compared with. Weights get their own.
     """
 
     name: str
@@ -38,6 +39,7 @@ class DataSet:
     size: int = 0
     files: Callable[[Path, str], Listed] | None = None
     probe_size: int = 64
+    network_size: int = 64
 
 
 def load_cifar10(data_dir: Path, split: str, download: bool = False) -> LabelledImages:
@@ -172,10 +174,10 @@ def held_out(source: str) -> Callable[[Path, str], Listed]:
 
 
 DATASETS = {
-    "cifar10": DataSet("CIFAR-10 test", (50_000, 10_000), 32, probe_size=32),
+    "cifar10": DataSet("CIFAR-10 test", (50_000, 10_000), 32, probe_size=32, network_size=32),
     "tinyimagenet": DataSet("Tiny-ImageNet val", (100_000, 10_000), 64, tinyimagenet_files),
-    "miniplaces": DataSet("MiniPlaces val", (90_000, 10_000), 0, miniplaces_files, 128),
-    "imagenet20": DataSet("Imagenette and Imagewoof val", (18_494, 7_854), 0, imagenet20_files, 146),
+    "miniplaces": DataSet("MiniPlaces val", (90_000, 10_000), 0, miniplaces_files, 128, 128),
+    "imagenet20": DataSet("Imagenette and Imagewoof val", (18_494, 7_854), 0, imagenet20_files, 146, 128),
     "imagenette": DataSet("Imagenette val", (0, 3_925), 0, held_out("imagenette2-320")),
     "imagewoof": DataSet("Imagewoof val", (0, 3_929), 0, held_out("imagewoof2-320")),
     "caltech101": DataSet("Caltech-101 test", (0, 3_049), 0, held_out("caltech101")),

@@ -98,8 +98,8 @@ def load_subject(
     return Subject(name, architecture, backbone, digest, size, random)
 
 
-def subject_of_row(weights: str) -> Subject:
-    """The subject that a reported row names: published weights, or ``model.random``.
+def subject_of_row(weights: str, random_size: int | None = None) -> Subject:
+    """The subject that a reported row names: published weights, or ``model.random``, for images of ``random_size``.
 
     Raises:
         ValueError: neither.
@@ -108,7 +108,7 @@ def subject_of_row(weights: str) -> Subject:
     if weights in zoo.bundled():
         return load_subject(weights)
     if tag.startswith("random") and tag[6:].isdigit() | (tag == "random"):
-        return load_subject(architecture, random=True, seed=int(tag[6:] or 0))
+        return load_subject(architecture, random=True, seed=int(tag[6:] or 0), size=random_size)
     raise ValueError(f"{weights} has no entry in the manifest: its numbers cannot be reported or checked")
 
 

@@ -121,7 +121,7 @@ def measure_again(rows: Sequence[Row], load: Load, quick: bool = False, device: 
     """
     parts = QUICK_PARTS if quick else tuple(range(PARTS))
     for weights in dict.fromkeys(row.weights for row in rows):
-        subject = subject_of_row(weights)
+        subject = subject_of_row(weights, DATASETS[dataset_of(rows[0].data)].network_size)
         subject.backbone.to(device).to(memory_format=torch.channels_last)
         own = [row for row in rows if row.weights == weights]
         for command in dict.fromkeys(PROTOCOLS[row.protocol].command for row in own):

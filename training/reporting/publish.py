@@ -63,6 +63,7 @@ RECOMMENDED_LAYERS = {
 DATA_NAMES = {
     "cifar10": "CIFAR-10, 50,000 training images without labels",
     "tinyimagenet": "Tiny-ImageNet, 100,000 training images of 64 pixels without labels",
+    "photos": "114,334 photographs without labels: training images of Imagenette, Imagewoof, MiniPlaces and Caltech-101",
 }
 
 

@@ -49,10 +49,20 @@ ALEXNET_ON_TINYIMAGENET = (
     Required(TINYIMAGENET, "linear-sgd", "cpu", seeds=(0,)),
     Required(TINYIMAGENET, "nonlinear-sgd", "cpu", ("conv4", "conv5"), (0,)),
 )
+MINIPLACES, IMAGENET20 = "MiniPlaces val", "Imagenette and Imagewoof val"
+ALEXNET_ON_PHOTOS = (
+    Required(MINIPLACES, "linear-sgd", "cpu", seeds=(0,)),
+    Required(IMAGENET20, "linear-sgd", "cpu", seeds=(0,)),
+)
+ALEXNET_HELD_OUT = tuple(
+    Required(data, "rotation", layers=("",), random=False)
+    for data in ("Imagenette val", "Imagewoof val", MINIPLACES, "Caltech-101 test", "VOC2007 test")
+)
 # by model.tag; what each is measured on first is what its figures and the manifest's metrics are of
 REQUIRED = {
     "rotnet_nin.cifar10": NIN_ON_CIFAR10,
-    "rotnet_alexnet.tinyimagenet": ALEXNET_ON_TINYIMAGENET,
+    "rotnet_alexnet.tinyimagenet": ALEXNET_ON_TINYIMAGENET + ALEXNET_ON_PHOTOS,
+    "rotnet_alexnet.photos": ALEXNET_ON_PHOTOS + ALEXNET_HELD_OUT,
 }
 
 
