@@ -92,8 +92,8 @@ def copied(monkeypatch, tmp_path):
     shutil.copytree(zoo.WEIGHTS_DIR, tmp_path / "weights")
     shutil.copytree(zoo.WEIGHTS_DIR.parent / "samples", tmp_path / "samples")
     shutil.copytree(RESULTS_DIR, tmp_path / "results")
-    for name in ("README.md", "MODEL_CARD.md", "docs/imagenet.md", "docs/results.md", "docs/transfer.md"):
-        shutil.copyfile(ROOT / name, tmp_path / name)
+    for page in pages.pages():
+        shutil.copyfile(page, tmp_path / page.relative_to(ROOT))
     monkeypatch.setattr(zoo, "WEIGHTS_DIR", tmp_path / "weights")
     monkeypatch.setattr(publish, "RESULTS_DIR", tmp_path / "results")
     monkeypatch.setattr(publish, "FIGURES_DIR", tmp_path / "docs" / "figures")

@@ -37,7 +37,7 @@ LOADS = "the published bytes"
 NO_REQUEST = "the published bytes, no request"
 NO_DOWNLOAD = "the published bytes, no download"
 MISSING = "error: what is missing, and the command that fetches it"
-REFETCHED = "fetched anew, once"
+REFETCHED = "downloaded again, once"
 DAMAGED = "error: damaged"
 NONE = "-"
 TABLE = {
@@ -203,7 +203,7 @@ def test_the_documented_table_is_this_one():
     text = (ROOT / "docs" / "loading.md").read_text()
     rows = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in text.splitlines() if "|" in line]
     head, _, *rows = rows
-    assert head == ["door", "source", *STATES]
+    assert head == ["loaded by", "source", *STATES]
     documented = {(row[0], row[1], state): cell for row in rows for state, cell in zip(STATES, row[2:], strict=True)}
     assert documented == TABLE
 

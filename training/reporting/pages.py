@@ -17,6 +17,7 @@ from training.reporting.tables import (
     QUOTED,
     ablation_table,
     evaluation_lines,
+    headline_tables,
     markdown_table,
     model_of,
     percent,
@@ -55,6 +56,7 @@ def render_page(page: Path, rows: Sequence[Row], entries: Mapping[str, Any]) -> 
     bundled = {name: entry for name, entry in entries.items() if entry["source"] == "bundled"}
     parts: dict[str, Callable[[], str]] = {
         "weights": lambda: weights_table(entries),
+        "headline": lambda: headline_tables(rows, entries),
         "results": lambda: results_tables(rows, entries),
         "defaults": lambda: default_weights(entries),
         "elsewhere": lambda: elsewhere(entries),

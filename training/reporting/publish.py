@@ -30,6 +30,7 @@ from safetensors.torch import save
 from timm.data import resolve_model_data_config
 
 from rotation_ssl import zoo
+from rotation_ssl.demo import show
 from rotation_ssl.files import replace_bytes
 from rotation_ssl.golden import golden_file, golden_outputs
 from rotation_ssl.images import read_images
@@ -162,7 +163,8 @@ def draw_figures(data_dir: Path, download: bool = False) -> list[Path]:
     samples = sorted((zoo.WEIGHTS_DIR.parent / "samples" / "cifar10").glob("*.png"))
     queries = read_images(samples[::4], gallery.shape[-1])  # four of each class, in its order
     photos = sorted((zoo.WEIGHTS_DIR.parent / "samples" / "photos").glob("*.jpg"))
-    written: list[Path] = []
+    written = [FIGURES_DIR / "demo.png"]
+    show([file for file in photos if file.stem in ("chelsea", "rocket")], [1, 3], written[0])
     for name, entry in zoo.bundled().items():
         backbone, stamp = timm.create_model(name, pretrained=True).eval(), entry["sha256"]
         kinds = ("layers", "few-labels", "filters", "attention", "neighbours")

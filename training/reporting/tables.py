@@ -6,6 +6,7 @@ from typing import Any
 from rotation_ssl.evaluation.report import spread_text
 from training.protocols import PROTOCOLS
 from training.recipes import RECIPES
+from training.reporting.required import main_data
 from training.reporting.rows import Row
 
 # whose quoted numbers are, by the weights that the rows name
@@ -15,6 +16,7 @@ QUOTED = {
     "paper-rescaled": "paper, random weights rescaled",
     "paper-random": "paper, random weights",
 }
+HEADLINE = ("rotation", "nonlinear", "conv", "finetune-conv", "linear-sgd", "nonlinear-sgd")
 
 
 def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
@@ -71,12 +73,24 @@ def results_tables(rows: Sequence[Row], entries: Mapping[str, Mapping[str, Any]]
     bundled = {name: entry for name, entry in entries.items() if entry["source"] == "bundled"}
     own = [row for row in rows if row.source == "measured" and row.weights in bundled]
     return "\n\n".join(
-        f"On {data_in_words(data)}:\n\n{_results_table([row for row in rows if row.data == data], bundled)}"
+        f"On {data_in_words(data)}:\n\n{_results_table([row for row in rows if row.data == data], bundled, PROTOCOLS)}"
         for data in dict.fromkeys(row.data for row in own)
     )
 
 
-def _results_table(rows: Sequence[Row], bundled: Mapping[str, Mapping[str, Any]]) -> str:
+def headline_tables(rows: Sequence[Row], entries: Mapping[str, Mapping[str, Any]]) -> str:
+    """The first tables of the README: of each network the data and the protocols that the paper has too."""
+    bundled = {name: entry for name, entry in entries.items() if entry["source"] == "bundled"}
+    tables = []
+    for data in dict.fromkeys(map(main_data, bundled)):
+        own = {name: entry for name, entry in bundled.items() if main_data(name) == data}
+        table = _results_table([row for row in rows if row.data == data], own, HEADLINE)
+        models = " and ".join(f"`{model}`" for model in dict.fromkeys(map(model_of, own)))
+        tables.append(f"{models} on {data_in_words(data)}:\n\n{table}")
+    return "\n\n".join(tables)
+
+
+def _results_table(rows: Sequence[Row], bundled: Mapping[str, Mapping[str, Any]], ids: Iterable[str]) -> str:
     lines: dict[tuple[str, ...], dict[str, list[Row]]] = {}
     for weights, entry in bundled.items():
         if not select(rows, weights):
@@ -88,9 +102,9 @@ def _results_table(rows: Sequence[Row], bundled: Mapping[str, Mapping[str, Any]]
         for label, group in groups:
             found = [row for row in group if row.layer in ("", layer) and row.labels_per_class is None]
             if found:
-                lines[label, f"`{layer}`"] = {id: [r for r in found if r.protocol == id] for id in PROTOCOLS}
+                lines[label, f"`{layer}`"] = {id: [r for r in found if r.protocol == id] for id in ids}
     ours = [cells for (label, _), cells in lines.items() if label.strip("`") in bundled]
-    columns = [id for id in PROTOCOLS if any(cells[id] for cells in ours)]
+    columns = [id for id in ids if any(cells[id] for cells in ours)]
     titles = [next(cells[id][0].title for cells in ours if cells[id]) for id in columns]
 
     def shown(label: str, found: Sequence[Row]) -> str:
