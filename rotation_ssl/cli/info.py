@@ -11,9 +11,12 @@ from rotation_ssl.cli.options import add_command, published_name
 def add(commands: Any) -> None:
     """Add the command."""
     added = add_command(
-        commands, "info", run, "what is known of one: source, hashes, licence, recipe, data, input, numbers"
+        commands,
+        "info",
+        run,
+        "show the details of published weights: source, sha256, licence, recipe, data, input, results",
     )
-    added.add_argument("tag", metavar="TAG", help="for example rotnet_nin.cifar10, or rotnet_nin for its default")
+    added.add_argument("tag", metavar="TAG", help="for example rotnet_nin.cifar10, or rotnet_nin for its default tag")
 
 
 def describe(name: str) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from rotation_ssl.golden import GOLDEN_TOLERANCE, golden_difference, golden_file
 
 def add(commands: Any) -> None:
     """Add the command."""
-    added = add_command(commands, "verify", run, "hash weights on this machine again, and compare their golden outputs")
-    added.add_argument("what", nargs="?", metavar="TAG|FILE", help="a name, a file or a folder [all that are here]")
+    added = add_command(commands, "verify", run, "verify the sha256 and the golden outputs of weights on this machine")
+    added.add_argument("what", nargs="?", metavar="TAG|FILE", help="name, file or folder [all weights on this machine]")
 
 
 def run(args: argparse.Namespace) -> int:
