@@ -1,12 +1,13 @@
-"""The data set `photos`: photographs of four public data sets to pretrain on, and none that a test is made of.
+"""The data set `photos`: photographs of four public data sets to pretrain on, without any that resemble test images.
 
     python -m training photos --data DIR --output DIR/photos
 
-DIR holds the data sets as they are distributed: imagenette2-320, imagewoof2-320, miniplaces (Places, 100 scenes at 128
-pixels), caltech101 (101_ObjectCategories, train.txt, test.txt) and VOCdevkit/VOC2007, which is only compared with. The
-training images are written as squares of 192 pixels, JPEG at quality 85; those of miniplaces, which are smaller, are
-copied. Left out is every training image that looks like a held-out one: imagenette, imagewoof and miniplaces val,
-caltech101's test list, all of VOC2007. photos.json names them, and holds the sha256 of the list of those written.
+DIR contains the data sets as they are distributed: imagenette2-320, imagewoof2-320, miniplaces (Places, 100 scenes at
+128 pixels), caltech101 (101_ObjectCategories, train.txt, test.txt) and VOCdevkit/VOC2007. The training images are
+written as squares of 192 pixels, JPEG at quality 85; those of miniplaces, which are smaller, are copied. Training
+images that look like a held-out image are left out; held out are imagenette, imagewoof and miniplaces val, caltech101's
+test list and all of VOC2007. photos.json names the images that were left out, and has the sha256 of the list of those
+written.
 """
 
 import argparse

@@ -63,7 +63,7 @@ def test_a_stopped_command_keeps_what_it_measured(small, tmp_path, monkeypatch, 
     with monkeypatch.context() as patch:
         patch.setattr(check, "measure_features", stopped)
         assert run(small, folder) == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "run the same command again to continue" in capsys.readouterr().err
     assert len(numbers(folder)) == 2
     assert run(small, folder) == 0
     assert len(numbers(folder)) == 7

@@ -1,22 +1,22 @@
-"""Measure the reported numbers again and say, number by number, whether they hold.
+"""Reproduce the reported numbers: measure each one again and say whether it holds.
 
     python -m training check --quick --data DIR
     python -m training check --data DIR
     python -m training check --data DIR --only knn linear --weights rotnet_nin.cifar10
 
-DIR holds CIFAR-10. Numbers of Tiny-ImageNet are measured where --tinyimagenet says where it is; where it does not, they
-are named as not measured. The weights' sha256 and golden outputs, and the rows, are always checked first. --quick takes
-minutes: of the published weights, rotation accuracy and k-NN on the first fifth of the test images, whose counts the
-rows keep. The whole check measures every row of published and of random weights (training/results/*.jsonl) again; it
-prints first how long that took where it was reported. Exit status 1 when a number does not hold, when a row was edited
-or is missing, or when weights are not the bytes that were measured; 2 when data or device are not there.
+DIR is the folder of CIFAR-10. Numbers of other data sets are measured if their folder is given, and are otherwise
+listed as not measured. The sha256 and the golden outputs of the weights, and the rows, are always checked first.
+--quick takes minutes: it measures rotation accuracy and k-NN of the published weights on the first fifth of the test
+images. Without it every row of published and random weights (training/results/*.jsonl) is measured, and the command
+first prints how long that took where it was reported. The exit status is 1 if a number does not hold, if a row was
+edited or is missing, or if the weights are not those that were measured; 2 if data or device are missing.
 
-What counts as holding: where nothing is trained, as many right answers but for one in a thousand images (other
-hardware flips a few); where a probe is trained, the same accuracy within three standard deviations over the reported
-seeds, and half a percentage point at least; where there is one seed, whose spread is not known, within three standard
-errors of the difference between two samples of as many test images. A linear probe, which no seed moves, is fitted with
-the penalty that the row says was chosen, and may be half a point away. Trainings compute in bf16 where the device
-multiplies it, else in fp32: one that was reported in the other precision may be half a point further away.
+A number holds if it is within a tolerance of the reported one. If nothing is trained, one in a thousand images may
+differ, because of other hardware. If a probe is trained, the tolerance is three standard deviations over the reported
+seeds, and at least half a percentage point; with one seed, three standard errors of the difference between two samples
+of that many test images. A linear probe does not depend on a seed: it uses the L2 penalty of the row, and its tolerance
+is half a point. Training computes in bf16 if the hardware supports it, else in fp32; if the row was measured in the
+other precision, half a point is added.
 """
 
 import argparse
@@ -255,12 +255,14 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=TURN_OFF,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--quick", action="store_true", help="the part that takes minutes")
-    parser.add_argument("--only", nargs="+", choices=PROTOCOLS, metavar="ID", help=f"{', '.join(PROTOCOLS)} [all]")
-    parser.add_argument("--weights", nargs="+", metavar="NAME", help="numbers of these weights [all]")
+    parser.add_argument("--quick", action="store_true", help="check a part of the numbers, in minutes")
+    parser.add_argument(
+        "--only", nargs="+", choices=PROTOCOLS, metavar="ID", help=f"protocols: {', '.join(PROTOCOLS)} [all]"
+    )
+    parser.add_argument("--weights", nargs="+", metavar="NAME", help="check the numbers of these weights [all]")
     add_data_arguments(parser)
     parser.add_argument("--results", type=Path, default=RESULTS_DIR, help="folder of the rows [training/results]")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps [%(default)s]")
+    parser.add_argument("--device", default="cpu", help="device: cpu, cuda, cuda:1, mps [%(default)s]")
     return parser
 
 

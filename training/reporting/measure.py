@@ -1,13 +1,13 @@
-"""Measure what the card has of published weights and has no row of yet, number by number.
+"""Measure the numbers of the model card that have no row yet.
 
     python -m training measure rotnet_nin.cifar10 --data DIR
     python -m training measure rotnet_nin.cifar10 --data DIR --list
     python -m training measure rotnet_alexnet.tinyimagenet --tinyimagenet DIR
     python -m training measure rotnet_nin.cifar10 --data DIR --only few-labels
 
-Rows are written to training/results/ as they are measured, those of random weights beside those of the published ones;
-a command that was stopped goes on where it was. Rows of other bytes than the published ones are measured again. The
-code must be committed, for a row names its commit. --list says what is missing and measures nothing.
+Rows of the published weights and of random ones are written to training/results/ as they are measured; run the same
+command again to continue after a stop. Rows of weights that have been replaced are measured again. The code must be
+committed, because a row names its commit. --list prints what is missing and measures nothing.
 """
 
 import argparse
@@ -67,14 +67,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog=TURN_OFF,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("weights", metavar="MODEL.TAG", help="bundled weights")
+    parser.add_argument("weights", metavar="MODEL.TAG", help="name of bundled weights")
     add_data_arguments(parser)
     parser.add_argument(
-        "--only", nargs="+", choices=PROTOCOLS, metavar="ID", help=f"numbers of: {', '.join(PROTOCOLS)} [all]"
+        "--only", nargs="+", choices=PROTOCOLS, metavar="ID", help=f"protocols: {', '.join(PROTOCOLS)} [all]"
     )
-    parser.add_argument("--list", action="store_true", help="say what is missing, and measure nothing")
+    parser.add_argument("--list", action="store_true", help="print what is missing, and measure nothing")
     parser.add_argument("--results", type=Path, default=RESULTS_DIR, help="folder of the rows [training/results]")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps [%(default)s]")
+    parser.add_argument("--device", default="cpu", help="device: cpu, cuda, cuda:1, mps [%(default)s]")
     args = parser.parse_args(arguments)
     keep_large_blocks()
     try:
@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
+        print("stopped; run the same command again to continue", file=sys.stderr)
         return 130
-    print("now: python -m training publish figures, and render")
+    print("next: python -m training publish figures, then python -m training publish render")
     return 0

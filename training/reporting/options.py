@@ -15,10 +15,10 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that name folders of data sets."""
     parser.add_argument("--data", type=Path, default=Path("data/cifar10"), help="folder of CIFAR-10 [%(default)s]")
     parser.add_argument("--download", action="store_true", help="let torchvision download CIFAR-10 into --data")
-    parser.add_argument("--tinyimagenet", type=Path, metavar="DIR", help="folder tiny-imagenet-200 [not measured]")
+    parser.add_argument("--tinyimagenet", type=Path, metavar="DIR", help="folder tiny-imagenet-200 [do not measure]")
     parser.add_argument(
         "--photos", type=Path, metavar="DIR",
-        help="folder of imagenette2-320, imagewoof2-320, miniplaces, caltech101 and VOCdevkit [not measured]",
+        help="folder of imagenette2-320, imagewoof2-320, miniplaces, caltech101 and VOCdevkit [do not measure]",
     )  # fmt: skip
 
 

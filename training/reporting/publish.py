@@ -1,17 +1,17 @@
-"""Put a finished run into the package, the measured numbers into the card, and the weights on the Hub.
+"""Bundle a finished run, render the measured numbers, and upload weights to the Hugging Face Hub.
 
     python -m training publish bundle runs/nin rotnet_nin.cifar10
     python -m training publish figures --data DIR
     python -m training publish render [--check]
     python -m training publish --namespace ORG [--weights NAME|FOLDER ...] [--dry-run]
 
-`bundle` copies the run's weights, run.json and curve into place, writes their manifest entry and golden outputs.
-`figures` draws the card's figures from the result rows, the weights and CIFAR-10's test images (DIR).
-`render` rewrites MODEL_CARD.md, the rendered parts of README.md and the manifest's metrics from the result rows; with
---check it writes nothing and fails when something would change, or when a figure was drawn from other rows or weights.
-With --namespace weights go to the Hugging Face Hub as ORG/model.tag, with their card, golden outputs, recipe and curve,
-are downloaded again, compared and tagged, and the revision is written into the manifest: commit that. Run again, it
-uploads nothing that is there, and finishes what was interrupted. --dry-run says what a repository would hold.
+`bundle` copies the weights, run.json and curve of a run into the package and writes their manifest entry and golden
+outputs. `figures` draws the figures from the result rows, the weights and the test images of CIFAR-10 (DIR). `render`
+rewrites the rendered parts of README.md, MODEL_CARD.md and docs/ and the manifest's metrics from the result rows; with
+--check it writes nothing, and fails if something would change or a figure was drawn from other rows or weights.
+--namespace uploads weights to the Hub as ORG/model.tag, with their card, golden outputs, recipe and curve; it downloads
+them again, compares and tags them, and writes the revision into the manifest, which you then commit. Run again, it
+uploads only what is missing. --dry-run lists what each repository would contain.
 """
 
 import argparse
@@ -287,24 +287,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m training publish", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--namespace", metavar="ORG", help="publish on the Hub, under this user or organisation")
+    parser.add_argument("--namespace", metavar="ORG", help="publish on the Hub under this user or organisation")
     parser.add_argument(
-        "--weights", nargs="+", metavar="NAME|FOLDER", help="names, or folders of rotation-ssl convert [all bundled]"
+        "--weights", nargs="+", metavar="NAME|FOLDER", help="weights, or folders of rotation-ssl convert [all bundled]"
     )
-    parser.add_argument("--version", default=current_version(), help="the Hub's tag of this upload [%(default)s]")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be there, and upload nothing")
-    parser.add_argument("--license", default="", help="of a folder's weights, as the Hub names licences")
-    parser.add_argument("--trained-on", default="", help="what a folder's weights were trained on")
+    parser.add_argument("--version", default=current_version(), help="tag of this upload on the Hub [%(default)s]")
+    parser.add_argument("--dry-run", action="store_true", help="list what would be uploaded, and upload nothing")
+    parser.add_argument("--license", default="", help="licence of a folder's weights, as the Hub names it")
+    parser.add_argument("--trained-on", default="", help="data that a folder's weights were trained on")
     parser.add_argument("--layer", default="", help="recommended layer of a folder's weights")
     commands = parser.add_subparsers(dest="command", metavar="{bundle,figures,render}")
     bundling = commands.add_parser("bundle", help="copy a finished run into the package and the manifest")
     bundling.add_argument("run", type=Path, metavar="RUN", help="output folder of `python -m training pretrain`")
     bundling.add_argument("name", metavar="MODEL.TAG", help="the name the weights are published under")
-    drawing = commands.add_parser("figures", help="draw the card's figures")
-    drawing.add_argument("--data", type=Path, default=Path("data/cifar10"), help="CIFAR-10 [%(default)s]")
-    drawing.add_argument("--download", action="store_true", help="let torchvision fetch CIFAR-10 into --data")
-    rendering = commands.add_parser("render", help="write card, README parts and metrics from the result rows")
-    rendering.add_argument("--check", action="store_true", help="write nothing; fail when something would change")
+    drawing = commands.add_parser("figures", help="draw the figures")
+    drawing.add_argument("--data", type=Path, default=Path("data/cifar10"), help="folder of CIFAR-10 [%(default)s]")
+    drawing.add_argument("--download", action="store_true", help="let torchvision download CIFAR-10 into --data")
+    rendering = commands.add_parser("render", help="render the pages and the metrics from the result rows")
+    rendering.add_argument("--check", action="store_true", help="write nothing; fail if something would change")
     args = parser.parse_args(arguments)
     if (args.command is None) == (args.namespace is None):
         parser.error("give one of the commands, or --namespace")

@@ -1,19 +1,19 @@
-"""What things cost, as ratios measured in one run.
+"""Speed and memory, as ratios measured in one run.
 
     python -m training benchmark speed
     python -m training benchmark import
     python -m training benchmark load
 
-`speed`: training images a second against a naive pipeline that does what the authors' code does (one image at a time
-through PIL and numpy in loader processes, fp32, NCHW, torch's default allocator); training's and feature extraction's
-FLOP/s against this machine's own bf16 matrix products; peak memory; and how each grows with image size and batch.
-About 12 minutes on 2 cores; leave the machine alone meanwhile. --record keeps the figures that README.md shows.
+`speed` compares training with a naive pipeline that works like the authors' code (one image at a time through PIL and
+numpy in loader processes, fp32, NCHW, torch's default allocator), and the FLOP/s of training and feature extraction
+with this machine's bf16 matrix products; it also measures peak memory, and how each grows with image size and batch. It
+takes about 12 minutes on 2 cores, on which nothing else should run. --record writes the figures of docs/reproduce.md.
 
-`import`: wall time of `import timm, rotation_ssl` against `import timm`, each in fresh processes.
-`load`: wall time of `timm.create_model('rotnet_nin', pretrained=True)`, verification included, against timm loading the
-same file into the same network by itself, in one process.
+`import` compares the time of `import timm, rotation_ssl` with that of `import timm`, each in new processes. `load`
+compares `timm.create_model('rotnet_nin', pretrained=True)`, which verifies the weights, with timm loading the same file
+into the same network.
 
-The two are taken in turns, so that what else the machine does falls on both alike; medians are compared.
+The two sides alternate, so that other load on the machine affects both; medians are compared.
 """
 
 import argparse

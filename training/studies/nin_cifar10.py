@@ -1,15 +1,15 @@
-"""The study behind the recipe `nin-cifar10-cpu`: one setting changed at a time, each run of as many rotated images.
+"""The study that chose the recipe `nin-cifar10-cpu`: one setting is changed at a time, at one number of rotated images.
 
     python -m training study run --data DIR
     python -m training study run --data DIR --only base muon-lr-0.2
     python -m training study render
     python -m training study render --check
 
-Every variant pretrains on the first 45,000 training images of CIFAR-10 (`--data DIR`) and is judged on the last
-5,000 by linear and non-linear probes of block2, trained on the first 10,000; the test images are not read. Numbers are
-result rows in training/results/study/, written as they are measured; a variant that has its rows is passed over, a
-stopped one goes on where it was. `render` writes them into training/studies/nin_cifar10.md and draws its figure; with
---check it writes nothing, and says what it would.
+Every variant pretrains on the first 45,000 training images of CIFAR-10 (`--data DIR`) and is compared on the last 5,000
+by linear and non-linear probes of block2, trained on the first 10,000; the test images are not read. Result rows are
+written to training/results/study/ as they are measured. A variant that has its rows is skipped, a stopped one
+continues. `render` writes the tables of training/studies/nin_cifar10.md and draws its figure; with --check it writes
+nothing, and lists what would change.
 """
 
 import argparse

@@ -1,13 +1,12 @@
-"""The paper's table 2 at a small budget: which rotations to tell apart (with --only also table 1: how many blocks).
+"""Ablation of the rotations, the paper's table 2 at a small budget (with --only also the number of blocks, table 1).
 
     python -m training ablation --data DIR
     python -m training ablation --data DIR --only nin-cifar10-ablation-r8
 
-Every recipe `...-ablation...` of rotnet_nin, or those of --only, pretrains on the training images of CIFAR-10
-(`--data DIR`), on as many rotated images as the others, and is measured by the non-linear probe of block2 on the
-test images, with several seeds of the probe. Numbers are result rows in training/results/ablation/, written as they are
-measured, and rendered into the card by `python -m training publish render`. A recipe that has its rows is passed over,
-a stopped one goes on where it was.
+Every recipe `...-ablation...` of rotnet_nin, or those of --only, pretrains on the training images of CIFAR-10 (`--data
+DIR`), all on the same number of rotated images, and is measured by the non-linear probe of block2 on the test images,
+with several seeds of the probe. Result rows are written to training/results/ablation/ as they are measured; `python -m
+training publish render` renders them. A recipe that has its rows is skipped, a stopped one continues.
 """
 
 import argparse
