@@ -15,6 +15,7 @@ COMMANDS = {
     "finetune": ("training.evaluation.finetune", "fine-tuning, few labels, the supervised baseline"),
     "probe-layers": ("training.evaluation.layers", "the paper's ImageNet and Places probes, all layers in one pass"),
     "voc": ("training.transfer.classification", "PASCAL VOC classification"),
+    "proposals": ("training.transfer.selective_search", "regions of PASCAL VOC's images, for detection"),
     "detect": ("training.transfer.detection", "PASCAL VOC detection"),
     "segment": ("training.transfer.segmentation", "PASCAL VOC segmentation"),
     "measure": ("training.reporting.measure", "the numbers that the card lacks of a network"),

@@ -10,7 +10,7 @@ judge the regions, other networks get two fresh layers. All layers are trained, 
 scale is measured. Objects marked difficult are neither trained on nor counted.
 
 The file of proposals is a safetensors file with a tensor (n, 4) for each image's name ('000005'), float32: left, top,
-right, bottom in pixels from the image's corner; write_proposals of this module writes one, docs/transfer.md shows how.
+right, bottom in pixels from the image's corner; python -m training proposals writes one by selective search.
 Settings are the recipes VOC_FAST_RCNN and VOC_FASTER_RCNN in training/transfer/recipes.py. Numbers are in --output as
 rows.jsonl, report.md, report.json and report.png, those of every class as classes.json, and the trained network as
 network.safetensors.
@@ -20,15 +20,12 @@ import argparse
 import dataclasses
 import functools
 import hashlib
-import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from timm.data import resolve_model_data_config
 from torch import nn
 from torchvision.models.detection import FasterRCNN
@@ -61,46 +58,12 @@ from training.transfer.data import (
 )
 from training.transfer.metrics import average_precision, match_detections
 from training.transfer.network import Backbone, Draws, InOrder, batches, read_once, smallest_side, train_network
+from training.transfer.proposals import check_proposals_file, read_proposals
 from training.transfer.recipes import VOC_FAST_RCNN, VOC_FASTER_RCNN, VocDetection
 
 KINDS = ("11-point", "area")
 POOLED = 6  # side of a region's map for AlexNet's fc6
 Detections = dict[str, torch.Tensor]
-
-
-def write_proposals(file: Path, proposals: Mapping[str, torch.Tensor]) -> None:
-    """Write the regions that Fast R-CNN looks at.
-
-    Args:
-        file: a safetensors file, made or replaced.
-        proposals: by image name, '000005', (n, 4): left, top, right, bottom in pixels from the image's corner.
-
-    Raises:
-        ValueError: regions of another shape, empty ones, or ones that are not finite; the error names the image.
-    """
-    for name, boxes in proposals.items():
-        _check_proposals(name, boxes)
-    save_file({name: boxes.float().contiguous() for name, boxes in proposals.items()}, file)
-
-
-def grid_proposals(width: int, height: int) -> torch.Tensor:
-    """Windows of five sizes and three shapes all over an image: regions where no better ones are at hand.
-
-    Selective search, which the paper's number is with, finds objects with fewer.
-
-    Returns:
-        (n, 4) float32: left, top, right, bottom in pixels.
-    """
-    boxes = []
-    for part in (0.2, 0.35, 0.5, 0.7, 1.0):
-        for shape in (0.5, 1.0, 2.0):
-            w = min(width, part * min(width, height) * shape**0.5)
-            h = min(height, part * min(width, height) / shape**0.5)
-            lefts = torch.linspace(0, width - w, max(1, math.ceil(4 * (width - w) / w) + 1))
-            tops = torch.linspace(0, height - h, max(1, math.ceil(4 * (height - h) / h) + 1))
-            corners = torch.cartesian_prod(lefts, tops)
-            boxes.append(torch.cat([corners, corners + torch.tensor([w, h])], 1))
-    return torch.cat(boxes)
 
 
 class FastRCNN(nn.Module):
@@ -349,47 +312,6 @@ def set_sides(detector: nn.Module, sides: tuple[int, ...], longest: int) -> None
     transform.min_size, transform.max_size = sides, longest
 
 
-def check_proposals_file(file: Path, images: Sequence[AnnotatedImage]) -> None:
-    """Refuse proposals that do not fit the images, before anything is trained.
-
-    Raises:
-        ValueError: no such file, no safetensors file, or an image without proposals; the error names it.
-    """
-    if not file.is_file():
-        raise ValueError(f"proposals {file} do not exist: write them with training.transfer.detection.write_proposals")
-    try:
-        known = set(_opened(file).keys())
-    except SafetensorError as error:
-        raise ValueError(f"proposals {file} are no safetensors file ({error}); write them anew") from error
-    missing = [image.name for image in images if image.name not in known]
-    if missing:
-        raise ValueError(f"proposals {file} lack {counted(len(missing), 'image')}, {missing[0]} among them")
-
-
-@functools.lru_cache(maxsize=2)
-def _opened(file: Path) -> Any:
-    return safe_open(file, framework="pt")
-
-
-def _proposals_of(file: Path, image: AnnotatedImage) -> torch.Tensor:
-    boxes = _opened(file).get_tensor(image.name).float()
-    _check_proposals(f"{image.name} in {file}", boxes)
-    edges = torch.tensor([image.width, image.height] * 2)
-    if (boxes < -1).any() or (boxes > edges + 1).any():
-        raise ValueError(
-            f"proposals of {image.name} in {file} are outside of its {image.width} x {image.height} pixels: are they "
-            "left, top, right, bottom?"
-        )
-    return torch.minimum(boxes.clamp_min(0), edges)
-
-
-def _check_proposals(name: str, boxes: torch.Tensor) -> None:
-    if boxes.ndim != 2 or boxes.shape[1] != 4 or len(boxes) == 0:
-        raise ValueError(f"proposals of {name} must be (n, 4), at least one, got {tuple(boxes.shape)}")
-    if not (boxes.isfinite().all() and (boxes[:, 2:] > boxes[:, :2]).all()):
-        raise ValueError(f"proposals of {name} are empty or not finite: they are left, top, right, bottom")
-
-
 def _training_sample(
     images: tuple[AnnotatedImage, ...], proposals: Path | None, index: int, rng: random.Random
 ) -> tuple[torch.Tensor, torch.Tensor | None, dict[str, torch.Tensor]]:
@@ -406,7 +328,7 @@ def _test_sample(
     images: tuple[AnnotatedImage, ...], proposals: Path | None, index: int
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     image = images[index]
-    return pixels_tensor(open_pixels(image.file)), None if proposals is None else _proposals_of(proposals, image)
+    return pixels_tensor(open_pixels(image.file)), None if proposals is None else read_proposals(proposals, image)
 
 
 def _read(images: tuple[AnnotatedImage, ...], proposals: Path | None, index: int) -> None:
