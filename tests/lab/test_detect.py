@@ -16,6 +16,7 @@ from training.reporting.rows import read_file
 from training.transfer import detection as detect
 from training.transfer.command import averages
 from training.transfer.data import CLASSES, AnnotatedImage, read_annotations
+from training.transfer.detector import build_detector
 from training.transfer.metrics import average_precision, match_detections
 from training.transfer.network import transfer_network
 from training.transfer.proposals import check_proposals_file, grid_proposals, read_proposals, write_proposals
@@ -42,7 +43,7 @@ def write_grid(devkit, file):
 
 
 def run(*arguments):
-    return detect.main([str(argument) for argument in arguments])
+    return detect.main([str(argument) for argument in (*arguments, "--workers", 0)])
 
 
 def small(recipe, steps=2, lr=0.001):
@@ -99,7 +100,7 @@ def test_a_network_for_one_size_is_refused(devkit):
 def test_fast_rcnn_looks_where_it_is_told(devkit):
     """Regions in an image's own pixels reach the map as they are scaled, and detections come back in pixels."""
     images = read_annotations(devkit, "2007", "train")
-    detector = detect.build_detector(small(VOC_FAST_RCNN), network_for(images), 20, given_regions=True).eval()
+    detector = build_detector(small(VOC_FAST_RCNN), network_for(images), 20, given_regions=True).eval()
     seen = []
     detector.roi_heads.box_roi_pool.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
     picture = torch.rand(3, 100, 200)
@@ -127,7 +128,7 @@ def test_mirrored_samples(devkit, proposals):
         # what is inside of a box stays inside
         left, top, right, bottom = target["boxes"][0].int().tolist()
         x0, y0, x1, y1 = easy[0].int().tolist()
-        original, _ = detect._test_sample(images, proposals, 0)
+        original, _ = detect._test_sample(images, proposals, None, 0)
         inside = original[:, y0:y1, x0:x1]
         assert torch.equal(plain[:, top:bottom, left:right], inside.flip(-1) if moved else inside)
         assert (target["labels"] == image.labels[~image.difficult] + 1).all()
@@ -138,7 +139,7 @@ def test_mirrored_samples(devkit, proposals):
 def test_difficult_objects_are_not_trained_on(devkit):
     images = read_annotations(devkit, "2007", "train")
     hard = [dataclasses.replace(image, difficult=torch.ones_like(image.difficult)) for image in images]
-    detector = detect.build_detector(small(VOC_FASTER_RCNN), network_for(images), 20, given_regions=False)
+    detector = build_detector(small(VOC_FASTER_RCNN), network_for(images), 20, given_regions=False)
     with pytest.raises(ValueError, match="no training image shows an object"):
         detect.train_detector(small(VOC_FASTER_RCNN), detector, hard)
 
