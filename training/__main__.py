@@ -15,6 +15,7 @@ COMMANDS = {
     "finetune": ("training.evaluation.finetune", "fine-tune; few labels; the supervised baseline"),
     "probe-layers": ("training.evaluation.layers", "the paper's probes of all layers on ImageNet and Places"),
     "voc": ("training.transfer.classification", "PASCAL VOC classification"),
+    "proposals": ("training.transfer.selective_search", "regions of PASCAL VOC's images, for detection"),
     "detect": ("training.transfer.detection", "PASCAL VOC detection"),
     "segment": ("training.transfer.segmentation", "PASCAL VOC segmentation"),
     "measure": ("training.reporting.measure", "measure the numbers of the model card that have no row yet"),

@@ -25,7 +25,7 @@ def devkit(tmp_path_factory):
 
 
 def run(*arguments):
-    return segment.main([str(argument) for argument in arguments])
+    return segment.main([str(argument) for argument in (*arguments, "--workers", 0)])
 
 
 def fcn(fc_size, classes=20):

@@ -10,13 +10,12 @@ of ten random crops of each test image is measured; objects marked difficult do 
 
 Three numbers are written, and printed for every class: VOC2007's 11-point average precision, the area under the best
 precision (VOC2010 and later), and the area in steps, which is what scikit-learn calls average precision and the code
-of Kraehenbuehl et al., whose settings are taken, prints. Settings are the recipe VOC_CLASSIFICATION in
-training/transfer/recipes.py. Numbers are in --output as rows.jsonl, report.md, report.json and report.png, those of
-every class as classes.json, and the trained network as network.safetensors.
+of Kraehenbuehl et al., whose settings are taken, prints. Settings are the recipes voc-classification-paper and
+voc-classification-cpu (--budget) in training/transfer/recipes.py. Numbers are in --output as rows.jsonl, report.md,
+report.json and report.png, those of every class as classes.json, and the trained network as network.safetensors.
 """
 
 import argparse
-import dataclasses
 import functools
 import random
 from collections.abc import Callable, Sequence
@@ -34,13 +33,14 @@ from rotation_ssl.messages import counted
 from rotation_ssl.progress import progress
 from training.evaluation.subject import Subject
 from training.reporting.report import run_measuring
+from training.transfer.checking import check_images
 from training.transfer.command import (
     add_arguments,
     averages,
     count_present,
     keep_numbers,
     prepare_transfer,
-    training_of,
+    recipe_of,
     transfer_row,
 )
 from training.transfer.data import (
@@ -52,10 +52,11 @@ from training.transfer.data import (
     read_annotations,
 )
 from training.transfer.metrics import KINDS, classification_precisions
-from training.transfer.network import Draws, InOrder, batches, read_once, train_network
-from training.transfer.recipes import VOC_CLASSIFICATION, VocClassification
+from training.transfer.network import Draws, InOrder, autocast_of, batches, train_network
+from training.transfer.recipes import CLASSIFICATIONS, VocClassification
 
 LAYERS = ("fc6-8", "all")
+TEST_IMAGES = 8  # whose crops are one batch
 
 
 def random_crop(image: Image.Image, size: int, scales: tuple[float, float], rng: random.Random) -> torch.Tensor:
@@ -134,7 +135,7 @@ def train_classifier(
     draws = Draws(load, len(images), training.steps * training.images_per_step, seed)
 
     def loss_of(batch: list[tuple[int, torch.Tensor]]) -> torch.Tensor:
-        logits = network(prepare(torch.stack([crop for _, crop in batch]).to(device)))
+        logits = network(prepare(torch.stack([crop for _, crop in batch]).to(device))).float()
         return multi_label_loss(logits, labels[[index for index, _ in batch]].to(device))
 
     samples = batches(draws, training.images_per_step, workers)
@@ -150,8 +151,11 @@ def classify(
     device: str = "cpu",
     seed: int = 0,
     workers: int = 0,
+    images_per_batch: int = TEST_IMAGES,
 ) -> torch.Tensor:
-    """Mean logits of an image's crops: (N, K) float32 on the CPU.
+    """Mean logits of each image's crops: (N, K) float32 on the CPU.
+
+    The crops of ``images_per_batch`` images are one batch; how many changes the logits by rounding alone.
 
     Raises:
         ValueError: logits that are not finite.
@@ -160,11 +164,12 @@ def classify(
         _crops, tuple(image.file for image in images), size, recipe.scales, recipe.test_crops, seed
     )
     logits = []
-    with torch.inference_mode(), progress("test", len(images)) as bar:
-        for (crops,) in batches(InOrder(load, len(images)), 1, workers):
-            logits.append(network(prepare(crops.to(device))).float().mean(0).cpu())
-            bar.update()
-    result = torch.stack(logits)
+    with torch.inference_mode(), autocast_of(recipe.training, network), progress("test", len(images)) as bar:
+        for batch in batches(InOrder(load, len(images)), images_per_batch, workers):
+            scores = network(prepare(torch.cat(batch).to(device))).float()
+            logits.append(scores.view(len(batch), recipe.test_crops, -1).mean(1).cpu())
+            bar.update(len(batch))
+    result = torch.cat(logits)
     if not result.isfinite().all():
         raise ValueError("the network's logits are not finite: lower --lr, or check the weights")
     return result
@@ -190,8 +195,7 @@ def measure_classification(
             :func:`train_classifier` and :func:`classify`.
     """
     check_countable(test)
-    files = tuple(image.file for image in (*train, *test))
-    read_once(functools.partial(_decode, files), len(files), workers)
+    check_images([image.file for image in (*train, *test)], workers)
     prepare = preparation(subject.backbone, subject.size)
     network.to(device)
     labels = class_labels(train, classes)
@@ -199,10 +203,6 @@ def measure_classification(
     scores = classify(recipe, network, test, prepare, subject.size, device, seed, workers)
     truth = class_labels(test, classes)
     return {kind: classification_precisions(scores, truth, kind) for kind in KINDS}
-
-
-def _decode(files: tuple[Path, ...], index: int) -> None:
-    open_pixels(files[index])
 
 
 def _crop(
@@ -225,16 +225,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m training voc", description=__doc__, epilog=TURN_OFF,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    add_arguments(parser, "2007", "trainval", "test")
-    parser.add_argument("--layers", choices=LAYERS, default="all", help="which layers are trained [%(default)s]")
-    parser.add_argument("--size", type=int, help="side of the crops [the model's own]")
+    add_arguments(parser)
+    parser.add_argument("--layers", choices=LAYERS, default="all", help="layers to train [%(default)s]")
+    parser.add_argument("--size", type=int, help="side of the crops in pixels [the recipe's, or the model's own]")
     args = parser.parse_args(arguments)
 
     def measure() -> Path:
-        recipe = dataclasses.replace(VOC_CLASSIFICATION, training=training_of(VOC_CLASSIFICATION.training, args))
+        recipe = recipe_of(CLASSIFICATIONS[args.budget], args)
         transfer = prepare_transfer(
-            args, parser, recipe.training, f"classification-{args.layers}",
-            lambda split: read_annotations(args.data, args.year, split, args.classes), args.size,
+            args, recipe, f"classification-{args.layers}",
+            lambda split: read_annotations(args.data, recipe.splits.year, split, args.classes), recipe.size,
         )  # fmt: skip
         size = transfer.subject.size
         by_class = measure_classification(

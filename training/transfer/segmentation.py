@@ -6,16 +6,15 @@ A fully convolutional network (Long, Shelhamer, Darrell 2015, https://arxiv.org/
 as convolutions, a score for every class in every cell of 32 pixels, scaled up to the image's pixels. Other networks,
 and AlexNet with --fc-size 0, get their scores from the last feature layer. MODEL is any model of timm or of this
 package; its batch norm is folded and its layers are rescaled, then all are trained on whole images. Pixels that the
-masks give as 255 do not count. VOC2012's train and val are taken where nothing else is said: the paper does not name
-its splits.
+masks give as 255 do not count. The paper does not name its splits: --budget paper takes VOC2012's train and val,
+--budget cpu VOC2007's trainval and test.
 
-Settings are the recipe VOC_SEGMENTATION in training/transfer/recipes.py. Numbers are in --output as rows.jsonl,
-report.md, report.json and report.png, those of every class as classes.json, and the trained network as
-network.safetensors.
+Settings are the recipes voc-segmentation-paper and voc-segmentation-cpu in training/transfer/recipes.py. Numbers are in
+--output as rows.jsonl, report.md, report.json and report.png, those of every class as classes.json, and the trained
+network as network.safetensors.
 """
 
 import argparse
-import dataclasses
 import functools
 import random
 from collections.abc import Sequence
@@ -33,18 +32,19 @@ from rotation_ssl.machine import TURN_OFF
 from rotation_ssl.messages import counted
 from rotation_ssl.progress import progress
 from training.reporting.report import run_measuring
+from training.transfer.checking import check_images, check_masks
 from training.transfer.command import (
     add_arguments,
     count_present,
     keep_numbers,
     prepare_transfer,
-    training_of,
+    recipe_of,
     transfer_row,
 )
 from training.transfer.data import MaskedImage, check_large_enough, open_mask, open_pixels, pixels_tensor, read_masks
 from training.transfer.metrics import IGNORED, confusion_matrix, intersections_over_unions, mean_over_classes
-from training.transfer.network import Backbone, Draws, InOrder, batches, read_once, train_network
-from training.transfer.recipes import VOC_SEGMENTATION, VocSegmentation
+from training.transfer.network import Backbone, Draws, InOrder, autocast_of, batches, train_network
+from training.transfer.recipes import SEGMENTATIONS, VocSegmentation
 
 
 class Fcn(nn.Module):
@@ -92,7 +92,7 @@ class Fcn(nn.Module):
             normalize(images, self.mean, self.std),
             (self.padding, self.padding + right, self.padding, self.padding + below),
         )
-        scores = self.score(self.maps(padded))
+        scores = self.score(self.maps(padded)).float()
         size = (height + below, width + right)
         return F.interpolate(scores, size=size, mode="bilinear", align_corners=False)[..., :height, :width]
 
@@ -129,7 +129,7 @@ def train_segmenter(
 
     def loss_of(batch: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
         pixels, masks = together(batch, network.mean)
-        return pixel_loss(network(pixels.to(device)).float(), masks.to(device))
+        return pixel_loss(network(pixels.to(device)), masks.to(device))
 
     train_network(training, network, batches(draws, training.images_per_step, workers), loss_of, "segmentation", output)
 
@@ -156,7 +156,9 @@ def together(
     return pixels, masks
 
 
-def segment(network: Fcn, images: Sequence[MaskedImage], device: str = "cpu", workers: int = 0) -> torch.Tensor:
+def segment(
+    recipe: VocSegmentation, network: Fcn, images: Sequence[MaskedImage], device: str = "cpu", workers: int = 0
+) -> torch.Tensor:
     """Pixels of all images by true (rows) and predicted class: (K + 1, K + 1) int64.
 
     Raises:
@@ -166,7 +168,7 @@ def segment(network: Fcn, images: Sequence[MaskedImage], device: str = "cpu", wo
     classes = network.score.out_channels
     confusion = torch.zeros(classes, classes, dtype=torch.int64)
     load = functools.partial(_test_sample, tuple(images), classes - 1)
-    with torch.inference_mode(), progress("test", len(images)) as bar:
+    with torch.inference_mode(), autocast_of(recipe.training, network), progress("test", len(images)) as bar:
         for ((pixels, mask),) in batches(InOrder(load, len(images)), 1, workers):
             predicted = network(pixels[None].to(device)).argmax(1)[0].cpu()
             confusion += confusion_matrix(predicted, mask, classes)
@@ -198,9 +200,10 @@ def measure_segmentation(
     fcn = Fcn(network, classes, recipe.dropout).to(device)
     for image in (*train, *test):
         check_large_enough(image.file, image.width, image.height, fcn.stride)
-    read_once(functools.partial(_read, (*train, *test), classes), len(train) + len(test), workers)
+    check_images([image.file for image in (*train, *test)], workers)
+    check_masks([image.mask for image in (*train, *test)], classes, workers)
     train_segmenter(recipe, fcn, train, device, seed, workers, output)
-    return fcn, intersections_over_unions(segment(fcn, test, device, workers))
+    return fcn, intersections_over_unions(segment(recipe, fcn, test, device, workers))
 
 
 def _as_convolution(layer: Any, side: int) -> nn.Conv2d:
@@ -224,23 +227,19 @@ def _test_sample(images: tuple[MaskedImage, ...], classes: int, index: int) -> t
     return pixels_tensor(open_pixels(image.file)), open_mask(image.mask, classes)
 
 
-def _read(images: tuple[MaskedImage, ...], classes: int, index: int) -> None:
-    _test_sample(images, classes, index)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m training segment", description=__doc__, epilog=TURN_OFF,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    add_arguments(parser, "2012", "train", "val")
+    add_arguments(parser)
     args = parser.parse_args(arguments)
 
     def measure() -> Path:
-        recipe = dataclasses.replace(VOC_SEGMENTATION, training=training_of(VOC_SEGMENTATION.training, args))
+        recipe = recipe_of(SEGMENTATIONS[args.budget], args)
         transfer = prepare_transfer(
-            args, parser, recipe.training, "segmentation", lambda split: read_masks(args.data, args.year, split)
+            args, recipe, "segmentation", lambda split: read_masks(args.data, recipe.splits.year, split)
         )
         _, values = measure_segmentation(
             recipe, transfer.network, transfer.train, transfer.test, len(args.classes), args.device, args.seed,
