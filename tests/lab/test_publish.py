@@ -8,7 +8,7 @@ import statistics
 
 import pytest
 import timm
-from conftest import ROOT
+from conftest import ROOT, SAMPLES
 from safetensors.torch import load_file, save_file
 
 from rotation_ssl import zoo
@@ -86,15 +86,13 @@ def test_quoted_numbers_are_the_papers():
 
 
 @pytest.fixture
-def copied(monkeypatch, tmp_path):
+def copied(monkeypatch, tmp_path, weights_dir):
     """The files that publishing writes, in a folder of the test's own."""
     shutil.copytree(publish.FIGURES_DIR, tmp_path / "docs" / "figures")
-    shutil.copytree(zoo.WEIGHTS_DIR, tmp_path / "weights")
-    shutil.copytree(zoo.WEIGHTS_DIR.parent / "samples", tmp_path / "samples")
+    shutil.copytree(SAMPLES, tmp_path / "samples")
     shutil.copytree(RESULTS_DIR, tmp_path / "results")
     for name in ("README.md", "MODEL_CARD.md", "docs/imagenet.md", "docs/results.md", "docs/transfer.md"):
         shutil.copyfile(ROOT / name, tmp_path / name)
-    monkeypatch.setattr(zoo, "WEIGHTS_DIR", tmp_path / "weights")
     monkeypatch.setattr(publish, "RESULTS_DIR", tmp_path / "results")
     monkeypatch.setattr(publish, "FIGURES_DIR", tmp_path / "docs" / "figures")
     monkeypatch.setattr(pages, "RESULTS_DIR", tmp_path / "results")

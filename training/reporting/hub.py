@@ -25,8 +25,8 @@ import rotation_ssl
 from rotation_ssl import zoo
 from rotation_ssl.convert import write_config
 from rotation_ssl.features import layer_modules
-from rotation_ssl.golden import GOLDEN_TOLERANCE, golden_file, golden_outputs
 from rotation_ssl.messages import first_line
+from rotation_ssl.zoo.golden import GOLDEN_TOLERANCE, golden_file, golden_outputs
 from training.reporting.pages import FIGURES, REPOSITORY, ROOT
 from training.reporting.required import main_data
 from training.reporting.rows import RESULTS_DIR, Row

@@ -31,9 +31,9 @@ from timm.data import resolve_model_data_config
 
 from rotation_ssl import zoo
 from rotation_ssl.files import replace_bytes
-from rotation_ssl.golden import golden_file, golden_outputs
 from rotation_ssl.images import read_images
 from rotation_ssl.messages import counted
+from rotation_ssl.zoo.golden import golden_file, golden_outputs
 from training.datasets import load_cifar10
 from training.protocols import PROTOCOLS
 from training.recipes import RECIPES

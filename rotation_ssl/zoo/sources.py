@@ -29,11 +29,10 @@ from huggingface_hub.utils import (
 )
 from safetensors.torch import save
 
-from rotation_ssl.checkpoints import read_checkpoint
-from rotation_ssl.convert import convert
-from rotation_ssl.download import download
+from rotation_ssl.convert import convert, read_checkpoint
 from rotation_ssl.files import replace_file
 from rotation_ssl.messages import first_line
+from rotation_ssl.zoo.download import download
 
 _SHA256 = re.compile("[0-9a-f]{64}")
 
