@@ -11,6 +11,7 @@ from safetensors.torch import save
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
+from rotation_ssl.backbones.about import network_facts
 from rotation_ssl.convert.mapping import AUTHORS, Converted
 from rotation_ssl.files import replace_file
 
@@ -18,8 +19,6 @@ from rotation_ssl.files import replace_file
 NOT_OF_THESE_WEIGHTS: dict[str, Any] = dict.fromkeys(
     ("license", "origin_url", "paper_name", "paper_ids", "description", "notes")
 )
-# what the authors trained at, whatever an architecture's default weights are for; NINs are all for 32 pixels
-AUTHORS_SIZES: dict[str, dict[str, Any]] = {"rotnet_alexnet": {"input_size": (3, 224, 224)}}
 
 
 def write_folder(converted: Converted, folder: Path, tag: str, provenance: Mapping[str, Any]) -> None:
@@ -45,7 +44,9 @@ def write_folder(converted: Converted, folder: Path, tag: str, provenance: Mappi
     model = timm.create_model(converted.model, num_classes=converted.num_classes, device="meta", **converted.model_args)
     cfg: dict[str, Any] = {"tag": tag}
     if converted.origin == AUTHORS:
-        cfg |= AUTHORS_SIZES.get(converted.model, {})
+        # whatever the architecture's default weights are for
+        size = network_facts(converted.model).authors_size
+        cfg["input_size"] = (3, size, size)
     else:
         cfg |= {**NOT_OF_THESE_WEIGHTS, "crop_pct": 0.875, "test_crop_pct": None, "test_input_size": None}
     folder.mkdir(parents=True, exist_ok=True)
