@@ -13,7 +13,7 @@ from torch import nn
 
 from rotation_ssl.backbones.about import network_facts
 from rotation_ssl.convert.mapping import AUTHORS, Converted
-from rotation_ssl.files import replace_file
+from rotation_ssl.files import replace_bytes, replace_file
 
 # what timm says of an architecture's default weights, and nobody of others
 NOT_OF_THESE_WEIGHTS: dict[str, Any] = dict.fromkeys(
@@ -51,7 +51,7 @@ def write_folder(converted: Converted, folder: Path, tag: str, provenance: Mappi
         cfg |= {**NOT_OF_THESE_WEIGHTS, "crop_pct": 0.875, "test_crop_pct": None, "test_input_size": None}
     folder.mkdir(parents=True, exist_ok=True)
     # without config.json the folder is none that timm takes: it comes last, and whole
-    (folder / "model.safetensors").write_bytes(content)
+    replace_bytes(folder / "model.safetensors", content)
     write_config(model, content, folder / "config.json", cfg, {"origin": converted.origin, **provenance})
 
 

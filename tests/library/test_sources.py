@@ -532,13 +532,13 @@ def test_first_loads_of_many_processes_at_once(hub, release, served, tmp_path):
 
 def test_killed_while_writing_and_fetched_again(served, tmp_path):
     """SIGKILL at the worst moments: after the download, and between the weights and their record."""
-    for moment in ("read_checkpoint", "replace_file"):
+    for moment in ("read_checkpoint", "replace_bytes"):
         kill = (
             f"import os\ntold = sources.{moment}\n"
             "calls = []\n"
             "def killed(*args, **options):\n"
             "    calls.append(args)\n"
-            f"    if len(calls) == {2 if moment == 'replace_file' else 1}: os.kill(os.getpid(), signal.SIGKILL)\n"
+            f"    if len(calls) == {2 if moment == 'replace_bytes' else 1}: os.kill(os.getpid(), signal.SIGKILL)\n"
             "    return told(*args, **options)\n"
             f"sources.{moment} = killed\n"
         )

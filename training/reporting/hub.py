@@ -211,7 +211,9 @@ def publish(upload: Upload, namespace: str, version: str, rows: Sequence[Row]) -
         # the client lets its HTTP library's errors through
         if "httpx" not in type(error).__module__:
             raise
-        raise ConnectionError(f"publishing {repository} failed: no connection ({error}); run it again") from error
+        raise ConnectionError(
+            f"publishing {repository} failed: no connection ({first_line(error)}); run it again"
+        ) from error
     if tagged != revision:
         raise ValueError(
             f"{version} of {repository} is revision {tagged}, not {revision}: someone else set it meanwhile"
