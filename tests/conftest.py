@@ -48,7 +48,8 @@ settings.load_profile("no-deadline")
 ROOT = Path(__file__).parent.parent
 DATA = Path(__file__).parent / "data"
 SAMPLES = ROOT / "rotation_ssl" / "samples"
-MODELS = ("rotnet_alexnet", "rotnet_nin", "rotnet_nin3", "rotnet_nin5", "rotnet_resnet18", "rotnet_resnet50")
+MODELS = timm.list_models("rotnet_*")
+WITHOUT_WEIGHTS = [model for model in MODELS if not timm.get_pretrained_cfg(model).has_weights]
 
 
 @pytest.fixture(autouse=True)

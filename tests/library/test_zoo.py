@@ -9,7 +9,7 @@ import zipfile
 import pytest
 import timm
 import torch
-from conftest import ROOT
+from conftest import ROOT, WITHOUT_WEIGHTS
 from safetensors.torch import load_file, save_file
 
 from rotation_ssl import zoo
@@ -101,7 +101,7 @@ def test_unknown_tag_lists_the_known():
         timm.create_model("rotnet_nin.nope", pretrained=True)
 
 
-@pytest.mark.parametrize("name", ["rotnet_nin3", "rotnet_nin5", "rotnet_resnet18", "rotnet_resnet50"])
+@pytest.mark.parametrize("name", WITHOUT_WEIGHTS)
 def test_models_without_weights_say_so(name):
     with pytest.raises(
         ValueError, match=rf"{name} has no pretrained weights: use pretrained=False; there are none of {name} yet"
