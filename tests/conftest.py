@@ -39,6 +39,7 @@ from rotation_ssl import zoo
 from rotation_ssl.backbones import alexnet, nin
 from rotation_ssl.evaluation.protocols import PROTOCOLS
 from rotation_ssl.images import read_image
+from rotation_ssl.zoo import published
 
 # a busy machine is not a failure
 settings.register_profile("no-deadline", deadline=None)
@@ -47,7 +48,8 @@ settings.load_profile("no-deadline")
 ROOT = Path(__file__).parent.parent
 DATA = Path(__file__).parent / "data"
 SAMPLES = ROOT / "rotation_ssl" / "samples"
-MODELS = ("rotnet_alexnet", "rotnet_nin", "rotnet_nin3", "rotnet_nin5", "rotnet_resnet18", "rotnet_resnet50")
+MODELS = timm.list_models("rotnet_*")
+WITHOUT_WEIGHTS = [model for model in MODELS if not timm.get_pretrained_cfg(model).has_weights]
 
 
 @pytest.fixture(autouse=True)
@@ -143,26 +145,37 @@ def hub(monkeypatch, tmp_path):
 
 
 @pytest.fixture
+def weights_dir(monkeypatch, tmp_path):
+    """A copy of the package's weights, in their place, that a test may change."""
+    folder = shutil.copytree(zoo.WEIGHTS_DIR, tmp_path / "weights")
+    for module in (zoo, published):
+        monkeypatch.setattr(module, "WEIGHTS_DIR", folder)
+    return folder
+
+
+@pytest.fixture
 def set_manifest(monkeypatch):
     """A function that gives the package another manifest, registered with timm as at import."""
 
     def change(entries):
-        monkeypatch.setattr(zoo, "manifest", lambda: entries)
-        register()
-
-    def register():
+        # whoever has imported it has the same dict
+        manifest = zoo.manifest()
+        entries = dict(entries)
+        manifest.clear()
+        manifest.update(entries)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Overwriting rotnet_")
             for module in (alexnet, nin):
                 importlib.reload(module)
 
-    before = {module: dict(vars(module)) for module in (alexnet, nin)}
+    names = {module: dict(vars(module)) for module in (alexnet, nin)}
+    manifest = dict(zoo.manifest())
     yield change
-    monkeypatch.undo()
-    register()
-    for module, names in before.items():
+    monkeypatch.undo()  # the weights are where they were when timm is told of them
+    change(manifest)
+    for module, before in names.items():
         # the classes that others imported, not those of the reload
-        vars(module).update(names)
+        vars(module).update(before)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ Change one with ``dataclasses.replace``.
 
 import dataclasses
 
+from rotation_ssl.backbones.about import network_facts
 from rotation_ssl.pretraining.recipe import (
     FOLDER,
     LinearSchedule,
@@ -91,7 +92,7 @@ NIN5_CIFAR10_ABLATION = dataclasses.replace(
     NIN_CIFAR10_ABLATION, name="nin5-cifar10-ablation", model="rotnet_nin5", note="table 1 of the paper: 5 blocks"
 )
 
-IMAGENET_IMAGES, PLACES205_IMAGES = 1_281_167, 2_448_873
+IMAGENET_IMAGES, PLACES205_IMAGES = network_facts("rotnet_alexnet").paper_images, 2_448_873
 ALEXNET_IMAGES_PER_STEP = 192
 
 ALEXNET_IMAGENET_PAPER = Recipe(

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import rotation_ssl
-from rotation_ssl.checkpoints import read_checkpoint
 from rotation_ssl.cli.options import add_command
-from rotation_ssl.convert import AUTHORS, convert, write_folder
+from rotation_ssl.convert import AUTHORS, convert, read_checkpoint, write_folder
 from rotation_ssl.files import sha256_of
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 from rotation_ssl import zoo
+from rotation_ssl.backbones.about import network_facts
 from rotation_ssl.cli.options import add_command, positive
 from rotation_ssl.features import POOLS, extract_features, layer_modules
 from rotation_ssl.files import replace_file
@@ -142,16 +143,15 @@ def load_model(name: str, device: str) -> Any:
 
 
 def recommended_layer(model: Any, name: str) -> str:
-    """The layer that the manifest recommends for the weights, or for others of the same architecture.
+    """The layer that the manifest recommends for the weights, or the paper for the network.
 
     Raises:
-        ValueError: no weights of the architecture are published.
+        ValueError: neither recommends one.
     """
     architecture, tag = (model.pretrained_cfg.get(key) for key in ("architecture", "tag"))
-    own = {key: entry for key, entry in zoo.manifest().items() if key.split(".", 1)[0] == architecture}
-    for entry in (own.get(f"{architecture}.{tag}"), *own.values()):
-        if entry:
-            return str(entry["recommended_layer"])
+    entry = zoo.manifest().get(f"{architecture}.{tag}", {})
+    if layer := entry.get("recommended_layer") or network_facts(str(architecture)).recommended_layer:
+        return str(layer)
     raise ValueError(f"{name} has no recommended layer: give --layers, of {', '.join(layer_modules(model))}")
 
 

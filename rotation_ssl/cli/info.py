@@ -4,8 +4,9 @@ import argparse
 import json
 from typing import Any
 
-from rotation_ssl import sources, zoo
+from rotation_ssl import zoo
 from rotation_ssl.cli.options import add_command, published_name
+from rotation_ssl.zoo import sources
 
 
 def add(commands: Any) -> None:

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from rotation_ssl import sources, zoo
-from rotation_ssl.checkpoints import read_checkpoint
+from rotation_ssl import zoo
 from rotation_ssl.cli.options import add_command, published_name
+from rotation_ssl.convert import read_checkpoint
 from rotation_ssl.files import sha256_of
-from rotation_ssl.golden import GOLDEN_TOLERANCE, golden_difference, golden_file
+from rotation_ssl.zoo import sources
+from rotation_ssl.zoo.golden import GOLDEN_TOLERANCE, golden_difference, golden_file
 
 
 def add(commands: Any) -> None:

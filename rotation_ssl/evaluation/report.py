@@ -9,6 +9,7 @@ from typing import Any
 
 from rotation_ssl.evaluation.measure import Number
 from rotation_ssl.evaluation.protocols import PROTOCOLS
+from rotation_ssl.files import replace_bytes
 
 Result = Any  # with the fields of :class:`Reported`: one of these, or a row of the lab
 
@@ -58,8 +59,9 @@ def write_report(folder: Path, rows: Sequence[Result]) -> None:
         ImportError: matplotlib is not installed; the first two are written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.md").write_text(report_text(rows))
-    (folder / "report.json").write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n")
+    replace_bytes(folder / "report.md", report_text(rows).encode())
+    described = json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n"
+    replace_bytes(folder / "report.json", described.encode())
     draw_report(rows, folder / "report.png")
 
 

@@ -16,10 +16,11 @@ import rotation_ssl
 LAYERS = (
     # the library: tensors and files in, tensors out
     {"rotation_ssl.messages", "rotation_ssl.files", "rotation_ssl.progress", "rotation_ssl.precision"},
+    {"rotation_ssl.backbones.about"},
     {"rotation_ssl.rotations", "rotation_ssl.features", "rotation_ssl.probes", "rotation_ssl.images"},
     {"rotation_ssl.eighths", "rotation_ssl.labelled"},
-    {"rotation_ssl.checkpoints", "rotation_ssl.convert", "rotation_ssl.download"},
-    {"rotation_ssl.sources", "rotation_ssl.zoo"},
+    {"rotation_ssl.convert"},
+    {"rotation_ssl.zoo"},
     {"rotation_ssl.backbones"},
     {"rotation_ssl.pretraining"},
     {"rotation_ssl"},
@@ -42,7 +43,7 @@ LAYERS = (
     {"rotation_ssl.evaluation"},
     {"rotation_ssl.pretraining.loop"},
     {"rotation_ssl.pretraining.command"},
-    {"rotation_ssl.golden", "rotation_ssl.hub", "rotation_ssl.demo", "rotation_ssl.cli"},
+    {"rotation_ssl.hub", "rotation_ssl.demo", "rotation_ssl.cli"},
     {"hubconf"},
     # the lab
     {

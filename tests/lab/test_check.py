@@ -7,9 +7,11 @@ import pytest
 from conftest import shorten_probes
 from safetensors.torch import load_file, save_file
 
-from rotation_ssl import golden, zoo
-from rotation_ssl.golden import golden_file
+from rotation_ssl import zoo
+from rotation_ssl.files import sha256_of
 from rotation_ssl.probes import LINEAR_STRENGTHS
+from rotation_ssl.zoo import golden
+from rotation_ssl.zoo.golden import golden_file
 from training.datasets import load_images
 from training.evaluation import finetune, subject
 from training.evaluation import layers as imagenet
@@ -142,17 +144,12 @@ def test_a_row_edited_by_hand_is_caught(results, small_cifar10, capsys):
 
 
 @pytest.fixture
-def one_changed_tensor(monkeypatch, tmp_path):
+def one_changed_tensor(weights_dir):
     """The published weights with one tensor changed, in a folder that passes for the package's."""
-    folder = tmp_path / "weights"
-    folder.mkdir()
-    for file in zoo.WEIGHTS_DIR.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    file = folder / zoo.manifest()[NAME]["file"]
+    file = weights_dir / zoo.manifest()[NAME]["file"]
     state = load_file(file)
     state["blocks.block2.1.conv.weight"] = state["blocks.block2.1.conv.weight"] * 1.5
     save_file(state, file, metadata={"format": "pt"})
-    monkeypatch.setattr(zoo, "WEIGHTS_DIR", folder)
     return file
 
 
@@ -162,16 +159,8 @@ def test_a_weight_file_with_one_changed_tensor_is_caught(results, small_cifar10,
     assert "BROKEN" in captured.out and "sha256" in captured.out and "nothing was measured" in captured.err
 
 
-def test_changed_weights_with_a_changed_manifest_are_caught_by_golden_outputs(one_changed_tensor, monkeypatch):
-    import hashlib
-
-    import timm
-
-    changed = dict(zoo.manifest()[NAME], sha256=hashlib.sha256(one_changed_tensor.read_bytes()).hexdigest())
-    monkeypatch.setattr(zoo, "manifest", lambda: {NAME: changed})
-    create = timm.create_model
-    overlay = {"file": str(one_changed_tensor)}
-    monkeypatch.setattr(timm, "create_model", lambda *a, **k: create("rotnet_nin", pretrained_cfg_overlay=overlay, **k))
+def test_changed_weights_with_a_changed_manifest_are_caught_by_golden_outputs(one_changed_tensor, set_manifest):
+    set_manifest({NAME: zoo.manifest()[NAME] | {"sha256": sha256_of(one_changed_tensor)}})
     verdicts = list(check.check_weights(NAME))
     assert [verdict.holds for verdict in verdicts] == [True, False] and "golden" in verdicts[1].number
 

@@ -15,12 +15,12 @@ from rotation_ssl.evaluation import frozen
 from rotation_ssl.evaluation import measure as frozen_measure
 from rotation_ssl.evaluation.frozen import preparation
 from rotation_ssl.features import extract_features
-from rotation_ssl.golden import golden_file
 from rotation_ssl.images import normalize
 from rotation_ssl.labelled import Images
 from rotation_ssl.machine import available_memory
 from rotation_ssl.probes import knn_predict, linear_predict
 from rotation_ssl.rotations import rotate_all
+from rotation_ssl.zoo.golden import golden_file
 from training.datasets import load_cifar10, load_images
 from training.evaluation import probes as evaluate
 from training.evaluation import subject

@@ -19,11 +19,12 @@ from conftest import DATA, ROOT, SAMPLES, published_manifest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from rotation_ssl import cli, golden, zoo
+from rotation_ssl import cli, zoo
 from rotation_ssl.cli import features
 from rotation_ssl.features import extract_features
 from rotation_ssl.files import sha256_of
 from rotation_ssl.images import normalize, read_images
+from rotation_ssl.zoo import golden
 
 NAME = "rotnet_nin.cifar10"
 RELEASED = "rotnet_nin.gidaris_cifar10"
@@ -139,9 +140,7 @@ def test_verify_everything(run, released):
     assert "golden outputs differ by" in results[0]["why"]
 
 
-def test_verify_notices_other_bytes_and_other_outputs(run, monkeypatch, tmp_path, set_manifest):
-    shutil.copytree(zoo.WEIGHTS_DIR, tmp_path / "weights")
-    monkeypatch.setattr(zoo, "WEIGHTS_DIR", tmp_path / "weights")
+def test_verify_notices_other_bytes_and_other_outputs(run, weights_dir, set_manifest):
     set_manifest(published_manifest())
     stored = load_file(golden.golden_file(NAME))
     save_file(stored | {"logits": stored["logits"] + 0.01}, golden.golden_file(NAME))
@@ -152,7 +151,7 @@ def test_verify_notices_other_bytes_and_other_outputs(run, monkeypatch, tmp_path
     assert status == 1 and len(results) == len(zoo.manifest()), "one that does not hold hides no other"
     (why,) = [result["why"] for result in results if result["name"] == NAME]
     assert why.startswith(f"the golden outputs of {NAME} are corrupt")
-    file = tmp_path / "weights" / f"{NAME}.safetensors"
+    file = weights_dir / f"{NAME}.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)

@@ -18,8 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from rotation_ssl import zoo
-from rotation_ssl.checkpoints import read_checkpoint
-from rotation_ssl.convert import AUTHORS, Converted, convert, convert_authors, write_folder
+from rotation_ssl.convert import AUTHORS, Converted, convert, convert_authors, read_checkpoint, write_folder
 
 TOLERANCE = 1e-4
 ARCHIVE = DATA / "CIFAR10_RotNet_NIN4blocks.tar.gz"

@@ -14,7 +14,7 @@ from threading import Thread
 import pytest
 from conftest import DATA
 
-from rotation_ssl import download, sources
+from rotation_ssl.zoo import download, sources
 
 ARCHIVE = DATA / "CIFAR10_RotNet_NIN4blocks.tar.gz"
 NAME = "rotnet_nin.gidaris_cifar10"

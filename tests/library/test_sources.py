@@ -18,10 +18,10 @@ import torch
 from conftest import DATA, HUB_ENVIRONMENT, ROOT, published_manifest
 from safetensors.torch import load, load_file, save
 
-from rotation_ssl import download, sources, zoo
-from rotation_ssl.checkpoints import read_checkpoint
-from rotation_ssl.convert import convert, write_folder
+from rotation_ssl import zoo
+from rotation_ssl.convert import convert, read_checkpoint, write_folder
 from rotation_ssl.files import sha256_of
+from rotation_ssl.zoo import download, sources
 
 BUNDLED = "rotnet_nin.cifar10"
 HUBBED = "rotnet_nin.hubbed"
@@ -188,15 +188,10 @@ def cached(source, folder, door):
 
 
 @pytest.fixture
-def wheel_copy(monkeypatch, tmp_path, set_manifest, served):
+def wheel_copy(weights_dir, set_manifest, served):
     """The bundled weights where a test may damage them."""
-    folder = tmp_path / "weights"
-    folder.mkdir()
-    for file in zoo.WEIGHTS_DIR.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    monkeypatch.setattr(zoo, "WEIGHTS_DIR", folder)
     set_manifest(served)
-    return folder
+    return weights_dir
 
 
 def test_the_documented_table_is_this_one():
@@ -501,11 +496,13 @@ def test_an_archive_of_another_model_is_refused(release, served, set_manifest):
 PROLOGUE = """
 import json, pathlib, resource, signal, sys, warnings
 import huggingface_hub, torch, rotation_ssl
-from rotation_ssl import download, sources, zoo
+from rotation_ssl import zoo
+from rotation_ssl.zoo import download, sources
 folder, entries = sys.argv[1], json.loads(sys.argv[2])
 torch.hub.get_dir = lambda: folder
 huggingface_hub.constants.HF_HUB_CACHE = folder + "/hub"
-zoo.manifest = lambda: entries
+zoo.manifest().clear()
+zoo.manifest().update(entries)
 warnings.simplefilter("ignore")
 """
 FETCH = "print(zoo.weights_file('rotnet_nin.gidaris_cifar10'))"
@@ -535,13 +532,13 @@ def test_first_loads_of_many_processes_at_once(hub, release, served, tmp_path):
 
 def test_killed_while_writing_and_fetched_again(served, tmp_path):
     """SIGKILL at the worst moments: after the download, and between the weights and their record."""
-    for moment in ("read_checkpoint", "replace_file"):
+    for moment in ("read_checkpoint", "replace_bytes"):
         kill = (
             f"import os\ntold = sources.{moment}\n"
             "calls = []\n"
             "def killed(*args, **options):\n"
             "    calls.append(args)\n"
-            f"    if len(calls) == {2 if moment == 'replace_file' else 1}: os.kill(os.getpid(), signal.SIGKILL)\n"
+            f"    if len(calls) == {2 if moment == 'replace_bytes' else 1}: os.kill(os.getpid(), signal.SIGKILL)\n"
             "    return told(*args, **options)\n"
             f"sources.{moment} = killed\n"
         )

@@ -9,12 +9,12 @@ import zipfile
 import pytest
 import timm
 import torch
-from conftest import ROOT
+from conftest import ROOT, WITHOUT_WEIGHTS
 from safetensors.torch import load_file, save_file
 
 from rotation_ssl import zoo
 from rotation_ssl.convert import Converted, write_folder
-from rotation_ssl.golden import golden_difference, golden_file
+from rotation_ssl.zoo.golden import golden_difference, golden_file
 
 BUNDLED = "rotnet_nin.cifar10"
 
@@ -26,17 +26,6 @@ def from_file(file, **kwargs):
 def saved(state, file):
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, file)
     return file
-
-
-@pytest.fixture
-def damaged_wheel(monkeypatch, tmp_path):
-    """The package's weights folder, copied so that a test may damage it."""
-    copy = tmp_path / "weights"
-    copy.mkdir()
-    for file in zoo.WEIGHTS_DIR.iterdir():
-        (copy / file.name).write_bytes(file.read_bytes())
-    monkeypatch.setattr(zoo, "WEIGHTS_DIR", copy)
-    return copy
 
 
 def create_damaged(folder):
@@ -85,26 +74,26 @@ def test_golden_outputs_of_the_bundled_weights():
         torch.testing.assert_close(features.mean((2, 3)), golden[f"block{i}"], rtol=1e-3, atol=1e-3)
 
 
-def test_one_changed_byte_is_caught(damaged_wheel):
-    file = damaged_wheel / zoo.manifest()[BUNDLED]["file"]
+def test_one_changed_byte_is_caught(weights_dir):
+    file = weights_dir / zoo.manifest()[BUNDLED]["file"]
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
     with pytest.raises(ValueError, match=r"rotnet_nin\.cifar10 are corrupt: .* has sha256"):
-        create_damaged(damaged_wheel)
+        create_damaged(weights_dir)
 
 
-def test_a_truncated_file_is_caught(damaged_wheel):
-    file = damaged_wheel / zoo.manifest()[BUNDLED]["file"]
+def test_a_truncated_file_is_caught(weights_dir):
+    file = weights_dir / zoo.manifest()[BUNDLED]["file"]
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(ValueError, match=r"are corrupt: .* bytes, not [\d,]+ as the manifest says"):
-        create_damaged(damaged_wheel)
+        create_damaged(weights_dir)
 
 
-def test_a_missing_file_is_named(damaged_wheel):
-    (damaged_wheel / zoo.manifest()[BUNDLED]["file"]).unlink()
+def test_a_missing_file_is_named(weights_dir):
+    (weights_dir / zoo.manifest()[BUNDLED]["file"]).unlink()
     with pytest.raises(ValueError, match=r"are missing: .* does not exist"):
-        create_damaged(damaged_wheel)
+        create_damaged(weights_dir)
 
 
 def test_unknown_tag_lists_the_known():
@@ -112,7 +101,7 @@ def test_unknown_tag_lists_the_known():
         timm.create_model("rotnet_nin.nope", pretrained=True)
 
 
-@pytest.mark.parametrize("name", ["rotnet_nin3", "rotnet_nin5", "rotnet_resnet18", "rotnet_resnet50"])
+@pytest.mark.parametrize("name", WITHOUT_WEIGHTS)
 def test_models_without_weights_say_so(name):
     with pytest.raises(
         ValueError, match=rf"{name} has no pretrained weights: use pretrained=False; there are none of {name} yet"
@@ -341,9 +330,9 @@ def test_a_folder_with_a_published_name_is_checked_as_any_other(nin_state, tmp_p
 
 
 @pytest.fixture
-def manifest_file(damaged_wheel):
+def manifest_file(weights_dir):
     zoo.manifest.cache_clear()
-    yield damaged_wheel / "manifest.json"
+    yield weights_dir / "manifest.json"
     zoo.manifest.cache_clear()
 
 
@@ -371,8 +360,8 @@ def test_a_damaged_manifest_is_named(manifest_file, content, message):
     "damage",
     [lambda content: content[:1000], lambda content: content.replace(b"block2", b"block9"), lambda content: b""],
 )
-def test_damaged_golden_outputs_are_named(damaged_wheel, damage):
-    file = damaged_wheel / f"{BUNDLED}.golden.safetensors"
+def test_damaged_golden_outputs_are_named(weights_dir, damage):
+    file = weights_dir / f"{BUNDLED}.golden.safetensors"
     file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(ValueError, match=rf"the golden outputs of {BUNDLED} are corrupt: .*reinstall"):
         golden_difference(BUNDLED)

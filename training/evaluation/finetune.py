@@ -25,7 +25,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from rotation_ssl import zoo
+from rotation_ssl.backbones.about import network_facts
 from rotation_ssl.evaluation.frozen import PARTS, preparation
 from rotation_ssl.features import layer_modules
 from rotation_ssl.labelled import Images, LabelledImages, labels_subset
@@ -222,14 +222,13 @@ def predict(network, test: LabelledImages, prepare, device: str, autocast) -> to
 
 
 def recommended_layer(subject: Subject) -> str:
-    """The layer that the manifest recommends for the network.
+    """The layer that the paper recommends for the network.
 
     Raises:
-        ValueError: the network has no published weights.
+        ValueError: the network is none of the paper's.
     """
-    for name, entry in zoo.manifest().items():
-        if name.split(".", 1)[0] == subject.architecture:
-            return str(entry["recommended_layer"])
+    if layer := network_facts(subject.architecture).recommended_layer:
+        return layer
     layers = ", ".join(layer_modules(subject.backbone))
     raise ValueError(f"no layer is recommended for {subject.architecture}: give --layer, one of {layers}")
 

@@ -36,11 +36,11 @@ from tqdm import tqdm
 from rotation_ssl import zoo
 from rotation_ssl.evaluation.frozen import PARTS
 from rotation_ssl.evaluation.measure import Measurement, images_to_run
-from rotation_ssl.golden import GOLDEN_TOLERANCE, golden_difference
 from rotation_ssl.labelled import Images
 from rotation_ssl.machine import TURN_OFF, keep_large_blocks
 from rotation_ssl.messages import counted
 from rotation_ssl.progress import progress
+from rotation_ssl.zoo.golden import GOLDEN_TOLERANCE, golden_difference
 from training.datasets import DATASETS, dataset_of, load_images
 from training.evaluation.finetune import measure_transfer, transfer_subject
 from training.evaluation.layers import Labelled, measure_layers, square_size

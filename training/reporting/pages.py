@@ -11,7 +11,7 @@ from typing import Any
 
 import timm
 
-from training.recipes import IMAGENET_IMAGES
+from rotation_ssl.backbones.about import network_facts
 from training.reporting.rows import RESULTS_DIR, Row, read_file
 from training.reporting.tables import (
     QUOTED,
@@ -32,12 +32,6 @@ ABLATION_FILE = RESULTS_DIR / "ablation" / "runs.jsonl"  # written by `training.
 SPEED_FILE = RESULTS_DIR / "speed.json"  # written by `training.studies.benchmark speed --record`
 # the repository has no public address yet: this is the one place that names it
 REPOSITORY = "OWNER/rotation_ssl"
-# rotated images that the paper's networks saw, and what they are
-NIN_BUDGET = (100 * 4 * 50_000, "100 epochs of 4 x 50,000")
-PAPER_BUDGETS = {
-    **dict.fromkeys(("rotnet_nin", "rotnet_nin3", "rotnet_nin5"), NIN_BUDGET),
-    "rotnet_alexnet": (30 * 4 * IMAGENET_IMAGES, f"30 epochs of 4 x {IMAGENET_IMAGES:,}"),
-}
 
 
 def pages() -> list[Path]:
@@ -110,7 +104,8 @@ def elsewhere(entries: Mapping[str, Any]) -> str:
 
 def training(name: str, entry: Mapping[str, Any], figures: str) -> str:
     """How bundled weights were pretrained, and at what part of the paper's budget."""
-    budget, of = PAPER_BUDGETS[model_of(name)]
+    facts = network_facts(name)
+    budget = facts.paper_rotated_images
     run = json.loads((RESULTS_DIR / f"{name}.run.json").read_text())
     lines = [
         f"### `{name}`",
@@ -121,7 +116,8 @@ def training(name: str, entry: Mapping[str, Any], figures: str) -> str:
         f" {entry['rotated_images']:,} rotated images.",
         f"- Time: {_minutes(run['seconds'])} on {run['threads']} threads of {run['device']}.",
         f"- Budget: {entry['rotated_images'] / budget:.1%} of the paper's {budget / 1e6:.0f} million rotated images"
-        f" ({of}). These are small-budget weights: expect less from them than from the paper's.",
+        f" ({facts.paper_epochs} epochs of 4 x {facts.paper_images:,}). These are small-budget weights: expect less"
+        " from them than from the paper's.",
         "",
         *_figures(name, {"curve": "Training loss", "filters": "Filters of the first layer"}, figures),
     ]

@@ -30,11 +30,12 @@ from safetensors.torch import save
 from timm.data import resolve_model_data_config
 
 from rotation_ssl import zoo
+from rotation_ssl.backbones.about import network_facts
 from rotation_ssl.demo import show
 from rotation_ssl.files import replace_bytes
-from rotation_ssl.golden import golden_file, golden_outputs
 from rotation_ssl.images import read_images
 from rotation_ssl.messages import counted
+from rotation_ssl.zoo.golden import golden_file, golden_outputs
 from training.datasets import load_cifar10
 from training.protocols import PROTOCOLS
 from training.recipes import RECIPES
@@ -54,13 +55,6 @@ from training.reporting.rows import RESULTS_DIR, Row, read_rows
 from training.reporting.tables import select
 
 FIGURES_DIR = ROOT / "docs" / "figures"
-# by tables 1 and 4 of the paper
-RECOMMENDED_LAYERS = {
-    "rotnet_nin": "block2",
-    "rotnet_nin3": "block2",
-    "rotnet_nin5": "block2",
-    "rotnet_alexnet": "conv4",
-}
 DATA_NAMES = {
     "cifar10": "CIFAR-10, 50,000 training images without labels",
     "tinyimagenet": "Tiny-ImageNet, 100,000 training images of 64 pixels without labels",
@@ -86,9 +80,11 @@ def bundle(run_dir: Path, name: str) -> None:
         raise ValueError(f"{run_dir} is a run of {recipe['model']}, not of {name.split('.', 1)[0]}")
     if recipe["holdout"]:
         raise ValueError(f"{run_dir} held {counted(recipe['holdout'], 'image')} out: it is for tuning, not publishing")
-    for known, what in ((DATA_NAMES, recipe["data"]), (RECOMMENDED_LAYERS, recipe["model"])):
-        if what not in known:
-            raise ValueError(f"{run_dir} is of {what}: weights are bundled of {', '.join(known)}")
+    if recipe["data"] not in DATA_NAMES:
+        raise ValueError(f"{run_dir} is of {recipe['data']}: weights are bundled of {', '.join(DATA_NAMES)}")
+    layer = network_facts(recipe["model"]).recommended_layer
+    if not layer:
+        raise ValueError(f"{run_dir} is of {recipe['model']}, of which no layer is recommended: enter it in its FACTS")
     departures = _departures(recipe)
     if departures:
         raise ValueError(f"{run_dir} departed from its recipe: {'; '.join(departures)}; only the seed may differ")
@@ -116,7 +112,7 @@ def bundle(run_dir: Path, name: str) -> None:
         "rotated_images": run["rotated_images"],
         "seed": recipe["seed"],
         "commit": run["commit"],
-        "recommended_layer": RECOMMENDED_LAYERS[recipe["model"]],
+        "recommended_layer": layer,
         **{key: list(cfg[key]) for key in ("input_size", "mean", "std")},
         **({"model_args": dict(recipe["model_args"])} if recipe.get("model_args") else {}),
         "metrics": {},

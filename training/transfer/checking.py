@@ -13,7 +13,7 @@ from typing import Any
 
 from rotation_ssl.files import replace_bytes
 from rotation_ssl.progress import progress
-from rotation_ssl.sources import release_cache
+from rotation_ssl.zoo.sources import release_cache
 from training.transfer.data import open_mask, open_pixels
 from training.transfer.network import InOrder, batches
 

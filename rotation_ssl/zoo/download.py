@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from rotation_ssl.checkpoints import MAX_BYTES
+from rotation_ssl.convert import MAX_BYTES
 from rotation_ssl.messages import printable
 
 # how often a busy server is asked, the wait before the second time (doubled before each further one), and the limit for

@@ -29,11 +29,10 @@ from huggingface_hub.utils import (
 )
 from safetensors.torch import save
 
-from rotation_ssl.checkpoints import read_checkpoint
-from rotation_ssl.convert import convert
-from rotation_ssl.download import download
-from rotation_ssl.files import replace_file
+from rotation_ssl.convert import convert, read_checkpoint
+from rotation_ssl.files import replace_bytes
 from rotation_ssl.messages import first_line
+from rotation_ssl.zoo.download import download
 
 _SHA256 = re.compile("[0-9a-f]{64}")
 
@@ -288,8 +287,8 @@ def _fetch_release(name: str, entry: dict[str, Any], file: Path, record: Path, a
             "fetched": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         }
         # the record last: a file without one counts as not fetched
-        replace_file(file, lambda path: path.write_bytes(content))
-        replace_file(record, lambda path: path.write_text(json.dumps(provenance, indent=1) + "\n"))
+        replace_bytes(file, content)
+        replace_bytes(record, (json.dumps(provenance, indent=1) + "\n").encode())
     finally:
         archive.unlink(missing_ok=True)
     if not pinned and digest != known:

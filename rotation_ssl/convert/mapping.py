@@ -8,21 +8,14 @@ Class k of a head means turned k x 90 degrees counter-clockwise, in all of them 
 clockwise: its classes 1 and 3 change places.
 """
 
-import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from safetensors.torch import save
-from timm.models._hub import save_config_for_hf
-from torch import nn
 
-from rotation_ssl.files import replace_file
 from rotation_ssl.messages import some
 
 AUTHORS = "the authors' release"
@@ -71,7 +64,7 @@ def convert(checkpoint: Any) -> Converted:
     """Weights of a checkpoint, whoever made it.
 
     Args:
-        checkpoint: what :func:`rotation_ssl.checkpoints.read_checkpoint` gives: nested dicts with tensors.
+        checkpoint: what :func:`rotation_ssl.convert.read_checkpoint` gives: nested dicts with tensors.
 
     Raises:
         ValueError: none of the known forms, keys, shapes or types that do not fit the network that it seems to be (the
@@ -115,75 +108,6 @@ def convert_authors(network: Mapping[str, torch.Tensor]) -> dict[str, torch.Tens
             raise ValueError(f"{key} is a second key for {name}")
         converted[name] = value
     return _with_counters(converted)
-
-
-# what timm says of an architecture's default weights, and nobody of others
-NOT_OF_THESE_WEIGHTS: dict[str, Any] = dict.fromkeys(
-    ("license", "origin_url", "paper_name", "paper_ids", "description", "notes")
-)
-# what the authors trained at, whatever an architecture's default weights are for; NINs are all for 32 pixels
-AUTHORS_SIZES: dict[str, dict[str, Any]] = {"rotnet_alexnet": {"input_size": (3, 224, 224)}}
-
-
-def write_folder(converted: Converted, folder: Path, tag: str, provenance: Mapping[str, Any]) -> None:
-    """Write weights as the folder that ``timm.create_model('local-dir:FOLDER', pretrained=True)`` takes.
-
-    transformers takes it, too: ``TimmWrapperForImageClassification.from_pretrained(FOLDER)``.
-
-    It holds model.safetensors and config.json, timm's with three more entries: 'sha256' and 'size' of the weights,
-    which every load of a ``rotnet_*`` model compares, and 'provenance'.
-
-    Args:
-        converted: the weights.
-        folder: new, or empty.
-        tag: of the weights, as in ``model.tag``.
-        provenance: where they come from, as JSON.
-
-    Raises:
-        ValueError: a folder that has something in it.
-    """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is not an empty folder: give another")
-    content = save(converted.state_dict, metadata={"format": "pt"})
-    model = timm.create_model(converted.model, num_classes=converted.num_classes, device="meta", **converted.model_args)
-    cfg: dict[str, Any] = {"tag": tag}
-    if converted.origin == AUTHORS:
-        cfg |= AUTHORS_SIZES.get(converted.model, {})
-    else:
-        cfg |= {**NOT_OF_THESE_WEIGHTS, "crop_pct": 0.875, "test_crop_pct": None, "test_input_size": None}
-    folder.mkdir(parents=True, exist_ok=True)
-    # without config.json the folder is none that timm takes: it comes last, and whole
-    (folder / "model.safetensors").write_bytes(content)
-    write_config(model, content, folder / "config.json", cfg, {"origin": converted.origin, **provenance})
-
-
-def write_config(
-    model: nn.Module, content: bytes, file: Path, cfg: Mapping[str, Any], provenance: Mapping[str, Any]
-) -> None:
-    """Write the config.json that stands beside a file of weights: see :func:`write_folder`.
-
-    Args:
-        model: as it is to be made again: its own arguments are part of the description.
-        content: of the weights' file.
-        file: to write, whole or not at all.
-        cfg: what differs from the pretrained_cfg of the architecture's default weights.
-        provenance: where the weights come from, as JSON.
-    """
-    described = {
-        "pretrained_cfg": dict(cfg),
-        "sha256": hashlib.sha256(content).hexdigest(),
-        "size": len(content),
-        "provenance": dict(provenance),
-    }
-
-    def write(path: Path) -> None:
-        save_config_for_hf(model, str(path), model_config=described)
-        config = json.loads(path.read_text())
-        # both read it at the top level; transformers passes it beside model_args, where it would be given twice
-        config.get("model_args", {}).pop("num_classes", None)
-        path.write_text(json.dumps(config, indent=2))
-
-    replace_file(file, write)
 
 
 def _tensors(checkpoint: Mapping[str, Any]) -> dict[str, torch.Tensor]:

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from rotation_ssl.checkpoints import MAX_MEMBERS, read_checkpoint
+from rotation_ssl.convert import MAX_MEMBERS, read_checkpoint
 
 ARCHIVE = DATA / "CIFAR10_RotNet_NIN4blocks.tar.gz"
 NETWORK = {"weight": torch.arange(6.0).view(2, 3), "bias": torch.tensor([0.5, -0.5]), "steps": torch.tensor(7)}
