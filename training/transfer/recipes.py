@@ -104,16 +104,21 @@ class VocDetection:
 
 @dataclass(frozen=True)
 class VocSegmentation:
-    """Segmentation: whole images, half of them mirrored, padded to the largest of the step; dropout after fc6, fc7."""
+    """Segmentation: whole images, half of them mirrored, padded to the largest of the step; dropout after fc6, fc7.
+
+    Images whose longer side is above ``longest`` pixels are scaled down (None: never); the masks of the test are not.
+    """
 
     name: str
     budget: str
     splits: Splits
     training: Training
     dropout: float
+    longest: int | None = None
     protocol: str = "voc-segmentation"
 
     def __post_init__(self) -> None:
+        check_field(self.longest is None or self.longest >= 1, "longest", "at least 1 pixel, or None", self.longest)
         check_field(0 <= self.dropout < 1, "dropout", "0 up to 1", self.dropout)
 
 
@@ -224,13 +229,14 @@ VOC_SEGMENTATION_CPU = dataclasses.replace(
     budget="cpu",
     splits=VOC2007,
     training=Training(
-        steps=1_000,
+        steps=1_500,
         images_per_step=4,
         lr=0.005,
         schedule=CosineSchedule(warmup=0.05),
         weight_decay=5e-4,
         fresh_fc_size=1024,
     ),
+    longest=320,
 )
 VocRecipe = VocClassification | VocDetection | VocSegmentation
 # by command and --budget
