@@ -46,8 +46,8 @@ def run(*arguments):
     return detect.main([str(argument) for argument in (*arguments, "--workers", 0)])
 
 
-def small(recipe, steps=2, lr=0.001):
-    training = dataclasses.replace(recipe.training, steps=steps, lr=lr)
+def small(recipe, steps=2, lr=0.001, precision="auto"):
+    training = dataclasses.replace(recipe.training, steps=steps, lr=lr, precision=precision)
     return dataclasses.replace(
         recipe, training=training, train_sides=(112, 128), test_side=128, longest=400, dropout=0.0
     )
@@ -74,6 +74,33 @@ def test_the_command_end_to_end(mode, devkit, proposals, tmp_path):
     assert ("proposals " in rows[0].settings) == bool(regions) and "2 steps of 1 image" in rows[0].settings
     state = load_file(tmp_path / "network.safetensors")
     assert state["roi_heads.box_predictor.cls_score.weight"].shape == (21, 16)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_bfloat16_keeps_boxes_and_scores(mode, devkit, proposals, tmp_path):
+    """Whole bfloat16 would move boxes by pixels and make most scores equal."""
+    arguments = ["rotnet_alexnet", "--random", "--data", devkit, "--output", tmp_path, "--steps", 1, "--side", 128]
+    regions = ["--proposals", proposals] if mode == "Fast R-CNN" else []
+    assert run(*arguments, *regions, "--fc-size", 16, "--images-per-step", 1, "--precision", "bf16") == 0
+    assert read_file(tmp_path / "rows.jsonl")[0].settings.endswith(", bf16")
+    images = read_annotations(devkit, "2007", "test")
+    torch.manual_seed(0)
+    detector = build_detector(small(VOC_FAST_RCNN), network_for(images), 20, given_regions=mode == "Fast R-CNN")
+    detector.roi_heads.score_thresh = 0.0
+    recipes = [small(VOC_FAST_RCNN, precision=precision) for precision in ("fp32", "bf16")]
+    file = proposals if regions else None
+    (exact, rounded) = (detect.detect(recipe, detector, images, file) for recipe in recipes)
+    for one, other in zip(exact, rounded, strict=True):
+        assert other["boxes"].dtype == other["scores"].dtype == torch.float32
+        assert len(other["scores"].unique()) > 0.9 * len(other["scores"]) > 0
+        assert abs(float(one["scores"].max() - other["scores"].max())) < 0.03
+
+
+def test_proposals_of_the_test_are_the_first_ones(devkit, proposals):
+    images = read_annotations(devkit, "2007", "test")
+    _, some = detect._test_sample(images, proposals, 7, 0)
+    _, all_of_them = detect._test_sample(images, proposals, None, 0)
+    assert len(some) == 7 < len(all_of_them) and torch.equal(some, all_of_them[:7])
 
 
 def test_other_networks_detect_too(devkit):

@@ -101,14 +101,36 @@ def test_images_of_different_sizes_make_a_batch():
 
 def test_image_and_mask_are_mirrored_together(devkit):
     images = read_masks(devkit, "2007", "train")
-    plain, mask = segment._test_sample(images, 20, 0)
+    plain, mask = segment._test_sample(images, 20, None, 0)
     seen = set()
     for seed in range(8):
-        pixels, own = segment._training_sample(images, 20, 0, random.Random(seed))
+        pixels, own = segment._training_sample(images, 20, None, 0, random.Random(seed))
         mirrored = torch.equal(pixels, plain.flip(-1)) and torch.equal(own, mask.flip(-1))
         assert mirrored or (torch.equal(pixels, plain) and torch.equal(own, mask))
         seen.add(mirrored)
     assert seen == {True, False}
+
+
+def test_scaled_images_are_judged_on_every_pixel(devkit):
+    """Training sees image and mask at the smaller size, the test counts the pixels of the stored mask."""
+    images = read_masks(devkit, "2007", "train")
+    pixels, mask = segment._training_sample(images, 20, 80, 0, random.Random(0))
+    assert pixels.shape == (3, 64, 80) and mask.shape == (64, 80)
+    stored = open_mask(images[0].mask, 20)
+    assert set(mask.unique().tolist()) <= set(stored.unique().tolist()), "no classes in between"
+    recipe = dataclasses.replace(VOC_SEGMENTATION, longest=80)
+    confusion = segment.segment(recipe, fcn(16), images)
+    assert confusion.sum() == sum(int((open_mask(image.mask, 20) != 255).sum()) for image in images)
+    assert segment.scaled_size(80, 40, 100) == segment.scaled_size(80, 40, None) == (80, 40)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_rows_say_the_precision(precision, devkit, tmp_path):
+    arguments = ["rotnet_alexnet", "--random", "--data", devkit, "--output", tmp_path, "--fc-size", 16]
+    options = ["--budget", "cpu", "--steps", 2, "--images-per-step", 2, "--precision", precision, "--longest", 100]
+    assert run(*arguments, *options) == 0
+    (row,) = read_file(tmp_path / "rows.jsonl")
+    assert row.settings.endswith(f", {precision}") and "longer side 100 pixels" in row.settings and row.budget == ""
 
 
 def test_other_networks_segment_too(devkit):

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from timm.data import resolve_model_data_config
 from torch import nn
 from torch.nn import functional as F
@@ -124,7 +125,7 @@ def train_segmenter(
     """
     torch.manual_seed(seed)
     training = recipe.training
-    load = functools.partial(_training_sample, tuple(images), network.score.out_channels - 1)
+    load = functools.partial(_training_sample, tuple(images), network.score.out_channels - 1, recipe.longest)
     draws = Draws(load, len(images), training.steps * training.images_per_step, seed)
 
     def loss_of(batch: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
@@ -161,16 +162,21 @@ def segment(
 ) -> torch.Tensor:
     """Pixels of all images by true (rows) and predicted class: (K + 1, K + 1) int64.
 
+    Images are scaled down as in training; every pixel of the mask as it is stored is judged.
+
     Raises:
         ValueError: a mask with a class that there is not; the error names it.
     """
     network.eval()
     classes = network.score.out_channels
     confusion = torch.zeros(classes, classes, dtype=torch.int64)
-    load = functools.partial(_test_sample, tuple(images), classes - 1)
+    load = functools.partial(_test_sample, tuple(images), classes - 1, recipe.longest)
     with torch.inference_mode(), autocast_of(recipe.training, network), progress("test", len(images)) as bar:
         for ((pixels, mask),) in batches(InOrder(load, len(images)), 1, workers):
-            predicted = network(pixels[None].to(device)).argmax(1)[0].cpu()
+            logits = network(pixels[None].to(device))
+            if logits.shape[-2:] != mask.shape:
+                logits = F.interpolate(logits, size=mask.shape, mode="bilinear", align_corners=False)
+            predicted = logits.argmax(1)[0].cpu()
             confusion += confusion_matrix(predicted, mask, classes)
             bar.update()
     return confusion
@@ -199,7 +205,9 @@ def measure_segmentation(
     torch.manual_seed(seed)
     fcn = Fcn(network, classes, recipe.dropout).to(device)
     for image in (*train, *test):
-        check_large_enough(image.file, image.width, image.height, fcn.stride)
+        width, height = scaled_size(image.width, image.height, recipe.longest)
+        scaled = " as it is scaled" if (width, height) != (image.width, image.height) else ""
+        check_large_enough(image.file, width, height, fcn.stride, scaled)
     check_images([image.file for image in (*train, *test)], workers)
     check_masks([image.mask for image in (*train, *test)], classes, workers)
     train_segmenter(recipe, fcn, train, device, seed, workers, output)
@@ -215,16 +223,31 @@ def _as_convolution(layer: Any, side: int) -> nn.Conv2d:
     return convolution
 
 
+def scaled_size(width: int, height: int, longest: int | None) -> tuple[int, int]:
+    """Width and height of an image whose longer side is scaled down to ``longest`` pixels (None: as it is)."""
+    factor = min(1.0, longest / max(width, height)) if longest else 1.0
+    return max(1, round(width * factor)), max(1, round(height * factor))
+
+
 def _training_sample(
-    images: tuple[MaskedImage, ...], classes: int, index: int, rng: random.Random
+    images: tuple[MaskedImage, ...], classes: int, longest: int | None, index: int, rng: random.Random
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    pixels, mask = _test_sample(images, classes, index)
+    pixels, mask = _test_sample(images, classes, longest, index)
+    if mask.shape != pixels.shape[1:]:
+        # classes have no values in between
+        mask = F.interpolate(mask[None, None].float(), size=pixels.shape[1:], mode="nearest-exact")[0, 0].byte()
     return (pixels.flip(-1), mask.flip(-1)) if rng.random() < 0.5 else (pixels, mask)
 
 
-def _test_sample(images: tuple[MaskedImage, ...], classes: int, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _test_sample(
+    images: tuple[MaskedImage, ...], classes: int, longest: int | None, index: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     image = images[index]
-    return pixels_tensor(open_pixels(image.file)), open_mask(image.mask, classes)
+    pixels = open_pixels(image.file)
+    size = scaled_size(image.width, image.height, longest)
+    if size != pixels.size:
+        pixels = pixels.resize(size, Image.Resampling.BICUBIC)
+    return pixels_tensor(pixels), open_mask(image.mask, classes)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -234,6 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     add_arguments(parser)
+    parser.add_argument("--longest", type=int, metavar="PIXELS", help="longer side images are scaled to [the recipe's]")
     args = parser.parse_args(arguments)
 
     def measure() -> Path:
@@ -248,7 +272,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         by_class = {"IoU": values}
         row = transfer_row(
             transfer, args, mean_over_classes(values), "voc-segmentation",
-            f"FCN, {counted(count_present(by_class), 'class', 'classes')} with the background",
+            f"FCN, {counted(count_present(by_class), 'class', 'classes')} with the background"
+            + (f", longer side {recipe.longest} pixels" if recipe.longest else ""),
         )  # fmt: skip
         return keep_numbers(transfer.output, [row], by_class, ("background", *args.classes))
 
