@@ -15,6 +15,7 @@ import warnings
 from pathlib import Path
 
 from loopback_hub import Hub
+from loopback_release import Release
 
 HUB = Hub()
 HUB_HOME = tempfile.TemporaryDirectory(prefix="hub-home-")
@@ -47,6 +48,7 @@ settings.load_profile("no-deadline")
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(__file__).parent / "data"
+ARCHIVE = DATA / "CIFAR10_RotNet_NIN4blocks.tar.gz"  # of the authors' release
 SAMPLES = ROOT / "rotation_ssl" / "samples"
 MODELS = timm.list_models("rotnet_*")
 WITHOUT_WEIGHTS = [model for model in MODELS if not timm.get_pretrained_cfg(model).has_weights]
@@ -154,6 +156,16 @@ def weights_dir(monkeypatch, tmp_path):
 
 
 @pytest.fixture
+def release(tmp_path):
+    """A release on loopback that has the authors' archive of the tests."""
+    folder = tmp_path / "release"
+    folder.mkdir()
+    shutil.copyfile(ARCHIVE, folder / ARCHIVE.name)
+    with Release(folder) as server:
+        yield server
+
+
+@pytest.fixture
 def set_manifest(monkeypatch):
     """A function that gives the package another manifest, registered with timm as at import."""
 
@@ -190,6 +202,21 @@ def shorten_probes(monkeypatch, protocols=PROTOCOLS, ids=("nonlinear", "conv"), 
         recipes = {budget: recipe and dataclasses.replace(recipe, **changes)
                    for budget, recipe in protocol.recipes.items()}  # fmt: skip
         monkeypatch.setitem(protocols, protocol.id, dataclasses.replace(protocol, recipes=recipes))
+
+
+def assert_state(model, expected):
+    """The tensors of a model, or of a state dict, are these."""
+    state = model if isinstance(model, dict) else model.state_dict()
+    assert state.keys() == expected.keys()
+    assert [name for name, tensor in state.items() if not torch.equal(tensor, expected[name])] == []
+
+
+def corrupt(file):
+    """Change one bit of the last byte."""
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.chmod(0o644)
+    file.write_bytes(content)
 
 
 def published_manifest():

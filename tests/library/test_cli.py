@@ -6,16 +6,13 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 import warnings
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
 import timm
 import torch
-from conftest import DATA, ROOT, SAMPLES, published_manifest
+from conftest import ARCHIVE, ROOT, SAMPLES, corrupt, published_manifest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -28,7 +25,6 @@ from rotation_ssl.zoo import golden
 
 NAME = "rotnet_nin.cifar10"
 RELEASED = "rotnet_nin.gidaris_cifar10"
-ARCHIVE = DATA / "CIFAR10_RotNet_NIN4blocks.tar.gz"
 
 
 @pytest.fixture
@@ -50,26 +46,14 @@ def run(capsys):
     return call
 
 
-class Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *args):
-        pass
-
-
 @pytest.fixture
-def released(hub, set_manifest, tmp_path):
+def released(hub, release, set_manifest):
     """The release is a file of the tests, on loopback."""
     entries = published_manifest()
-    folder = tmp_path / "release"
-    folder.mkdir()
-    shutil.copyfile(ARCHIVE, folder / ARCHIVE.name)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     for name in (RELEASED, "rotnet_alexnet.gidaris_in1k"):
-        entries[name]["url"] = f"http://127.0.0.1:{server.server_port}/{ARCHIVE.name}"
+        entries[name]["url"] = f"{release.url}/{ARCHIVE.name}"
     set_manifest(entries)
-    yield folder / ARCHIVE.name
-    server.shutdown()
-    server.server_close()
+    return release.folder / ARCHIVE.name
 
 
 def test_list(run, released):
@@ -152,9 +136,7 @@ def test_verify_notices_other_bytes_and_other_outputs(run, weights_dir, set_mani
     (why,) = [result["why"] for result in results if result["name"] == NAME]
     assert why.startswith(f"the golden outputs of {NAME} are corrupt")
     file = weights_dir / f"{NAME}.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
+    corrupt(file)
     status, told = run("verify", NAME)
     assert status == 1 and "has sha256" in told
     file.unlink()
@@ -190,10 +172,7 @@ def test_convert_then_load_and_verify(run, tmp_path):
     assert config["provenance"]["file_sha256"] == sha256_of(ARCHIVE)
     assert config["pretrained_cfg"]["license"] == "mit", "the authors' own licence"
     assert run("verify", tmp_path / "theirs")[0] == 0
-    file = tmp_path / "theirs" / "model.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
+    corrupt(tmp_path / "theirs" / "model.safetensors")
     assert run("verify", tmp_path / "theirs")[0] == 1
     status, error = run("convert", ARCHIVE, "-o", tmp_path / "theirs")
     assert status == 2 and "is not an empty folder" in error

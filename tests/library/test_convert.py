@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from conftest import DATA
+from conftest import ARCHIVE, DATA, assert_state
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -21,7 +21,6 @@ from rotation_ssl import zoo
 from rotation_ssl.convert import AUTHORS, Converted, convert, convert_authors, read_checkpoint, write_folder
 
 TOLERANCE = 1e-4
-ARCHIVE = DATA / "CIFAR10_RotNet_NIN4blocks.tar.gz"
 
 
 def load(name, network):
@@ -141,11 +140,6 @@ def create(converted):
     return model
 
 
-def assert_equal(state, expected):
-    assert state.keys() == expected.keys()
-    assert all(state[key].equal(value) for key, value in expected.items())
-
-
 def as_authors(state, depth):
     """A state dict of our Network-in-Network in the names of the authors' release."""
     network = {}
@@ -172,14 +166,14 @@ def test_convert_nin(depth, name):
     converted = convert({"epoch": 200, "network": as_authors(state, depth)})
     assert (converted.model, converted.num_classes, converted.model_args) == (name, 4, {})
     assert (converted.origin, converted.left_out) == ("the authors' release", ())
-    assert_equal(converted.state_dict, state)
+    assert_state(converted.state_dict, state)
     create(converted)
 
 
 def test_convert_alexnet(alexnet_network):
     converted = convert({"network": alexnet_network})
     assert (converted.model, converted.num_classes, converted.model_args) == ("rotnet_alexnet", 4, {})
-    assert_equal(converted.state_dict, convert_authors(alexnet_network))
+    assert_state(converted.state_dict, convert_authors(alexnet_network))
     convolutions = {key: value for key, value in alexnet_network.items() if not re.match(r"\w+\.[89]\.", key)}
     converted = convert({"network": convolutions})
     assert (converted.model, converted.num_classes, converted.model_args) == ("rotnet_alexnet", 0, {"fc_size": 0})
@@ -219,7 +213,7 @@ def test_convert_alexnet_of_vissl(vissl_alexnet):
     numbers = {"0": "0", "1": "1", "3": "4", "4": "5", "6": "8"}
     dropped = {re.sub(r"clf\.(\d)", lambda match: f"clf.{numbers[match[1]]}", key): heads[key] for key in heads}
     assert dropped.keys() != heads.keys()
-    assert_equal(convert(vissl(trunk, dropped)).state_dict, converted.state_dict)
+    assert_state(convert(vissl(trunk, dropped)).state_dict, converted.state_dict)
 
 
 def other_heads(heads):
@@ -287,7 +281,7 @@ def test_convert_resnets_of_torchvision(name):
         assert converted.model == {"resnet18": "rotnet_resnet18", "resnet34": "resnet34"}[name]
         assert (converted.num_classes, converted.model_args) == (4, {})
         assert (converted.origin, converted.left_out) == ("torchvision-style", ())
-        assert_equal(converted.state_dict, state)
+        assert_state(converted.state_dict, state)
     assert_logits(create(converted), x, logits)
 
 
@@ -295,7 +289,7 @@ def test_convert_resnet50_of_torchvision(resnet50):
     state, x, logits = resnet50
     converted = convert({"state_dict": {f"module.{key}": value for key, value in state.items()}})
     assert (converted.model, converted.num_classes) == ("rotnet_resnet50", 4)
-    assert_equal(converted.state_dict, state)
+    assert_state(converted.state_dict, state)
     assert_logits(create(converted), x, logits)
 
 
@@ -355,7 +349,7 @@ def test_tensors_of_a_checkpoint_that_share_memory(nin_state, tmp_path):
     network["_feature_blocks.4.Classifier.weight"] = nn.Parameter(network["_feature_blocks.4.Classifier.weight"])
     converted = convert({"network": network})
     write_folder(converted, tmp_path / "folder", "mine", {})
-    assert_equal(load_file(tmp_path / "folder" / "model.safetensors"), converted.state_dict)
+    assert_state(load_file(tmp_path / "folder" / "model.safetensors"), converted.state_dict)
     create(converted)
 
 

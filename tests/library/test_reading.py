@@ -13,14 +13,13 @@ import zipfile
 
 import pytest
 import torch
-from conftest import DATA
+from conftest import ARCHIVE
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save
 
 from rotation_ssl.convert import MAX_MEMBERS, read_checkpoint
 
-ARCHIVE = DATA / "CIFAR10_RotNet_NIN4blocks.tar.gz"
 NETWORK = {"weight": torch.arange(6.0).view(2, 3), "bias": torch.tensor([0.5, -0.5]), "steps": torch.tensor(7)}
 ZEROS = 50_000_000
 ALLOWED = 10**6

@@ -6,7 +6,7 @@ import importlib
 import pytest
 import timm
 import torch
-from conftest import SAMPLES
+from conftest import SAMPLES, assert_state
 from safetensors.torch import load_file, save, save_file
 
 from rotation_ssl import cli, zoo
@@ -41,7 +41,7 @@ def test_one_file_and_one_entry_are_a_model(weights, capsys, tmp_path):
     assert timm.list_models("toynet*") == ["toynet"] and timm.list_pretrained("toynet*") == [NAME]
     assert network_facts(NAME).recommended_layer == "conv2"
     model = timm.create_model(NAME, pretrained=True).eval()
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+    assert_state(model, weights)
     assert timm.create_model("toynet", pretrained=True).pretrained_cfg["tag"] == "mine"
     assert timm.create_model("toynet", pretrained=True, num_classes=10).fc.out_features == 10
 

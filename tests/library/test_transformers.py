@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 import transformers
-from conftest import DATA
+from conftest import ARCHIVE
 from safetensors.torch import load_file
 from timm.models._hub import save_for_hf
 
@@ -15,8 +15,6 @@ from rotation_ssl.pretraining.outputs import write_run
 from training.recipes import NIN_CIFAR10_CPU
 from training.reporting.hub import hub_files, upload_of
 from training.reporting.rows import read_rows
-
-ARCHIVE = DATA / "CIFAR10_RotNet_NIN4blocks.tar.gz"
 
 
 def converted_alexnet(num_classes):
