@@ -17,7 +17,7 @@ with --dataset folder. Numbers are written to --output as rows.jsonl, report.md,
 import argparse
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,13 @@ from torch.nn import functional as F
 from rotation_ssl import zoo
 from rotation_ssl.evaluation.frozen import PARTS, preparation
 from rotation_ssl.features import layer_modules
+from rotation_ssl.fit import fit
 from rotation_ssl.labelled import Images, LabelledImages, labels_subset
 from rotation_ssl.machine import TURN_OFF
 from rotation_ssl.messages import counted
 from rotation_ssl.precision import add_precision_argument, autocast_type, resolved, warn_if_emulated
 from rotation_ssl.pretraining.augment import crop_and_flip
-from rotation_ssl.pretraining.optim import learning_rate_factor, set_learning_rates
+from rotation_ssl.pretraining.optim import create_scheduler
 from rotation_ssl.probes import convolutional_probe, nonlinear_probe
 from rotation_ssl.progress import progress
 from training.datasets import DATASETS, FOLDER, check_whole, load_images
@@ -81,10 +82,9 @@ def measure_transfer(
     network = build_network(recipe, subject, layer, len(train.classes), seed).to(device)
     network.to(memory_format=torch.channels_last)
     prepare = preparation(subject.backbone, subject.size)
-    dtype = autocast_type(recipe.precision)
-    autocast = torch.autocast(device.split(":")[0], dtype, enabled=dtype is not None)
-    train_network(recipe, network, train, prepare, seed, device, autocast)
-    right = predict(network, images.test, prepare, device, autocast) == images.test.labels
+    autocast = autocast_type(recipe.precision)
+    train_network(recipe, network, train, prepare, seed, autocast)
+    right = predict(network, images.test, prepare, autocast) == images.test.labels
     crops = recipe.images // recipe.batch_size * recipe.batch_size
     settings = f"{crops:,} crops seen, {recipe.classifier} classifier, {recipe.start} backbone, {recipe.precision}"
     return measured_row(
@@ -162,8 +162,27 @@ def build_network(
     return network
 
 
-def train_network(recipe, network, train, prepare, seed, device, autocast) -> None:  # type: ignore[no-untyped-def]
-    """Train the network in place on crops of the labelled images; it is in eval mode afterwards."""
+def train_network(
+    recipe: TransferRecipe,
+    network: LayerClassifier,
+    train: LabelledImages,
+    prepare: Callable[[torch.Tensor], torch.Tensor],
+    seed: int = 0,
+    autocast: torch.dtype | None = None,
+) -> None:
+    """Train the network in place on random crops of the labelled images; it is in eval mode afterwards.
+
+    Args:
+        recipe: all settings.
+        network: on the device to train on.
+        train: the labelled images.
+        prepare: from uint8 crops (B, 3, H, H) to what the backbone takes.
+        seed: of the order and the crops.
+        autocast: compute in this type (torch.bfloat16); None: in the type of the weights.
+
+    Raises:
+        ValueError: a loss that is not finite.
+    """
     groups = [{"params": list(network.classifier.parameters()), "lr": recipe.lr}]
     if not network.frozen:
         lr = recipe.lr if recipe.start == "random" else recipe.backbone_lr
@@ -172,32 +191,26 @@ def train_network(recipe, network, train, prepare, seed, device, autocast) -> No
         groups, recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, nesterov=True
     )
     steps = recipe.images // recipe.batch_size
+    device = next(network.parameters()).device
+    # one generator for both: the order and the crops of a seed
     generator = torch.Generator().manual_seed(seed)
-    network.train()
-    losses: list[torch.Tensor] = []
-    with progress(f"{recipe.name}, {counted(len(train), 'label')}", steps * recipe.batch_size) as bar:
-        for step, chosen in zip(range(steps), sample_stream(len(train), recipe.batch_size, generator), strict=False):
-            set_learning_rates([optimizer], learning_rate_factor(recipe.schedule, step, steps))
-            crops = crop_and_flip(
-                train.images[chosen], train.images.shape[-1], recipe.padding, recipe.padding_mode, True, generator
-            )
-            with autocast:
-                logits = network(prepare(crops.to(device)))
-            loss = F.cross_entropy(logits.float(), train.labels[chosen].to(device))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.detach())
-            bar.update(len(chosen))
-            if step % 20 == 19 or step == steps - 1:
-                mean = torch.stack(losses).mean()
-                if not mean.isfinite():
-                    raise ValueError(
-                        f"the loss became {mean.item()} by step {step + 1}: lower the rate of {recipe.name}"
-                    )
-                bar.set_postfix(loss=f"{mean.item():.3f}")
-                losses.clear()
-    network.eval()
+
+    def loss_of(chosen: torch.Tensor) -> torch.Tensor:
+        side = train.images.shape[-1]
+        crops = crop_and_flip(train.images[chosen], side, recipe.padding, recipe.padding_mode, True, generator)
+        return F.cross_entropy(network(prepare(crops.to(device))).float(), train.labels[chosen].to(device))
+
+    fit(
+        network,
+        sample_stream(len(train), recipe.batch_size, generator),
+        loss_of,
+        optimizer,
+        name=f"{recipe.name}, {counted(len(train), 'label')}",
+        scheduler=create_scheduler(recipe.schedule, optimizer, steps),
+        steps=steps,
+        images_per_step=recipe.batch_size,
+        autocast=autocast,
+    )
 
 
 def sample_stream(count: int, size: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
@@ -210,11 +223,21 @@ def sample_stream(count: int, size: int, generator: torch.Generator) -> Iterator
         left = left[size:]
 
 
-def predict(network, test: LabelledImages, prepare, device: str, autocast) -> torch.Tensor:  # type: ignore[no-untyped-def]
-    """The classes that the network names for the test images: (M,) int64."""
+def predict(
+    network: nn.Module,
+    test: LabelledImages,
+    prepare: Callable[[torch.Tensor], torch.Tensor],
+    autocast: torch.dtype | None = None,
+) -> torch.Tensor:
+    """The classes that the network predicts for the test images: (M,) int64.
+
+    Raises:
+        ValueError: logits that are not finite.
+    """
+    device = next(network.parameters()).device
     parts = test.images.split(250)
-    with torch.inference_mode(), autocast:
-        bar = progress("measuring", len(parts), "batch", parts)
+    bar = progress("measuring", len(parts), "batch", parts)
+    with torch.inference_mode(), torch.autocast(device.type, autocast, enabled=autocast is not None):
         logits = torch.cat([network(prepare(part.to(device))).cpu() for part in bar])
     if not logits.isfinite().all():
         raise ValueError("the network's logits are not finite: check the weights and the images")
