@@ -14,10 +14,11 @@ report.png.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +29,15 @@ from torch.nn import functional as F
 
 from rotation_ssl.evaluation.frozen import PARTS, preparation
 from rotation_ssl.features import layer_modules
-from rotation_ssl.images import find_images
+from rotation_ssl.fit import fit
 from rotation_ssl.machine import TURN_OFF
 from rotation_ssl.messages import counted
 from rotation_ssl.precision import add_precision_argument, autocast_type, resolved, warn_if_emulated
 from rotation_ssl.pretraining.augment import Windows, crop_and_flip, take_windows
-from rotation_ssl.pretraining.images import UnlabelledImages, open_dataset, open_entries, open_files, stream
 from rotation_ssl.probes import max_pooled_probe
 from rotation_ssl.progress import progress
-from training.datasets import DATASETS, FOLDER, check_whole, list_files, load_cifar10, name_of
+from training.datasets import DATASETS, FOLDER, check_whole, name_of
+from training.evaluation.labelled import Labelled, check_decoding, open_labelled, read_into_memory, squares_of
 from training.evaluation.recipes import LAYER_PROBES, LayerProbeRecipe
 from training.evaluation.subject import Subject, load_subject, measured_row, record_file
 from training.reporting.report import check_rows, keep_row, run_measuring, write_report
@@ -44,79 +45,11 @@ from training.reporting.rows import Row
 
 MAX_VALUES = 9600  # of 12 x 12 x 64, 7 x 7 x 192, 5 x 5 x 384, 6 x 6 x 256: AlexNet's layers at 224 pixels
 CROP = 7 / 8  # of the side: 224 of 256 pixels
-CHECK_EVERY = 50  # steps
-
-
-@dataclasses.dataclass(frozen=True)
-class Labelled:
-    """Images of one size, in memory or decoded as they come, with ``labels`` (N,) int64 of ``classes`` classes."""
-
-    images: torch.Tensor | UnlabelledImages
-    labels: torch.Tensor
-    classes: int
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-
-def open_labelled(dataset: str, data_dir: Path, split: str, size: int, download: bool = False) -> Labelled:
-    """The training or validation images of a data set, and their labels.
-
-    Args:
-        dataset: one of :data:`DATASETS`, 'folder', or a name of timm for one of torchvision's ('torch/places365').
-        data_dir: where it is.
-        split: 'train' or 'val'.
-        size: side of the squares; CIFAR-10 keeps its 32 pixels.
-        download: let torchvision fetch it.
-
-    Raises:
-        ValueError: no such data set, nothing in it, or one whose labels are not at hand without decoding its images.
-    """
-    if dataset == "cifar10":
-        data = load_cifar10(data_dir, "train" if split == "train" else "test", download)
-        return Labelled(data.images, data.labels, len(data.classes))
-    if dataset in DATASETS:
-        files, numbers, classes = list_files(dataset, data_dir, "train" if split == "train" else "test")
-        return Labelled(open_files(files, size), torch.tensor(numbers), len(classes))
-    if dataset == FOLDER:
-        names = class_folders(data_dir / "train")
-        if not names:
-            raise ValueError(f"no class folders in {data_dir / 'train'}: expected train/<class>/* and val/<class>/*")
-        unknown = sorted(set(class_folders(data_dir / split)) - set(names))
-        if unknown:
-            raise ValueError(f"{data_dir / split} holds classes that train has not: {', '.join(unknown[:3])}")
-        found = [find_images(data_dir / split / name) for name in names]
-        labels = torch.arange(len(names)).repeat_interleave(torch.tensor([len(files) for files in found]))
-        return Labelled(open_files([file for files in found for file in files], size), labels, len(names))
-    entries = open_dataset(dataset, data_dir, split, download)
-    targets = getattr(entries, "targets", None)
-    if targets is None:
-        raise ValueError(f"{dataset!r} does not tell its labels without its images: take a folder, or torch/places365")
-    return Labelled(open_entries(entries, size), torch.as_tensor(targets), int(max(targets)) + 1)
 
 
 def square_size(recipe: LayerProbeRecipe, dataset: str) -> int:
     """The side in pixels of the squares that crops are taken from: of small budgets, the data set's own."""
     return DATASETS[dataset].probe_size if recipe.budget == "cpu" and dataset in DATASETS else recipe.image_size
-
-
-def class_folders(folder: Path) -> list[str]:
-    """Names of the folders in a folder, sorted; files beside them and hidden folders are no classes."""
-    if not folder.is_dir():
-        return []
-    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-
-
-def read_into_memory(data: Labelled, workers: int) -> Labelled:
-    """The images in memory where they fit, else as they are.
-
-    Raises:
-        ValueError: an image that does not decode; the error names it.
-    """
-    if isinstance(data.images, UnlabelledImages) and data.images.fits_memory(copies=2):
-        data.images.read_all(workers)
-        _refuse_broken(data, data.images.broken)
-    return data
 
 
 def split_holdout(data: Labelled, holdout: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -208,40 +141,32 @@ def train_probes(
         classifiers.parameters(), recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, nesterov=True,
         fused=True,
     )  # fmt: skip
-    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(recipe.milestones), recipe.factor)
+    steps = len(chosen) // recipe.batch_size  # of an epoch
+    milestones = [milestone * steps for milestone in recipe.milestones]
     generator = torch.Generator().manual_seed(seed)
-    steps = len(chosen) // recipe.batch_size
-    # drawn beforehand, by a generator of its own: decoding runs ahead of the crops
+    # the order has a generator of its own: decoding runs ahead of the crops
     orders = torch.Generator().manual_seed(seed + 1)
     indices = (chosen[part] for _ in range(recipe.epochs) for part in _epoch(len(chosen), recipe.batch_size, orders))
-    squares = _labelled_squares(data, indices, workers, pin=device.type == "cuda")
-    classifiers.train()
-    with progress(recipe.name, recipe.epochs * steps * recipe.batch_size) as bar:
-        for epoch in range(recipe.epochs):
-            losses: list[torch.Tensor] = []
-            for step in range(steps):
-                pixels, labels = next(squares)
-                pixels, wanted = (tensor.to(device, non_blocking=True) for tensor in (pixels, labels))
-                crops = crop_and_flip(pixels, round(CROP * pixels.shape[-1]), 0, "reflect", True, generator)
-                # without a cache, which would hold the weights as they were at the first step
-                with torch.autocast(device.type, autocast, enabled=autocast is not None, cache_enabled=False):
-                    with torch.no_grad():
-                        maps = layer_maps(subject, prepare(crops), layers)
-                    own = torch.stack([F.cross_entropy(probes[layer](maps[layer]).float(), wanted) for layer in layers])
-                optimizer.zero_grad()
-                own.sum().backward()
-                optimizer.step()
-                losses.append(own.detach())
-                bar.update(len(labels))
-                if step % CHECK_EVERY == CHECK_EVERY - 1 or step == steps - 1:
-                    mean = torch.stack(losses).mean(0)
-                    if not mean.isfinite().all():
-                        raise ValueError(f"a loss of {recipe.name} became {mean.max().item()} in epoch {epoch + 1}")
-                    bar.set_postfix({layer: f"{loss:.2f}" for layer, loss in zip(layers, mean.tolist(), strict=True)})
-                    losses.clear()
-            scheduler.step()
-    squares.close()
-    classifiers.eval()
+
+    def loss_of(batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        pixels, labels = (tensor.to(device, non_blocking=True) for tensor in batch)
+        crops = crop_and_flip(pixels, round(CROP * pixels.shape[-1]), 0, "reflect", True, generator)
+        with torch.no_grad():
+            maps = layer_maps(subject, prepare(crops), layers)
+        return torch.stack([F.cross_entropy(probes[layer](maps[layer]).float(), labels) for layer in layers])
+
+    with contextlib.closing(squares_of(data, indices, workers, pin=device.type == "cuda")) as squares:
+        fit(
+            classifiers,
+            squares,
+            loss_of,
+            optimizer,
+            name=f"{recipe.name}, {', '.join(layers)}",
+            scheduler=torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, recipe.factor),
+            steps=recipe.epochs * steps,
+            images_per_step=recipe.batch_size,
+            autocast=autocast,
+        )
 
 
 @torch.inference_mode()
@@ -265,7 +190,7 @@ def count_correct(
         progress("measuring", len(chosen)) as bar,
         torch.autocast(device.type, autocast, enabled=autocast is not None),
     ):
-        for pixels, labels in _labelled_squares(data, iter(chosen.split(100)), workers, pin=device.type == "cuda"):
+        for pixels, labels in squares_of(data, iter(chosen.split(100)), workers, pin=device.type == "cuda"):
             maps = layer_maps(subject, prepare(_central(pixels.to(device, non_blocking=True))), layers)
             for layer in layers:
                 logits = probes[layer](maps[layer])
@@ -308,13 +233,13 @@ def measure_layers(
     started = time.monotonic()
     recipe = resolved(recipe, next(subject.backbone.parameters()).device)
     torch.manual_seed(seed)
-    probes = build_probes(recipe, subject, layers, train.classes)
+    probes = build_probes(recipe, subject, layers, len(train.classes))
     autocast = autocast_type(recipe.precision)
     chosen, measured, of = torch.arange(len(train)), torch.arange(len(val)), val
     if holdout:
         chosen, measured = split_holdout(train, holdout)
         of, name = train, f"{name.rpartition(' ')[0]}, {counted(holdout, 'training image')}"
-    _check_decoding(of, measured, workers)
+    check_decoding(of, measured, workers)
     train_probes(recipe, subject, probes, train, chosen, seed, workers, autocast)
     found = count_correct(subject, probes, of, measured, workers, autocast)
     seconds = time.monotonic() - started
@@ -346,35 +271,6 @@ def _rest_of_network(subject: Subject, index: int, classes: int, fc_size: int) -
 def _epoch(count: int, batch_size: int, generator: torch.Generator) -> list[torch.Tensor]:
     """The batches of an epoch, the last, incomplete one dropped."""
     return list(torch.randperm(count, generator=generator).split(batch_size))[: count // batch_size]
-
-
-def _labelled_squares(
-    data: Labelled, indices: Iterator[torch.Tensor], workers: int, pin: bool
-) -> Generator[tuple[torch.Tensor, torch.Tensor], None, None]:
-    """Squares (B, 3, H, H) uint8 and labels (B,) at each of the indices (B,)."""
-    asked: list[torch.Tensor] = []
-
-    def remembered() -> Iterator[torch.Tensor]:
-        for part in indices:
-            asked.append(part)
-            yield part
-
-    for pixels, broken in stream(data.images, remembered(), workers, pin):
-        _refuse_broken(data, broken)
-        yield pixels, data.labels[asked.pop(0)]
-
-
-def _refuse_broken(data: Labelled, broken: set[int]) -> None:
-    if broken and isinstance(data.images, UnlabelledImages):
-        raise ValueError(f"image {data.images.label(min(broken))} does not decode: replace or remove it")
-
-
-def _check_decoding(data: Labelled, chosen: torch.Tensor, workers: int) -> None:
-    if not isinstance(data.images, UnlabelledImages) or data.images.squares is not None:
-        return
-    with progress("checking", len(chosen)) as bar:
-        for pixels, _ in _labelled_squares(data, iter(chosen.split(100)), workers, pin=False):
-            bar.update(len(pixels))
 
 
 def _central(pixels: torch.Tensor) -> torch.Tensor:
@@ -434,7 +330,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         train = open_labelled(args.dataset, args.data, "train", side, args.download)
         val = train if args.holdout else open_labelled(args.dataset, args.data, "val", side, args.download)
         if val.classes != train.classes:
-            raise ValueError(f"the classes to train on are {train.classes}, those to measure on {val.classes}")
+            raise ValueError(f"there are {len(train.classes)} classes to train on and {len(val.classes)} to measure on")
         if args.record:
             check_whole(args.dataset, len(train), len(val))
         train = read_into_memory(train, args.workers)
