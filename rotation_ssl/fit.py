@@ -31,9 +31,6 @@ def fit(
 ) -> None:
     """Train a model in place, one optimizer step for each batch; the model is in eval mode afterwards.
 
-    The caller fixes the randomness: the same weights and batches give the same weights, bit for bit, on one machine
-    with the same number of threads.
-
     Args:
         model: trained in training mode, on whatever device it is.
         batches: anything that ``loss_of`` takes.

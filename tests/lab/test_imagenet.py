@@ -10,13 +10,12 @@ import torch
 from rotation_ssl.precision import multiplies_bfloat16
 from rotation_ssl.probes import max_pooled_probe
 from training.evaluation import layers as imagenet
-from training.evaluation.labelled import open_labelled, read_into_memory
+from training.evaluation.labelled import open_labelled, read_into_memory, split_holdout
 from training.evaluation.layers import (
     build_probes,
     count_correct,
     layer_maps,
     measure_layers,
-    split_holdout,
     train_probes,
     with_epochs,
 )
@@ -172,7 +171,7 @@ def test_what_cannot_be_probed(subject, train):
         build_probes(LINEAR, subject, ["conv9"], 10)
     resnet = load_subject("test_resnet", random=True, size=64)
     assert build_probes(LINEAR, resnet, ["layer4"], 10)
-    with pytest.raises(ValueError, match="the rest of test_resnet after a layer is not known"):
+    with pytest.raises(ValueError, match="the layers of test_resnet after a layer are not known"):
         build_probes(NONLINEAR, resnet, ["layer4"], 10)
     # layers with dots in their names, of a network that gives tokens
     vit = load_subject("test_vit", random=True, size=160)

@@ -4,14 +4,16 @@
     python -m training finetune supervised-cpu rotnet_nin --labels-per-class 20 100 400 1000 5000 --data DIR
     python -m training finetune finetune-conv-cpu rotnet_nin.cifar10 --data DIR
 
-The network is the backbone up to one layer (block2: the recommended one) with a classifier on it: with the
-convolutional classifier on block2 the paper's NIN of three blocks, which is what its supervised baseline is. Recipes
-ending in -paper draw the authors' 5,000,000 images, those ending in -cpu a fixed small budget; --images overrides it.
-Labels are the first K images of each class as in the paper, or --draw random ones, another draw for every seed. All
-training images are used without --labels-per-class. The last step's network is measured, not the best one.
+The network is the backbone up to one layer (block2 is recommended) and a classifier on it. With the convolutional
+classifier on block2 it is the paper's NIN of three blocks, which is also the paper's supervised baseline. Recipes that
+end in -paper train on 5,000,000 crops as the authors do, those that end in -cpu on a small fixed number; --images
+overrides it. --labels-per-class takes the first K images of each class, as in the paper, or K random ones
+(--draw random), which differ by seed. Without it all training images are used. The network of the last step is tested,
+not the best one.
 
-MODEL is any model of timm, with its weights, --random ones, or those of a file. DIR holds CIFAR-10; any other images
-with --dataset folder. Numbers are written to --output as rows.jsonl, report.md, report.json and report.png.
+MODEL is any timm model, with its published weights, --random weights, or the weights of a file (--weights FILE). DIR
+contains CIFAR-10; use --dataset folder for other images. Results are written to --output: rows.jsonl, report.md,
+report.json and report.png.
 """
 
 import argparse
@@ -25,21 +27,20 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from rotation_ssl import zoo
 from rotation_ssl.evaluation.frozen import PARTS, preparation
 from rotation_ssl.features import layer_modules
 from rotation_ssl.fit import fit
 from rotation_ssl.labelled import Images, LabelledImages, labels_subset
-from rotation_ssl.machine import TURN_OFF
 from rotation_ssl.messages import counted
-from rotation_ssl.precision import add_precision_argument, autocast_type, resolved, warn_if_emulated
+from rotation_ssl.precision import autocast_type, resolved, warn_if_emulated
 from rotation_ssl.pretraining.augment import crop_and_flip
 from rotation_ssl.pretraining.optim import create_scheduler
 from rotation_ssl.probes import convolutional_probe, nonlinear_probe
 from rotation_ssl.progress import progress
-from training.datasets import DATASETS, FOLDER, check_whole, load_images
+from training.datasets import check_whole, load_images
+from training.evaluation import options
 from training.evaluation.recipes import TRANSFERS, TransferRecipe
-from training.evaluation.subject import Subject, load_subject, measured_row, record_file
+from training.evaluation.subject import Subject, load_subject, measured_row, recommended_layer, record_file
 from training.protocols import PROTOCOLS
 from training.reporting.report import check_rows, keep_row, run_measuring, write_report
 from training.reporting.rows import Row
@@ -55,21 +56,21 @@ def measure_transfer(
     seed: int = 0,
     device: str = "cpu",
 ) -> Row:
-    """Train a recipe's network on labelled images and measure it on the test images.
+    """Train a recipe's network on labelled images and test it.
 
     Args:
-        recipe: all of the training's settings; the row says which precision 'auto' was.
-        subject: the backbone; it is used up by the training (of 'random' recipes it gives the network alone).
-        layer: the last layer of the backbone that is kept.
+        recipe: all settings of the training; the row says which precision 'auto' became.
+        subject: the backbone, which the training changes.
+        layer: last layer of the backbone that is kept.
         images: training and test images.
-        labels_per_class: K; None for all.
-        draw: 'first' or 'random' ones of a class.
-        seed: of the classifier, the crops, random draws and random weights.
+        labels_per_class: K labelled images of each class; None: all.
+        draw: 'first' or 'random', which K images of a class.
+        seed: of the classifier, the order, the crops and the random draw.
         device: where to train.
 
     Raises:
-        ValueError: no such layer, a class with fewer images than asked for, less than a batch of images to see, or a
-            loss or logits that are not finite.
+        ValueError: no such layer, a class with fewer images than K, fewer crops than a batch, or a loss or logits that
+            are not finite.
     """
     started = time.monotonic()
     recipe = resolved(recipe, device)
@@ -106,7 +107,7 @@ def measure_transfer(
 class LayerClassifier(nn.Module):
     """A backbone up to one layer and a classifier on its map: images (N, C, H, W) -> logits (N, K).
 
-    A frozen backbone stays in eval mode, whatever the mode of the whole, and gets no gradients.
+    A frozen backbone always stays in eval mode and gets no gradients.
     """
 
     def __init__(self, backbone: nn.Module, index: int, classifier: nn.Module, frozen: bool) -> None:
@@ -115,7 +116,7 @@ class LayerClassifier(nn.Module):
         self.backbone.requires_grad_(not frozen)
 
     def train(self, mode: bool = True) -> "LayerClassifier":
-        """Training mode, but for a frozen backbone."""
+        """Set the mode; a frozen backbone stays in eval mode."""
         super().train(mode)
         if self.frozen:
             self.backbone.eval()
@@ -134,17 +135,17 @@ class LayerClassifier(nn.Module):
 def build_network(
     recipe: TransferRecipe, subject: Subject, layer: str, num_classes: int, seed: int = 0
 ) -> LayerClassifier:
-    """The recipe's network; the backbone's layers after ``layer`` are dropped from the subject's.
+    """The recipe's network, in eval mode. The layers after ``layer`` are removed from the subject's backbone.
 
     Raises:
-        ValueError: the backbone has no such layer, or cannot be cut there.
+        ValueError: the backbone has no such layer, or timm cannot cut it there.
     """
     backbone: Any = subject.backbone
     layers = layer_modules(backbone)
     if layer not in layers:
         raise ValueError(f"no layer {layer} in this backbone; it has {', '.join(layers)}")
     if not hasattr(backbone, "forward_intermediates") or not hasattr(backbone, "prune_intermediate_layers"):
-        raise ValueError(f"{subject.name} cannot be cut at a layer: timm gives it no forward_intermediates")
+        raise ValueError(f"{subject.name} cannot be cut at a layer: it has no forward_intermediates")
     index = [entry["module"] for entry in backbone.feature_info].index(layers[layer])
     (index,) = backbone.prune_intermediate_layers([index]) or [index]
     torch.manual_seed(seed)
@@ -214,7 +215,7 @@ def train_network(
 
 
 def sample_stream(count: int, size: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
-    """Batches of ``size`` indices without end: one permutation of 0..count - 1 after the other."""
+    """Endless batches of ``size`` indices: one permutation of 0..count - 1 after the other."""
     left = torch.empty(0, dtype=torch.int64)
     while True:
         while len(left) < size:
@@ -244,93 +245,97 @@ def predict(
     return logits.argmax(1)
 
 
-def recommended_layer(subject: Subject) -> str:
-    """The layer that the manifest recommends for the network.
+def transfer_subject(
+    recipe: TransferRecipe,
+    model: str,
+    seed: int,
+    random_seed: int = 0,
+    *,
+    random: bool = False,
+    weights: Path | None = None,
+    size: int | None = None,
+) -> Subject:
+    """The backbone that a recipe starts from.
+
+    Args:
+        recipe: one that starts from random weights takes those of ``seed``.
+        model: as in :func:`training.evaluation.subject.load_subject`, like the options.
+        seed: of the training.
+        random_seed: of the weights with ``random``.
+        random: take random weights.
+        weights: a safetensors file.
+        size: image size in pixels.
 
     Raises:
-        ValueError: the network has no published weights.
+        ValueError: a weights file for a recipe that starts from random weights, or as ``load_subject``.
     """
-    for name, entry in zoo.manifest().items():
-        if name.split(".", 1)[0] == subject.architecture:
-            return str(entry["recommended_layer"])
-    layers = ", ".join(layer_modules(subject.backbone))
-    raise ValueError(f"no layer is recommended for {subject.architecture}: give --layer, one of {layers}")
-
-
-def transfer_subject(recipe: TransferRecipe, model: str, seed: int, **options: Any) -> Subject:
-    """The backbone that a recipe starts from; recipes that start from random weights take those of the seed."""
     if recipe.start != "random":
-        return load_subject(model, **options)
-    if options.get("weights"):
+        return load_subject(model, random=random, seed=random_seed, weights=weights, size=size)
+    if weights:
         raise ValueError(f"{recipe.name} starts from random weights: leave the weights file out")
     architecture = model.split(".", 1)[0]
-    subject = load_subject(architecture, random=True, seed=seed, size=options.get("size"))
+    subject = load_subject(architecture, random=True, seed=seed, size=size)
     return dataclasses.replace(subject, name=f"{architecture}.random")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    recipes = "\n".join(f"  {r.name:24s} {PROTOCOLS[r.protocol].title}, {r.images:,} crops" for r in TRANSFERS.values())
-    parser = argparse.ArgumentParser(
-        prog="python -m training finetune", description=__doc__, epilog=f"recipes:\n{recipes}\n\n{TURN_OFF}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    lines = (f"{r.name:24s} {PROTOCOLS[r.protocol].title}, {r.images:,} crops" for r in TRANSFERS.values())
+    parser = options.command_parser("finetune", __doc__, lines)
     parser.add_argument("recipe", choices=sorted(TRANSFERS), metavar="RECIPE", help="one of the recipes below")
-    parser.add_argument("model", metavar="MODEL", help="any model or model.tag of timm, rotnet_* among them")
-    parser.add_argument("--weights", type=Path, metavar="FILE", help="start from a safetensors file")
-    parser.add_argument("--random", action="store_true", help="start from random weights")
-    parser.add_argument("--layer", help="the backbone's last layer that is kept [the recommended one]")
-    parser.add_argument("--labels-per-class", type=int, nargs="+", metavar="K", help="labels of each class [all]")
-    parser.add_argument("--draw", choices=("first", "random"), default="first", help="which of a class [%(default)s]")
-    parser.add_argument("--seeds", type=int, default=1, help="how often each is trained [%(default)s]")
-    parser.add_argument("--images", type=int, help="crops seen in all, instead of the recipe's")
-    sets = (*DATASETS, FOLDER)
+    options.add_model(parser)
+    parser.add_argument("--layer", help="last layer of the backbone that is kept [the recommended one]")
     parser.add_argument(
-        "--dataset", choices=sets, default="cifar10", metavar="SET", help=f"{', '.join(sets)} [cifar10]"
+        "--labels-per-class", type=int, nargs="+", metavar="K", help="labelled images of each class [all]"
     )
-    parser.add_argument("--data", type=Path, default=Path("data/cifar10"), help="where it is [%(default)s]")
-    parser.add_argument("--size", type=int, help="side of the images the backbone gets [the model's own]")
-    parser.add_argument("--download", action="store_true", help="let torchvision fetch CIFAR-10 into --data")
     parser.add_argument(
-        "--holdout", type=int, default=0, metavar="N", help="measure the last N training images instead"
+        "--draw", choices=("first", "random"), default="first", help="which K images of a class [%(default)s]"
     )
-    add_precision_argument(parser)
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps [%(default)s]")
-    parser.add_argument("--output", type=Path, help="folder of rows and report [runs/finetune/<weights>]")
-    parser.add_argument("--record", action="store_true", help="write the rows to training/results/, for the card")
+    parser.add_argument("--images", type=int, metavar="N", help="train on N crops in total [the recipe's]")
+    options.add_data(parser)
+    options.add_run(parser, "runs/finetune")
     args = parser.parse_args(arguments)
-    recipe = TRANSFERS[args.recipe]
-    if args.images is not None:
-        recipe = dataclasses.replace(recipe, images=args.images)
-    if args.precision is not None:
-        recipe = dataclasses.replace(recipe, precision=args.precision)
-    options = {"random": args.random, "weights": args.weights, "size": args.size}
+    return run_measuring(lambda: _measure(args), args.device)
 
-    def measure() -> Path:
-        warn_if_emulated(args.precision, args.device)
-        subject = transfer_subject(recipe, args.model, 0, **options)
-        layer = args.layer or recommended_layer(subject)
-        output = args.output or Path("runs") / "finetune" / subject.name
-        cifar10 = args.dataset == "cifar10" and not args.holdout and not args.size
-        own = not cifar10 or resolved(recipe, args.device) != resolved(TRANSFERS[args.recipe], args.device)
-        file = record_file(subject, own) if args.record else output / "rows.jsonl"
-        build_network(recipe, subject, layer, num_classes=2)
-        images = load_images(args.dataset, args.data, subject.size, args.download, args.holdout)
-        if args.size:
-            images = dataclasses.replace(images, name=f"{images.name} at {args.size} pixels")
-        if args.record:
-            check_whole(args.dataset, len(images.train), len(images.test))
-        for labels in args.labels_per_class or []:
-            labels_subset(images.train, labels)
-        check_rows(file)
-        trainings = [(labels, seed) for labels in args.labels_per_class or [None] for seed in range(args.seeds)]
-        for labels, seed in progress("trainings", len(trainings), "training", trainings, disable=len(trainings) == 1):
-            # a training uses its backbone up: each takes a new one
-            subject = transfer_subject(recipe, args.model, seed, **options)
-            row = measure_transfer(recipe, subject, layer, images, labels, args.draw, seed, args.device)
-            keep_row(row, file)
-        if not args.record:
-            write_report(output, file)
-        return file
 
-    return run_measuring(measure, args.device)
+def _measure(args: argparse.Namespace) -> Path:
+    """Train and measure what the options ask for; returns the file of the rows."""
+    warn_if_emulated(args.precision, args.device)
+    recipe = _recipe(args)
+    subject = _subject(recipe, args, args.seed)
+    layer = args.layer or recommended_layer(subject)
+    output = args.output or Path("runs") / "finetune" / subject.name
+    cifar10 = args.dataset == "cifar10" and not args.holdout and not args.size
+    own = not cifar10 or resolved(recipe, args.device) != resolved(TRANSFERS[args.recipe], args.device)
+    file = record_file(subject, own) if args.record else output / "rows.jsonl"
+    # what the options ask for in vain is an error now, not after the first training
+    build_network(recipe, subject, layer, num_classes=2)
+    images = load_images(args.dataset, args.data, subject.size, args.download, args.holdout)
+    images = dataclasses.replace(images, name=options.sized_name(images.name, args))
+    if args.record:
+        check_whole(args.dataset, len(images.train), len(images.test))
+    for labels in args.labels_per_class or []:
+        labels_subset(images.train, labels)
+    check_rows(file)
+    trainings = [(labels, seed) for labels in args.labels_per_class or [None] for seed in options.seeds(args)]
+    for labels, seed in progress("trainings", len(trainings), "training", trainings, disable=len(trainings) == 1):
+        subject = _subject(recipe, args, seed)
+        row = measure_transfer(recipe, subject, layer, images, labels, args.draw, seed, args.device)
+        keep_row(row, file)
+    if not args.record:
+        write_report(output, file)
+    return file
+
+
+def _recipe(args: argparse.Namespace) -> TransferRecipe:
+    given = {"images": args.images, "precision": args.precision}
+    return dataclasses.replace(
+        TRANSFERS[args.recipe], **{name: value for name, value in given.items() if value is not None}
+    )
+
+
+def _subject(recipe: TransferRecipe, args: argparse.Namespace, seed: int) -> Subject:
+    """A backbone of its own for the training of a seed, which changes it; ``--random`` weights are those of --seed."""
+    return transfer_subject(
+        recipe, args.model, seed, args.seed, random=args.random, weights=args.weights, size=args.size
+    )
