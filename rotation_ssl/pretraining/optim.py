@@ -103,10 +103,11 @@ def learning_rate_factor(schedule: Schedule, step: int, steps: int) -> float:
     return min(1.0, (steps - step) / max(1, steps - held))
 
 
-def create_scheduler(schedule: Schedule, optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
-    """The schedule for an optimizer, to be moved on after each of ``steps`` steps."""
-    # PyTorch's own chains multiply the last rate instead of the peak: the rates would differ in their last bits
-    return LambdaLR(optimizer, lambda step: learning_rate_factor(schedule, step, steps))
+def create_scheduler(schedule: Schedule, optimizer: torch.optim.Optimizer, steps: int, done: int = 0) -> LambdaLR:
+    """The schedule of a run of ``steps`` steps, for an optimizer that has taken ``done`` of them with it."""
+    # not the chained schedulers of PyTorch: they multiply the last rate instead of the peak, and the rates of published
+    # runs would differ in their last bits
+    return LambdaLR(optimizer, lambda step: learning_rate_factor(schedule, step, steps), last_epoch=done - 1)
 
 
 def set_learning_rates(optimizers: Sequence[torch.optim.Optimizer], factor: float) -> None:

@@ -206,5 +206,5 @@ def test_accelerate_gets_the_resolved_precision(set_flags, flags, computed):
 def test_an_accelerator_of_another_precision_is_refused(tmp_path):
     accelerator = create_accelerator(TINY, cpu=True)
     recipe = dataclasses.replace(TINY, precision="bf16")
-    with pytest.raises(ValueError, match=r"the accelerator computes in fp32, .* in bf16: make them one"):
+    with pytest.raises(ValueError, match=r"the accelerator computes in fp32, .* in bf16: use one precision for both"):
         pretrain(recipe, sample_images(), tmp_path / "run", accelerator)
