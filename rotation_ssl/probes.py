@@ -4,11 +4,13 @@ They measure features, so they know nothing of backbones: pair them with :func:`
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+from rotation_ssl.fit import fit
 
 LINEAR_STRENGTHS = (1e-1, 1e-2, 1e-3)
 
@@ -211,32 +213,31 @@ def train_probe(
         lr: rate of the first epochs.
         momentum: of SGD.
         weight_decay: of SGD, on all parameters.
-        autocast: compute in this type (torch.bfloat16) where PyTorch holds that safe; None: as the weights are.
+        autocast: compute in this type (torch.bfloat16) where PyTorch considers that safe; None: in the weights' type.
 
     Raises:
-        ValueError: an epoch without batches, or a loss that is no longer finite.
+        ValueError: an epoch without batches, or a loss that is not finite.
     """
     # fused: updating the 2.5 million weights of a wide first layer is otherwise a third of a step on CPUs
     optimizer = torch.optim.SGD(
         probe.parameters(), lr, momentum=momentum, weight_decay=weight_decay, nesterov=momentum > 0, fused=True
     )
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(milestones), factor)
-    probe.train()
-    for epoch in range(epochs):
-        loss = None
-        for features, labels in batches(epoch):
-            # without a cache, which would hold the weights as they were at the first step
-            with torch.autocast(features.device.type, autocast, enabled=autocast is not None, cache_enabled=False):
-                loss = F.cross_entropy(probe(features), labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        if loss is None:
-            raise ValueError(f"no features to train the probe on in epoch {epoch}")
-        if not loss.isfinite():
-            raise ValueError(f"the probe's loss became {loss.item()} in epoch {epoch}: check the features, or lower lr")
-        scheduler.step()
-    probe.eval()
+
+    def all_batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for epoch in range(epochs):
+            batch = None
+            for batch in batches(epoch):
+                yield batch
+            if batch is None:
+                raise ValueError(f"no features to train the probe on in epoch {epoch}")
+            scheduler.step()
+
+    def loss_of(batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        features, labels = batch
+        return F.cross_entropy(probe(features), labels)
+
+    fit(probe, all_batches(), loss_of, optimizer, name="the probe", autocast=autocast, quiet=True)
 
 
 def probe_predict(probe: nn.Module, features: torch.Tensor, batch_size: int = 1000) -> torch.Tensor:

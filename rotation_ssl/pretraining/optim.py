@@ -7,6 +7,7 @@ import torch
 from timm.optim import Muon as TimmMuon
 from timm.optim.muon import zeropower_via_newtonschulz
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from rotation_ssl.pretraining.recipe import AdamW, CosineSchedule, LinearSchedule, Muon, Sgd, StepSchedule
 
@@ -100,6 +101,13 @@ def learning_rate_factor(schedule: Schedule, step: int, steps: int) -> float:
         return (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
     held = warmup + round(schedule.hold * steps)
     return min(1.0, (steps - step) / max(1, steps - held))
+
+
+def create_scheduler(schedule: Schedule, optimizer: torch.optim.Optimizer, steps: int, done: int = 0) -> LambdaLR:
+    """The schedule of a run of ``steps`` steps, for an optimizer that has taken ``done`` of them with it."""
+    # not the chained schedulers of PyTorch: they multiply the last rate instead of the peak, and the rates of published
+    # runs would differ in their last bits
+    return LambdaLR(optimizer, lambda step: learning_rate_factor(schedule, step, steps), last_epoch=done - 1)
 
 
 def set_learning_rates(optimizers: Sequence[torch.optim.Optimizer], factor: float) -> None:

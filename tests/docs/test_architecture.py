@@ -17,6 +17,7 @@ LAYERS = (
     # the library: tensors and files in, tensors out
     {"rotation_ssl.messages", "rotation_ssl.files", "rotation_ssl.progress", "rotation_ssl.precision"},
     {"rotation_ssl.backbones.about"},
+    {"rotation_ssl.fit"},
     {"rotation_ssl.rotations", "rotation_ssl.features", "rotation_ssl.probes", "rotation_ssl.images"},
     {"rotation_ssl.eighths", "rotation_ssl.labelled"},
     {"rotation_ssl.convert"},

@@ -314,7 +314,7 @@ def test_rows_of_all_layers_are_measured_again_in_one_pass(small_tinyimagenet, m
     shorten_probes(monkeypatch, PROTOCOLS, ["linear-sgd"], epochs=2, milestones=(1,), batch_size=10)
     short = PROTOCOLS["linear-sgd"].recipes["cpu"]
     images = load_images("tinyimagenet", small_tinyimagenet, 64)
-    train, val = (imagenet.Labelled(part.images, part.labels, 10) for part in (images.train, images.test))
+    train, val = images.train, images.test
     measured = load_subject("rotnet_alexnet", random=True)
     layers = ["conv2", "conv5"]
     rows = [

@@ -150,7 +150,7 @@ def test_random_weights_are_reproducible_and_named(small_cifar10, tmp_path):
     first, second = (read_file(tmp_path / name / "rows.jsonl") for name in ("a", "b"))
     assert [(r.key, r.correct, r.sha256) for r in first] == [(r.key, r.correct, r.sha256) for r in second]
     assert {row.weights for row in first} == {"rotnet_nin.random"}
-    assert run("rotnet_nin", "--random", "--random-seed", 1, "--only", "rotation", "--data", small_cifar10,
+    assert run("rotnet_nin", "--random", "--seed", 1, "--only", "rotation", "--data", small_cifar10,
                "--output", tmp_path / "a") == 0  # fmt: skip
     rows = read_file(tmp_path / "a" / "rows.jsonl")
     assert len(rows) == len(first) + 1 and rows[-1].weights == "rotnet_nin.random1"

@@ -52,8 +52,7 @@ def test_a_frozen_backbone_does_not_move_and_a_trained_one_does(images):
         before = {key: tensor.clone() for key, tensor in network.backbone.state_dict().items()}
         assert len(network.backbone.blocks) == 2, "later blocks are dropped"
         prepare = preparation(subject.backbone, 32)
-        off = torch.autocast("cpu", enabled=False)
-        finetune.train_network(short(name), network, images.train, prepare, 0, "cpu", off)
+        finetune.train_network(short(name), network, images.train, prepare)
         same = all(torch.equal(tensor, before[key]) for key, tensor in network.backbone.state_dict().items())
         assert same is not moves and not network.training
     network = finetune.build_network(short("few-labels-cpu"), load_subject(NAME), "block2", 10)

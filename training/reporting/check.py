@@ -43,7 +43,7 @@ from rotation_ssl.progress import progress
 from rotation_ssl.zoo.golden import GOLDEN_TOLERANCE, golden_difference
 from training.datasets import DATASETS, dataset_of, load_images
 from training.evaluation.finetune import measure_transfer, transfer_subject
-from training.evaluation.layers import Labelled, measure_layers, square_size
+from training.evaluation.layers import measure_layers, square_size
 from training.evaluation.probes import measure_features, measure_rotation
 from training.evaluation.subject import Subject, subject_of_row
 from training.protocols import FROZEN, PROTOCOLS
@@ -148,8 +148,8 @@ def _probe_layers_again(rows: Sequence[Row], subject: Subject, load: Load, parts
         row = next(iter(by_layer.values()))
         recipe = _recipe(row)
         images = load(square_size(recipe, dataset_of(row.data)), False)
-        train, val = (Labelled(part.images, part.labels, len(part.classes)) for part in (images.train, images.test))
-        for new in measure_layers(recipe, subject, list(by_layer), train, val, images.name, seed=key[2] or 0):
+        train, val, layers = images.train, images.test, list(by_layer)
+        for new in measure_layers(recipe, subject, layers, train, val, images.name, seed=key[2] or 0):
             yield by_layer[new.layer], new
 
 
