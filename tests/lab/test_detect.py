@@ -15,10 +15,11 @@ from training.evaluation.subject import load_subject
 from training.reporting.rows import read_file
 from training.transfer import detection as detect
 from training.transfer.command import averages
-from training.transfer.data import CLASSES, AnnotatedImage, read_annotations
+from training.transfer.data import CLASSES, AnnotatedImage, open_pixels, read_annotations
 from training.transfer.detector import build_detector
 from training.transfer.metrics import average_precision, match_detections
 from training.transfer.network import transfer_network
+from training.transfer.pictures import draw_detections
 from training.transfer.proposals import check_proposals_file, grid_proposals, read_proposals, write_proposals
 from training.transfer.recipes import VOC_FAST_RCNN, VOC_FASTER_RCNN
 
@@ -94,6 +95,22 @@ def test_bfloat16_keeps_boxes_and_scores(mode, devkit, proposals, tmp_path):
         assert other["boxes"].dtype == other["scores"].dtype == torch.float32
         assert len(other["scores"].unique()) > 0.9 * len(other["scores"]) > 0
         assert abs(float(one["scores"].max() - other["scores"].max())) < 0.03
+
+
+def test_pictures_have_the_sure_detections(devkit, proposals, tmp_path):
+    arguments = ["rotnet_alexnet", "--random", "--data", devkit, "--output", tmp_path, "--steps", 1, "--side", 128]
+    options = ["--fc-size", 16, "--images-per-step", 1, "--pictures", 2, "--proposals", proposals]
+    assert run(*arguments, *options) == 0
+    assert sorted(file.name for file in (tmp_path / "pictures").iterdir()) == ["000007.png", "000008.png"]
+    image = read_annotations(devkit, "2007", "test")[0]
+    found = {
+        "boxes": torch.tensor([[10.0, 60, 100, 120], [0, 0, 50, 50]]),
+        "labels": torch.tensor([1, 2]),
+        "scores": torch.tensor([0.9, 0.2]),
+    }
+    picture = open_pixels(draw_detections(tmp_path, image.file, found, CLASSES))
+    assert picture.getpixel((40, 119)) == (128, 0, 0), "a frame of the class's colour"
+    assert (0, 128, 0) not in {picture.getpixel((x, 0)) for x in range(50)}, "not of an unsure one"
 
 
 def test_proposals_of_the_test_are_the_first_ones(devkit, proposals):

@@ -15,6 +15,7 @@ import torchvision
 from torch import nn
 from tqdm import tqdm
 
+from rotation_ssl.cli.options import positive
 from rotation_ssl.machine import device_name, library_versions
 from rotation_ssl.messages import counted
 from rotation_ssl.precision import AnyRecipe, add_precision_argument, resolved, warn_if_emulated
@@ -70,6 +71,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--workers", type=int, default=os.cpu_count() or 1, help="data-loading worker processes [all cores]")
     add("--device", default="cpu", help="cpu, cuda, cuda:1, mps [%(default)s]")
     add("--output", type=Path, help="new folder for rows, report and network [runs/voc/<weights>/<what is trained>]")
+
+
+def add_pictures_argument(parser: argparse.ArgumentParser) -> None:
+    """The option of the commands whose results can be drawn."""
+    told = "draw the results on the first N test images, into the output's folder pictures [%(default)s]"
+    parser.add_argument("--pictures", type=positive, default=0, metavar="N", help=told)
 
 
 def recipe_of(named: AnyRecipe, args: argparse.Namespace, **own: Any) -> AnyRecipe:

@@ -35,6 +35,7 @@ from training.reporting.report import run_measuring
 from training.transfer.checking import check_images
 from training.transfer.command import (
     add_arguments,
+    add_pictures_argument,
     averages,
     count_present,
     keep_numbers,
@@ -53,6 +54,7 @@ from training.transfer.data import (
 from training.transfer.detector import build_detector, set_sides
 from training.transfer.metrics import average_precision, match_detections
 from training.transfer.network import Draws, InOrder, autocast_of, batches, smallest_side, train_network
+from training.transfer.pictures import draw_detections
 from training.transfer.proposals import check_proposals_file, read_proposals
 from training.transfer.recipes import FAST_RCNNS, FASTER_RCNNS, VocDetection
 
@@ -214,6 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--side", type=int, help="shorter side of all images in pixels [the recipe's, several]")
     parser.add_argument("--regions", type=int, help="regions an image to train on [the recipe's]")
     parser.add_argument("--test-proposals", type=int, metavar="N", help="proposals an image in the test [the recipe's]")
+    add_pictures_argument(parser)
     args = parser.parse_args(arguments)
 
     def measure() -> Path:
@@ -228,10 +231,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             args, recipe, recipe.protocol.removeprefix("voc-"),
             lambda split: read_annotations(args.data, recipe.splits.year, split, args.classes),
         )  # fmt: skip
-        _, by_class = measure_detection(
+        detector, by_class = measure_detection(
             recipe, transfer.network, transfer.train, transfer.test, len(args.classes), args.proposals, args.device,
             args.seed, args.workers, transfer.output,
         )  # fmt: skip
+        pictured = transfer.test[: args.pictures]
+        for image, found in zip(pictured, detect(recipe, detector, pictured, args.proposals, args.device), strict=True):
+            draw_detections(transfer.output, image.file, found, args.classes)
         classes = counted(count_present(by_class), "class", "classes")
         settings = (
             f"{name}, {classes}, shorter side {', '.join(map(str, recipe.train_sides))} in training and"

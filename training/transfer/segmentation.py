@@ -36,6 +36,7 @@ from training.reporting.report import run_measuring
 from training.transfer.checking import check_images, check_masks
 from training.transfer.command import (
     add_arguments,
+    add_pictures_argument,
     count_present,
     keep_numbers,
     prepare_transfer,
@@ -45,6 +46,7 @@ from training.transfer.command import (
 from training.transfer.data import MaskedImage, check_large_enough, open_mask, open_pixels, pixels_tensor, read_masks
 from training.transfer.metrics import IGNORED, confusion_matrix, intersections_over_unions, mean_over_classes
 from training.transfer.network import Backbone, Draws, InOrder, autocast_of, batches, train_network
+from training.transfer.pictures import draw_segmentation
 from training.transfer.recipes import SEGMENTATIONS, VocSegmentation
 
 
@@ -173,13 +175,28 @@ def segment(
     load = functools.partial(_test_sample, tuple(images), classes - 1, recipe.longest)
     with torch.inference_mode(), autocast_of(recipe.training, network), progress("test", len(images)) as bar:
         for ((pixels, mask),) in batches(InOrder(load, len(images)), 1, workers):
-            logits = network(pixels[None].to(device))
-            if logits.shape[-2:] != mask.shape:
-                logits = F.interpolate(logits, size=mask.shape, mode="bilinear", align_corners=False)
-            predicted = logits.argmax(1)[0].cpu()
-            confusion += confusion_matrix(predicted, mask, classes)
+            confusion += confusion_matrix(predict(network, pixels.to(device), mask.shape).cpu(), mask, classes)
             bar.update()
     return confusion
+
+
+def predict(network: Fcn, pixels: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """The class of every pixel of an image (3, h, w) uint8, scaled up to ``size``: (H, W) int64."""
+    logits = network(pixels[None])
+    if logits.shape[-2:] != tuple(size):
+        logits = F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)
+    return logits.argmax(1)[0]
+
+
+def draw_pictures(
+    recipe: VocSegmentation, network: Fcn, images: Sequence[MaskedImage], output: Path, device: str = "cpu"
+) -> None:
+    """Write the predicted classes of images over them, into ``output``/pictures."""
+    classes = network.score.out_channels - 1
+    with torch.inference_mode(), autocast_of(recipe.training, network):
+        for index, image in enumerate(images):
+            pixels, mask = _test_sample(tuple(images), classes, recipe.longest, index)
+            draw_segmentation(output, image.file, predict(network, pixels.to(device), mask.shape).cpu(), classes)
 
 
 def measure_segmentation(
@@ -258,6 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     add_arguments(parser)
     parser.add_argument("--longest", type=int, metavar="PIXELS", help="longer side images are scaled to [the recipe's]")
+    add_pictures_argument(parser)
     args = parser.parse_args(arguments)
 
     def measure() -> Path:
@@ -265,10 +283,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         transfer = prepare_transfer(
             args, recipe, "segmentation", lambda split: read_masks(args.data, recipe.splits.year, split)
         )
-        _, values = measure_segmentation(
+        network, values = measure_segmentation(
             recipe, transfer.network, transfer.train, transfer.test, len(args.classes), args.device, args.seed,
             args.workers, transfer.output,
         )  # fmt: skip
+        draw_pictures(recipe, network, transfer.test[: args.pictures], transfer.output, args.device)
         by_class = {"IoU": values}
         row = transfer_row(
             transfer, args, mean_over_classes(values), "voc-segmentation",
