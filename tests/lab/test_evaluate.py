@@ -181,7 +181,7 @@ def test_the_size_is_what_stands_beside_the_weights(tmp_path):
     assert subject.load_subject("rotnet_nin", weights=file, size=64).size == 64
     for text in ("", "[]", "{}"):
         described.write_text(text)
-        with pytest.raises(ValueError, match=r"config\.json does not say the input_size of the weights beside it"):
+        with pytest.raises(ValueError, match=r"config\.json does not give the input_size of its weights"):
             subject.load_subject("rotnet_nin", weights=file)
     # of another file
     save_file(network.state_dict(), tmp_path / "mine.safetensors")

@@ -266,7 +266,7 @@ def test_two_processes_train_as_one(small_cifar10, tmp_path, capsys):
     stopped.write_text(STOPPED.format(root=str(ROOT), tests=str(ROOT / "tests")))
     two = [*arguments, str(tmp_path / "two")]
     result = torchrun(str(stopped), *two)
-    assert result.returncode != 0 and result.stderr.count("stopped; go on with --resume") == 1, result.stderr
+    assert result.returncode != 0 and result.stderr.count("stopped; continue with --resume") == 1, result.stderr
     assert find_checkpoint(tmp_path / "two").name == "step-000005"
     assert command.main([*two, "--resume"]) == 2
     assert "is of another run (processes 2 -> 1)" in capsys.readouterr().err
@@ -555,7 +555,7 @@ def test_memory_that_is_short_is_told_in_one_line(small_cifar10, tmp_path, monke
     fail("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore of it")
     assert command.main(arguments) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "error: CUDA out of memory. Tried to allocate 2.00 GiB. (give fewer --images-per-step, or take them in parts: "
+        "error: CUDA out of memory. Tried to allocate 2.00 GiB. (use fewer --images-per-step, or split a step: "
         "--accumulate)"
     )
     fail("a bug")
