@@ -14,7 +14,6 @@ import argparse
 import hashlib
 import json
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from PIL import Image
 
 from rotation_ssl.images import find_images, read_image, square
 from rotation_ssl.progress import progress
+from training.command import run
 
 SIZE = 192
 QUALITY = 85
@@ -233,10 +233,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     args = build_parser().parse_args(arguments)
-    try:
+
+    def work() -> None:
         listing = prepare(args.data, args.output, args.workers)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"wrote {listing['images']:,} images to {args.output}; left out {len(listing['left_out'])}")
-    return 0
+        print(f"wrote {listing['images']:,} images to {args.output}; left out {len(listing['left_out'])}")
+
+    return run(work)

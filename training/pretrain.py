@@ -21,13 +21,13 @@ from pathlib import Path
 
 import torch
 
-from rotation_ssl.machine import TURN_OFF
 from rotation_ssl.pretraining.command import execute
 from rotation_ssl.pretraining.loop import pretrain
 from rotation_ssl.pretraining.options import add_options
 from rotation_ssl.pretraining.recipe import Recipe
 from rotation_ssl.pretraining.setup import create_accelerator
 from rotation_ssl.pretraining.state import find_checkpoint
+from training.command import create_parser
 from training.datasets import open_unlabelled
 from training.recipes import RECIPES
 from training.reporting.rows import current_commit
@@ -50,16 +50,11 @@ def finished_run(recipe: Recipe, images: torch.Tensor, output: Path, device: str
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's options."""
-    recipes = "\n".join(
-        f"  {r.name:24s} {r.model}, {r.rotated_images:,} rotated images of {r.data}{'; ' + r.note if r.note else ''}"
+    recipes = (
+        f"{r.name:24s} {r.model}, {r.rotated_images:,} rotated images of {r.data}{'; ' + r.note if r.note else ''}"
         for r in RECIPES.values()
     )
-    parser = argparse.ArgumentParser(
-        prog="python -m training pretrain",
-        description=__doc__,
-        epilog=f"recipes:\n{recipes}\n\n{TURN_OFF}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = create_parser("pretrain", __doc__, recipes)
     parser.add_argument("recipe", choices=sorted(RECIPES), metavar="RECIPE", help="one of the recipes below")
     add_options(parser, "runs/RECIPE", Path("data/cifar10"))
     parser.add_argument(

@@ -37,6 +37,7 @@ from rotation_ssl.pretraining.augment import crop_and_flip
 from rotation_ssl.pretraining.optim import create_scheduler
 from rotation_ssl.probes import convolutional_probe, nonlinear_probe
 from rotation_ssl.progress import progress
+from training.command import create_parser
 from training.datasets import check_whole, load_images
 from training.evaluation import options
 from training.evaluation.recipes import TRANSFERS, TransferRecipe
@@ -281,7 +282,7 @@ def transfer_subject(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     lines = (f"{r.name:24s} {PROTOCOLS[r.protocol].title}, {r.images:,} crops" for r in TRANSFERS.values())
-    parser = options.command_parser("finetune", __doc__, lines)
+    parser = create_parser("finetune", __doc__, lines)
     parser.add_argument("recipe", choices=sorted(TRANSFERS), metavar="RECIPE", help="one of the recipes below")
     options.add_model(parser)
     parser.add_argument("--layer", help="last layer of the backbone that is kept [the recommended one]")

@@ -34,6 +34,7 @@ from rotation_ssl.precision import autocast_type, resolved, warn_if_emulated
 from rotation_ssl.pretraining.augment import Windows, crop_and_flip, take_windows
 from rotation_ssl.probes import max_pooled_probe
 from rotation_ssl.progress import progress
+from training.command import create_parser
 from training.datasets import DATASETS, check_whole, name_of
 from training.evaluation import options
 from training.evaluation.labelled import (
@@ -268,7 +269,7 @@ def _central(pixels: torch.Tensor) -> torch.Tensor:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     lines = (f"{r.name:26s} {counted(r.epochs, 'epoch')}; {r.note}" for r in LAYER_PROBES.values())
-    parser = options.command_parser("probe-layers", __doc__, lines)
+    parser = create_parser("probe-layers", __doc__, lines)
     parser.add_argument("recipe", choices=LAYER_PROBES, metavar="RECIPE", help="one of the recipes below")
     options.add_model(parser)
     parser.add_argument("--layers", nargs="+", metavar="LAYER", help="layers to probe [all]")

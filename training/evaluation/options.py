@@ -1,23 +1,10 @@
 """Options that several commands of this folder have: the same name and the same meaning everywhere."""
 
 import argparse
-from collections.abc import Iterable
 from pathlib import Path
 
-from rotation_ssl.machine import TURN_OFF
 from rotation_ssl.precision import add_precision_argument
 from training.datasets import DATASETS, FOLDER
-
-
-def command_parser(command: str, description: str | None, recipes: Iterable[str] = ()) -> argparse.ArgumentParser:
-    """The parser of ``python -m training COMMAND``, with a line of help for each recipe that it takes, if any."""
-    lines = "".join(f"  {line}\n" for line in recipes)
-    return argparse.ArgumentParser(
-        prog=f"python -m training {command}",
-        description=description,
-        epilog=f"recipes:\n{lines}\n{TURN_OFF}" if lines else TURN_OFF,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:

@@ -29,6 +29,7 @@ from rotation_ssl.features import layer_modules
 from rotation_ssl.labelled import Images, LabelledImages
 from rotation_ssl.precision import resolve_precision, warn_if_emulated
 from rotation_ssl.progress import progress
+from training.command import create_parser
 from training.datasets import DATASETS, check_whole, load_images
 from training.evaluation import options
 from training.evaluation.subject import Subject, load_subject, measured_row, record_file
@@ -83,7 +84,7 @@ def _row(subject: Subject, number: Number, data: str) -> Row:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    parser = options.command_parser("evaluate", __doc__)
+    parser = create_parser("evaluate", __doc__)
     options.add_model(parser)
     parser.add_argument(
         "--only", nargs="+", choices=PROTOCOLS, metavar="PROTOCOL",

@@ -37,10 +37,11 @@ from rotation_ssl import zoo
 from rotation_ssl.evaluation.frozen import PARTS
 from rotation_ssl.evaluation.measure import Measurement, images_to_run
 from rotation_ssl.labelled import Images
-from rotation_ssl.machine import TURN_OFF, keep_large_blocks
+from rotation_ssl.machine import keep_large_blocks
 from rotation_ssl.messages import counted
 from rotation_ssl.progress import progress
 from rotation_ssl.zoo.golden import GOLDEN_TOLERANCE, golden_difference
+from training.command import create_parser
 from training.datasets import DATASETS, dataset_of, load_images
 from training.evaluation.finetune import measure_transfer, transfer_subject
 from training.evaluation.layers import measure_layers, square_size
@@ -249,12 +250,7 @@ def _difference(row: Row, new: Row) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's options."""
-    parser = argparse.ArgumentParser(
-        prog="python -m training check",
-        description=__doc__,
-        epilog=TURN_OFF,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = create_parser("check", __doc__)
     parser.add_argument("--quick", action="store_true", help="check a part of the numbers, in minutes")
     parser.add_argument(
         "--only", nargs="+", choices=PROTOCOLS, metavar="ID", help=f"protocols: {', '.join(PROTOCOLS)} [all]"

@@ -12,15 +12,15 @@ committed, because a row names its commit. --list prints what is missing and mea
 
 import argparse
 import functools
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from rotation_ssl import zoo
 from rotation_ssl.labelled import Images
-from rotation_ssl.machine import TURN_OFF, keep_large_blocks
+from rotation_ssl.machine import keep_large_blocks
 from rotation_ssl.messages import counted
 from rotation_ssl.progress import progress
+from training.command import create_parser, run
 from training.datasets import check_whole, dataset_of, load_images
 from training.protocols import PROTOCOLS
 from training.reporting.check import measure_again
@@ -59,14 +59,23 @@ def _measure(wanted: Sequence[Row], args: argparse.Namespace) -> None:
         keep_row(row, args.results / f"{row.weights}.jsonl")
 
 
+def _work(args: argparse.Namespace) -> None:
+    check_device(args.device)
+    wanted = missing(args.weights, args.results)
+    wanted = [row for row in wanted if not args.only or row.protocol in args.only]
+    if args.list or not wanted:
+        verb = "is" if len(wanted) == 1 else "are"
+        print(*(row.number for row in wanted), f"{counted(len(wanted), 'number')} {verb} missing", sep="\n")
+        return
+    require_committed("the card")
+    for data in dict.fromkeys(row.data for row in wanted):
+        _measure([row for row in wanted if row.data == data], args)
+    print("next: python -m training publish figures, then python -m training publish render")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m training measure",
-        description=__doc__,
-        epilog=TURN_OFF,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = create_parser("measure", __doc__)
     parser.add_argument("weights", metavar="MODEL.TAG", help="name of bundled weights")
     add_data_arguments(parser)
     parser.add_argument(
@@ -77,22 +86,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu", help="device: cpu, cuda, cuda:1, mps [%(default)s]")
     args = parser.parse_args(arguments)
     keep_large_blocks()
-    try:
-        check_device(args.device)
-        wanted = missing(args.weights, args.results)
-        wanted = [row for row in wanted if not args.only or row.protocol in args.only]
-        if args.list or not wanted:
-            verb = "is" if len(wanted) == 1 else "are"
-            print(*(row.number for row in wanted), f"{counted(len(wanted), 'number')} {verb} missing", sep="\n")
-            return 0
-        require_committed("the card")
-        for data in dict.fromkeys(row.data for row in wanted):
-            _measure([row for row in wanted if row.data == data], args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; run the same command again to continue", file=sys.stderr)
-        return 130
-    print("next: python -m training publish figures, then python -m training publish render")
-    return 0
+    return run(lambda: _work(args))

@@ -28,6 +28,7 @@ from training.reporting.tables import (
 
 ROOT = Path(__file__).parent.parent.parent
 FIGURES = "docs/figures"
+FIGURES_DIR = ROOT / FIGURES
 ABLATION_FILE = RESULTS_DIR / "ablation" / "runs.jsonl"  # written by `training.studies.rotations`
 SPEED_FILE = RESULTS_DIR / "speed.json"  # written by `training.studies.benchmark speed --record`
 # the repository has no public address yet: this is the one place that names it

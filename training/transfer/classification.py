@@ -28,9 +28,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from rotation_ssl.evaluation.frozen import preparation
-from rotation_ssl.machine import TURN_OFF
 from rotation_ssl.messages import counted
 from rotation_ssl.progress import progress
+from training.command import create_parser
 from training.evaluation.subject import Subject
 from training.reporting.report import run_measuring
 from training.transfer.checking import check_images
@@ -219,34 +219,31 @@ def _crops(
     return torch.stack([random_crop(image, size, scales, rng) for _ in range(crops)])
 
 
+def _measure(args: argparse.Namespace) -> Path:
+    recipe = recipe_of(CLASSIFICATIONS[args.budget], args)
+    transfer = prepare_transfer(
+        args, recipe, f"classification-{args.layers}",
+        lambda split: read_annotations(args.data, recipe.splits.year, split, args.classes), recipe.size,
+    )  # fmt: skip
+    size = transfer.subject.size
+    by_class = measure_classification(
+        recipe, transfer.subject, transfer.network, args.layers, transfer.train, transfer.test, len(args.classes),
+        args.device, args.seed, args.workers, transfer.output,
+    )  # fmt: skip
+    classes, crops = counted(count_present(by_class), "class", "classes"), counted(recipe.test_crops, "crop")
+    settings = f"{classes}, {crops} of {size} pixels"
+    rows = [
+        transfer_row(transfer, args, value, f"voc-classification-{kind}", settings, args.layers)
+        for kind, value in averages(by_class).items()
+    ]
+    return keep_numbers(transfer.output, rows, by_class, args.classes)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m training voc", description=__doc__, epilog=TURN_OFF,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = create_parser("voc", __doc__)
     add_arguments(parser)
     parser.add_argument("--layers", choices=LAYERS, default="all", help="layers to train [%(default)s]")
     parser.add_argument("--size", type=int, help="side of the crops in pixels [the recipe's, or the model's own]")
     args = parser.parse_args(arguments)
-
-    def measure() -> Path:
-        recipe = recipe_of(CLASSIFICATIONS[args.budget], args)
-        transfer = prepare_transfer(
-            args, recipe, f"classification-{args.layers}",
-            lambda split: read_annotations(args.data, recipe.splits.year, split, args.classes), recipe.size,
-        )  # fmt: skip
-        size = transfer.subject.size
-        by_class = measure_classification(
-            recipe, transfer.subject, transfer.network, args.layers, transfer.train, transfer.test, len(args.classes),
-            args.device, args.seed, args.workers, transfer.output,
-        )  # fmt: skip
-        classes, crops = counted(count_present(by_class), "class", "classes"), counted(recipe.test_crops, "crop")
-        settings = f"{classes}, {crops} of {size} pixels"
-        rows = [
-            transfer_row(transfer, args, value, f"voc-classification-{kind}", settings, args.layers)
-            for kind, value in averages(by_class).items()
-        ]
-        return keep_numbers(transfer.output, rows, by_class, args.classes)
-
-    return run_measuring(measure, args.device)
+    return run_measuring(lambda: _measure(args), args.device)

@@ -28,9 +28,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from rotation_ssl.machine import TURN_OFF
 from rotation_ssl.messages import counted
 from rotation_ssl.progress import progress
+from training.command import create_parser
 from training.reporting.report import run_measuring
 from training.transfer.checking import check_images
 from training.transfer.command import (
@@ -205,12 +205,40 @@ def _mirrored(boxes: torch.Tensor, width: int) -> torch.Tensor:
     return torch.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], 1)
 
 
+def _measure(args: argparse.Namespace) -> Path:
+    sides = {} if args.side is None else {"train_sides": (args.side,), "test_side": args.side}
+    recipe = recipe_of((FAST_RCNNS if args.proposals else FASTER_RCNNS)[args.budget], args, **sides)
+    name, given = "Faster R-CNN", ""
+    if args.proposals:
+        check_proposals_file(args.proposals, [])
+        digest = hashlib.sha256(args.proposals.read_bytes()).hexdigest()[:12]
+        name, given = "Fast R-CNN", f", proposals {digest}, the first {recipe.test_proposals:,} in the test"
+    transfer = prepare_transfer(
+        args, recipe, recipe.protocol.removeprefix("voc-"),
+        lambda split: read_annotations(args.data, recipe.splits.year, split, args.classes),
+    )  # fmt: skip
+    detector, by_class = measure_detection(
+        recipe, transfer.network, transfer.train, transfer.test, len(args.classes), args.proposals, args.device,
+        args.seed, args.workers, transfer.output,
+    )  # fmt: skip
+    pictured = transfer.test[: args.pictures]
+    for image, found in zip(pictured, detect(recipe, detector, pictured, args.proposals, args.device), strict=True):
+        draw_detections(transfer.output, image.file, found, args.classes)
+    classes = counted(count_present(by_class), "class", "classes")
+    settings = (
+        f"{name}, {classes}, shorter side {', '.join(map(str, recipe.train_sides))} in training and"
+        f" {recipe.test_side} in the test{given}"
+    )
+    rows = [
+        transfer_row(transfer, args, value, f"{recipe.protocol}-{kind}", settings)
+        for kind, value in averages(by_class).items()
+    ]
+    return keep_numbers(transfer.output, rows, by_class, args.classes)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m training detect", description=__doc__, epilog=TURN_OFF,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = create_parser("detect", __doc__)
     add_arguments(parser)
     parser.add_argument("--proposals", type=Path, metavar="FILE", help="regions of every image: Fast R-CNN")
     parser.add_argument("--side", type=int, help="shorter side of all images in pixels [the recipe's, several]")
@@ -218,35 +246,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--test-proposals", type=int, metavar="N", help="proposals an image in the test [the recipe's]")
     add_pictures_argument(parser)
     args = parser.parse_args(arguments)
-
-    def measure() -> Path:
-        sides = {} if args.side is None else {"train_sides": (args.side,), "test_side": args.side}
-        recipe = recipe_of((FAST_RCNNS if args.proposals else FASTER_RCNNS)[args.budget], args, **sides)
-        name, given = "Faster R-CNN", ""
-        if args.proposals:
-            check_proposals_file(args.proposals, [])
-            digest = hashlib.sha256(args.proposals.read_bytes()).hexdigest()[:12]
-            name, given = "Fast R-CNN", f", proposals {digest}, the first {recipe.test_proposals:,} in the test"
-        transfer = prepare_transfer(
-            args, recipe, recipe.protocol.removeprefix("voc-"),
-            lambda split: read_annotations(args.data, recipe.splits.year, split, args.classes),
-        )  # fmt: skip
-        detector, by_class = measure_detection(
-            recipe, transfer.network, transfer.train, transfer.test, len(args.classes), args.proposals, args.device,
-            args.seed, args.workers, transfer.output,
-        )  # fmt: skip
-        pictured = transfer.test[: args.pictures]
-        for image, found in zip(pictured, detect(recipe, detector, pictured, args.proposals, args.device), strict=True):
-            draw_detections(transfer.output, image.file, found, args.classes)
-        classes = counted(count_present(by_class), "class", "classes")
-        settings = (
-            f"{name}, {classes}, shorter side {', '.join(map(str, recipe.train_sides))} in training and"
-            f" {recipe.test_side} in the test{given}"
-        )
-        rows = [
-            transfer_row(transfer, args, value, f"{recipe.protocol}-{kind}", settings)
-            for kind, value in averages(by_class).items()
-        ]
-        return keep_numbers(transfer.output, rows, by_class, args.classes)
-
-    return run_measuring(measure, args.device)
+    return run_measuring(lambda: _measure(args), args.device)

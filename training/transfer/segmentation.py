@@ -29,9 +29,9 @@ from torch.nn import functional as F
 
 from rotation_ssl.backbones.alexnet import POOL_SIZE, RotNetAlexNet
 from rotation_ssl.images import normalize
-from rotation_ssl.machine import TURN_OFF
 from rotation_ssl.messages import counted
 from rotation_ssl.progress import progress
+from training.command import create_parser
 from training.reporting.report import run_measuring
 from training.transfer.checking import check_images, check_masks
 from training.transfer.command import (
@@ -267,33 +267,30 @@ def _test_sample(
     return pixels_tensor(pixels), open_mask(image.mask, classes)
 
 
+def _measure(args: argparse.Namespace) -> Path:
+    recipe = recipe_of(SEGMENTATIONS[args.budget], args)
+    transfer = prepare_transfer(
+        args, recipe, "segmentation", lambda split: read_masks(args.data, recipe.splits.year, split)
+    )
+    network, values = measure_segmentation(
+        recipe, transfer.network, transfer.train, transfer.test, len(args.classes), args.device, args.seed,
+        args.workers, transfer.output,
+    )  # fmt: skip
+    draw_pictures(recipe, network, transfer.test[: args.pictures], transfer.output, args.device)
+    by_class = {"IoU": values}
+    row = transfer_row(
+        transfer, args, mean_over_classes(values), "voc-segmentation",
+        f"FCN, {counted(count_present(by_class), 'class', 'classes')} with the background"
+        + (f", longer side {recipe.longest} pixels" if recipe.longest else ""),
+    )  # fmt: skip
+    return keep_numbers(transfer.output, [row], by_class, ("background", *args.classes))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m training segment", description=__doc__, epilog=TURN_OFF,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = create_parser("segment", __doc__)
     add_arguments(parser)
     parser.add_argument("--longest", type=int, metavar="PIXELS", help="longer side images are scaled to [the recipe's]")
     add_pictures_argument(parser)
     args = parser.parse_args(arguments)
-
-    def measure() -> Path:
-        recipe = recipe_of(SEGMENTATIONS[args.budget], args)
-        transfer = prepare_transfer(
-            args, recipe, "segmentation", lambda split: read_masks(args.data, recipe.splits.year, split)
-        )
-        network, values = measure_segmentation(
-            recipe, transfer.network, transfer.train, transfer.test, len(args.classes), args.device, args.seed,
-            args.workers, transfer.output,
-        )  # fmt: skip
-        draw_pictures(recipe, network, transfer.test[: args.pictures], transfer.output, args.device)
-        by_class = {"IoU": values}
-        row = transfer_row(
-            transfer, args, mean_over_classes(values), "voc-segmentation",
-            f"FCN, {counted(count_present(by_class), 'class', 'classes')} with the background"
-            + (f", longer side {recipe.longest} pixels" if recipe.longest else ""),
-        )  # fmt: skip
-        return keep_numbers(transfer.output, [row], by_class, ("background", *args.classes))
-
-    return run_measuring(measure, args.device)
+    return run_measuring(lambda: _measure(args), args.device)

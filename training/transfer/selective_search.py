@@ -33,6 +33,7 @@ from torchvision.ops import box_iou
 from tqdm import tqdm
 
 from rotation_ssl.progress import progress
+from training.command import create_parser, run
 from training.transfer.data import CLASSES, AnnotatedImage, open_pixels, read_annotations
 from training.transfer.network import InOrder, batches
 from training.transfer.proposals import write_proposals
@@ -178,11 +179,22 @@ def _opencv() -> Any:
     return cv2
 
 
+def _work(args: argparse.Namespace) -> None:
+    if min(args.scale, args.most) < 1:
+        raise ValueError("--scale and --most must be at least 1")
+    _opencv()
+    read = (image for split in args.split for image in read_annotations(args.data, args.year, split, args.classes))
+    images = list({image.name: image for image in read}.values())
+    regions = search_images(images, args.output, args.scale, args.most, args.workers)
+    mean = sum(map(len, regions.values())) / len(images)
+    found, first = recall(images, regions), recall(images, regions, 300)
+    print(f"{args.output}: {len(images):,} images, {mean:.0f} regions each")
+    print(f"recall at 0.5 IoU {found:.1%}, of the first 300 regions {first:.1%}")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m training proposals", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = create_parser("proposals", __doc__)
     parser.add_argument("--data", type=Path, default=Path("data/VOCdevkit"), help="the VOCdevkit folder [%(default)s]")
     parser.add_argument("--year", default="2007", help="year of VOCdevkit/VOC<year> [%(default)s]")
     parser.add_argument("--split", nargs="+", default=["trainval", "test"], help="image lists [trainval test]")
@@ -192,25 +204,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="worker processes [all cores]")
     parser.add_argument("--output", type=Path, required=True, help="safetensors file to write")
     args = parser.parse_args(arguments)
-    try:
-        if min(args.scale, args.most) < 1:
-            raise ValueError("--scale and --most must be at least 1")
-        _opencv()
-        by_name = {
-            image.name: image
-            for split in args.split
-            for image in read_annotations(args.data, args.year, split, args.classes)
-        }
-        images = list(by_name.values())
-        regions = search_images(images, args.output, args.scale, args.most, args.workers)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; run the same command again to go on", file=sys.stderr)
-        return 130
-    mean = sum(map(len, regions.values())) / len(images)
-    found, first = recall(images, regions), recall(images, regions, 300)
-    print(f"{args.output}: {len(images):,} images, {mean:.0f} regions each")
-    print(f"recall at 0.5 IoU {found:.1%}, of the first 300 regions {first:.1%}")
-    return 0
+    return run(lambda: _work(args))
