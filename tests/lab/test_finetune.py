@@ -122,9 +122,10 @@ def test_any_timm_model_is_cut_at_a_layer(images):
 def test_random_draws_differ_by_seed_and_are_kept_apart(small_cifar10, tmp_path):
     arguments = ("few-labels-cpu", "rotnet_nin", "--images", 128, "--data", small_cifar10, "--output", tmp_path)
     assert run(*arguments, "--labels-per-class", 1, "--draw", "random", "--seeds", 2) == 0
-    assert run(*arguments, "--labels-per-class", 1) == 0
+    assert run(*arguments, "--labels-per-class", 1, "--seed", 5) == 0
     rows = read_file(tmp_path / "rows.jsonl")
-    assert [(row.draw, row.seed) for row in rows] == [("random", 0), ("random", 1), ("first", 0)]
+    assert [(row.draw, row.seed) for row in rows] == [("random", 0), ("random", 1), ("first", 5)]
+    assert run(*arguments, "--seeds", 0) == 2
     assert " ± " in (tmp_path / "report.md").read_text()
 
 
