@@ -1,9 +1,9 @@
 """List, fetch, verify and convert weights, compute features of a folder of images, evaluate and pretrain.
 
     rotation-ssl list                          all published weights, and which are on this machine
-    rotation-ssl info rotnet_nin.cifar10       what is known of one
-    rotation-ssl fetch TAG                     put it into the cache: later loads need no network
-    rotation-ssl verify [TAG | FILE]           hash again, and compare golden outputs
+    rotation-ssl info rotnet_nin.cifar10       what is known about one
+    rotation-ssl fetch TAG                     download it into the cache: later loads need no network
+    rotation-ssl verify [TAG | FILE]           hash the weights and compare golden outputs
     rotation-ssl convert FILE -o FOLDER        other people's checkpoints, for timm's local-dir:
     rotation-ssl features IMAGES -o FILE       features of a layer for every image of a folder
     rotation-ssl evaluate MODEL --data FOLDER  k-NN and probes of every layer, on labelled images

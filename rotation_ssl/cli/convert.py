@@ -14,14 +14,14 @@ from rotation_ssl.files import sha256_of
 def add(commands: Any) -> None:
     """Add the command."""
     added = add_command(
-        commands, "convert", run, "turn another project's checkpoint into a folder that timm's local-dir: takes"
+        commands, "convert", run, "convert another project's checkpoint into a folder for timm's local-dir:"
     )
     added.add_argument(
-        "file", type=Path, metavar="FILE", help="of the authors, VISSL, mmselfsup, or a ResNet; .tar.gz too"
+        "file", type=Path, metavar="FILE", help="checkpoint of the authors, VISSL, mmselfsup, or a ResNet; or .tar.gz"
     )
     added.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="new, or empty")
     added.add_argument("--epoch", type=int, help="which of an archive's checkpoints [the last]")
-    added.add_argument("--tag", help="name of the weights, as in model.tag [whose form they have]")
+    added.add_argument("--tag", help="name of the weights, as in model.tag [the project they come from]")
 
 
 def run(args: argparse.Namespace) -> int:

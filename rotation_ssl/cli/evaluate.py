@@ -21,7 +21,7 @@ from rotation_ssl.precision import add_precision_argument, resolve_precision, wa
 
 DETAILS = """
 
-FOLDER holds train/<class>/* and test/<class>/* (or val/). k-NN and the probes take features of one frozen pass over the
+FOLDER has train/<class>/* and test/<class>/* (or val/). k-NN and the probes take features of one frozen pass over the
 images. A linear probe's strength is chosen on the last tenth of the training images, nothing on the test images. The
 numbers are printed as they come; report.md, report.json and report.png are written to --output after each.
 """
@@ -46,7 +46,7 @@ def add(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
     if (args.output / "report.json").exists():
-        raise ValueError(f"{args.output} holds a report already: give another --output")
+        raise ValueError(f"{args.output} already contains a report: give another --output")
     new_figure()  # refused before the work where it cannot be drawn
     model = load_model(args.model, args.device).eval().to(memory_format=torch.channels_last)
     warn_if_emulated(args.precision, args.device)

@@ -11,9 +11,9 @@ from rotation_ssl.pretraining.recipe import FOLDER
 
 DETAILS = """
 
-The images below --data, in any folders, are turned by 0, 90, 180 and 270 degrees, and the backbone learns which.
-Images that fit into memory are read once, others are decoded by --workers as they come; broken ones are passed over,
-counted and named. The output folder gets a checkpoint every few minutes, and at the end what
+The images below --data, in any folders, are rotated by 0, 90, 180 and 270 degrees, and the backbone learns by which.
+Images that fit into memory are read once, others are decoded by --workers as they come; broken images are skipped,
+counted and listed. The output folder gets a checkpoint every few minutes, and at the end what
 timm.create_model("local-dir:OUTPUT", pretrained=True) takes, with run.json, metrics.jsonl and curve.png. Ctrl-C saves a
 checkpoint and stops; --resume goes on from it, to the same weights as without the stop. It needs the extra: pip install
 'rotation-ssl[train]'. On Linux glibc is told to keep large blocks, which is faster; ROTATION_SSL_MALLOPT=0 turns that

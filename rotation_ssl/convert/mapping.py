@@ -4,8 +4,8 @@ Known are the authors' release (https://github.com/gidariss/FeatureLearningRotNe
 and AlexNet), VISSL (https://github.com/facebookresearch/vissl: AlexNet, and ResNets in torchvision's names), mmselfsup
 (https://github.com/open-mmlab/mmselfsup, rotation_pred) and ResNets in torchvision's names from elsewhere.
 
-Class k of a head means turned k x 90 degrees counter-clockwise, in all of them but mmselfsup, whose rotations run
-clockwise: its classes 1 and 3 change places.
+Class k of a head means rotated by k x 90 degrees counter-clockwise, except in mmselfsup, which rotates clockwise: its
+classes 1 and 3 are swapped.
 """
 
 import re
@@ -71,7 +71,7 @@ def convert(checkpoint: Any) -> Converted:
             error lists them), or values that are not finite.
     """
     if not isinstance(checkpoint, Mapping):
-        raise ValueError(f"the checkpoint holds {type(checkpoint).__name__}, not a dict of tensors")
+        raise ValueError(f"the checkpoint contains {type(checkpoint).__name__}, not a dict of tensors")
     if "classy_state_dict" in checkpoint:
         found = _from_vissl(checkpoint)
     else:
@@ -119,7 +119,7 @@ def _tensors(checkpoint: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     if not state:
         # only keys of text are shown: others, nested tuples for example, may have no text
         keys = sorted(key if isinstance(key, str) else f"a key of type {type(key).__name__}" for key in checkpoint)
-        raise ValueError(f"the checkpoint holds no tensors; its keys are {some(keys)}")
+        raise ValueError(f"the checkpoint contains no tensors; its keys are {some(keys)}")
     while prefix := next((p for p in _PREFIXES if any(key.startswith(p) for key in state)), None):
         stripped = {key.removeprefix(prefix): value for key, value in state.items()}
         if len(stripped) < len(state):
@@ -213,7 +213,7 @@ def _from_resnet(state: dict[str, torch.Tensor], origin: str, left_out: tuple[st
     model = _RESNETS.get((tuple(depths), bottleneck))
     if model is None or "conv1.weight" not in state:
         raise ValueError(
-            f"a checkpoint of no form that is known here ({some(sorted(state))}): known are the authors' release,"
+            f"a checkpoint of an unknown form ({some(sorted(state))}): known are the authors' release,"
             " VISSL, mmselfsup's rotation_pred, and ResNets in torchvision's names"
         )
     return Converted(model, _classes(state, "fc"), _with_counters(state), origin, left_out=left_out)
@@ -259,7 +259,7 @@ def _check(found: Converted) -> None:
             if value.dtype not in (FLOATS if wanted.is_floating_point() else {wanted.dtype})
         ],
         "has values that are not finite in": [
-            # as float32, the type of the model: a larger double is none there
+            # as float32, the type of the model, which cannot represent a larger double
             key
             for key, value, wanted in both
             if value.dtype in FLOATS and value.shape == wanted.shape and not value.float().isfinite().all()

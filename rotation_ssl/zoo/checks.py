@@ -1,4 +1,4 @@
-"""Whether tensors are the weights of a model: timm loads a file of entirely wrong keys without an error."""
+"""Check that tensors are the weights of a model: timm would load a file of entirely wrong keys without an error."""
 
 import warnings
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ def read_tensors(content: bytes, source: str) -> dict[str, torch.Tensor]:
 def unwrap(state_dict: Mapping[str, torch.Tensor], source: str) -> dict[str, torch.Tensor]:
     """Tensors without the prefixes of DistributedDataParallel and torch.compile, as timm reads them from a file."""
     if not state_dict or not all(isinstance(value, torch.Tensor) for value in state_dict.values()):
-        raise ValueError(f"{source} must hold tensors, and nothing else; nothing was loaded")
+        raise ValueError(f"{source} must contain tensors, and nothing else; nothing was loaded")
     unwrapped: dict[str, torch.Tensor] = clean_state_dict(dict(state_dict))
     if len(unwrapped) < len(state_dict):
         twice = [
@@ -104,8 +104,8 @@ def check_state_dict(
     ]
     if types:
         raise ValueError(f"{source} does not fit {type(model).__name__}: types {some(types, 3)}; nothing was loaded")
-    # in the model's type: a larger double is none there
+    # in the model's type, which cannot represent a larger double
     broken = [key for key, value in expected.items() if not state_dict[key].to(value.dtype).isfinite().all()]
     if broken:
-        raise ValueError(f"{source} holds values that are not finite in {some(broken, 3)}; nothing was loaded")
+        raise ValueError(f"{source} contains values that are not finite in {some(broken, 3)}; nothing was loaded")
     return state_dict

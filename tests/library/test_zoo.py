@@ -237,7 +237,7 @@ def test_one_of_the_fc_layers_alone_is_refused(tmp_path):
 )
 def test_files_that_do_not_fit_are_refused_even_where_timm_is_lenient(nin_state, tmp_path, change, message, kwargs):
     with pytest.raises(
-        ValueError, match=rf"mine\.safetensors (does not fit RotNetNIN: .*|holds values that are ){message}"
+        ValueError, match=rf"mine\.safetensors (does not fit RotNetNIN: .*|contains values that are ){message}"
     ):
         from_file(saved(change(nin_state), tmp_path / "mine.safetensors"), **kwargs)
 
@@ -293,7 +293,7 @@ def test_the_same_key_with_and_without_a_prefix_is_refused(nin_state, tmp_path):
 
 @pytest.mark.parametrize("given", [{}, {"epoch": 3}])
 def test_a_state_dict_that_holds_no_tensors_is_refused(given):
-    with pytest.raises(ValueError, match="the state_dict given must hold tensors, and nothing else"):
+    with pytest.raises(ValueError, match="the state_dict given must contain tensors, and nothing else"):
         timm.create_model("rotnet_nin", pretrained=True, pretrained_cfg_overlay={"state_dict": given})
 
 
