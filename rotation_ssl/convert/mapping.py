@@ -241,13 +241,16 @@ def _classes(state: Mapping[str, torch.Tensor], classifier: str) -> int:
     return 0 if weight is None or weight.ndim == 0 or weight.numel() == 0 else len(weight)
 
 
-def _check(found: Converted) -> None:
-    model = timm.create_model(found.model, num_classes=found.num_classes, device="meta", **found.model_args)
-    expected = model.state_dict()
-    both = [(key, value, expected[key]) for key, value in found.state_dict.items() if key in expected]
+def misfits(tensors: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], most: int = 10) -> str:
+    """What keeps tensors from being a model's state dict, for an error that begins with 'it'; '' if they fit.
+
+    They must have its keys and shapes, any float type for a float and the same type for others, and finite values.
+    ``expected`` may be on the meta device; of each list of keys ``most`` are named.
+    """
+    both = [(key, value, expected[key]) for key, value in tensors.items() if key in expected]
     problems = {
-        "lacks": [key for key in expected if key not in found.state_dict],
-        "has unknown": [key for key in found.state_dict if key not in expected],
+        "lacks": [key for key in expected if key not in tensors],
+        "has unknown": [key for key in tensors if key not in expected],
         "has other shapes of": [
             f"{key} {tuple(value.shape)} for {tuple(wanted.shape)}"
             for key, value, wanted in both
@@ -259,15 +262,19 @@ def _check(found: Converted) -> None:
             if value.dtype not in (FLOATS if wanted.is_floating_point() else {wanted.dtype})
         ],
         "has values that are not finite in": [
-            # as float32, the type of the model, which cannot represent a larger double
+            # in the model's type, which cannot represent a larger double
             key
             for key, value, wanted in both
-            if value.dtype in FLOATS and value.shape == wanted.shape and not value.float().isfinite().all()
+            if value.dtype in FLOATS and value.shape == wanted.shape and not value.to(wanted.dtype).isfinite().all()
         ],
     }
-    told = [f"{what} {some(keys)}" for what, keys in problems.items() if keys]
-    if told:
-        raise ValueError(f"the checkpoint, of {found.origin}, does not fit {found.model}: it {'; it '.join(told)}")
+    return "; it ".join(f"{what} {some(keys, most)}" for what, keys in problems.items() if keys)
+
+
+def _check(found: Converted) -> None:
+    model = timm.create_model(found.model, num_classes=found.num_classes, device="meta", **found.model_args)
+    if told := misfits(found.state_dict, model.state_dict()):
+        raise ValueError(f"the checkpoint, of {found.origin}, does not fit {found.model}: it {told}")
 
 
 def _authors_key(key: str) -> str | None:
