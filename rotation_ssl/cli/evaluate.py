@@ -46,7 +46,7 @@ def add(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
     if (args.output / "report.json").exists():
-        raise ValueError(f"{args.output} holds a report already: give another --output")
+        raise ValueError(f"{args.output} already contains a report: give another --output")
     new_figure()  # refused before the work where it cannot be drawn
     model = load_model(args.model, args.device).eval().to(memory_format=torch.channels_last)
     warn_if_emulated(args.precision, args.device)

@@ -23,7 +23,7 @@ def add(commands: Any) -> None:
 def describe(name: str) -> dict[str, Any]:
     """An entry of the manifest with 'name', and 'here': the file on this machine, None when it is not there.
 
-    Of weights of a release 'fetched' is what was recorded when they were downloaded.
+    Of weights of a release 'fetched' is what was recorded at the download.
     """
     here = zoo.cached_file(name)
     described = {"name": name, **zoo.manifest()[name], "here": str(here) if here else None}

@@ -58,12 +58,12 @@ def write_folder(converted: Converted, folder: Path, tag: str, provenance: Mappi
 def write_config(
     model: nn.Module, content: bytes, file: Path, cfg: Mapping[str, Any], provenance: Mapping[str, Any]
 ) -> None:
-    """Write the config.json that stands beside a file of weights: see :func:`write_folder`.
+    """Write the config.json that describes a file of weights: see :func:`write_folder`.
 
     Args:
-        model: as it is to be made again: its own arguments are part of the description.
+        model: the one to describe; its arguments become part of the description.
         content: of the weights' file.
-        file: to write, whole or not at all.
+        file: where to write it, completely or not at all.
         cfg: what differs from the pretrained_cfg of the architecture's default weights.
         provenance: where the weights come from, as JSON.
     """
@@ -77,7 +77,7 @@ def write_config(
     def write(path: Path) -> None:
         save_config_for_hf(model, str(path), model_config=described)
         config = json.loads(path.read_text())
-        # both read it at the top level; transformers passes it beside model_args, where it would be given twice
+        # both read it at the top level; transformers also passes model_args, which would give it twice
         config.get("model_args", {}).pop("num_classes", None)
         path.write_text(json.dumps(config, indent=2))
 

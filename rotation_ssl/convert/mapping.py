@@ -4,8 +4,8 @@ Known are the authors' release (https://github.com/gidariss/FeatureLearningRotNe
 and AlexNet), VISSL (https://github.com/facebookresearch/vissl: AlexNet, and ResNets in torchvision's names), mmselfsup
 (https://github.com/open-mmlab/mmselfsup, rotation_pred) and ResNets in torchvision's names from elsewhere.
 
-Class k of a head means turned k x 90 degrees counter-clockwise, in all of them but mmselfsup, whose rotations run
-clockwise: its classes 1 and 3 change places.
+Class k of a head means rotated by k x 90 degrees counter-clockwise, except in mmselfsup, which rotates clockwise: its
+classes 1 and 3 are swapped.
 """
 
 import re
@@ -71,7 +71,7 @@ def convert(checkpoint: Any) -> Converted:
             error lists them), or values that are not finite.
     """
     if not isinstance(checkpoint, Mapping):
-        raise ValueError(f"the checkpoint holds {type(checkpoint).__name__}, not a dict of tensors")
+        raise ValueError(f"the checkpoint contains {type(checkpoint).__name__}, not a dict of tensors")
     if "classy_state_dict" in checkpoint:
         found = _from_vissl(checkpoint)
     else:
@@ -119,7 +119,7 @@ def _tensors(checkpoint: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     if not state:
         # only keys of text are shown: others, nested tuples for example, may have no text
         keys = sorted(key if isinstance(key, str) else f"a key of type {type(key).__name__}" for key in checkpoint)
-        raise ValueError(f"the checkpoint holds no tensors; its keys are {some(keys)}")
+        raise ValueError(f"the checkpoint contains no tensors; its keys are {some(keys)}")
     while prefix := next((p for p in _PREFIXES if any(key.startswith(p) for key in state)), None):
         stripped = {key.removeprefix(prefix): value for key, value in state.items()}
         if len(stripped) < len(state):
@@ -213,7 +213,7 @@ def _from_resnet(state: dict[str, torch.Tensor], origin: str, left_out: tuple[st
     model = _RESNETS.get((tuple(depths), bottleneck))
     if model is None or "conv1.weight" not in state:
         raise ValueError(
-            f"a checkpoint of no form that is known here ({some(sorted(state))}): known are the authors' release,"
+            f"a checkpoint of an unknown form ({some(sorted(state))}): known are the authors' release,"
             " VISSL, mmselfsup's rotation_pred, and ResNets in torchvision's names"
         )
     return Converted(model, _classes(state, "fc"), _with_counters(state), origin, left_out=left_out)
@@ -241,13 +241,16 @@ def _classes(state: Mapping[str, torch.Tensor], classifier: str) -> int:
     return 0 if weight is None or weight.ndim == 0 or weight.numel() == 0 else len(weight)
 
 
-def _check(found: Converted) -> None:
-    model = timm.create_model(found.model, num_classes=found.num_classes, device="meta", **found.model_args)
-    expected = model.state_dict()
-    both = [(key, value, expected[key]) for key, value in found.state_dict.items() if key in expected]
+def misfits(tensors: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], most: int = 10) -> str:
+    """What keeps tensors from being a model's state dict, for an error that begins with 'it'; '' if they fit.
+
+    They must have its keys and shapes, any float type for a float and the same type for others, and finite values.
+    ``expected`` may be on the meta device; of each list of keys ``most`` are named.
+    """
+    both = [(key, value, expected[key]) for key, value in tensors.items() if key in expected]
     problems = {
-        "lacks": [key for key in expected if key not in found.state_dict],
-        "has unknown": [key for key in found.state_dict if key not in expected],
+        "lacks": [key for key in expected if key not in tensors],
+        "has unknown": [key for key in tensors if key not in expected],
         "has other shapes of": [
             f"{key} {tuple(value.shape)} for {tuple(wanted.shape)}"
             for key, value, wanted in both
@@ -259,15 +262,19 @@ def _check(found: Converted) -> None:
             if value.dtype not in (FLOATS if wanted.is_floating_point() else {wanted.dtype})
         ],
         "has values that are not finite in": [
-            # as float32, the type of the model: a larger double is none there
+            # in the model's type, which cannot represent a larger double
             key
             for key, value, wanted in both
-            if value.dtype in FLOATS and value.shape == wanted.shape and not value.float().isfinite().all()
+            if value.dtype in FLOATS and value.shape == wanted.shape and not value.to(wanted.dtype).isfinite().all()
         ],
     }
-    told = [f"{what} {some(keys)}" for what, keys in problems.items() if keys]
-    if told:
-        raise ValueError(f"the checkpoint, of {found.origin}, does not fit {found.model}: it {'; it '.join(told)}")
+    return "; it ".join(f"{what} {some(keys, most)}" for what, keys in problems.items() if keys)
+
+
+def _check(found: Converted) -> None:
+    model = timm.create_model(found.model, num_classes=found.num_classes, device="meta", **found.model_args)
+    if told := misfits(found.state_dict, model.state_dict()):
+        raise ValueError(f"the checkpoint, of {found.origin}, does not fit {found.model}: it {told}")
 
 
 def _authors_key(key: str) -> str | None:

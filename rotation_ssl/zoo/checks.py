@@ -1,4 +1,4 @@
-"""Whether tensors are the weights of a model: timm loads a file of entirely wrong keys without an error."""
+"""Check that tensors are the weights of a model: timm would load a file of entirely wrong keys without an error."""
 
 import warnings
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from safetensors.torch import load
 from timm.models import clean_state_dict
 from torch import nn
 
-from rotation_ssl.convert import FLOATS
+from rotation_ssl.convert import misfits
 from rotation_ssl.messages import some
 
 
@@ -26,7 +26,7 @@ def read_tensors(content: bytes, source: str) -> dict[str, torch.Tensor]:
 def unwrap(state_dict: Mapping[str, torch.Tensor], source: str) -> dict[str, torch.Tensor]:
     """Tensors without the prefixes of DistributedDataParallel and torch.compile, as timm reads them from a file."""
     if not state_dict or not all(isinstance(value, torch.Tensor) for value in state_dict.values()):
-        raise ValueError(f"{source} must hold tensors, and nothing else; nothing was loaded")
+        raise ValueError(f"{source} must contain tensors, and nothing else; nothing was loaded")
     unwrapped: dict[str, torch.Tensor] = clean_state_dict(dict(state_dict))
     if len(unwrapped) < len(state_dict):
         twice = [
@@ -78,34 +78,14 @@ def check_state_dict(
     head, stem = f"{cfg['classifier']}.", f"{cfg['first_conv']}.weight"
     fresh_head = model.num_classes != cfg["num_classes"]
     state_dict = _fit_optional(state_dict, model, source, optional, head)
-    expected = {k: v for k, v in model.state_dict().items() if not (fresh_head and k.startswith(head))}
-    missing = [key for key in expected if key not in state_dict]
-    unknown = [key for key in state_dict if key not in expected and not (fresh_head and key.startswith(head))]
-    if missing or unknown:
-        raise ValueError(
-            f"{source} does not fit {type(model).__name__}: it lacks {some(missing, 3)} and has {some(unknown, 3)} "
-            "that the model does not; nothing was loaded"
-        )
+    given, expected = (
+        {key: value for key, value in tensors.items() if not (fresh_head and key.startswith(head))}
+        for tensors in (state_dict, model.state_dict())
+    )
     channels = (cfg.get("input_size") or (3,))[0]
-    adapted = {key: value.shape for key, value in expected.items()}
-    if state_dict[stem].shape[1:2] == (channels,):
-        adapted[stem] = torch.Size((expected[stem].shape[0], channels, *expected[stem].shape[2:]))
-    wrong = [
-        f"{key} {tuple(state_dict[key].shape)} for {tuple(expected[key].shape)}"
-        for key, shape in adapted.items()
-        if state_dict[key].shape != shape
-    ]
-    if wrong:
-        raise ValueError(f"{source} does not fit {type(model).__name__}: shapes {some(wrong, 3)}; nothing was loaded")
-    types = [
-        f"{key} {state_dict[key].dtype} for {own.dtype}"
-        for key, own in expected.items()
-        if state_dict[key].dtype not in (FLOATS if own.is_floating_point() else {own.dtype})
-    ]
-    if types:
-        raise ValueError(f"{source} does not fit {type(model).__name__}: types {some(types, 3)}; nothing was loaded")
-    # in the model's type: a larger double is none there
-    broken = [key for key, value in expected.items() if not state_dict[key].to(value.dtype).isfinite().all()]
-    if broken:
-        raise ValueError(f"{source} holds values that are not finite in {some(broken, 3)}; nothing was loaded")
+    if stem in given and given[stem].shape[1:2] == (channels,):
+        out, _, *kernel = expected[stem].shape
+        expected[stem] = expected[stem].new_empty((out, channels, *kernel), device="meta")
+    if told := misfits(given, expected, most=3):
+        raise ValueError(f"{source} does not fit {type(model).__name__}: it {told}; nothing was loaded")
     return state_dict

@@ -1,4 +1,4 @@
-"""What published weights give for a few sample images, kept beside them: whether a machine computes the same."""
+"""What published weights give for a few sample images, stored with them: does this machine compute the same?"""
 
 from pathlib import Path
 
@@ -32,9 +32,9 @@ def golden_outputs(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def golden_difference(name: str) -> float:
-    """How far the outputs of published weights, as loaded and computed here, are from the golden ones, at most.
+    """The largest difference between the outputs of published weights on this machine and the golden ones.
 
-    nan where any of them is not a number. Compare with :data:`GOLDEN_TOLERANCE`.
+    nan if any output is not a number. Compare with :data:`GOLDEN_TOLERANCE`.
 
     Raises:
         ValueError: no such weights, or they cannot be loaded, or their golden outputs are missing or corrupt.

@@ -1,9 +1,8 @@
-"""From a model's name to weights that are the measured bytes, or a clear error.
+"""From a model's name to its verified weights, or a clear error.
 
-timm hashes nothing it loads, and with another number of classes it takes a file of entirely wrong keys without an
-error; :func:`build_model` closes the first hole for published tags, whichever way they are asked for, the second for
-all weights. A file is read once: the bytes that are hashed are the bytes that the tensors come from, whatever happens
-to the file meanwhile.
+timm hashes nothing that it loads, and with another number of classes it accepts a file of entirely wrong keys.
+:func:`build_model` hashes published weights, however they are loaded, and checks the keys of all weights. A file is
+read once: the tensors come from the bytes that were hashed, even if the file changes in the meantime.
 """
 
 import contextlib
@@ -92,9 +91,9 @@ def build_model(
         variant: its registered name.
         pretrained: load the weights of the configuration: those of a published tag, or the user's own file given as
             ``pretrained_cfg_overlay=dict(file=...)``, whose classifier then decides the default ``num_classes``.
-        optional: an argument of the model, and the layers that are not there where it is 0, which weights may lack: its
-            default is then 0, and whoever asks for those layers gets new ones and a new classifier, with a warning.
-            Whoever asks for 0 of weights that have them gets the other layers and a new classifier, with a warning.
+        optional: an argument of the model, and the layers that it has only if this is not 0. Weights may lack them: 0
+            is then the default. If you ask for layers that the weights lack, these layers and the classifier are new;
+            if you ask for 0 and the weights have them, the classifier is new. Both give a warning.
         **kwargs: timm's and the model's further arguments.
 
     Raises:

@@ -152,7 +152,7 @@ def test_verify_a_file(run, tmp_path, nin_state):
     torch.save({"network": nin_state, "epoch": 7}, tmp_path / "model_net_epoch7")
     assert "not published" in run("verify", tmp_path / "model_net_epoch7")[1]
     torch.save([1, 2], tmp_path / "numbers.pth")
-    assert "holds no tensors" in run("verify", tmp_path / "numbers.pth")[1]
+    assert "contains no tensors" in run("verify", tmp_path / "numbers.pth")[1]
     nin_state["head.fc.bias"][0] = float("nan")
     save_file(nin_state, tmp_path / "mine.safetensors")
     assert "not finite in head.fc.bias" in run("verify", tmp_path / "mine.safetensors")[1]

@@ -439,19 +439,21 @@ def test_a_short_body_of_the_hub(hub, served):
 def test_control_bytes_of_the_hub(hub, served, method, status):
     hub.reason = ESCAPES
     hub.answer(method, "model.safetensors", status, 99)
-    assert_hub_fails(served, OSError, rf"{NAME} cannot be fetched: model\.safetensors of {REPOSITORY}@{served}")
+    assert_hub_fails(served, OSError, rf"{NAME} could not be downloaded: model\.safetensors of {REPOSITORY}@{served}")
 
 
 def test_a_forced_download_says_what_the_hub_answers(hub, served):
     sources.download_from_hub(NAME, REPOSITORY, served, "model.safetensors")
     hub.answer("HEAD", "model.safetensors", 500, 99)
-    assert_hub_fails(served, ConnectionError, r"cannot be fetched: model\.safetensors of .*: .*500", force=True)
+    assert_hub_fails(served, ConnectionError, r"could not be downloaded: model\.safetensors of .*: .*500", force=True)
 
 
 def test_a_hub_that_is_none(hub, served):
     """A server that answers anything with a page, as a proxy or a login page does."""
     hub.answer("HEAD", "model.safetensors", 200, 99)
-    told = assert_hub_fails(served, OSError, rf"cannot be fetched: model\.safetensors of {REPOSITORY}@{served}: .")
+    told = assert_hub_fails(
+        served, OSError, rf"could not be downloaded: model\.safetensors of {REPOSITORY}@{served}: ."
+    )
     assert "no network" not in told
 
 

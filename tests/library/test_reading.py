@@ -322,7 +322,7 @@ def test_files_of_more_bytes_than_allowed(write, form):
     ("tensor", "match"),
     [
         # four bytes in the file, and 40 GB for whoever computes with it
-        (torch.zeros(1).expand(10**10), r"holds tensors of 40,000,000,000 bytes"),
+        (torch.zeros(1).expand(10**10), r"contains tensors of 40,000,000,000 bytes"),
         (torch.empty(10**10, device="meta"), "without values"),
     ],
     ids=["expanded", "meta"],

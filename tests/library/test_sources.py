@@ -194,7 +194,9 @@ def test_door(door, source, state, told, hub, release, wheel_copy, go_offline, t
             go_through(door, source, folder)
             assert not hub.requests and not release.requests
     elif told == MISSING:
-        with pytest.raises(FileNotFoundError, match=rf"not cached.*missing is .*rotation-ssl fetch {name_of(source)}"):
+        with pytest.raises(
+            FileNotFoundError, match=rf"not cached.* is missing; .*rotation-ssl fetch {name_of(source)}"
+        ):
             go_through(door, source, folder)
         what = REPOSITORY + "@" + zoo.manifest()[HUBBED]["hub"]["revision"] if source == "hub" else ARCHIVE.name
         with pytest.raises(FileNotFoundError, match=what):
@@ -316,7 +318,7 @@ def test_the_hub_serves_other_bytes_of_the_same_size(hub, served):
     timm.create_model(HUBBED, pretrained=True)
 
 
-def test_a_damaged_cache_without_links_is_fetched_anew(hub, served, monkeypatch, go_offline):
+def test_a_damaged_cache_without_links_is_downloaded_again(hub, served, monkeypatch, go_offline):
     """Where there are no symbolic links the client keeps the file that is there, even if told to download it."""
     monkeypatch.setattr(huggingface_hub.file_download, "are_symlinks_supported", lambda folder=None: False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_SYMLINKS_WARNING", True)
@@ -356,11 +358,11 @@ def test_another_repository_is_loaded_unverified_but_checked(hub, served):
 @pytest.mark.parametrize(
     ("status", "code", "message"),
     [
-        (401, "", r"the Hub wants a login for ORG/rotnet_nin\.hubbed: `hf auth login`"),
-        (404, "RepoNotFound", "knows no repository ORG/rotnet_nin.hubbed"),
+        (401, "", r"the Hub requires a login for ORG/rotnet_nin\.hubbed: `hf auth login`"),
+        (404, "RepoNotFound", "has no repository ORG/rotnet_nin.hubbed"),
         (404, "RevisionNotFound", r"the Hub has no model\.safetensors of ORG/rotnet_nin\.hubbed@"),
         (404, "EntryNotFound", r"the Hub has no model\.safetensors of ORG/rotnet_nin\.hubbed@"),
-        (403, "", "cannot be fetched"),
+        (403, "", "could not be downloaded"),
     ],
 )
 def test_the_hub_refuses(hub, served, status, code, message):
@@ -374,7 +376,7 @@ def test_the_hub_refuses(hub, served, status, code, message):
 def test_a_download_from_the_hub_that_breaks_off(hub, served, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     hub.cut.add("model.safetensors")
-    with pytest.raises(OSError, match=r"rotnet_nin\.hubbed cannot be fetched"):
+    with pytest.raises(OSError, match=r"rotnet_nin\.hubbed could not be downloaded"):
         timm.create_model(HUBBED, pretrained=True)
     assert zoo.cached_file(HUBBED) is None
     hub.cut.clear()
@@ -382,12 +384,12 @@ def test_a_download_from_the_hub_that_breaks_off(hub, served, monkeypatch):
 
 
 def test_a_release_is_recorded_and_its_change_noticed(release, served):
-    with pytest.warns(UserWarning, match=r"no published hash tells .* sha256 [0-9a-f]{64}, remembered in"):
+    with pytest.warns(UserWarning, match=r"no published hash of .* sha256 [0-9a-f]{64}, recorded in"):
         file = zoo.weights_file(RELEASED)
     record = sources.read_record(RELEASED)
     assert record["archive_sha256"] == sha256_of(ARCHIVE)
     assert record["sha256"] == sha256_of(file) and record["url"] == served[RELEASED]["url"]
-    # the release is replaced: who has the weights keeps them, who fetches them anew is told
+    # the release is replaced: weights in the cache are kept, a new download is refused
     content = (release.folder / ARCHIVE.name).read_bytes()
     (release.folder / ARCHIVE.name).write_bytes(content + b"\0" * 512)
     assert zoo.weights_file(RELEASED) == file
@@ -439,7 +441,7 @@ def test_a_release_that_is_too_large_is_not_downloaded(tmp_path, release):
 def test_an_archive_of_another_model_is_refused(release, served, set_manifest):
     served["rotnet_alexnet.gidaris_in1k"]["url"] = served[RELEASED]["url"]
     set_manifest(served)
-    with pytest.raises(ValueError, match=r"holds a rotnet_nin, not rotnet_alexnet\.gidaris_in1k; nothing was kept"):
+    with pytest.raises(ValueError, match=r"contains a rotnet_nin, not rotnet_alexnet\.gidaris_in1k; nothing was kept"):
         timm.create_model("rotnet_alexnet.gidaris_in1k", pretrained=True)
     assert left_in(sources.release_cache()) == []
 

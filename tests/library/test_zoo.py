@@ -223,12 +223,15 @@ def test_one_of_the_fc_layers_alone_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda state: {f"backbone.{key}": value for key, value in state.items()}, r"lacks blocks.*has backbone\."),
+        (
+            lambda state: {f"backbone.{key}": value for key, value in state.items()},
+            r"lacks blocks.*has unknown backbone\.",
+        ),
         (
             lambda state: {key: value for key, value in state.items() if key != STATISTIC},
-            f"lacks {STATISTIC} and has nothing",
+            f"lacks {STATISTIC};",
         ),
-        (lambda state: timm.create_model("rotnet_nin5").state_dict(), r"has blocks\.block5.* that the model does not"),
+        (lambda state: timm.create_model("rotnet_nin5").state_dict(), r"has unknown blocks\.block5"),
         (lambda state: state | {CONV: torch.zeros(192, 96, 3, 3)}, rf"{CONV} \(192, 96, 3, 3\) for \(192, 96, 5, 5\)"),
         (lambda state: state | {STATISTIC: torch.full((192,), float("nan"))}, f"not finite in {STATISTIC}"),
         (lambda state: state | {STATISTIC: torch.full((192,), float("inf"))}, f"not finite in {STATISTIC}"),
@@ -236,9 +239,7 @@ def test_one_of_the_fc_layers_alone_is_refused(tmp_path):
     ids=["renamed", "one missing", "another network", "another shape", "nan", "inf"],
 )
 def test_files_that_do_not_fit_are_refused_even_where_timm_is_lenient(nin_state, tmp_path, change, message, kwargs):
-    with pytest.raises(
-        ValueError, match=rf"mine\.safetensors (does not fit RotNetNIN: .*|holds values that are ){message}"
-    ):
+    with pytest.raises(ValueError, match=rf"mine\.safetensors does not fit RotNetNIN: .*{message}"):
         from_file(saved(change(nin_state), tmp_path / "mine.safetensors"), **kwargs)
 
 
@@ -247,12 +248,12 @@ def test_files_that_do_not_fit_are_refused_even_where_timm_is_lenient(nin_state,
     ("key", "change", "message"),
     [
         ("head.fc.weight", lambda t: t.double() + 1e300, "not finite in head.fc.weight"),
-        ("head.fc.weight", lambda t: t.to(torch.int8), r"types head.fc.weight torch.int8 for torch.float32"),
-        ("head.fc.bias", lambda t: t.bool(), r"types head.fc.bias torch.bool for torch.float32"),
-        ("head.fc.bias", lambda t: t.to(torch.complex64), r"types head.fc.bias torch.complex64 for torch.float32"),
-        ("head.fc.bias", lambda t: t.to(torch.float8_e4m3fn), r"types head.fc.bias torch.float8_e4m3fn for"),
+        ("head.fc.weight", lambda t: t.to(torch.int8), r"types of head.fc.weight torch.int8 for torch.float32"),
+        ("head.fc.bias", lambda t: t.bool(), r"types of head.fc.bias torch.bool for torch.float32"),
+        ("head.fc.bias", lambda t: t.to(torch.complex64), r"types of head.fc.bias torch.complex64 for torch.float32"),
+        ("head.fc.bias", lambda t: t.to(torch.float8_e4m3fn), r"types of head.fc.bias torch.float8_e4m3fn for"),
         ("blocks.block1.0.bn.num_batches_tracked", lambda t: t.float(), r"num_batches_tracked torch.float32 for"),
-        ("head.fc.weight", lambda t: t.sum(), r"shapes head.fc.weight \(\) for \(4, 192\)"),
+        ("head.fc.weight", lambda t: t.sum(), r"shapes of head.fc.weight \(\) for \(4, 192\)"),
         ("blocks.block1.0.conv.weight", lambda t: t[:, :0], r"\(192, 0, 5, 5\) for \(192, 3, 5, 5\)"),
         ("blocks.block1.0.conv.weight", lambda t: t[:, :1], r"\(192, 1, 5, 5\) for \(192, 3, 5, 5\)"),
         ("blocks.block1.0.conv.weight", lambda t: torch.cat([t, t, t[:, :1]], 1), r"\(192, 7, 5, 5\) for"),
@@ -293,7 +294,7 @@ def test_the_same_key_with_and_without_a_prefix_is_refused(nin_state, tmp_path):
 
 @pytest.mark.parametrize("given", [{}, {"epoch": 3}])
 def test_a_state_dict_that_holds_no_tensors_is_refused(given):
-    with pytest.raises(ValueError, match="the state_dict given must hold tensors, and nothing else"):
+    with pytest.raises(ValueError, match="the state_dict given must contain tensors, and nothing else"):
         timm.create_model("rotnet_nin", pretrained=True, pretrained_cfg_overlay={"state_dict": given})
 
 
@@ -392,7 +393,7 @@ def test_local_folder(nin_state, tmp_path):
         timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
     nin_state["extra.weight"] = torch.zeros(1)
     saved(nin_state, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"has extra\.weight"):
+    with pytest.raises(ValueError, match=r"has unknown extra\.weight"):
         timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
 
 
