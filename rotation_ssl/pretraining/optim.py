@@ -1,7 +1,7 @@
 """Optimisers and schedules from their settings: the recipes say which numbers, this module which classes."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from timm.optim import Muon as TimmMuon
@@ -108,13 +108,6 @@ def create_scheduler(schedule: Schedule, optimizer: torch.optim.Optimizer, steps
     # not the chained schedulers of PyTorch: they multiply the last rate instead of the peak, and the rates of published
     # runs would differ in their last bits
     return LambdaLR(optimizer, lambda step: learning_rate_factor(schedule, step, steps), last_epoch=done - 1)
-
-
-def set_learning_rates(optimizers: Sequence[torch.optim.Optimizer], factor: float) -> None:
-    """Give every group of the optimisers that part of the learning rate it was created with."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = factor * group.setdefault("peak_lr", group["lr"])
 
 
 @torch.no_grad()

@@ -14,11 +14,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from rotation_ssl.backbones.alexnet import FcHead, RotNetAlexNet
 from rotation_ssl.evaluation.frozen import preparation
+from rotation_ssl.fit import fit
 from rotation_ssl.images import square
 from rotation_ssl.messages import first_line
 from rotation_ssl.precision import autocast_type, resolve_precision
-from rotation_ssl.pretraining.optim import learning_rate_factor, set_learning_rates
-from rotation_ssl.progress import progress
+from rotation_ssl.pretraining.optim import create_scheduler
 from training.evaluation.subject import Subject
 from training.transfer.data import open_pixels
 from training.transfer.recipes import Training
@@ -237,7 +237,7 @@ def train_network(
         output: a folder that the trained network is written to, before anything is measured that may fail.
 
     Raises:
-        ValueError: a loss that is not finite.
+        ValueError: too few samples, or a loss that is not finite.
         OSError: the folder cannot be made or written to.
     """
     if output:
@@ -246,26 +246,11 @@ def train_network(
     optimizer = torch.optim.SGD(
         parameters, training.lr, momentum=training.momentum, weight_decay=training.weight_decay, fused=True
     )
-    network.train()
-    losses: list[torch.Tensor] = []
-    with progress(name, training.steps * training.images_per_step) as bar:
-        for step, batch in zip(range(training.steps), samples, strict=False):
-            set_learning_rates([optimizer], learning_rate_factor(training.schedule, step, training.steps))
-            with autocast_of(training, network):
-                loss = loss_of(batch)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(parameters, training.clip)
-            optimizer.step()
-            losses.append(loss.detach())
-            bar.update(len(batch))
-            if step % 20 == 19 or step == training.steps - 1:
-                mean = torch.stack(losses).mean()
-                if not mean.isfinite():
-                    raise ValueError(f"the loss became {mean.item()} by step {step + 1} of {name}: lower --lr")
-                bar.set_postfix(loss=f"{mean.item():.3f}")
-                losses.clear()
-    network.eval()
+    fit(
+        network, samples, loss_of, optimizer, name=name, steps=training.steps, images_per_step=training.images_per_step,
+        scheduler=create_scheduler(training.schedule, optimizer, training.steps), clip=training.clip,
+        autocast=autocast_type(resolve_precision(training.precision, next(network.parameters()).device)),
+    )  # fmt: skip
     if output:
         save_model(network, str(output / NETWORK))
 
