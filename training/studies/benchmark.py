@@ -6,8 +6,8 @@
 
 `speed` compares training with a naive pipeline that works like the authors' code (one image at a time through PIL and
 numpy in loader processes, fp32, NCHW, torch's default allocator), and the FLOP/s of training and feature extraction
-with this machine's bf16 matrix products; it also measures peak memory, and how each grows with image size and batch. It
-takes about 12 minutes on 2 cores, on which nothing else should run. --record writes the figures of docs/reproduce.md.
+with this machine's bf16 matrix products; it also measures peak memory. It takes about 12 minutes on 2 cores, on which
+nothing else should run. --record writes the figures of docs/reproduce.md.
 
 `import` compares the time of `import timm, rotation_ssl` with that of `import timm`, each in new processes. `load`
 compares `timm.create_model('rotnet_nin', pretrained=True)`, which verifies the weights, with timm loading the same file
