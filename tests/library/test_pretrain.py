@@ -515,7 +515,7 @@ def test_a_processor_without_bfloat16_is_told(small_cifar10, tmp_path, monkeypat
         "--output",
         str(tmp_path),
     ]
-    told = "cpu is not known to multiply bfloat16: bf16 may be many times slower than fp32"
+    told = "cpu has no known bfloat16 instructions: bf16 may be many times slower than fp32"
     for precision, flags, expected in (
         ("bf16", set(), True),
         ("bf16", {"amx_bf16"}, False),
