@@ -19,6 +19,7 @@ from training.evaluation import probes as evaluate
 from training.evaluation.subject import load_subject
 from training.protocols import PROTOCOLS
 from training.reporting import check
+from training.reporting.again import measure_again
 from training.reporting.required import NIN_ON_CIFAR10, REQUIRED, complaints, missing_rows
 from training.reporting.rows import Row, read_file, read_rows, write_rows
 
@@ -169,9 +170,9 @@ def test_a_linear_probe_is_measured_again_with_the_penalty_it_chose(reported, sm
     rows = [r for r in read_file(reported / f"{NAME}.jsonl") if r.protocol == "linear"]
     assert len(rows) == 4 and all(row.strength in LINEAR_STRENGTHS for row in rows)
     other = [dataclasses.replace(row, strength=7.0) for row in rows]
-    monkeypatch.setattr(check, "measure_rotation", None)
+    monkeypatch.setattr("training.reporting.again.measure_rotation", None)
     images = load_images("cifar10", small_module, 32)
-    again = list(check.measure_again(other, lambda size, test_only: images))
+    again = list(measure_again(other, lambda size, test_only: images))
     assert {(new.layer, new.strength) for _, new in again} == {(row.layer, 7.0) for row in rows}
     assert all("L2 7, chosen of" in new.settings for _, new in again)
 
@@ -322,7 +323,7 @@ def test_rows_of_all_layers_are_measured_again_in_one_pass(small_tinyimagenet, m
         for seed in (0, 1)
         for row in imagenet.measure_layers(short, measured, layers, train, val, images.name, seed=seed)
     ]
-    found = list(check.measure_again(rows, lambda size, test_only: images))
+    found = list(measure_again(rows, lambda size, test_only: images))
     assert [(old.layer, old.seed) for old, _ in found] == [(layer, seed) for seed in (0, 1) for layer in layers]
     assert all((new.layer, new.seed, new.counts) == (old.layer, old.seed, old.counts) for old, new in found)
 

@@ -56,7 +56,7 @@ def test_the_command_end_to_end(layers, devkit, tmp_path, capsys):
     assert [row.protocol for row in rows] == kinds
     assert all(0 < row.value <= 1 and row.correct is None and row.n is None for row in rows)
     assert {(row.weights, row.layer, row.data, row.budget) for row in rows} == {
-        ("rotnet_alexnet.random", layers, "VOC2007 test", "")
+        ("rotnet_alexnet.random-rescaled", layers, "VOC2007 test", "")
     }
     assert rows[0].settings.startswith("2 classes, 10 crops of 64 pixels, trained on trainval, 3 steps of 4 images, ")
     assert "fresh fc6 and fc7 of 16" in rows[0].settings and "torchvision" in rows[0].versions
@@ -93,8 +93,11 @@ def test_trainings_have_folders_of_their_own(devkit, tmp_path, monkeypatch):
     for arguments in (("--layers", "fc6-8"), ("--layers", "all"), ("--layers", "all", "--seed", 1)):
         assert run("rotnet_alexnet", "--random", "--data", devkit, *TINY, *arguments) == 0
     files = sorted(str(file.relative_to(tmp_path / "runs" / "voc")) for file in tmp_path.rglob("network.safetensors"))
-    names = ("random/classification-all-seed0", "random/classification-fc6-8-seed0", "random1/classification-all-seed1")
-    assert files == [f"rotnet_alexnet.{name}/network.safetensors" for name in names]
+    names = (
+        "-rescaled/classification-all-seed0", "-rescaled/classification-fc6-8-seed0",
+        "1-rescaled/classification-all-seed1",
+    )  # fmt: skip
+    assert files == [f"rotnet_alexnet.random{name}/network.safetensors" for name in names]
     one, _, other = (load_file(tmp_path / "runs" / "voc" / file) for file in files)
     first = next(name for name in one if name.startswith("features."))
     assert not torch.equal(one[first], other[first]), "a seed's own convolutions"
@@ -114,6 +117,7 @@ def test_a_budget_is_that_of_a_recipe_as_it_is():
     own = "--steps 9", "--lr 1", "--images-per-step 2", "--no-rescale", "--fc-size 9", "--train train", "--classes car"
     for options in own:
         assert budget(*options.split()) == budget("--budget", "cpu", *options.split()) == "", options
+    assert budget("--random", "--no-rescale") == "paper", "reported, by a name of its own"
     # what 'auto' is on this machine is the recipe's own; the other one is not
     assert sorted((budget("--precision", "fp32"), budget("--precision", "bf16"))) == ["", "paper"]
 

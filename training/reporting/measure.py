@@ -11,20 +11,17 @@ committed, because a row names its commit. --list prints what is missing and mea
 """
 
 import argparse
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 
 from rotation_ssl import zoo
-from rotation_ssl.labelled import Images
 from rotation_ssl.machine import keep_large_blocks
 from rotation_ssl.messages import counted
 from rotation_ssl.progress import progress
 from training.command import create_parser, run
-from training.datasets import check_whole, dataset_of, load_images
 from training.protocols import PROTOCOLS
-from training.reporting.check import measure_again
-from training.reporting.options import OPTIONS, add_data_arguments, data_folder
+from training.reporting.again import Source, measure_source
+from training.reporting.options import add_data_arguments, option_of, source_of
 from training.reporting.report import keep_row
 from training.reporting.required import REQUIRED, missing_rows
 from training.reporting.rows import RESULTS_DIR, Row, check_device, read_rows, require_committed
@@ -42,20 +39,8 @@ def missing(weights: str, results: Path) -> list[Row]:
     return missing_rows([row for row in read_rows(results) if row.weights != weights or row.sha256 == sha256], weights)
 
 
-def _measure(wanted: Sequence[Row], args: argparse.Namespace) -> None:
-    dataset = dataset_of(wanted[0].data)
-    folder = data_folder(args, dataset)
-    if folder is None:
-        raise ValueError(f"{args.weights} is measured on {wanted[0].data}: give --{OPTIONS[dataset]} DIR")
-
-    @functools.cache
-    def load(size: int, test_only: bool) -> Images:
-        images = load_images(dataset, folder, size, args.download, test_only=test_only)
-        check_whole(dataset, len(images.train), len(images.test))
-        return images
-
-    pairs = measure_again(wanted, load, device=args.device)
-    for _, row in progress(wanted[0].data, len(wanted), "number", pairs):
+def _measure(wanted: Sequence[Row], source: Source, args: argparse.Namespace) -> None:
+    for _, row in progress(wanted[0].data, len(wanted), "number", measure_source(wanted, source, device=args.device)):
         keep_row(row, args.results / f"{row.weights}.jsonl")
 
 
@@ -68,8 +53,12 @@ def _work(args: argparse.Namespace) -> None:
         print(*(row.number for row in wanted), f"{counted(len(wanted), 'number')} {verb} missing", sep="\n")
         return
     require_committed("the card")
-    for data in dict.fromkeys(row.data for row in wanted):
-        _measure([row for row in wanted if row.data == data], args)
+    sources = {row.key: source_of(row, args, whole=True) for row in wanted}
+    for row in wanted:
+        if not sources[row.key]:
+            raise ValueError(f"{args.weights} is measured on {row.data}: give --{option_of(row)} DIR")
+    for source in filter(None, dict.fromkeys(sources.values())):
+        _measure([row for row in wanted if sources[row.key] == source], source, args)
     print("next: python -m training publish figures, then python -m training publish render")
 
 

@@ -219,7 +219,8 @@ def _crops(
     return torch.stack([random_crop(image, size, scales, rng) for _ in range(crops)])
 
 
-def _measure(args: argparse.Namespace) -> Path:
+def measure(args: argparse.Namespace) -> Path:
+    """Train and measure what the options ask for; returns the file of the rows."""
     recipe = recipe_of(CLASSIFICATIONS[args.budget], args)
     transfer = prepare_transfer(
         args, recipe, f"classification-{args.layers}",
@@ -239,11 +240,16 @@ def _measure(args: argparse.Namespace) -> Path:
     return keep_numbers(transfer.output, rows, by_class, args.classes)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
+def build_parser() -> argparse.ArgumentParser:
+    """The command's options."""
     parser = create_parser("voc", __doc__)
     add_arguments(parser)
     parser.add_argument("--layers", choices=LAYERS, default="all", help="layers to train [%(default)s]")
     parser.add_argument("--size", type=int, help="side of the crops in pixels [the recipe's, or the model's own]")
-    args = parser.parse_args(arguments)
-    return run_measuring(lambda: _measure(args), args.device)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    args = build_parser().parse_args(arguments)
+    return run_measuring(lambda: measure(args), args.device)

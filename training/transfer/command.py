@@ -27,6 +27,8 @@ from training.transfer.metrics import mean_over_classes
 from training.transfer.network import NETWORK, check_apart, has_fresh_fc, transfer_network
 from training.transfer.recipes import VocRecipe
 
+RESCALED = "-rescaled"  # random weights whose layers are rescaled have it after their name
+
 
 @dataclasses.dataclass(frozen=True)
 class Transfer:
@@ -65,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--clip", type=float, metavar="NORM", help="largest norm of the gradients [the recipe's]")
     add("--dropout", type=float, metavar="P", help="dropout after fc6 and fc7 [the recipe's]")
     add("--fc-size", type=int, metavar="N", help="width of AlexNet's fc6 and fc7 [the weights', or the recipe's]")
-    add("--no-rescale", dest="rescale", action="store_false", default=None, help="do not rescale the layers")
+    add("--no-rescale", dest="rescale", action="store_false", help="do not rescale the layers")
     add_precision_argument(parser)
     add("--seed", type=int, default=0, help="random seed [%(default)s]")
     add("--workers", type=int, default=os.cpu_count() or 1, help="data-loading worker processes [all cores]")
@@ -91,7 +93,11 @@ def recipe_of(named: AnyRecipe, args: argparse.Namespace, **own: Any) -> AnyReci
         ValueError: a value out of range.
     """
     named = _changed(named, training=resolved(named.training, args.device))
-    training = resolved(_changed(named.training, **_given(named.training, args)), args.device)
+    given = _given(named.training, args)
+    if args.random:
+        # random weights are reported rescaled and as they are, by other names
+        named = _changed(named, training=_changed(named.training, rescale=given["rescale"]))
+    training = resolved(_changed(named.training, **given), args.device)
     splits = _changed(named.splits, **_given(named.splits, args))
     recipe = _changed(named, **_given(named, args) | own, training=training, splits=splits)
     as_it_is = recipe == named and tuple(args.classes) == CLASSES
@@ -152,6 +158,8 @@ def prepare_transfer(
     started = time.monotonic()
     warn_if_emulated(args.precision, args.device)
     subject = subject_of(args, size)
+    if args.random and recipe.training.rescale:
+        subject = dataclasses.replace(subject, name=f"{subject.name}{RESCALED}")
     output = output_of(args, subject, what)
     train, test = read(recipe.splits.train), read(recipe.splits.test)
     check_apart(train, test)

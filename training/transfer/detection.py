@@ -205,7 +205,8 @@ def _mirrored(boxes: torch.Tensor, width: int) -> torch.Tensor:
     return torch.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], 1)
 
 
-def _measure(args: argparse.Namespace) -> Path:
+def measure(args: argparse.Namespace) -> Path:
+    """Train and measure what the options ask for; returns the file of the rows."""
     sides = {} if args.side is None else {"train_sides": (args.side,), "test_side": args.side}
     recipe = recipe_of((FAST_RCNNS if args.proposals else FASTER_RCNNS)[args.budget], args, **sides)
     name, given = "Faster R-CNN", ""
@@ -236,8 +237,8 @@ def _measure(args: argparse.Namespace) -> Path:
     return keep_numbers(transfer.output, rows, by_class, args.classes)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
+def build_parser() -> argparse.ArgumentParser:
+    """The command's options."""
     parser = create_parser("detect", __doc__)
     add_arguments(parser)
     parser.add_argument("--proposals", type=Path, metavar="FILE", help="regions of every image: Fast R-CNN")
@@ -245,5 +246,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--regions", type=int, help="regions an image to train on [the recipe's]")
     parser.add_argument("--test-proposals", type=int, metavar="N", help="proposals an image in the test [the recipe's]")
     add_pictures_argument(parser)
-    args = parser.parse_args(arguments)
-    return run_measuring(lambda: _measure(args), args.device)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    args = build_parser().parse_args(arguments)
+    return run_measuring(lambda: measure(args), args.device)

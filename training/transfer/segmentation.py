@@ -267,7 +267,8 @@ def _test_sample(
     return pixels_tensor(pixels), open_mask(image.mask, classes)
 
 
-def _measure(args: argparse.Namespace) -> Path:
+def measure(args: argparse.Namespace) -> Path:
+    """Train and measure what the options ask for; returns the file of the rows."""
     recipe = recipe_of(SEGMENTATIONS[args.budget], args)
     transfer = prepare_transfer(
         args, recipe, "segmentation", lambda split: read_masks(args.data, recipe.splits.year, split)
@@ -286,11 +287,16 @@ def _measure(args: argparse.Namespace) -> Path:
     return keep_numbers(transfer.output, [row], by_class, ("background", *args.classes))
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
+def build_parser() -> argparse.ArgumentParser:
+    """The command's options."""
     parser = create_parser("segment", __doc__)
     add_arguments(parser)
     parser.add_argument("--longest", type=int, metavar="PIXELS", help="longer side images are scaled to [the recipe's]")
     add_pictures_argument(parser)
-    args = parser.parse_args(arguments)
-    return run_measuring(lambda: _measure(args), args.device)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    args = build_parser().parse_args(arguments)
+    return run_measuring(lambda: measure(args), args.device)
