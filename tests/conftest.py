@@ -1,4 +1,4 @@
-"""Fixtures shared by the tests: sample images as a small CIFAR-10, whole data sets where they are, a Hub on loopback.
+"""Fixtures shared by the tests: sample images as a small CIFAR-10, whole datasets where they are, a Hub on loopback.
 
 The client of the Hub reads its environment when imported: the address of the loopback Hub and an empty home come first,
 so no test can reach the real one.

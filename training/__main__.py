@@ -1,4 +1,4 @@
-"""The lab: train, measure, check and publish the weights of rotation_ssl.
+"""Research code of rotation_ssl: train, evaluate, check and publish weights.
 
 python -m training COMMAND --help
 """
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 # name: module whose main() it runs, and what it does
 COMMANDS = {
     "pretrain": ("training.pretrain", "pretrain a backbone with a recipe"),
-    "photos": ("training.photos", "write the data set photos from four public ones"),
+    "photos": ("training.photos", "write the dataset photos from four public ones"),
     "evaluate": ("training.evaluation.probes", "rotation accuracy, k-NN and probes of frozen layers"),
     "finetune": ("training.evaluation.finetune", "fine-tune; few labels; the supervised baseline"),
     "probe-layers": ("training.evaluation.layers", "the paper's probes of all layers on ImageNet and Places"),

@@ -3,16 +3,16 @@
     python -m training pretrain nin-cifar10-cpu --data DIR --output runs/nin
     torchrun --nproc_per_node 2 -m training pretrain RECIPE ...
 
-DIR is the folder of the recipe's data set, for example CIFAR-10 as train/<class>/*.png; --download downloads it.
---dataset selects another one: a folder of images, or a data set of timm. Images that fit into memory are read once;
+DIR is the folder of the recipe's dataset, for example CIFAR-10 as train/<class>/*.png; --download downloads it.
+--dataset selects another one: a folder of images, or a dataset of timm. Images that fit into memory are read once;
 otherwise --workers processes decode them as they are needed. Broken images are skipped, counted and named. A GPU is
 used if there is one; several processes share the images of a step.
 
 The output folder gets a checkpoint every few minutes, of which the last two are kept, and at the end a model that
 timm.create_model("local-dir:OUTPUT", pretrained=True) loads (model.safetensors, config.json), run.json (recipe, images,
 curve, commit, versions), metrics.jsonl and curve.png. Only one training at a time can write to it. Ctrl-C saves a
-checkpoint and stops; --resume continues from it to the same weights as without the stop. TensorBoard shows the curve
-during the training: tensorboard --logdir OUTPUT.
+checkpoint and stops; --resume continues from it and gives the same weights as an uninterrupted run. TensorBoard shows
+the curve during the training: tensorboard --logdir OUTPUT.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_options(parser, "runs/RECIPE", Path("data/cifar10"))
     parser.add_argument(
         "--dataset",
-        help="data set in --data: cifar10, tinyimagenet, photos, folder, or one of timm by name (torch/..., hfds/...)",
+        help="dataset in --data: cifar10, tinyimagenet, photos, folder, or one of timm by name (torch/..., hfds/...)",
     )
     return parser
 

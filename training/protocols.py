@@ -31,8 +31,8 @@ PROTOCOLS = FROZEN | {
     for protocol in (
         _protocol("probe-layers", LAYER_PROBES, "linear-sgd", "linear probe, max-pooled, SGD", "#E69F00"),
         _protocol("probe-layers", LAYER_PROBES, "nonlinear-sgd", "non-linear probe, remaining layers, SGD", "#009E73"),
-        _protocol("finetune", TRANSFERS, "finetune-conv", "fine-tuned, convolutional probe"),
-        _protocol("finetune", TRANSFERS, "finetune-nonlinear", "fine-tuned, non-linear probe"),
+        _protocol("finetune", TRANSFERS, "finetune-conv", "fine-tuned, convolutional head"),
+        _protocol("finetune", TRANSFERS, "finetune-nonlinear", "fine-tuned, non-linear head"),
         _protocol("finetune", TRANSFERS, "few-labels", "few labels, convolutional probe", "#0072B2"),
         _protocol("finetune", TRANSFERS, "supervised", "supervised", "#D55E00"),
         *(_voc("voc", "voc-classification", "classification", kind) for kind in ("", "11-point", "area", "steps")),

@@ -6,7 +6,8 @@
     rotation-ssl verify [TAG | FILE]           verify the weights on this machine
     rotation-ssl convert FILE -o FOLDER        convert another project's checkpoint
     rotation-ssl features IMAGES -o FILE       extract features of a folder of images
-    rotation-ssl evaluate MODEL --data FOLDER  train k-NN and probes of every layer on labelled images
+    rotation-ssl evaluate MODEL --data FOLDER --output DIR
+                                               evaluate every layer with k-NN and probes on labelled images
     rotation-ssl pretrain --data IMAGES        pretrain a backbone on your own images
 
 TAG is a name such as rotnet_nin.cifar10; rotnet_nin selects its default tag. Exit status: 0 for success, 1 if weights

@@ -29,7 +29,7 @@ Each number is printed and written to report.md, report.json and report.png in -
 
 def add(commands: Any) -> None:
     """Add the command."""
-    text = "train k-NN and probes of every layer on labelled images"
+    text = "evaluate every layer with k-NN and probes on labelled images"
     added = add_command(commands, "evaluate", run, text, DETAILS, as_json=False)
     added.add_argument("model", metavar="MODEL", help="timm name: model, model.tag, hf-hub:... or local-dir:...")
     added.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="folder of labelled images")

@@ -82,7 +82,7 @@ def new_figure() -> Any:
 
 
 def report_text(rows: Sequence[Result]) -> str:
-    """A table of protocols and layers for each weights and data set, with the settings of the numbers."""
+    """A table of protocols and layers for each weights and dataset, with the settings of the numbers."""
     sections = []
     for weights, data in dict.fromkeys((row.weights, row.data) for row in rows):
         own = [row for row in rows if (row.weights, row.data) == (weights, data)]
@@ -120,7 +120,7 @@ def series_name(row: Result) -> str:
 
 
 def draw_report(rows: Sequence[Result], file: Path) -> None:
-    """Plot accuracy over layers, a line for each weights, data set and protocol; without layers draw bars."""
+    """Plot accuracy over layers, a line for each weights, dataset and protocol; without layers draw bars."""
     figure = new_figure()
     axes = figure.subplots()
     probed = [row for row in rows if row.layer]

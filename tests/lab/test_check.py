@@ -339,7 +339,7 @@ def test_numbers_of_data_that_are_not_given_are_named(results, small_module, cap
     assert "not measured: 1 number of Tiny-ImageNet val: give --tinyimagenet DIR" in out and "3 of 3 hold" in out
     write_rows(file, [dataclasses.replace(rotation, data="holiday photographs")])
     assert check.main(arguments) == 2
-    assert "no data set is called 'holiday photographs'" in capsys.readouterr().err
+    assert "no dataset is called 'holiday photographs'" in capsys.readouterr().err
 
 
 def test_golden_outputs_that_are_not_numbers_do_not_hold(monkeypatch):

@@ -104,7 +104,7 @@ def test_trainings_have_folders_of_their_own(devkit, tmp_path, monkeypatch):
 
 
 def test_a_budget_is_that_of_a_recipe_as_it_is():
-    """Every setting and every data set of one's own makes a number of no budget."""
+    """Every setting and every dataset of one's own makes a number of no budget."""
     parser = argparse.ArgumentParser()
     add_arguments(parser)
 

@@ -33,9 +33,9 @@ STATES = ("fresh", "cached", "offline", "corrupted")
 LOADS = "the published bytes"
 NO_REQUEST = "the published bytes, no request"
 NO_DOWNLOAD = "the published bytes, no download"
-MISSING = "error: what is missing, and the command that fetches it"
+MISSING = "error naming the missing file and the download command"
 REFETCHED = "downloaded again, once"
-DAMAGED = "error: damaged"
+DAMAGED = "error: corrupt file"
 NONE = "-"
 TABLE = {
     **{

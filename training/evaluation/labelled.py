@@ -29,7 +29,7 @@ Labelled = LabelledImages | LabelledFiles
 
 
 def open_labelled(dataset: str, data_dir: Path, split: str, size: int, download: bool = False) -> Labelled:
-    """The training or validation images of a data set, and their labels.
+    """The training or validation images of a dataset, and their labels.
 
     Args:
         dataset: one of :data:`DATASETS`, 'folder', or a name of timm for one of torchvision's ('torch/places365').
@@ -39,7 +39,7 @@ def open_labelled(dataset: str, data_dir: Path, split: str, size: int, download:
         download: let torchvision download it.
 
     Raises:
-        ValueError: no such data set, no images in it, or labels that only decoding the images would give.
+        ValueError: no such dataset, no images in it, or labels that only decoding the images would give.
     """
     if dataset == "cifar10":
         return load_cifar10(data_dir, "train" if split == "train" else "test", download)

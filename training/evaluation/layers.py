@@ -1,15 +1,16 @@
-"""ImageNet-style probes: classifiers on every layer of a frozen backbone, all trained in one pass over fresh crops.
+"""ImageNet-style probes: classifiers on every layer of a frozen backbone, trained together on the same crops.
 
     python -m training probe-layers imagenet-linear-paper rotnet_alexnet.gidaris_in1k --data ILSVRC2012
     python -m training probe-layers imagenet-linear-cpu rotnet_alexnet --dataset tinyimagenet --data DIR
     python -m training probe-layers imagenet-nonlinear-cpu rotnet_alexnet --random --layers conv4 --data DIR
 
-The images are a folder of train/<class>/* and val/<class>/* (ImageNet, Places205), one of the data sets below as it is
-distributed, or a labelled data set of torchvision by timm's name (torch/places365). They are kept in memory if they
+The images are a folder of train/<class>/* and val/<class>/* (ImageNet, Places205), one of the datasets below in its
+original layout, or a labelled dataset of torchvision by timm's name (torch/places365). They are kept in memory if they
 fit, else --workers decode them as they are needed. The linear classifiers are those of tables 5 and 6 of the paper. The
-non-linear ones are the retrained rest of the network, as in table 4. The classifiers of the last step are tested on the
-central crops of the validation images, which choose nothing. To tune on other images, --holdout N tests on N training
-images, drawn at random, instead. Results are written to --output: rows.jsonl, report.md, report.json and report.png.
+non-linear ones are the remaining layers of the network, trained from random weights, as in table 4. The classifiers of
+the last step are tested on the center crops of the validation images; nothing is selected on them. --holdout N tests on
+N random training images instead, to tune on. Results are written to --output: rows.jsonl, report.md, report.json and
+report.png.
 """
 
 import argparse
@@ -55,7 +56,7 @@ CROP = 7 / 8  # of the side: 224 of 256 pixels
 
 
 def square_size(recipe: LayerProbeRecipe, dataset: str) -> int:
-    """Side in pixels of the squares that crops are taken from; small budgets use the data set's own size."""
+    """Side in pixels of the squares that crops are taken from; small budgets use the dataset's own size."""
     return DATASETS[dataset].probe_size if recipe.budget == "cpu" and dataset in DATASETS else recipe.image_size
 
 

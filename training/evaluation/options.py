@@ -15,7 +15,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def add_data(parser: argparse.ArgumentParser, torchvision: bool = False) -> None:
-    """The labelled images; with ``torchvision`` its data sets too, and no default."""
+    """The labelled images; with ``torchvision`` its datasets too, and no default."""
     sets = (*DATASETS, FOLDER)
     if torchvision:
         known = f"{', '.join(sets)}, or torch/NAME of torchvision"
@@ -28,14 +28,14 @@ def add_data(parser: argparse.ArgumentParser, torchvision: bool = False) -> None
             "--data", type=Path, default=Path("data/cifar10"), help="folder of the images [%(default)s]"
         )
     parser.add_argument("--download", action="store_true", help="let torchvision download the images to --data")
-    parser.add_argument("--holdout", type=int, default=0, metavar="N", help="test on N training images instead")
-    parser.add_argument("--size", type=int, help="image size in pixels that the backbone takes [the model's own]")
+    parser.add_argument("--holdout", type=int, default=0, metavar="N", help="hold N training images out, to test on")
+    parser.add_argument("--size", type=int, help="input size of the backbone in pixels [the model's own]")
 
 
 def add_run(parser: argparse.ArgumentParser, output: str, precision: str = "the recipe's") -> None:
     """How it is computed and where the results go; ``output`` and ``precision`` say what the defaults are."""
     parser.add_argument("--seed", type=int, default=0, help="random seed [%(default)s]")
-    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="train with N seeds, from --seed on [1]")
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="number of seeds, starting at --seed [1]")
     add_precision_argument(parser, precision)
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps [%(default)s]")
     parser.add_argument("--output", type=Path, help=f"folder of rows and report [{output}/<weights>]")

@@ -159,7 +159,7 @@ def record_file(subject: Subject, own_settings: bool) -> Path:
     if not (subject.published or subject.name == f"{subject.architecture}.random"):
         raise ValueError(f"--record is for weights of the manifest and random ones: {subject.name} has no entry there")
     if own_settings:
-        raise ValueError("--record is for whole data sets and the recipes as they are: leave out what changes them")
+        raise ValueError("--record is for whole datasets and the recipes as they are: leave out what changes them")
     require_committed("--record")
     return RESULTS_DIR / f"{subject.name}.jsonl"
 

@@ -33,7 +33,7 @@ TRANSFERS: dict[str, ModuleType] = {"voc": classification, "detect": detection, 
 
 @dataclass(frozen=True)
 class Source:
-    """One data set: its id, its ``folder``, for detection the file of ``proposals``; ``whole``: a part is an error."""
+    """One dataset: its id, its ``folder``, for detection the file of ``proposals``; ``whole``: a part is an error."""
 
     dataset: str
     folder: Path
@@ -48,7 +48,7 @@ def command_of(row: Row) -> str:
 
 
 def measure_source(rows: Sequence[Row], source: Source, quick: bool = False, device: str = "cpu") -> Pairs:
-    """Each row and what is measured now, of rows that all are of one data set.
+    """Each row and what is measured now, of rows that all are of one dataset.
 
     Raises:
         ValueError: as :func:`measure_again` and :func:`transfer_again`.
@@ -69,8 +69,8 @@ def measure_again(rows: Sequence[Row], load: Load, quick: bool = False, device: 
     """Each row and what is measured now: features of a network are taken once for all of its rows.
 
     Args:
-        rows: all of one data set.
-        load: reads the data set, as squares of a side.
+        rows: all of one dataset.
+        load: reads the dataset, as squares of a side.
         quick: on the first fifth of the test images.
         device: where to work.
 

@@ -1,17 +1,17 @@
-"""Reproduce the reported numbers: measure each one again and say whether it holds.
+"""Reproduce the reported numbers: measure each one again and report whether it matches.
 
     python -m training check --quick --data DIR
     python -m training check --data DIR
     python -m training check --data DIR --only knn linear --weights rotnet_nin.cifar10
 
-DIR is the folder of CIFAR-10. Numbers of other data sets are measured if their folder is given, and are otherwise
+DIR is the folder of CIFAR-10. Numbers of other datasets are measured if their folder is given, and are otherwise
 listed as not measured. The sha256 and the golden outputs of the weights, and the rows, are always checked first.
 --quick takes minutes: it measures rotation accuracy and k-NN of the published weights on the first fifth of the test
 images. Without it every row of published and random weights (training/results/*.jsonl) is measured, and the command
-first prints how long that took where it was reported. The exit status is 1 if a number does not hold, if a row was
-edited or is missing, or if the weights are not those that were measured; 2 if data or device are missing.
+first prints how long that took where it was reported. The exit status is 1 if a number does not match, if a row was
+edited or is missing, or if the weights are not those that were measured; 2 if the data or the device is missing.
 
-A number holds if it is within a tolerance of the reported one. If nothing is trained, one in a thousand images may
+A number matches if it is within its tolerance. If nothing is trained, one in a thousand images may
 differ, because of other hardware. If a probe is trained, the tolerance is three standard deviations over the reported
 seeds, and at least half a percentage point; with one seed, three standard errors of the difference between two samples
 of that many test images. A linear probe does not depend on a seed: it uses the L2 penalty of the row, and its tolerance

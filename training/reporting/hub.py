@@ -251,7 +251,7 @@ def _card_data(name: str, entry: dict[str, Any], rows: Sequence[Row]) -> str:
                 dataset_name=dataset,
                 dataset_split=split,
                 metric_type="accuracy",
-                # the Hub keeps one result of a task and data set for each name: protocol and layer belong into it
+                # the Hub keeps one result of a task and dataset for each name: protocol and layer belong into it
                 metric_name=metric,
                 metric_value=round(100 * value, 2),
             )

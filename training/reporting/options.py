@@ -1,4 +1,4 @@
-"""Where the data sets of reported numbers are: the options of the commands that measure them."""
+"""Where the datasets of reported numbers are: the options of the commands that measure them."""
 
 import argparse
 from pathlib import Path
@@ -7,7 +7,7 @@ from training.datasets import dataset_of
 from training.reporting.again import TRANSFERS, Source, command_of
 from training.reporting.rows import Row
 
-# the option that names the folder of each data set
+# the option that names the folder of each dataset
 OPTIONS = {
     "cifar10": "data",
     "tinyimagenet": "tinyimagenet",
@@ -16,7 +16,7 @@ OPTIONS = {
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that name folders of data sets."""
+    """Add the options that name folders of datasets."""
     parser.add_argument("--data", type=Path, default=Path("data/cifar10"), help="folder of CIFAR-10 [%(default)s]")
     parser.add_argument("--download", action="store_true", help="let torchvision download CIFAR-10 into --data")
     parser.add_argument("--tinyimagenet", type=Path, metavar="DIR", help="folder tiny-imagenet-200 [do not measure]")

@@ -148,7 +148,7 @@ def compute(bundled: Mapping[str, Any], rows: Sequence[Row]) -> str:
 
 
 def layer_table(rows: Sequence[Row]) -> str:
-    """Probes of AlexNet's layers in one table a data set: ours, and the paper's on ImageNet and Places205."""
+    """Probes of AlexNet's layers in one table a dataset: ours, and the paper's on ImageNet and Places205."""
     probes = [row for row in rows if row.protocol in ("linear-sgd", "nonlinear-sgd")]
     probes = [row for row in probes if row.source == "measured" or row.source.startswith("paper")]
     tables = []
@@ -195,23 +195,30 @@ def speed_tables(measured: Mapping[str, Any]) -> str:
     rows = (
         ("training, naive: one image at a time, fp32, NCHW", "naive", "naive", peak_fp32),
         ("training in fp32", "training in fp32", "naive", peak_fp32),
-        ("training in bf16, memory given back", "training without kept blocks", "naive", peak),
-        ("**training in bf16, as the commands do it**", "training", "naive", peak),
-        ("features in bf16, memory given back", "features without kept blocks", "features without kept blocks", peak),
-        ("**features in bf16, as the commands do it**", "features", "features without kept blocks", peak),
+        ("training in bf16, default memory settings", "training without kept blocks", "naive", peak),
+        ("**training in bf16, as in our commands**", "training", "naive", peak),
+        (
+            "features in bf16, default memory settings",
+            "features without kept blocks",
+            "features without kept blocks",
+            peak,
+        ),
+        ("**features in bf16, as in our commands**", "features", "features without kept blocks", peak),
     )
     lines = []
     for title, name, base, highest in rows:
         rate, memory = cases[name]["images_per_second"], cases[name]["peak_bytes"] / 2**30
         ratio = rate / cases[base]["images_per_second"]
         lines.append((title, f"{rate:.0f}", f"{ratio:.2f}", f"{flops[name] / highest:.0%}", f"{memory:.1f} GiB"))
-    header = ("", "images/s", "ratio", "share of matrix-product speed", "peak memory")
+    header = ("", "images/s", "ratio", "fraction of matmul speed", "peak memory")
     return (
-        f"On {measured['device']}, {measured['threads']} threads: medians of {measured['rounds']} fresh processes each,"
-        f" run in turns (commit `{measured['commit'][:7]}`). Training in bf16 ranged from {ours['slowest']:.0f} to"
-        f" {ours['fastest']:.0f} images/s. Images are 32 pixels, 512 rotated images a step, 128 a batch of features."
-        f" Square matrix products reach {peak / 1e9:.0f} GFLOP/s in bf16 and {peak_fp32 / 1e9:.0f} in fp32;"
-        f" convolutions may be faster than those.\n\n{markdown_table(header, lines)}"
+        f"On {measured['device']}, {measured['threads']} threads: medians of {measured['rounds']} runs, each in a new"
+        " process,"
+        f" interleaved (commit `{measured['commit'][:7]}`). Training in bf16 ranged from {ours['slowest']:.0f} to"
+        f" {ours['fastest']:.0f} images/s. Training uses 512 rotated 32-pixel images per"
+        " step, feature extraction batches of 128."
+        f" Square matrix multiplications reach {peak / 1e9:.0f} GFLOP/s in bf16 and {peak_fp32 / 1e9:.0f} in fp32;"
+        f" convolutions can be faster.\n\n{markdown_table(header, lines)}"
     )
 
 

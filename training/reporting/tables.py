@@ -53,7 +53,7 @@ def weights_table(entries: Mapping[str, Mapping[str, Any]]) -> str:
     """One line for each of the published weights: what they are and where they come from."""
     places = {"bundled": "in the package", "hub": "Hugging Face Hub", "release": "the authors' release"}
     return markdown_table(
-        ("weights", "pretrained on", "rotated images", "size", "use layer", "from"),
+        ("weights", "pretrained on", "rotated images", "size", "recommended layer", "source"),
         (
             (
                 f"`{name}`",
@@ -69,7 +69,7 @@ def weights_table(entries: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def results_tables(rows: Sequence[Row], entries: Mapping[str, Mapping[str, Any]]) -> str:
-    """A table for each data set: our weights, random ones and the paper's, a column for each protocol."""
+    """A table for each dataset: our weights, random ones and the paper's, a column for each protocol."""
     bundled = {name: entry for name, entry in entries.items() if entry["source"] == "bundled"}
     own = [row for row in rows if row.source == "measured" and row.weights in bundled]
     return "\n\n".join(
@@ -98,7 +98,7 @@ def _results_table(rows: Sequence[Row], bundled: Mapping[str, Mapping[str, Any]]
         layer, model = entry["recommended_layer"], model_of(weights)
         groups = [(f"`{weights}`", select(rows, weights)), ("random weights", select(rows, f"{model}.random"))]
         paper = [row for row in select(rows, f"{model}.paper", measured=False) if row.source.startswith("paper")]
-        groups.append(("_paper, full budget_", paper))
+        groups.append(("_paper, paper budget_", paper))
         for label, group in groups:
             found = [row for row in group if row.layer in ("", layer) and row.labels_per_class is None]
             if found:
@@ -118,7 +118,7 @@ def _results_table(rows: Sequence[Row], bundled: Mapping[str, Mapping[str, Any]]
 
 
 def probe_table(name: str, rows: Sequence[Row]) -> list[str]:
-    """Every probe of every layer of published weights, of random ones and the paper's; the rows are of one data set."""
+    """Every probe of every layer of published weights, of random ones and the paper's; the rows are of one dataset."""
     model = model_of(name)
     groups = {
         f"`{name}`": select(rows, name),
@@ -181,7 +181,7 @@ def few_labels_table(name: str, rows: Sequence[Row]) -> list[str]:
 
 
 def rotation_lines(name: str, rows: Sequence[Row]) -> list[str]:
-    """Rotation accuracy of published weights, of random ones and of others, on one data set; no lines where none is."""
+    """Rotation accuracy of published weights, of random ones and of others, on one dataset; no lines where none is."""
     model = model_of(name)
     found = [row for row in select(rows, name) if row.protocol == "rotation"]
     if not found:
@@ -198,7 +198,7 @@ def rotation_lines(name: str, rows: Sequence[Row]) -> list[str]:
 
 
 def evaluation_lines(name: str, rows: Sequence[Row]) -> list[str]:
-    """Rotation accuracy and every probe of published weights, on each data set that they were measured on."""
+    """Rotation accuracy and every probe of published weights, on each dataset that they were measured on."""
     lines = []
     for data in dict.fromkeys(row.data for row in select(rows, name)):
         there = [row for row in rows if row.data == data]

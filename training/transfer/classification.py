@@ -1,18 +1,19 @@
-"""PASCAL VOC classification: which of 20 classes does an image show; mean average precision (table 7 of the paper).
+"""PASCAL VOC classification: which of the 20 classes appear in an image; mean average precision (table 7 of the paper).
 
     python -m training voc rotnet_alexnet.gidaris_in1k --data VOCdevkit --layers fc6-8
     python -m training voc rotnet_alexnet.gidaris_in1k --random --data VOCdevkit --layers all --device cuda
 
-MODEL is any model of timm or of this package, with its published weights, --random ones, or those of a file. Its batch
-norm is folded and its layers are rescaled; then a fresh classifier is trained, with fc6 and fc7 alone (--layers fc6-8)
-or with all layers. VOCdevkit is the standard folder, docs/transfer.md says how data of one's own goes into it. The mean
-of ten random crops of each test image is measured; objects marked difficult do not count.
+MODEL is any timm model whose batch norm can be folded, with its published weights, --random weights, or those of a file
+(--weights FILE); models that are not a chain of layers, such as ResNets, need --no-rescale. Batch norm is folded and
+the layers are rescaled; then a new classifier is trained, together with fc6 and fc7 (--layers fc6-8) or with all
+layers. VOCdevkit is the standard folder; docs/transfer.md explains how to use your own data. Scores are averaged over
+ten random crops of each test image. Objects marked difficult do not count.
 
-Three numbers are written, and printed for every class: VOC2007's 11-point average precision, the area under the best
-precision (VOC2010 and later), and the area in steps, which is what scikit-learn calls average precision and the code
-of Kraehenbuehl et al., whose settings are taken, prints. Settings are the recipes voc-classification-paper and
-voc-classification-cpu (--budget) in training/transfer/recipes.py. Numbers are in --output as rows.jsonl, report.md,
-report.json and report.png, those of every class as classes.json, and the trained network as network.safetensors.
+Three numbers are reported: VOC2007's 11-point average precision, the area under the interpolated precision-recall curve
+(VOC2010 and later), and scikit-learn's average precision, which the code of Kraehenbuehl et al., whose settings we use,
+reports. Settings are the recipes voc-classification-paper and voc-classification-cpu (--budget) in
+training/transfer/recipes.py. Results are written to --output: rows.jsonl, report.md, report.json and report.png,
+classes.json with the numbers of every class, and the trained network as network.safetensors.
 """
 
 import argparse

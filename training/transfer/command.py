@@ -51,10 +51,10 @@ class Transfer:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that the three commands have in common."""
     add = parser.add_argument
-    add("model", metavar="MODEL", help="any model or model.tag of timm, rotnet_alexnet among them")
+    add("model", metavar="MODEL", help="any timm model or model.tag, including rotnet_*")
     add("--weights", type=Path, metavar="FILE", help="start from the weights of a safetensors file")
     add("--random", action="store_true", help="start from random weights")
-    add("--budget", choices=("paper", "cpu"), default="paper", help="the recipe: the paper's, or a CPU's [%(default)s]")
+    add("--budget", choices=("paper", "cpu"), default="paper", help="budget of the recipe [%(default)s]")
     add("--data", type=Path, default=Path("data/VOCdevkit"), help="the VOCdevkit folder [%(default)s]")
     add("--year", help="year of VOCdevkit/VOC<year> [the recipe's]")
     add("--train", metavar="SPLIT", help="image list to train on [the recipe's]")
@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--images-per-step", type=int, metavar="N", help="images in a training step [the recipe's]")
     add("--lr", type=float, help="learning rate [the recipe's]")
     add("--weight-decay", type=float, metavar="RATE", help="weight decay [the recipe's]")
-    add("--clip", type=float, metavar="NORM", help="largest norm of the gradients [the recipe's]")
+    add("--clip", type=float, metavar="NORM", help="maximum gradient norm [the recipe's]")
     add("--dropout", type=float, metavar="P", help="dropout after fc6 and fc7 [the recipe's]")
     add("--fc-size", type=int, metavar="N", help="width of AlexNet's fc6 and fc7 [the weights', or the recipe's]")
     add("--no-rescale", dest="rescale", action="store_false", help="do not rescale the layers")
@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_pictures_argument(parser: argparse.ArgumentParser) -> None:
     """The option of the commands whose results can be drawn."""
-    told = "draw the results on the first N test images, into the output's folder pictures [%(default)s]"
+    told = "draw the results on the first N test images, in the folder pictures of --output [%(default)s]"
     parser.add_argument("--pictures", type=positive, default=0, metavar="N", help=told)
 
 

@@ -1,20 +1,21 @@
-"""PASCAL VOC detection: where in an image is what; mean average precision (table 7 of the paper).
+"""PASCAL VOC detection: locate and classify objects; mean average precision (table 7 of the paper).
 
     python -m training detect rotnet_alexnet.gidaris_in1k --data VOCdevkit --proposals selective-search.safetensors
     python -m training detect rotnet_alexnet.gidaris_in1k --data VOCdevkit --device cuda
 
-With --proposals it is Fast R-CNN, as in the paper: regions come from a file, and only this number stands beside the
-paper's 54.4 %. Without, it is torchvision's Faster R-CNN, which finds its regions itself, on the same backbone. MODEL
-is any model of timm or of this package; its batch norm is folded and its layers are rescaled; AlexNet's fc6 and fc7
-judge the regions, other networks get two fresh layers. All layers are trained, at several scales of the images; one
-scale is measured. Objects marked difficult are neither trained on nor counted.
+With --proposals this is Fast R-CNN on the region proposals of a file, as in the paper; only this result is comparable
+with the paper's 54.4 %. Without, it is torchvision's Faster R-CNN, which generates its own proposals, on the same
+backbone. MODEL is any timm model whose batch norm can be folded, with its published weights, --random weights, or those
+of a file (--weights FILE); models that are not a chain of layers, such as ResNets, need --no-rescale. Batch norm is
+folded and the layers are rescaled; AlexNet's fc6 and fc7 classify the regions, other networks get two new fc layers.
+All layers are trained, on images of several scales; one scale is used for testing. Objects marked difficult are neither
+trained on nor counted.
 
-The file of proposals is a safetensors file with a tensor (n, 4) for each image's name ('000005'), float32: left, top,
-right, bottom in pixels from the image's corner; python -m training proposals writes one by selective search.
-Settings are the recipes voc-fast-rcnn-paper and -cpu, voc-faster-rcnn and voc-faster-rcnn-cpu (--budget) in
-training/transfer/recipes.py. Numbers are in --output as
-rows.jsonl, report.md, report.json and report.png, those of every class as classes.json, and the trained network as
-network.safetensors.
+The file of proposals is a safetensors file with a float32 tensor (n, 4) for each image's name ('000005'): left, top,
+right, bottom in pixels from the image's corner; python -m training proposals writes one with selective search. Settings
+are the recipes voc-fast-rcnn-paper and -cpu, voc-faster-rcnn and voc-faster-rcnn-cpu (--budget) in
+training/transfer/recipes.py. Results are written to --output: rows.jsonl, report.md, report.json and report.png,
+classes.json with the numbers of every class, and the trained network as network.safetensors.
 """
 
 import argparse
@@ -241,10 +242,10 @@ def build_parser() -> argparse.ArgumentParser:
     """The command's options."""
     parser = create_parser("detect", __doc__)
     add_arguments(parser)
-    parser.add_argument("--proposals", type=Path, metavar="FILE", help="regions of every image: Fast R-CNN")
+    parser.add_argument("--proposals", type=Path, metavar="FILE", help="file of region proposals; selects Fast R-CNN")
     parser.add_argument("--side", type=int, help="shorter side of all images in pixels [the recipe's, several]")
-    parser.add_argument("--regions", type=int, help="regions an image to train on [the recipe's]")
-    parser.add_argument("--test-proposals", type=int, metavar="N", help="proposals an image in the test [the recipe's]")
+    parser.add_argument("--regions", type=int, help="regions per training image [the recipe's]")
+    parser.add_argument("--test-proposals", type=int, metavar="N", help="proposals per test image [the recipe's]")
     add_pictures_argument(parser)
     return parser
 

@@ -1,4 +1,4 @@
-"""Regions that Fast R-CNN looks at: one safetensors file for all images of a data set.
+"""Regions that Fast R-CNN looks at: one safetensors file for all images of a dataset.
 
 A tensor (n, 4) for each image's name ('000005'): left, top, right, bottom in pixels from the image's corner, a box of
 the whole image being 0, 0, width, height. The surest regions come first, so that the first k of them are a fair choice.

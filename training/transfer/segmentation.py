@@ -1,17 +1,18 @@
-"""PASCAL VOC segmentation: which class is every pixel of; mean intersection over union (table 7 of the paper).
+"""PASCAL VOC segmentation: the class of every pixel; mean intersection over union (table 7 of the paper).
 
     python -m training segment rotnet_alexnet.gidaris_in1k --data VOCdevkit --device cuda
 
-A fully convolutional network (Long, Shelhamer, Darrell 2015, https://arxiv.org/abs/1411.4038): AlexNet's fc6 and fc7
-as convolutions, a score for every class in every cell of 32 pixels, scaled up to the image's pixels. Other networks,
-and AlexNet with --fc-size 0, get their scores from the last feature layer. MODEL is any model of timm or of this
-package; its batch norm is folded and its layers are rescaled, then all are trained on whole images. Pixels that the
-masks give as 255 do not count. The paper does not name its splits: --budget paper takes VOC2012's train and val,
---budget cpu VOC2007's trainval and test.
+A fully convolutional network (Long, Shelhamer, Darrell 2015, https://arxiv.org/abs/1411.4038): AlexNet's fc6 and fc7 as
+convolutions, with scores for every class at stride 32, which are upsampled to the image. Other networks, and AlexNet
+with --fc-size 0, compute the scores from the last feature layer. MODEL is any timm model whose batch norm can be
+folded, with its published weights, --random weights, or those of a file (--weights FILE); models that are not a chain
+of layers, such as ResNets, need --no-rescale. Batch norm is folded and the layers are rescaled, then all layers are
+trained on whole images. Pixels labelled 255 are ignored. The paper does not name its splits: --budget paper uses
+VOC2012's train and val, --budget cpu VOC2007's trainval and test.
 
-Settings are the recipes voc-segmentation-paper and voc-segmentation-cpu in training/transfer/recipes.py. Numbers are in
---output as rows.jsonl, report.md, report.json and report.png, those of every class as classes.json, and the trained
-network as network.safetensors.
+Settings are the recipes voc-segmentation-paper and voc-segmentation-cpu in training/transfer/recipes.py. Results are
+written to --output: rows.jsonl, report.md, report.json and report.png, classes.json with the numbers of every class,
+and the trained network as network.safetensors.
 """
 
 import argparse
