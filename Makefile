@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TIMM_TESTS := $(VENV)/timm-sdist
 
-.PHONY: demo test slow-tests timm-tests lint render clean
+.PHONY: demo test slow-tests timm-tests coverage lint render clean
 
 demo: $(VENV)/.installed-demo
 	@echo "==> the bundled rotnet_nin on the sample images"
@@ -22,11 +22,17 @@ slow-tests: $(VENV)/.installed-dev
 	@echo "==> slow tests"
 	@$(BIN)/python -m pytest -m slow
 
+coverage: $(VENV)/.installed-dev
+	@echo "==> which lines the tests run"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile -m "not slow" \
+	    --cov --cov-report=term:skip-covered
+
 lint: $(VENV)/.installed-dev
-	@echo "==> ruff and mypy"
+	@echo "==> ruff, mypy and codespell"
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/codespell
 
 # timm's own per-model tests, from the sdist of the installed timm, on our models
 timm-tests: $(VENV)/.installed-dev

@@ -4,7 +4,7 @@ Gidaris, Singh, Komodakis: Unsupervised Representation Learning by Predicting Im
 https://arxiv.org/abs/1803.07728.
 """
 
-from rotation_ssl.backbones import alexnet, nin, resnets  # noqa: F401  registers the models with timm
+from rotation_ssl import backbones  # noqa: F401  registers the models with timm
 from rotation_ssl.pretraining import pretrain
 from rotation_ssl.rotations import rotate_all, rotation_labels, rotation_loss
 

@@ -1,10 +1,9 @@
-"""Run the bundled rotnet_nin on sample images: which way are they turned, and where does the network look?
+"""Run the bundled rotnet_nin on images: by how much is each one rotated, and where does the network look?
 
     python -m rotation_ssl.demo [IMAGE ...] [-o FIGURE]
 
-Without images it takes the samples that come with the package, and turns the i-th of them by i quarter turns first, so
-that there is something to find out. With images of your own it takes them as they are. The figure needs matplotlib,
-what is printed does not.
+Without arguments it uses the package's sample images and first rotates the i-th one by i x 90 degrees, so that there is
+something to predict. Your own images are used as they are. The figure needs matplotlib; the printed predictions do not.
 """
 
 import argparse
@@ -58,7 +57,7 @@ def draw(
     maps: dict[str, torch.Tensor],
     file: Path,
 ) -> None:
-    """One figure: each image as given, as turned upright by the model, and its attention maps.
+    """Draw each image as given, rotated back by the prediction, and its attention maps.
 
     Raises:
         ValueError: matplotlib is not installed.
@@ -91,6 +90,41 @@ def draw(
     figure.savefig(file, dpi=130)
 
 
+def show(files: list[Path], turns: list[int] | None, figure: Path) -> None:
+    """Print the prediction for each image, and draw the figure where matplotlib is installed.
+
+    Args:
+        files: the images.
+        turns: for each image, how many times it is first rotated by 90 degrees; None to use them as they are.
+        figure: the file to write.
+
+    Raises:
+        ValueError: an image that cannot be read.
+    """
+    squares = [square_crop(read_image(file)) for file in files]
+    squares = [torch.rot90(square, k, (-2, -1)) for square, k in zip(squares, turns or [0] * len(files), strict=True)]
+    model = timm.create_model("rotnet_nin", pretrained=True)
+    print(f"rotnet_nin.{model.pretrained_cfg['tag']}: {len(files)} image{'s' * (len(files) != 1)}")
+    batch = to_batch(squares, model)
+    rotations, probabilities = predict(model, batch)
+    features = extract_features(model, batch, pool=None)
+    shapes = "  ".join(f"{layer} {'x'.join(map(str, f.shape[1:]))}" for layer, f in features.items())
+    for i, file in enumerate(files):
+        truth = "" if turns is None else f"rotated {90 * turns[i]:3d}, "
+        print(f"{file.name:28s} {truth}predicted {90 * int(rotations[i]):3d} ({100 * probabilities[i]:5.1f} %)")
+    if turns is not None:
+        right = int((rotations == torch.tensor(turns)).sum())
+        print(f"{right} of {len(files)} predictions correct (chance is a quarter)")
+    print(f"features of each image: {shapes}")
+    if find_spec("matplotlib") is None:
+        print(f"no figure: it {NEEDS_MATPLOTLIB}")
+        return
+    size = (batch.shape[-2], batch.shape[-1])
+    maps = {layer: attention_map(features[layer], power, size) for layer, power in POWERS.items()}
+    draw(squares, rotations, probabilities, maps, figure)
+    print(f"figure written to {figure}")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -103,33 +137,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if args.output.exists() and any(file.exists() and args.output.samefile(file) for file in files):
             raise ValueError(f"{args.output} is one of the images; give another --output")
-        squares = [square_crop(read_image(file)) for file in files]
-        turns = [0 if args.images else i % 4 for i in range(len(files))]
-        squares = [torch.rot90(square, k, (-2, -1)) for square, k in zip(squares, turns, strict=True)]
-        model = timm.create_model("rotnet_nin", pretrained=True)
-        print(f"rotnet_nin.{model.pretrained_cfg['tag']}: {len(files)} images")
-        batch = to_batch(squares, model)
-        rotations, probabilities = predict(model, batch)
-        features = extract_features(model, batch, pool=None)
-        for i, file in enumerate(files):
-            truth = "" if args.images else f"turned {90 * turns[i]:3d}, "
-            shapes = "  ".join(f"{layer} {'x'.join(map(str, f.shape[1:]))}" for layer, f in features.items())
-            guess = f"predicted {90 * int(rotations[i]):3d} ({100 * probabilities[i]:5.1f} %)"
-            print(f"{file.name:28s} {truth}{guess}  {shapes}")
-        if not args.images:
-            right = int((rotations == torch.tensor(turns)).sum())
-            print(f"{right} of {len(files)} turned images guessed right (chance is a quarter)")
-        if find_spec("matplotlib") is None:
-            print(f"no figure: it {NEEDS_MATPLOTLIB}")
-            return 0
-        maps = {
-            layer: attention_map(features[layer], p, (batch.shape[-2], batch.shape[-1])) for layer, p in POWERS.items()
-        }
-        draw(squares, rotations, probabilities, maps, args.output)
+        show(files, None if args.images else [i % 4 for i in range(len(files))], args.output)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"figure written to {args.output}")
     return 0
 
 

@@ -1,38 +1,36 @@
 """Frozen features of any layer of any timm model, several layers in one pass."""
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+Prepare = Callable[[torch.Tensor], torch.Tensor]
 POOLS = ("avg", "max", "flatten", None)
 
 
 def layer_modules(backbone: nn.Module) -> dict[str, str]:
     """The backbone's named feature layers and their modules: ``{'block1': 'blocks.block1', ...}``.
 
-    A layer's name is the last part of its module's, or the whole of it where that would not be unique.
+    A layer's name is the last part of its module's name, or the whole name if the last parts are not unique.
 
     Raises:
-        ValueError: not a whole timm model: it has no feature_info of its own.
+        ValueError: not a timm model with a feature_info list.
     """
     info = getattr(backbone, "feature_info", None)
     if not isinstance(info, list):
         raise ValueError(f"{type(backbone).__name__} has no feature_info: give a timm model, without features_only")
     known = dict(backbone.named_modules())
-    # some entries of timm name no module: nothing can be taken there
+    # some entries of timm name no module
     modules = [entry["module"] for entry in info if entry["module"] in known]
     short = [module.rsplit(".", 1)[-1] for module in modules]
     unique = len(set(short)) == len(short) and not any(name.isdigit() for name in short)
     return dict(zip(short if unique else modules, modules, strict=True))
-
-
-class _Complete(Exception):
-    """Every layer asked for has given its features: the rest of the forward pass is not needed."""
 
 
 def extract_features(
@@ -42,40 +40,39 @@ def extract_features(
     *,
     pool: str | None = "avg",
     grid: int | Mapping[str, int] = 1,
-    prepare: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    prepare: Prepare | None = None,
     batch_size: int = 64,
     dtype: torch.dtype = torch.float32,
     autocast: torch.dtype | None = None,
 ) -> dict[str, torch.Tensor]:
     """Features of every image at each layer, from one pass of the frozen backbone in eval mode.
 
-    The pass stops after the last layer asked for. The backbone itself is not touched: its mode stays as it is for
-    everybody else, no buffer moves, and several threads may use it at the same time.
+    The pass stops after the last layer asked for. The backbone itself is not changed: it keeps its mode and its
+    buffers, and several threads may use it at the same time.
 
     Args:
         backbone: a timm model, in train or eval mode.
         images: (N, C, H, W), of any dtype that ``prepare`` takes; normalised floats without it.
-        layers: names of :func:`layer_modules` ('block1', 'conv3'), or any module's own name ('blocks.block1.0'); None
-            for all of :func:`layer_modules`. Of a module that runs several times in a pass the first output is taken.
-        pool: 'avg' or 'max' to at most grid x grid cells, 'flatten' for all of the map, None to keep the map.
-        grid: cells a side, one for all layers or by layer; a smaller map keeps its size. 1 is the global pooling.
-        prepare: applied to every batch, on the backbone's device, before the backbone: normalisation, say.
-        batch_size: images a batch.
+        layers: names of :func:`layer_modules` ('block1', 'conv3'), or the full name of any module ('blocks.block1.0');
+            None: all of :func:`layer_modules`. Of a module that runs several times in a pass the first output is taken.
+        pool: 'avg' or 'max' to at most grid x grid cells, 'flatten' for the whole map, None to keep the map.
+        grid: cells a side, one number or one for each layer; a smaller map keeps its size. 1 is global pooling.
+        prepare: applied to every batch on the backbone's device, for example to normalise it.
+        batch_size: images in a batch.
         dtype: of the result, a floating-point type; torch.bfloat16 halves the memory.
-        autocast: compute in this type (torch.bfloat16) where PyTorch holds that safe; None: as the weights are.
+        autocast: compute in this type (torch.bfloat16) where PyTorch considers that safe; None: in the weights' type.
 
     Returns:
         By layer, on the CPU: (N, D), channel by channel, D = channels * cells; (N, channels, H', W') with
-        ``pool=None``. Tokens of a transformer are a map of their square, class tokens left out. A layer whose output is
-        a vector gives it as it is.
+        ``pool=None``. The tokens of a transformer are a square map, without class tokens. The output of a layer that
+        gives vectors is not pooled.
 
     Raises:
-        ValueError: no layer asked for, one that does not exist (the error lists those that do), no images, an unknown
-            pooling, a grid, batch size or dtype out of range, a layer whose output is neither vector, square of tokens,
-            nor map, or a ``prepare`` or layer that does not give one row for each image.
+        ValueError: no layers, or one that does not exist (the error lists those that do), no images, an unknown
+            pooling, a grid, batch size or dtype out of range, a layer whose output is no vector, map or square of
+            tokens, or a ``prepare`` or layer that does not give one row for each image.
     """
-    modules = dict(backbone.named_modules())
-    names = layer_modules(backbone)
+    modules, names = dict(backbone.named_modules()), layer_modules(backbone)
     layers = list(names) if layers is None else layers
     unknown = [layer for layer in layers if names.get(layer, layer) not in modules or not layer]
     if unknown or not layers:
@@ -84,7 +81,29 @@ def extract_features(
     if len(images) == 0:
         raise ValueError("no images to extract features from")
     device = next((parameter.device for parameter in backbone.parameters()), torch.device("cpu"))
-    info: Any = backbone.feature_info
+    forward = _pooled_layers(backbone, cells, pool, dtype)
+    features: dict[str, torch.Tensor] = {}
+    with torch.autocast(device.type, autocast, enabled=autocast is not None):
+        for start in range(0, len(images), batch_size):
+            batch = images[start : start + batch_size].to(device)
+            for layer, part in forward(batch, prepare).items():
+                if layer not in features:
+                    # outside of a caller's inference mode, in which it could not be trained on
+                    with torch.inference_mode(False):
+                        features[layer] = torch.empty((len(images), *part.shape[1:]), dtype=dtype)
+                features[layer][start : start + len(batch)] = part
+    return {layer: features[layer] for layer in layers}
+
+
+class _Complete(Exception):
+    """All layers asked for have run: the rest of the forward pass is not needed."""
+
+
+def _pooled_layers(
+    backbone: nn.Module, cells: Mapping[str, int], pool: str | None, dtype: torch.dtype
+) -> Callable[[torch.Tensor, Prepare | None], dict[str, torch.Tensor]]:
+    """A function from a batch to the pooled output of each layer in ``cells``, on the CPU."""
+    names, info = layer_modules(backbone), cast(Any, backbone).feature_info
     channels = {entry["module"]: entry["num_chs"] for entry in info if "num_chs" in entry}
     found: dict[str, torch.Tensor] = {}
 
@@ -99,43 +118,36 @@ def extract_features(
     for layer in cells:
         module = view.get_submodule(names.get(layer, layer))
         module.register_forward_hook(lambda _, __, output, layer=layer: keep(layer, output))
-    features: dict[str, torch.Tensor] = {}
-    with torch.inference_mode(), torch.autocast(device.type, autocast, enabled=autocast is not None):
-        for start in range(0, len(images), batch_size):
-            batch = images[start : start + batch_size].to(device)
-            rows = len(batch)
-            batch = batch if prepare is None else prepare(batch)
-            if len(batch) != rows:
-                raise ValueError(f"prepare gave {len(batch)} images for {rows}: it must give one for each")
-            found.clear()
-            try:
-                view(batch)
-            except _Complete:
-                pass
-            else:
-                unused = ", ".join(layer for layer in layers if layer not in found)
-                raise ValueError(f"layer {unused} does not run in this backbone's forward pass; take another")
-            for layer, part in found.items():
-                if len(part) != rows:
-                    raise ValueError(f"layer {layer} gives {len(part)} rows for {rows} images; take another")
-                if layer not in features:
-                    # outside of inference mode: what it makes cannot be trained on
-                    with torch.inference_mode(False):
-                        features[layer] = torch.empty((len(images), *part.shape[1:]), dtype=dtype)
-                features[layer][start : start + rows] = part
-    return {layer: features[layer] for layer in layers}
+
+    @torch.inference_mode()
+    def forward(batch: torch.Tensor, prepare: Prepare | None) -> dict[str, torch.Tensor]:
+        prepared = batch if prepare is None else prepare(batch)
+        if len(prepared) != len(batch):
+            raise ValueError(f"prepare gave {len(prepared)} images for {len(batch)}: it must give one for each")
+        found.clear()
+        with contextlib.suppress(_Complete):
+            view(prepared)
+        lacking = [layer for layer in cells if layer not in found]
+        if lacking:
+            raise ValueError(f"layer {', '.join(lacking)} does not run in this backbone's forward pass; use another")
+        for layer, part in found.items():
+            if len(part) != len(batch):
+                raise ValueError(f"layer {layer} gives {len(part)} rows for {len(batch)} images; use another")
+        return found
+
+    return forward
 
 
 def attention_map(features: torch.Tensor, power: float, size: tuple[int, int]) -> torch.Tensor:
-    """Where a layer is active: the sum over channels of abs(activation)**power, as in section 4.1 of the paper.
+    """Attention maps of section 4.1 of the paper: the sum over channels of abs(activation)**power.
 
     Args:
         features: (N, C, H, W).
         power: 1, 2 and 4 for the paper's first, second and third layer.
-        size: (H', W') of the images to lay it over.
+        size: (H', W') of the result, that of the images.
 
     Returns:
-        (N, H', W') float32 in 0..1, each map divided by its largest value.
+        (N, H', W') float32 in 0..1; each map is divided by its largest value.
 
     Raises:
         ValueError: features are not maps.
@@ -148,13 +160,13 @@ def attention_map(features: torch.Tensor, power: float, size: tuple[int, int]) -
 
 
 def rankme(features: torch.Tensor) -> float:
-    """RankMe: how many directions the features of a set of images fill, from 1 up to min(N, D); it needs no labels.
+    """RankMe, the effective rank of features, from 1 to min(N, D). It needs no labels.
 
-    The exponential of the entropy of the singular values, as parts of their sum (Garrido et al. 2023,
+    The exponential of the entropy of the singular values, divided by their sum (Garrido et al. 2023,
     https://arxiv.org/abs/2210.02885).
 
     Args:
-        features: (N, D), some thousands of images.
+        features: (N, D), of some thousand images.
 
     Raises:
         ValueError: not a matrix, or features that are not finite.
@@ -167,14 +179,14 @@ def rankme(features: torch.Tensor) -> float:
 
 
 def _eval_view(backbone: nn.Module) -> nn.Module:
-    """The backbone in eval mode under hooks of its own: modules are copied, parameters and buffers are shared.
+    """A copy of the backbone in eval mode for hooks; parameters and buffers are shared.
 
-    Hooks on the backbone itself would get what other threads pass through it, and eval() would change their mode.
+    Hooks on the backbone itself would also see the batches of other threads, and eval() would change their mode.
     """
     shared: dict[int, Any] = {}
     for module in backbone.modules():
         for value in vars(module).values():
-            # attributes too, and what they hold: weight norm and LeViT keep tensors that they computed
+            # attributes and their items too: weight norm and LeViT keep computed tensors there
             parts = (
                 value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
             )
@@ -209,10 +221,10 @@ def _check_options(
 
 
 def _to_map(output: torch.Tensor, backbone: nn.Module, layer: str, channels: int | None) -> torch.Tensor:
-    """A layer's output as (B, C, H, W), whatever the backbone's own order; vectors (B, D) as they are.
+    """A layer's output as (B, C, H, W), whatever the backbone's memory order; vectors (B, D) are returned unchanged.
 
-    ``channels`` are the layer's as timm lists them, where it does: they tell the axis, the backbone's own word about
-    its order is of its blocks only.
+    ``channels`` is the layer's number of channels in timm's feature_info, if any. It tells which axis they are on:
+    output_fmt is only about the blocks of the backbone.
     """
     shape = tuple(getattr(output, "shape", ()))
     if len(shape) == 4:
@@ -221,13 +233,13 @@ def _to_map(output: torch.Tensor, backbone: nn.Module, layer: str, channels: int
             last = shape[3] == channels
         return output.permute(0, 3, 1, 2) if last else output
     if len(shape) == 3:
-        # blocks of some networks carry class tokens before the others, of some they do not
+        # the blocks of some networks have class tokens first, those of others do not
         for prefix in (getattr(backbone, "num_prefix_tokens", 0), 0):
             side = math.isqrt(max(0, shape[1] - prefix))
             if side and side * side == shape[1] - prefix:
                 return output[:, prefix:].transpose(1, 2).unflatten(2, (side, side))
     if len(shape) != 2:
-        raise ValueError(f"layer {layer} gives {shape or type(output).__name__}, neither a map nor a vector")
+        raise ValueError(f"layer {layer} gives {shape or type(output).__name__}, not a map or a vector")
     return output
 
 

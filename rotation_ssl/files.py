@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and their hashes."""
+"""Write files completely or not at all, and hash them."""
 
 import hashlib
 import os
@@ -17,10 +17,10 @@ def sha256_of(file: Path) -> str:
 
 
 def replace_file(file: Path, write: Callable[[Path], object]) -> None:
-    """Write a file beside its place and move it there whole; a kill leaves what was there before.
+    """Write a file under a temporary name, then rename it; if the process is killed, the old file is still there.
 
     Args:
-        file: to write or replace, in a folder that is there.
+        file: to write or replace, in an existing folder.
         write: writes the path that it is given.
     """
     unfinished = file.with_name(f"{file.name}.{os.getpid()}.tmp")
@@ -34,7 +34,7 @@ def replace_file(file: Path, write: Callable[[Path], object]) -> None:
 
 
 def replace_bytes(file: Path, content: bytes) -> None:
-    """:func:`replace_file` by a content that is at hand."""
+    """:func:`replace_file` with the content given."""
     replace_file(file, lambda path: path.write_bytes(content))
 
 

@@ -26,7 +26,7 @@ class LabelledImages:
 
 @dataclass(frozen=True)
 class Images:
-    """Training and test images of the same classes, and the name that the data set has in result rows."""
+    """Training and test images of the same classes, and the name that the dataset has in result rows."""
 
     name: str
     train: LabelledImages

@@ -15,7 +15,7 @@ import rotation_ssl
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 
 # for the commands' --help
-TURN_OFF = "On Linux glibc is told to keep large blocks, which is faster; ROTATION_SSL_MALLOPT=0 turns that off."
+TURN_OFF = "On Linux this makes glibc keep large memory blocks, which is faster; ROTATION_SSL_MALLOPT=0 disables it."
 CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 

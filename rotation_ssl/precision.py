@@ -49,12 +49,14 @@ def autocast_type(precision: str) -> torch.dtype | None:
 def warn_if_emulated(precision: str | None, device: torch.device | str) -> None:
     """Print one line where bf16 is asked for and the device does not say that it multiplies it."""
     if precision == "bf16" and not multiplies_bfloat16(device):
-        told = f"{device} is not known to multiply bfloat16: bf16 may be many times slower than fp32"
+        told = f"{device} has no known bfloat16 instructions: bf16 may be many times slower than fp32"
         print(told, file=sys.stderr)  # noqa: T201
 
 
 def add_precision_argument(parser: argparse.ArgumentParser, default: str = "the recipe's") -> None:
     """The option --precision, the same in every command that has it."""
     parser.add_argument(
-        "--precision", choices=("auto", "fp32", "bf16"), help=f"auto: bf16 where it is fast, else fp32 [{default}]"
+        "--precision",
+        choices=("auto", "fp32", "bf16"),
+        help=f"auto: bf16 if the hardware supports it, else fp32 [{default}]",
     )

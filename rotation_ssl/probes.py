@@ -1,14 +1,16 @@
 """Classifiers on frozen features: tensors in, predictions out.
 
-They measure features, so they know nothing of backbones: pair them with :func:`rotation_ssl.features.extract_features`.
+They know no backbones: use them with the features of :func:`rotation_ssl.features.extract_features`.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+from rotation_ssl.fit import fit
 
 LINEAR_STRENGTHS = (1e-1, 1e-2, 1e-3)
 
@@ -30,11 +32,11 @@ def knn_predict(
         train_labels: (N,) int64 in 0..num_classes - 1.
         test_features: (M, D).
         num_classes: K.
-        k: neighbours that vote, at most N.
+        k: number of neighbours, at most N.
         temperature: of the votes, positive.
 
     Returns:
-        (M,) int64; of classes with equal votes the first.
+        (M,) int64; the first of classes with equal votes.
 
     Raises:
         ValueError: shapes that do not fit, features that are not finite, or k or temperature out of range.
@@ -65,25 +67,25 @@ def linear_predict(
     iterations: int = 100,
     evaluated: Callable[[], object] = lambda: None,
 ) -> tuple[torch.Tensor, float]:
-    """Logistic regression on standardised features, its L2 strength chosen on a split of the training set.
+    """Logistic regression on standardised features; the L2 strength is chosen on a split of the training set.
 
-    Features are standardised by the training set's mean and deviation. The last ``validation`` training images choose
-    among ``strengths``; then all of the training set is fitted with the chosen one. The loss is the mean cross-entropy
-    plus strength / 2 times the squared norm of the weights (not of the bias), minimised by L-BFGS from zero; during the
-    choice each strength starts from the solution of the stronger one.
+    Features are standardised by the training set's mean and standard deviation. The strength with the best accuracy on
+    the last ``validation`` training images is chosen, then the model is fitted on the whole training set. The loss is
+    the mean cross-entropy plus strength / 2 times the squared norm of the weights (not of the bias), minimised by
+    L-BFGS from zero. While choosing, each strength starts from the solution of the next larger one.
 
     Args:
         train_features: (N, D).
         train_labels: (N,) int64 in 0..num_classes - 1.
         test_features: (M, D).
         num_classes: K.
-        validation: images of the split, fewer than N.
-        strengths: candidates, none negative, taken from the strongest to the weakest.
-        iterations: of L-BFGS for each fit, at most.
+        validation: number of images in the split, less than N.
+        strengths: candidates, 0 or more.
+        iterations: largest number of L-BFGS iterations of a fit.
         evaluated: called after each evaluation of the loss, to show progress.
 
     Returns:
-        (M,) int64 predictions, and the strength chosen.
+        (M,) int64 predictions, and the chosen strength.
 
     Raises:
         ValueError: shapes that do not fit, features that are not finite or too large, or a split, strength or number of
@@ -119,17 +121,17 @@ def fit_logistic(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Multinomial logistic regression by L-BFGS: weight (K, D) and bias (K,), float32, of a linear layer.
 
-    Minimises the mean cross-entropy plus ``strength`` / 2 times the squared norm of the weight, from zero or ``start``;
-    ``evaluated`` is called after each evaluation of that.
+    Minimises the mean cross-entropy plus ``strength`` / 2 times the squared norm of the weight, from zero or ``start``.
+    ``evaluated`` is called after each evaluation of the loss.
 
     Raises:
-        ValueError: a strength that is negative or not finite, or no iterations.
+        ValueError: a strength that is negative or not finite, or less than one iteration.
     """
     if not (math.isfinite(strength) and strength >= 0):
         raise ValueError(f"strength must be finite and not negative, got {strength}")
     if iterations < 1:
         raise ValueError(f"iterations must be at least 1, got {iterations}")
-    # a row for each class: with (D, K) CPUs take the gradient, a product with ten columns, several times as long
+    # (K, D), not (D, K): on CPUs the gradient, a product with ten columns, would be several times slower
     if start is None:
         start = torch.zeros(num_classes, features.shape[1], device=features.device), features.new_zeros(num_classes)
     weight, bias = (part.clone().requires_grad_(True) for part in start)
@@ -176,7 +178,7 @@ def convolutional_probe(in_channels: int, num_classes: int, channels: int = 192)
     """The paper's convolutional classifier: a NIN block (3 x 3, 1 x 1, 1 x 1), global average pooling, a linear layer.
 
     Table 3 of Gidaris et al. 2018. Takes (N, C, H, W) with C = ``in_channels``; gives logits (N, num_classes). Filters
-    are initialised as the authors' networks are: normal, of deviation sqrt(2 / (k * k * out)).
+    are initialised as in the authors' networks: normal with standard deviation sqrt(2 / (k * k * out)).
     """
     layers: list[nn.Module] = []
     for width, kernel in ((in_channels, 3), (channels, 1), (channels, 1)):
@@ -198,49 +200,48 @@ def train_probe(
     weight_decay: float = 5e-4,
     autocast: torch.dtype | None = None,
 ) -> None:
-    """Fit a classifier by SGD with Nesterov momentum on its mean cross-entropy; it is in eval mode afterwards.
+    """Train a classifier by SGD with Nesterov momentum on the mean cross-entropy; it is in eval mode afterwards.
 
-    The defaults are those of the authors' non-linear classifier; their convolutional one has milestones 35, 70, 85.
+    The defaults are those of the authors' non-linear classifier. Their convolutional one has milestones 35, 70, 85.
 
     Args:
         probe: maps features to logits (B, K); trained in place.
-        batches: of an epoch, counted from 0: pairs of features on the probe's device and labels (B,) int64.
-        epochs: passes over ``batches``.
-        milestones: epochs before which the rate is multiplied by ``factor``.
-        factor: of the rate at each milestone.
-        lr: rate of the first epochs.
+        batches: from an epoch, counted from 0, to its pairs of features on the probe's device and labels (B,) int64.
+        epochs: number of epochs.
+        milestones: epochs before which the learning rate is multiplied by ``factor``.
+        factor: of the learning rate at each milestone.
+        lr: first learning rate.
         momentum: of SGD.
         weight_decay: of SGD, on all parameters.
-        autocast: compute in this type (torch.bfloat16) where PyTorch holds that safe; None: as the weights are.
+        autocast: compute in this type (torch.bfloat16) where PyTorch considers that safe; None: in the weights' type.
 
     Raises:
-        ValueError: an epoch without batches, or a loss that is no longer finite.
+        ValueError: an epoch without batches, or a loss that is not finite.
     """
-    # fused: updating the 2.5 million weights of a wide first layer is otherwise a third of a step on CPUs
+    # fused: otherwise updating the 2.5 million weights of a wide first layer takes a third of a step on CPUs
     optimizer = torch.optim.SGD(
         probe.parameters(), lr, momentum=momentum, weight_decay=weight_decay, nesterov=momentum > 0, fused=True
     )
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(milestones), factor)
-    probe.train()
-    for epoch in range(epochs):
-        loss = None
-        for features, labels in batches(epoch):
-            # without a cache, which would hold the weights as they were at the first step
-            with torch.autocast(features.device.type, autocast, enabled=autocast is not None, cache_enabled=False):
-                loss = F.cross_entropy(probe(features), labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        if loss is None:
-            raise ValueError(f"no features to train the probe on in epoch {epoch}")
-        if not loss.isfinite():
-            raise ValueError(f"the probe's loss became {loss.item()} in epoch {epoch}: check the features, or lower lr")
-        scheduler.step()
-    probe.eval()
+
+    def all_batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for epoch in range(epochs):
+            batch = None
+            for batch in batches(epoch):
+                yield batch
+            if batch is None:
+                raise ValueError(f"no features to train the probe on in epoch {epoch}")
+            scheduler.step()
+
+    def loss_of(batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        features, labels = batch
+        return F.cross_entropy(probe(features), labels)
+
+    fit(probe, all_batches(), loss_of, optimizer, name="the probe", autocast=autocast, quiet=True)
 
 
 def probe_predict(probe: nn.Module, features: torch.Tensor, batch_size: int = 1000) -> torch.Tensor:
-    """Classes that a fitted probe, in eval mode, names: (N,) int64 for features (N, ...), computed in float32.
+    """The classes that a trained probe predicts: (N,) int64 for features (N, ...), in eval mode and float32.
 
     Raises:
         ValueError: logits that are not finite.
@@ -275,8 +276,8 @@ def _choose_strength(
 def _unit_rows(features: torch.Tensor) -> torch.Tensor:
     """Rows of length 1 in float32; rows of zeros stay zeros.
 
-    Each row is first scaled by the power of two that brings its largest value near 1, which is exact: the squares of
-    large and of small values would leave float32's range.
+    Each row is first scaled by a power of two, which is exact, so that its largest value is near 1: the squares of very
+    large or small values would not fit into float32.
     """
     features = features.float()
     exponent = features.abs().amax(1, keepdim=True).frexp().exponent.clamp(-126, 126)
@@ -292,6 +293,6 @@ def _check(train: torch.Tensor, labels: torch.Tensor, test: torch.Tensor, num_cl
         raise ValueError(f"no features: {len(train)} of training, {len(test)} of test images")
     if int(labels.min()) < 0 or int(labels.max()) >= num_classes:
         raise ValueError(f"labels must be in 0..{num_classes - 1}, got {int(labels.min())}..{int(labels.max())}")
-    # in float32, the type that is computed in: a larger double is none there
+    # in float32, which the probes compute in: a large double overflows there
     if not (train.float().isfinite().all() and test.float().isfinite().all()):
-        raise ValueError("features hold values that are not finite: check the weights and the images")
+        raise ValueError("features contain values that are not finite: check the weights and the images")

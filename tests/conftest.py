@@ -1,4 +1,4 @@
-"""Fixtures shared by the tests: sample images as a small CIFAR-10, whole data sets where they are, a Hub on loopback.
+"""Fixtures shared by the tests: sample images as a small CIFAR-10, whole datasets where they are, a Hub on loopback.
 
 The client of the Hub reads its environment when imported: the address of the loopback Hub and an empty home come first,
 so no test can reach the real one.
@@ -15,6 +15,7 @@ import warnings
 from pathlib import Path
 
 from loopback_hub import Hub
+from loopback_release import Release
 
 HUB = Hub()
 HUB_HOME = tempfile.TemporaryDirectory(prefix="hub-home-")
@@ -39,6 +40,7 @@ from rotation_ssl import zoo
 from rotation_ssl.backbones import alexnet, nin
 from rotation_ssl.evaluation.protocols import PROTOCOLS
 from rotation_ssl.images import read_image
+from rotation_ssl.zoo import published
 
 # a busy machine is not a failure
 settings.register_profile("no-deadline", deadline=None)
@@ -46,8 +48,10 @@ settings.load_profile("no-deadline")
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(__file__).parent / "data"
+ARCHIVE = DATA / "CIFAR10_RotNet_NIN4blocks.tar.gz"  # of the authors' release
 SAMPLES = ROOT / "rotation_ssl" / "samples"
-MODELS = ("rotnet_alexnet", "rotnet_nin", "rotnet_nin3", "rotnet_nin5", "rotnet_resnet18", "rotnet_resnet50")
+MODELS = timm.list_models("rotnet_*")
+WITHOUT_WEIGHTS = [model for model in MODELS if not timm.get_pretrained_cfg(model).has_weights]
 
 
 @pytest.fixture(autouse=True)
@@ -143,26 +147,47 @@ def hub(monkeypatch, tmp_path):
 
 
 @pytest.fixture
+def weights_dir(monkeypatch, tmp_path):
+    """A copy of the package's weights, in their place, that a test may change."""
+    folder = shutil.copytree(zoo.WEIGHTS_DIR, tmp_path / "weights")
+    for module in (zoo, published):
+        monkeypatch.setattr(module, "WEIGHTS_DIR", folder)
+    return folder
+
+
+@pytest.fixture
+def release(tmp_path):
+    """A release on loopback that has the authors' archive of the tests."""
+    folder = tmp_path / "release"
+    folder.mkdir()
+    shutil.copyfile(ARCHIVE, folder / ARCHIVE.name)
+    with Release(folder) as server:
+        yield server
+
+
+@pytest.fixture
 def set_manifest(monkeypatch):
     """A function that gives the package another manifest, registered with timm as at import."""
 
     def change(entries):
-        monkeypatch.setattr(zoo, "manifest", lambda: entries)
-        register()
-
-    def register():
+        # whoever has imported it has the same dict
+        manifest = zoo.manifest()
+        entries = dict(entries)
+        manifest.clear()
+        manifest.update(entries)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Overwriting rotnet_")
             for module in (alexnet, nin):
                 importlib.reload(module)
 
-    before = {module: dict(vars(module)) for module in (alexnet, nin)}
+    names = {module: dict(vars(module)) for module in (alexnet, nin)}
+    manifest = dict(zoo.manifest())
     yield change
-    monkeypatch.undo()
-    register()
-    for module, names in before.items():
+    monkeypatch.undo()  # the weights are where they were when timm is told of them
+    change(manifest)
+    for module, before in names.items():
         # the classes that others imported, not those of the reload
-        vars(module).update(names)
+        vars(module).update(before)
 
 
 @pytest.fixture
@@ -177,6 +202,21 @@ def shorten_probes(monkeypatch, protocols=PROTOCOLS, ids=("nonlinear", "conv"), 
         recipes = {budget: recipe and dataclasses.replace(recipe, **changes)
                    for budget, recipe in protocol.recipes.items()}  # fmt: skip
         monkeypatch.setitem(protocols, protocol.id, dataclasses.replace(protocol, recipes=recipes))
+
+
+def assert_state(model, expected):
+    """The tensors of a model, or of a state dict, are these."""
+    state = model if isinstance(model, dict) else model.state_dict()
+    assert state.keys() == expected.keys()
+    assert [name for name, tensor in state.items() if not torch.equal(tensor, expected[name])] == []
+
+
+def corrupt(file):
+    """Change one bit of the last byte."""
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.chmod(0o644)
+    file.write_bytes(content)
 
 
 def published_manifest():

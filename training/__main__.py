@@ -1,4 +1,4 @@
-"""The lab: what made the published weights, and what measures, checks and publishes them.
+"""Research code of rotation_ssl: train, evaluate, check and publish weights.
 
 python -m training COMMAND --help
 """
@@ -9,20 +9,21 @@ from collections.abc import Sequence
 
 # name: module whose main() it runs, and what it does
 COMMANDS = {
-    "pretrain": ("training.pretrain", "pretrain a backbone by a recipe"),
-    "photos": ("training.photos", "write the data set photos, from four public ones"),
-    "evaluate": ("training.evaluation.probes", "k-NN and probes of frozen layers, rotation accuracy"),
-    "finetune": ("training.evaluation.finetune", "fine-tuning, few labels, the supervised baseline"),
-    "probe-layers": ("training.evaluation.layers", "the paper's ImageNet and Places probes, all layers in one pass"),
+    "pretrain": ("training.pretrain", "pretrain a backbone with a recipe"),
+    "photos": ("training.photos", "write the dataset photos from four public ones"),
+    "evaluate": ("training.evaluation.probes", "rotation accuracy, k-NN and probes of frozen layers"),
+    "finetune": ("training.evaluation.finetune", "fine-tune; few labels; the supervised baseline"),
+    "probe-layers": ("training.evaluation.layers", "the paper's probes of all layers on ImageNet and Places"),
     "voc": ("training.transfer.classification", "PASCAL VOC classification"),
+    "proposals": ("training.transfer.selective_search", "regions of PASCAL VOC's images, for detection"),
     "detect": ("training.transfer.detection", "PASCAL VOC detection"),
     "segment": ("training.transfer.segmentation", "PASCAL VOC segmentation"),
-    "measure": ("training.reporting.measure", "the numbers that the card lacks of a network"),
-    "check": ("training.reporting.check", "measure the reported numbers again, and compare"),
-    "publish": ("training.reporting.publish", "bundle weights, draw figures, render the card, upload to the Hub"),
-    "study": ("training.studies.nin_cifar10", "how the recipe of rotnet_nin was chosen"),
-    "ablation": ("training.studies.rotations", "which rotations to tell apart: table 2 of the paper"),
-    "benchmark": ("training.studies.benchmark", "time of import and loading, speed of training and features"),
+    "measure": ("training.reporting.measure", "measure the numbers of the model card that have no row yet"),
+    "check": ("training.reporting.check", "reproduce the reported numbers"),
+    "publish": ("training.reporting.publish", "bundle weights, draw figures, render pages, upload to the Hub"),
+    "study": ("training.studies.nin_cifar10", "the study that chose the recipe of rotnet_nin"),
+    "ablation": ("training.studies.rotations", "ablation of the rotations, table 2 of the paper"),
+    "benchmark": ("training.studies.benchmark", "speed of importing, loading, training and feature extraction"),
 }
 
 

@@ -1,4 +1,4 @@
-"""The labelled data sets of the lab, an entry each: name, number of images, and how it is read."""
+"""The labelled datasets of the lab, an entry each: name, number of images, and how it is read."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,13 +25,12 @@ CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog
 
 @dataclass(frozen=True)
 class DataSet:
-    """A labelled data set.
+    """A labelled dataset.
 
     ``name`` is what result rows call it, ``counts`` are its training and test images, ``size`` is the side of its
     images in pixels, 0 where they are resized to what is asked for. ``files`` lists a split, 'train' or 'test', of the
-    data set in a folder; None: it is read otherwise. ``probe_size`` is the side of the squares that small-budget probes
-    of all layers take their crops from. ``network_size`` is the side that random networks get them in: that of the
-    published weights they are compared with. Weights get their own.
+    dataset in a folder; None: it is read otherwise. ``probe_size`` is the side of the squares that small-budget probes
+    of all layers take their crops from.
     """
 
     name: str
@@ -39,7 +38,6 @@ class DataSet:
     size: int = 0
     files: Callable[[Path, str], Listed] | None = None
     probe_size: int = 64
-    network_size: int = 64
 
 
 def load_cifar10(data_dir: Path, split: str, download: bool = False) -> LabelledImages:
@@ -174,10 +172,10 @@ def held_out(source: str) -> Callable[[Path, str], Listed]:
 
 
 DATASETS = {
-    "cifar10": DataSet("CIFAR-10 test", (50_000, 10_000), 32, probe_size=32, network_size=32),
+    "cifar10": DataSet("CIFAR-10 test", (50_000, 10_000), 32, probe_size=32),
     "tinyimagenet": DataSet("Tiny-ImageNet val", (100_000, 10_000), 64, tinyimagenet_files),
-    "miniplaces": DataSet("MiniPlaces val", (90_000, 10_000), 0, miniplaces_files, 128, 128),
-    "imagenet20": DataSet("Imagenette and Imagewoof val", (18_494, 7_854), 0, imagenet20_files, 146, 128),
+    "miniplaces": DataSet("MiniPlaces val", (90_000, 10_000), 0, miniplaces_files, 128),
+    "imagenet20": DataSet("Imagenette and Imagewoof val", (18_494, 7_854), 0, imagenet20_files, 146),
     "imagenette": DataSet("Imagenette val", (0, 3_925), 0, held_out("imagenette2-320")),
     "imagewoof": DataSet("Imagewoof val", (0, 3_929), 0, held_out("imagewoof2-320")),
     "caltech101": DataSet("Caltech-101 test", (0, 3_049), 0, held_out("caltech101")),
@@ -187,12 +185,12 @@ FOLDER = "folder"  # of one's own images
 
 
 def name_of(dataset: str, root: Path, split: str = "test") -> str:
-    """What rows call a data set: its name, or that of the folder and the split."""
+    """What rows call a dataset: its name, or that of the folder and the split."""
     return DATASETS[dataset].name if dataset in DATASETS else f"{root.resolve().name} {split}"
 
 
 def dataset_of(name: str) -> str:
-    """The id of the data set that rows call ``name``.
+    """The id of the dataset that rows call ``name``.
 
     Raises:
         ValueError: there is none.
@@ -200,19 +198,19 @@ def dataset_of(name: str) -> str:
     found = [id for id, dataset in DATASETS.items() if dataset.name == name]
     if not found:
         known = ", ".join(dataset.name for dataset in DATASETS.values())
-        raise ValueError(f"no data set is called {name!r}; there are {known}")
+        raise ValueError(f"no dataset is called {name!r}; there are {known}")
     return found[0]
 
 
 def load_images(
     dataset: str, data_dir: Path, size: int, download: bool = False, holdout: int = 0, test_only: bool = False
 ) -> Images:
-    """Training and test images of a data set, in memory.
+    """Training and test images of a dataset, in memory.
 
     Args:
         dataset: one of :data:`DATASETS`, or 'folder'.
         data_dir: where it is.
-        size: side of the images, of a data set without a size of its own.
+        size: side of the images, of a dataset without a size of its own.
         download: let torchvision fetch CIFAR-10.
         holdout: take so many of the training images, the last ones, in place of the test images, which are not read.
         test_only: read no training images.
@@ -237,17 +235,17 @@ def load_images(
 
 
 def load_split(dataset: str, data_dir: Path, split: str, size: int, download: bool = False) -> LabelledImages:
-    """One split of a data set, in memory.
+    """One split of a dataset, in memory.
 
     Args:
         dataset: one of :data:`DATASETS`, or 'folder' for ``data_dir/train/<class>/*`` and ``test`` or ``val``.
         data_dir: where it is.
         split: 'train' or 'test'; a folder's training images are shuffled, always in the same way.
-        size: side of the images, of a data set without a size of its own.
+        size: side of the images, of a dataset without a size of its own.
         download: let torchvision fetch CIFAR-10.
 
     Raises:
-        ValueError: an unknown data set, or what the loaders refuse.
+        ValueError: an unknown dataset, or what the loaders refuse.
     """
     if dataset == "cifar10":
         return load_cifar10(data_dir, split, download)
@@ -258,22 +256,22 @@ def load_split(dataset: str, data_dir: Path, split: str, size: int, download: bo
 
 
 def list_files(dataset: str, data_dir: Path, split: str) -> Listed:
-    """The files of a split of a data set, their labels and the classes.
+    """The files of a split of a dataset, their labels and the classes.
 
     Raises:
-        ValueError: an unknown data set, or one that is not in the folder.
+        ValueError: an unknown dataset, or one that is not in the folder.
     """
     files = DATASETS[dataset].files if dataset in DATASETS else None
     if files is None:
-        raise ValueError(f"no data set {dataset!r}; there are {', '.join((*DATASETS, FOLDER))}")
+        raise ValueError(f"no dataset {dataset!r}; there are {', '.join((*DATASETS, FOLDER))}")
     return files(data_dir, split)
 
 
 def check_whole(dataset: str, train: int, test: int) -> None:
-    """Refuse a part of a data set where the whole is meant; training images that were not read are none.
+    """Refuse a part of a dataset where the whole is meant; training images that were not read are none.
 
     Raises:
-        ValueError: other numbers of images than the data set has, or one's own images.
+        ValueError: other numbers of images than the dataset has, or one's own images.
     """
     if dataset not in DATASETS:
         known = ", ".join(known.name for known in DATASETS.values())
@@ -286,7 +284,7 @@ def check_whole(dataset: str, train: int, test: int) -> None:
 
 
 def open_unlabelled(data: str, root: Path, size: int, download: bool = False) -> torch.Tensor | UnlabelledImages:
-    """The training images of a data set of the recipes, without their labels.
+    """The training images of a dataset of the recipes, without their labels.
 
     Args:
         data: 'cifar10', 'tinyimagenet', 'photos', or what :func:`rotation_ssl.pretraining.images.open_images` takes.
@@ -298,7 +296,7 @@ def open_unlabelled(data: str, root: Path, size: int, download: bool = False) ->
         (N, 3, size, size) uint8 of CIFAR-10; others are opened, not read.
 
     Raises:
-        ValueError: no such data set, nothing in it, not the whole of it, or another size than it has.
+        ValueError: no such dataset, nothing in it, not the whole of it, or another size than it has.
     """
     if data == "cifar10":
         if size != 32:

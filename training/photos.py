@@ -1,19 +1,19 @@
-"""The data set `photos`: photographs of four public data sets to pretrain on, and none that a test is made of.
+"""The dataset `photos`: photographs of four public datasets to pretrain on, without any that resemble test images.
 
     python -m training photos --data DIR --output DIR/photos
 
-DIR holds the data sets as they are distributed: imagenette2-320, imagewoof2-320, miniplaces (Places, 100 scenes at 128
-pixels), caltech101 (101_ObjectCategories, train.txt, test.txt) and VOCdevkit/VOC2007, which is only compared with. The
-training images are written as squares of 192 pixels, JPEG at quality 85; those of miniplaces, which are smaller, are
-copied. Left out is every training image that looks like a held-out one: imagenette, imagewoof and miniplaces val,
-caltech101's test list, all of VOC2007. photos.json names them, and holds the sha256 of the list of those written.
+DIR contains the datasets as they are distributed: imagenette2-320, imagewoof2-320, miniplaces (Places, 100 scenes at
+128 pixels), caltech101 (101_ObjectCategories, train.txt, test.txt) and VOCdevkit/VOC2007. The training images are
+written as squares of 192 pixels, JPEG at quality 85; those of miniplaces, which are smaller, are copied. Training
+images that look like a held-out image are left out; held out are imagenette, imagewoof and miniplaces val, caltech101's
+test list and all of VOC2007. photos.json names the images that were left out, and has the sha256 of the list of those
+written.
 """
 
 import argparse
 import hashlib
 import json
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -27,6 +27,7 @@ from PIL import Image
 
 from rotation_ssl.images import find_images, read_image, square
 from rotation_ssl.progress import progress
+from training.command import run
 
 SIZE = 192
 QUALITY = 85
@@ -51,7 +52,7 @@ class Listing(TypedDict):
 
 @dataclass(frozen=True)
 class Source:
-    """A data set that photographs are taken from: its folder, and which of its files train and which are held out."""
+    """A dataset that photographs are taken from: its folder, and which of its files train and which are held out."""
 
     folder: str
     train: Callable[[Path], list[Path]]
@@ -87,7 +88,7 @@ def training_files(root: Path) -> list[Path]:
     """
     missing = [source.folder for source in SOURCES if not (root / source.folder).is_dir()]
     if missing:
-        raise ValueError(f"{root} lacks {', '.join(missing)}: give the folder that holds the data sets")
+        raise ValueError(f"{root} lacks {', '.join(missing)}: give the folder that holds the datasets")
     return sorted(file for source in SOURCES for file in source.train(root / source.folder))
 
 
@@ -104,7 +105,7 @@ def listed_files(root: Path, source: str) -> list[Path]:
     """
     (found,) = [own for own in SOURCES if own.folder == source]
     if not (root / source).is_dir():
-        raise ValueError(f"{root} lacks {source}: give the folder that holds the data sets")
+        raise ValueError(f"{root} lacks {source}: give the folder that holds the datasets")
     files = found.held_out(root / source)
     if source.startswith("VOCdevkit"):
         names = set((root / source / "ImageSets" / "Main" / "test.txt").read_text().split())
@@ -223,7 +224,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m training photos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
+    parser.add_argument("--data", type=Path, required=True, help="folder of the datasets")
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
     parser.add_argument("--workers", type=int, default=2, help="processes that read and write images [%(default)s]")
     return parser
@@ -232,10 +233,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     args = build_parser().parse_args(arguments)
-    try:
+
+    def work() -> None:
         listing = prepare(args.data, args.output, args.workers)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"wrote {listing['images']:,} images to {args.output}; left out {len(listing['left_out'])}")
-    return 0
+        print(f"wrote {listing['images']:,} images to {args.output}; left out {len(listing['left_out'])}")
+
+    return run(work)

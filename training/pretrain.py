@@ -1,18 +1,18 @@
-"""Pretrain a backbone by a named recipe: weights and their curve out.
+"""Pretrain a backbone with a named recipe.
 
     python -m training pretrain nin-cifar10-cpu --data DIR --output runs/nin
     torchrun --nproc_per_node 2 -m training pretrain RECIPE ...
 
-DIR holds the recipe's data set: CIFAR-10 as train/<class>/*.png, say, or --download fetches it there; with --dataset
-it may be another: a folder of images, or one of timm's. Images that fit into memory are read once, others are decoded
-by --workers as they come (--stream); broken ones are passed over, counted and named. The device is the GPU where there
-is one, several processes share a step's images.
+DIR is the folder of the recipe's dataset, for example CIFAR-10 as train/<class>/*.png; --download downloads it.
+--dataset selects another one: a folder of images, or a dataset of timm. Images that fit into memory are read once;
+otherwise --workers processes decode them as they are needed. Broken images are skipped, counted and named. A GPU is
+used if there is one; several processes share the images of a step.
 
-The output folder gets a checkpoint every few minutes, of which the last two are kept, and at the end what
-timm.create_model("local-dir:OUTPUT", pretrained=True) takes (model.safetensors, config.json), run.json (recipe, images,
-curve, commit, versions), metrics.jsonl and curve.png. One training at a time writes to it.
-Ctrl-C saves a checkpoint and stops; --resume goes on from the last one, to the same weights as without the stop.
-TensorBoard shows the curve while it runs: tensorboard --logdir OUTPUT.
+The output folder gets a checkpoint every few minutes, of which the last two are kept, and at the end a model that
+timm.create_model("local-dir:OUTPUT", pretrained=True) loads (model.safetensors, config.json), run.json (recipe, images,
+curve, commit, versions), metrics.jsonl and curve.png. Only one training at a time can write to it. Ctrl-C saves a
+checkpoint and stops; --resume continues from it and gives the same weights as an uninterrupted run. TensorBoard shows
+the curve during the training: tensorboard --logdir OUTPUT.
 """
 
 import argparse
@@ -21,13 +21,13 @@ from pathlib import Path
 
 import torch
 
-from rotation_ssl.machine import TURN_OFF
 from rotation_ssl.pretraining.command import execute
 from rotation_ssl.pretraining.loop import pretrain
 from rotation_ssl.pretraining.options import add_options
 from rotation_ssl.pretraining.recipe import Recipe
 from rotation_ssl.pretraining.setup import create_accelerator
 from rotation_ssl.pretraining.state import find_checkpoint
+from training.command import create_parser
 from training.datasets import open_unlabelled
 from training.recipes import RECIPES
 from training.reporting.rows import current_commit
@@ -50,21 +50,16 @@ def finished_run(recipe: Recipe, images: torch.Tensor, output: Path, device: str
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's options."""
-    recipes = "\n".join(
-        f"  {r.name:24s} {r.model}, {r.rotated_images:,} rotated images of {r.data}{'; ' + r.note if r.note else ''}"
+    recipes = (
+        f"{r.name:24s} {r.model}, {r.rotated_images:,} rotated images of {r.data}{'; ' + r.note if r.note else ''}"
         for r in RECIPES.values()
     )
-    parser = argparse.ArgumentParser(
-        prog="python -m training pretrain",
-        description=__doc__,
-        epilog=f"recipes:\n{recipes}\n\n{TURN_OFF}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = create_parser("pretrain", __doc__, recipes)
     parser.add_argument("recipe", choices=sorted(RECIPES), metavar="RECIPE", help="one of the recipes below")
     add_options(parser, "runs/RECIPE", Path("data/cifar10"))
     parser.add_argument(
         "--dataset",
-        help="what --data holds: cifar10, tinyimagenet, photos, folder, or a name of timm's (torch/..., hfds/...)",
+        help="dataset in --data: cifar10, tinyimagenet, photos, folder, or one of timm by name (torch/..., hfds/...)",
     )
     return parser
 

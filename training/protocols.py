@@ -4,12 +4,14 @@ The protocols of frozen layers are the library's. A number is of a protocol at a
 or budgets never share a column.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from rotation_ssl.evaluation.protocols import PROTOCOLS as FROZEN
 from rotation_ssl.evaluation.protocols import Protocol
 from training.evaluation.recipes import LAYER_PROBES, TRANSFERS
+from training.transfer.recipes import VOC_RECIPES
 
 
 def _protocol(command: str, named: Mapping[str, Any], id: str, title: str, color: str = "") -> Protocol:
@@ -18,8 +20,10 @@ def _protocol(command: str, named: Mapping[str, Any], id: str, title: str, color
     return Protocol(id, title, color, {"": None, **recipes}, command=command)
 
 
-def _voc(command: str, id: str, title: str) -> Protocol:
-    return Protocol(id, f"PASCAL VOC {title}", recipes=dict.fromkeys(("", "paper", "cpu")), command=command)
+def _voc(command: str, recipe: str, title: str, kind: str = "") -> Protocol:
+    protocol = _protocol(command, VOC_RECIPES, recipe, f"PASCAL VOC {title}, {f'{kind} ' * bool(kind)}mAP")
+    # the paper does not say which average precision its numbers are
+    return dataclasses.replace(protocol, id=f"{recipe}-{kind}" if kind else recipe)
 
 
 PROTOCOLS = FROZEN | {
@@ -27,19 +31,13 @@ PROTOCOLS = FROZEN | {
     for protocol in (
         _protocol("probe-layers", LAYER_PROBES, "linear-sgd", "linear probe, max-pooled, SGD", "#E69F00"),
         _protocol("probe-layers", LAYER_PROBES, "nonlinear-sgd", "non-linear probe, remaining layers, SGD", "#009E73"),
-        _protocol("finetune", TRANSFERS, "finetune-conv", "fine-tuned, convolutional probe"),
-        _protocol("finetune", TRANSFERS, "finetune-nonlinear", "fine-tuned, non-linear probe"),
+        _protocol("finetune", TRANSFERS, "finetune-conv", "fine-tuned, convolutional head"),
+        _protocol("finetune", TRANSFERS, "finetune-nonlinear", "fine-tuned, non-linear head"),
         _protocol("finetune", TRANSFERS, "few-labels", "few labels, convolutional probe", "#0072B2"),
         _protocol("finetune", TRANSFERS, "supervised", "supervised", "#D55E00"),
-        _voc("voc", "voc-classification", "classification, mAP"),
-        _voc("voc", "voc-classification-11-point", "classification, 11-point mAP"),
-        _voc("voc", "voc-classification-area", "classification, area mAP"),
-        _voc("voc", "voc-classification-steps", "classification, steps mAP"),
-        _voc("detect", "voc-fast-rcnn", "detection (Fast R-CNN), mAP"),
-        _voc("detect", "voc-fast-rcnn-11-point", "detection (Fast R-CNN), 11-point mAP"),
-        _voc("detect", "voc-fast-rcnn-area", "detection (Fast R-CNN), area mAP"),
-        _voc("detect", "voc-faster-rcnn-11-point", "detection (Faster R-CNN), 11-point mAP"),
-        _voc("detect", "voc-faster-rcnn-area", "detection (Faster R-CNN), area mAP"),
-        _voc("segment", "voc-segmentation", "segmentation, mean IoU"),
+        *(_voc("voc", "voc-classification", "classification", kind) for kind in ("", "11-point", "area", "steps")),
+        *(_voc("detect", "voc-fast-rcnn", "detection (Fast R-CNN)", kind) for kind in ("", "11-point", "area")),
+        *(_voc("detect", "voc-faster-rcnn", "detection (Faster R-CNN)", kind) for kind in ("11-point", "area")),
+        _protocol("segment", VOC_RECIPES, "voc-segmentation", "PASCAL VOC segmentation, mean IoU"),
     )
 }

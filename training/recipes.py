@@ -5,6 +5,7 @@ Change one with ``dataclasses.replace``.
 
 import dataclasses
 
+from rotation_ssl.backbones.about import network_facts
 from rotation_ssl.pretraining.recipe import (
     FOLDER,
     LinearSchedule,
@@ -28,7 +29,7 @@ NIN_CIFAR10_CPU = Recipe(
     images_per_step=64,
     padding=2,
     precision="auto",
-    note="training/studies/nin_cifar10.md says why; about 150 minutes on 2 cores that multiply bfloat16",
+    note="see training/studies/nin_cifar10.md; about 150 minutes on 2 cores with native bf16",
 )
 
 NIN_CIFAR10_PAPER = Recipe(
@@ -46,8 +47,8 @@ NIN_CIFAR10_AUTHORS = dataclasses.replace(
     NIN_CIFAR10_PAPER,
     name="nin-cifar10-authors",
     stages=(Stage(steps=200 * CIFAR10_STEPS_PER_EPOCH, crop=32),),
-    note="config/CIFAR10_RotNet_NIN4blocks.py of the authors' code: 200 epochs, divided by 5 at 60, 120 and 160; "
-    "for a GPU",
+    note="config/CIFAR10_RotNet_NIN4blocks.py of the authors' code: 200 epochs, "
+    "learning rate divided by 5 at epochs 60, 120 and 160; for a GPU",
 )
 
 # The ablations of the paper, all at one small budget: as many steps, and as many rotated images in each.
@@ -55,7 +56,7 @@ NIN_CIFAR10_AUTHORS = dataclasses.replace(
 NIN_CIFAR10_ABLATION = dataclasses.replace(
     with_steps(NIN_CIFAR10_CPU, 400),
     name="nin-cifar10-ablation",
-    note="table 2 of the paper: 0, 90, 180 and 270 degrees; about 6 minutes on 2 cores that multiply bfloat16",
+    note="table 2 of the paper: 0, 90, 180 and 270 degrees; about 6 minutes on 2 cores with native bf16",
 )
 
 NIN_CIFAR10_ABLATION_R0_180 = dataclasses.replace(
@@ -91,7 +92,7 @@ NIN5_CIFAR10_ABLATION = dataclasses.replace(
     NIN_CIFAR10_ABLATION, name="nin5-cifar10-ablation", model="rotnet_nin5", note="table 1 of the paper: 5 blocks"
 )
 
-IMAGENET_IMAGES, PLACES205_IMAGES = 1_281_167, 2_448_873
+IMAGENET_IMAGES, PLACES205_IMAGES = network_facts("rotnet_alexnet").paper_images, 2_448_873
 ALEXNET_IMAGES_PER_STEP = 192
 
 ALEXNET_IMAGENET_PAPER = Recipe(
@@ -105,7 +106,8 @@ ALEXNET_IMAGENET_PAPER = Recipe(
     images_per_step=ALEXNET_IMAGES_PER_STEP,
     padding=0,
     scale=(0.08, 1.0),
-    note="section 4.2 of the paper: 30 epochs, divided by 10 at 10 and 20; --data holds train/<class>/*; for a GPU",
+    note="section 4.2 of the paper: 30 epochs, learning rate divided by 10 at epochs 10 and 20; "
+    "--data contains train/<class>/*; for a GPU",
 )
 
 ALEXNET_IMAGENET_AUTHORS = dataclasses.replace(
@@ -113,7 +115,8 @@ ALEXNET_IMAGENET_AUTHORS = dataclasses.replace(
     name="alexnet-imagenet-authors",
     stages=(Stage(steps=50 * (IMAGENET_IMAGES // ALEXNET_IMAGES_PER_STEP), crop=224),),
     schedule=StepSchedule(milestones=(15 / 50, 30 / 50, 45 / 50), factor=0.1),
-    note="config/ImageNet_RotNet_AlexNet.py of the authors' code: 50 epochs, divided by 10 at 15, 30 and 45; for a GPU",
+    note="config/ImageNet_RotNet_AlexNet.py of the authors' code: 50 epochs, learning rate divided by 10 "
+    "at epochs 15, 30 and 45; for a GPU",
 )
 
 ALEXNET_PLACES205_PAPER = dataclasses.replace(
@@ -136,7 +139,7 @@ ALEXNET_TINYIMAGENET_CPU = Recipe(
     padding=0,
     scale=(0.35, 1.0),
     precision="auto",
-    note="about 90 minutes on 2 cores that multiply bfloat16",
+    note="about 90 minutes on 2 cores with native bf16",
 )
 
 ALEXNET_PHOTOS_CPU = dataclasses.replace(
@@ -145,7 +148,7 @@ ALEXNET_PHOTOS_CPU = dataclasses.replace(
     data="photos",
     image_size=192,
     stages=(Stage(steps=8000, crop=96), Stage(steps=2000, crop=128)),
-    note="about 105 minutes on 2 cores that multiply bfloat16",
+    note="about 105 minutes on 2 cores with native bf16",
 )
 
 RECIPES = {

@@ -17,6 +17,7 @@ from timm.models._features import feature_take_indices
 from torch import nn
 
 from rotation_ssl import zoo
+from rotation_ssl.backbones.about import NetworkFacts
 
 __all__ = ["FcHead", "RotNetAlexNet", "rotnet_alexnet"]
 
@@ -284,6 +285,10 @@ def _published_cfg(published: dict[str, Any]) -> dict[str, Any]:
     side = _pooled_side(published.get("input_size", (3, 224, 224))[-1])
     return _cfg(**published, pool_size=(side, side))
 
+
+FACTS = {
+    "rotnet_alexnet": NetworkFacts(recommended_layer="conv4", paper_epochs=30, paper_images=1_281_167, authors_size=224)
+}
 
 default_cfgs = generate_default_cfgs(
     {name: _published_cfg(published) for name, published in zoo.published_cfgs("rotnet_alexnet").items()}

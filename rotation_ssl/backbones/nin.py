@@ -18,6 +18,7 @@ from timm.models._features import feature_take_indices
 from torch import nn
 
 from rotation_ssl import zoo
+from rotation_ssl.backbones.about import NetworkFacts
 
 __all__ = ["RotNetNIN", "rotnet_nin", "rotnet_nin3", "rotnet_nin5"]
 
@@ -194,12 +195,13 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
+FACTS = dict.fromkeys(
+    ("rotnet_nin", "rotnet_nin3", "rotnet_nin5"),
+    NetworkFacts(recommended_layer="block2", paper_epochs=100, paper_images=50_000, authors_size=32),
+)
+
 default_cfgs = generate_default_cfgs(
-    {
-        name: _cfg(**published)
-        for model in ("rotnet_nin", "rotnet_nin3", "rotnet_nin5")
-        for name, published in zoo.published_cfgs(model).items()
-    }
+    {name: _cfg(**published) for model in FACTS for name, published in zoo.published_cfgs(model).items()}
 )
 
 

@@ -2,7 +2,7 @@
 
 VISSL and mmselfsup published ResNet-50s pretrained by rotation. They are no tags here: VISSL's model zoo does not say
 under which licence the weights, which learned from ImageNet, are (the MIT licence in its repository is the code's), and
-mmselfsup's terms were not looked into. Who has such a file converts it: ``rotation-ssl convert FILE -o FOLDER``, then
+we did not check mmselfsup's terms. If you have such a file, convert it: ``rotation-ssl convert FILE -o FOLDER``, then
 ``timm.create_model('local-dir:FOLDER', pretrained=True)``.
 The keys are those of timm's ``resnet18`` and ``resnet50``, which load the same folder's weights.
 """

@@ -1,17 +1,17 @@
-"""List, fetch, verify and convert weights, compute features of a folder of images, evaluate and pretrain.
+"""Load and verify RotNet weights, extract features, evaluate and pretrain image backbones.
 
-    rotation-ssl list                          all published weights, and which are on this machine
-    rotation-ssl info rotnet_nin.cifar10       what is known of one
-    rotation-ssl fetch TAG                     put it into the cache: later loads need no network
-    rotation-ssl verify [TAG | FILE]           hash again, and compare golden outputs
-    rotation-ssl convert FILE -o FOLDER        other people's checkpoints, for timm's local-dir:
-    rotation-ssl features IMAGES -o FILE       features of a layer for every image of a folder
-    rotation-ssl evaluate MODEL --data FOLDER  k-NN and probes of every layer, on labelled images
-    rotation-ssl pretrain --data IMAGES        a backbone of your own, by predicting rotations
+    rotation-ssl list                          list published weights
+    rotation-ssl info rotnet_nin.cifar10       show the details of published weights
+    rotation-ssl fetch TAG                     download weights, verify and cache them
+    rotation-ssl verify [TAG | FILE]           verify the weights on this machine
+    rotation-ssl convert FILE -o FOLDER        convert another project's checkpoint
+    rotation-ssl features IMAGES -o FILE       extract features of a folder of images
+    rotation-ssl evaluate MODEL --data FOLDER --output DIR
+                                               evaluate every layer with k-NN and probes on labelled images
+    rotation-ssl pretrain --data IMAGES        pretrain a backbone on your own images
 
-TAG is a name like rotnet_nin.cifar10; rotnet_nin alone means its default tag. With --json a command prints what a
-program would read. Exit status: 0 for success, 1 when weights do not verify or images were skipped, 2 for bad input and
-for what could not be loaded, 130 when interrupted.
+TAG is a name such as rotnet_nin.cifar10; rotnet_nin selects its default tag. Exit status: 0 for success, 1 if weights
+do not verify or images were skipped, 2 for invalid input or weights that could not be loaded, 130 if interrupted.
 """
 
 import argparse

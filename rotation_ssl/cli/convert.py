@@ -6,23 +6,25 @@ from pathlib import Path
 from typing import Any
 
 import rotation_ssl
-from rotation_ssl.checkpoints import read_checkpoint
 from rotation_ssl.cli.options import add_command
-from rotation_ssl.convert import AUTHORS, convert, write_folder
+from rotation_ssl.convert import AUTHORS, convert, read_checkpoint, write_folder
 from rotation_ssl.files import sha256_of
 
 
 def add(commands: Any) -> None:
     """Add the command."""
     added = add_command(
-        commands, "convert", run, "turn another project's checkpoint into a folder that timm's local-dir: takes"
+        commands, "convert", run, "convert another project's checkpoint to a folder for timm's local-dir:"
     )
     added.add_argument(
-        "file", type=Path, metavar="FILE", help="of the authors, VISSL, mmselfsup, or a ResNet; .tar.gz too"
+        "file",
+        type=Path,
+        metavar="FILE",
+        help="checkpoint of the authors, VISSL or mmselfsup, or a ResNet of torchvision; may be in a .tar.gz",
     )
-    added.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="new, or empty")
-    added.add_argument("--epoch", type=int, help="which of an archive's checkpoints [the last]")
-    added.add_argument("--tag", help="name of the weights, as in model.tag [whose form they have]")
+    added.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="output folder, new or empty")
+    added.add_argument("--epoch", type=int, help="epoch of the checkpoint in an archive [the last]")
+    added.add_argument("--tag", help="tag of the weights, as in model.tag [the project that the checkpoint is from]")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -21,32 +21,32 @@ from rotation_ssl.precision import add_precision_argument, resolve_precision, wa
 
 DETAILS = """
 
-FOLDER holds train/<class>/* and test/<class>/* (or val/). k-NN and the probes take features of one frozen pass over the
-images. A linear probe's strength is chosen on the last tenth of the training images, nothing on the test images. The
-numbers are printed as they come; report.md, report.json and report.png are written to --output after each.
+FOLDER holds train/<class>/* and test/<class>/* (or val/). k-NN and the probes use features of one frozen pass over the
+images. The linear probe's L2 penalty is chosen on the last tenth of the training images; test images choose nothing.
+Each number is printed and written to report.md, report.json and report.png in --output when it is measured.
 """
 
 
 def add(commands: Any) -> None:
     """Add the command."""
-    text = "k-NN and probes of every layer, on labelled images"
+    text = "evaluate every layer with k-NN and probes on labelled images"
     added = add_command(commands, "evaluate", run, text, DETAILS, as_json=False)
-    added.add_argument("model", metavar="MODEL", help="model or model.tag, timm's own, hf-hub: or local-dir:")
-    added.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="labelled images")
+    added.add_argument("model", metavar="MODEL", help="timm name: model, model.tag, hf-hub:... or local-dir:...")
+    added.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="folder of labelled images")
     added.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the report")
     added.add_argument(
-        "--only", nargs="+", choices=PROTOCOLS, help="what to measure [all; rotation where the network has 4 outputs]"
+        "--only", nargs="+", choices=PROTOCOLS, help="what to measure [all; rotation only if the network has 4 outputs]"
     )
     added.add_argument("--layers", nargs="+", metavar="LAYER", help="layers to probe [all feature layers]")
-    added.add_argument("--size", type=positive, help="side of the images that the backbone gets [the model's own]")
+    added.add_argument("--size", type=positive, help="input size of the backbone in pixels [the model's own]")
     add_precision_argument(added, "auto")
-    added.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps [%(default)s]")
+    added.add_argument("--device", default="cpu", help="device: cpu, cuda, cuda:1, mps [%(default)s]")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
     if (args.output / "report.json").exists():
-        raise ValueError(f"{args.output} holds a report already: give another --output")
+        raise ValueError(f"{args.output} already contains a report: give another --output")
     new_figure()  # refused before the work where it cannot be drawn
     model = load_model(args.model, args.device).eval().to(memory_format=torch.channels_last)
     warn_if_emulated(args.precision, args.device)

@@ -18,6 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 from rotation_ssl import zoo
+from rotation_ssl.backbones.about import network_facts
 from rotation_ssl.cli.options import add_command, positive
 from rotation_ssl.features import POOLS, extract_features, layer_modules
 from rotation_ssl.files import replace_file
@@ -29,32 +30,39 @@ NAMED = 10  # so many broken images are named for people; --json names all
 DETAILS = """
 
 Formats, by the suffix of FILE:
-    .safetensors  a tensor (N, D) by layer; its metadata has 'files' (JSON), 'model', 'pool' and 'grid'
-    .npz          an array (N, D) by layer, and 'files' (N,)
-    .csv          a row an image: 'file', then the columns LAYER_0, LAYER_1, ... of each layer;
-                  pandas.read_csv(FILE, index_col="file")
+    .safetensors  a tensor (N, D) for each layer; the metadata has 'files' (JSON), 'model', 'pool' and 'grid'
+    .npz          an array (N, D) for each layer, and 'files' (N,)
+    .csv          a row for each image: 'file', then the columns LAYER_0, LAYER_1, ... of each layer;
+                  pandas.read_csv(FILE, index_col="file") reads it
 
-Files are named relative to IMAGES, in the order of the rows. Broken images are skipped and named, and the exit status
-is then 1; with --strict the first one is an error, and nothing is written.
+File names are relative to IMAGES, in the order of the rows. Broken images are skipped and named, and the exit status is
+then 1; with --strict the first one is an error, and nothing is written.
 """
 
 
 def add(commands: Any) -> None:
     """Add the command."""
-    added = add_command(commands, "features", run, "features of a layer for every image below a folder", DETAILS)
+    added = add_command(commands, "features", run, "extract features of a folder of images", DETAILS)
     added.add_argument("images", type=Path, metavar="IMAGES", help="folder of images, searched recursively")
     added.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="output file")
     added.add_argument("--format", choices=FORMATS, help="output format [from the suffix of FILE]")
     added.add_argument("--force", action="store_true", help="replace FILE if it exists")
     added.add_argument("--strict", action="store_true", help="stop at the first broken image")
-    added.add_argument("--model", default="rotnet_nin", help="model or model.tag, hf-hub: or local-dir: [%(default)s]")
     added.add_argument(
-        "--layers", nargs="+", metavar="LAYER", help="feature layers [the one recommended for the weights]"
+        "--model", default="rotnet_nin", help="timm name: model, model.tag, hf-hub:... or local-dir:... [%(default)s]"
     )
-    added.add_argument("--pool", default="avg", choices=[pool for pool in POOLS if pool], help="[%(default)s]")
-    added.add_argument("--grid", type=positive, default=1, help="pool to so many cells a side [%(default)s]")
-    added.add_argument("--batch-size", type=positive, default=64, help="images a batch [%(default)s]")
-    added.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps [%(default)s]")
+    added.add_argument(
+        "--layers", nargs="+", metavar="LAYER", help="feature layers [the recommended layer of the weights]"
+    )
+    added.add_argument(
+        "--pool",
+        default="avg",
+        choices=[pool for pool in POOLS if pool],
+        help="pooling of the feature maps [%(default)s]",
+    )
+    added.add_argument("--grid", type=positive, default=1, help="pool to GRID x GRID cells [%(default)s]")
+    added.add_argument("--batch-size", type=positive, default=64, help="images per batch [%(default)s]")
+    added.add_argument("--device", default="cpu", help="device: cpu, cuda, cuda:1, mps [%(default)s]")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -135,16 +143,15 @@ def load_model(name: str, device: str) -> Any:
 
 
 def recommended_layer(model: Any, name: str) -> str:
-    """The layer that the manifest recommends for the weights, or for others of the same architecture.
+    """The layer that the manifest recommends for the weights, or the paper for the network.
 
     Raises:
-        ValueError: no weights of the architecture are published.
+        ValueError: neither recommends one.
     """
     architecture, tag = (model.pretrained_cfg.get(key) for key in ("architecture", "tag"))
-    own = {key: entry for key, entry in zoo.manifest().items() if key.split(".", 1)[0] == architecture}
-    for entry in (own.get(f"{architecture}.{tag}"), *own.values()):
-        if entry:
-            return str(entry["recommended_layer"])
+    entry = zoo.manifest().get(f"{architecture}.{tag}", {})
+    if layer := entry.get("recommended_layer") or network_facts(str(architecture)).recommended_layer:
+        return str(layer)
     raise ValueError(f"{name} has no recommended layer: give --layers, of {', '.join(layer_modules(model))}")
 
 

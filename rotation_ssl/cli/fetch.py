@@ -11,14 +11,12 @@ from rotation_ssl.files import sha256_of
 
 def add(commands: Any) -> None:
     """Add the command."""
-    added = add_command(
-        commands, "fetch", run, "put weights into the cache, verified, so that later loads need no network"
-    )
+    added = add_command(commands, "fetch", run, "download weights, verify and cache them: later loads need no network")
     added.add_argument("tag", metavar="TAG", help="for example rotnet_nin.gidaris_cifar10")
     added.add_argument(
         "--accept-new-hash",
         action="store_true",
-        help="weights of a release, which has no published hash: download again and remember the hash it has now",
+        help="for weights without a published hash: download again and record the hash",
     )
 
 

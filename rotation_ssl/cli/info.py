@@ -4,22 +4,26 @@ import argparse
 import json
 from typing import Any
 
-from rotation_ssl import sources, zoo
+from rotation_ssl import zoo
 from rotation_ssl.cli.options import add_command, published_name
+from rotation_ssl.zoo import sources
 
 
 def add(commands: Any) -> None:
     """Add the command."""
     added = add_command(
-        commands, "info", run, "what is known of one: source, hashes, licence, recipe, data, input, numbers"
+        commands,
+        "info",
+        run,
+        "show the details of published weights: source, sha256, licence, recipe, data, input, results",
     )
-    added.add_argument("tag", metavar="TAG", help="for example rotnet_nin.cifar10, or rotnet_nin for its default")
+    added.add_argument("tag", metavar="TAG", help="for example rotnet_nin.cifar10, or rotnet_nin for its default tag")
 
 
 def describe(name: str) -> dict[str, Any]:
     """An entry of the manifest with 'name', and 'here': the file on this machine, None when it is not there.
 
-    Of weights of a release 'fetched' is what was recorded when they were downloaded.
+    Of weights of a release 'fetched' is what was recorded at the download.
     """
     here = zoo.cached_file(name)
     described = {"name": name, **zoo.manifest()[name], "here": str(here) if here else None}

@@ -11,7 +11,7 @@ from rotation_ssl.cli.options import add_command
 
 def add(commands: Any) -> None:
     """Add the command."""
-    add_command(commands, "list", run, "all published weights, and which of them are on this machine")
+    add_command(commands, "list", run, "list published weights, and which of them are on this machine")
 
 
 def run(args: argparse.Namespace) -> int:

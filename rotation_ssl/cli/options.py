@@ -33,7 +33,7 @@ def add_command(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     if as_json:
-        added.add_argument("--json", action="store_true", help="print what a program would read")
+        added.add_argument("--json", action="store_true", help="print JSON")
     added.set_defaults(run=run)
     return added
 

@@ -11,22 +11,26 @@ from rotation_ssl.pretraining.recipe import FOLDER
 
 DETAILS = """
 
-The images below --data, in any folders, are turned by 0, 90, 180 and 270 degrees, and the backbone learns which.
-Images that fit into memory are read once, others are decoded by --workers as they come; broken ones are passed over,
-counted and named. The output folder gets a checkpoint every few minutes, and at the end what
-timm.create_model("local-dir:OUTPUT", pretrained=True) takes, with run.json, metrics.jsonl and curve.png. Ctrl-C saves a
-checkpoint and stops; --resume goes on from it, to the same weights as without the stop. It needs the extra: pip install
-'rotation-ssl[train]'. On Linux glibc is told to keep large blocks, which is faster; ROTATION_SSL_MALLOPT=0 turns that
-off.
+The images below --data are rotated by 0, 90, 180 and 270 degrees, and the backbone is trained to predict the rotation.
+Images that fit into memory are read once; otherwise --workers processes decode them as they are needed. Broken images
+are skipped, counted and named. The output folder gets a checkpoint every few minutes and, at the end, a model that
+timm.create_model("local-dir:OUTPUT", pretrained=True) loads, with run.json, metrics.jsonl and curve.png. Ctrl-C saves a
+checkpoint and stops; --resume continues from it and gives the same weights as an uninterrupted run. This command
+requires the `train` extra. On Linux it makes glibc keep large memory blocks, which is faster; ROTATION_SSL_MALLOPT=0
+disables this.
 """
 
 
 def add(commands: Any) -> None:
     """Add the command."""
-    text = "pretrain a backbone on images of your own"
+    text = "pretrain a backbone on your own images"
     added = add_command(commands, "pretrain", run, text, DETAILS, as_json=False)
     add_options(added, f"runs/{FOLDER.name}")
-    added.add_argument("--dataset", default=FOLDER.data, help="folder, or a name of timm's (torch/..., hfds/...)")
+    added.add_argument(
+        "--dataset",
+        default=FOLDER.data,
+        help="folder, or a dataset of timm by name (torch/..., hfds/...) [%(default)s]",
+    )
 
 
 def run(args: argparse.Namespace) -> int:

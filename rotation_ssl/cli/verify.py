@@ -8,17 +8,18 @@ from typing import Any
 
 import torch
 
-from rotation_ssl import sources, zoo
-from rotation_ssl.checkpoints import read_checkpoint
+from rotation_ssl import zoo
 from rotation_ssl.cli.options import add_command, published_name
+from rotation_ssl.convert import read_checkpoint
 from rotation_ssl.files import sha256_of
-from rotation_ssl.golden import GOLDEN_TOLERANCE, golden_difference, golden_file
+from rotation_ssl.zoo import sources
+from rotation_ssl.zoo.golden import GOLDEN_TOLERANCE, golden_difference, golden_file
 
 
 def add(commands: Any) -> None:
     """Add the command."""
-    added = add_command(commands, "verify", run, "hash weights on this machine again, and compare their golden outputs")
-    added.add_argument("what", nargs="?", metavar="TAG|FILE", help="a name, a file or a folder [all that are here]")
+    added = add_command(commands, "verify", run, "verify the sha256 and the golden outputs of weights on this machine")
+    added.add_argument("what", nargs="?", metavar="TAG|FILE", help="name, file or folder [all weights on this machine]")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -43,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
 def verify_tag(name: str) -> dict[str, Any]:
     """Hash published weights that are on this machine, and run them: 'name', 'file', 'holds', 'why'.
 
-    Weights that are not here are not fetched: 'holds' is None.
+    Weights that are not here are not downloaded: 'holds' is None.
     """
     file = zoo.cached_file(name)
     if file is None and zoo.manifest()[name]["source"] != "bundled":
@@ -69,7 +70,7 @@ def verify_file(path: Path) -> dict[str, Any]:
     """Which published weights a file or folder holds; 'holds' is None for weights that nobody published.
 
     Raises:
-        ValueError: it cannot be read as weights, or holds values that are not finite.
+        ValueError: it cannot be read as weights, or contains values that are not finite.
     """
     folder_config = path / "config.json"
     file = path / "model.safetensors" if path.is_dir() else path
@@ -80,7 +81,7 @@ def verify_file(path: Path) -> dict[str, Any]:
         release = entry["source"] == "release"
         record = sources.read_record(name) or {} if release else entry
         if record.get("sha256") == digest:
-            told = "as recorded when it was fetched" if release else "as published"
+            told = "as recorded at the download" if release else "as published"
             return {"name": name, "file": str(file), "holds": True, "why": f"sha256 {digest}, {told}"}
     config = json.loads(folder_config.read_text()) if path.is_dir() and folder_config.is_file() else {}
     expected = config.get("sha256") if isinstance(config, dict) else None
@@ -88,10 +89,10 @@ def verify_file(path: Path) -> dict[str, Any]:
         return {"name": None, "file": str(file), "holds": False, "why": f"sha256 {digest}, config.json has {expected}"}
     tensors = dict(_tensors(read_checkpoint(file)))
     if not tensors:
-        raise ValueError(f"{file} holds no tensors")
+        raise ValueError(f"{file} contains no tensors")
     broken = [key for key, value in tensors.items() if value.is_floating_point() and not value.float().isfinite().all()]
     if broken:
-        raise ValueError(f"{file} holds values that are not finite in {', '.join(broken[:3])}")
+        raise ValueError(f"{file} contains values that are not finite in {', '.join(broken[:3])}")
     why = f"sha256 {digest}, as its config.json says; not published" if expected else f"sha256 {digest}; not published"
     return {"name": None, "file": str(file), "holds": True if expected else None, "why": why}
 
@@ -123,5 +124,5 @@ def _hash_difference(name: str, file: Path | None) -> tuple[str, str]:
     if entry["source"] == "release":
         record = sources.read_record(name)
         assert record is not None
-        return sources.difference(file, record["sha256"], record["size"]), "sha256 as recorded when it was fetched"
+        return sources.difference(file, record["sha256"], record["size"]), "sha256 as recorded at the download"
     return sources.difference(file, entry["sha256"], entry["size"]), "sha256 as published"

@@ -1,4 +1,4 @@
-"""A frozen backbone: what it takes, and its maps."""
+"""A frozen backbone: its input and its feature maps."""
 
 import dataclasses
 import math
@@ -14,16 +14,16 @@ from rotation_ssl.features import extract_features
 from rotation_ssl.images import normalize
 from rotation_ssl.precision import autocast_type
 
-PARTS = 10  # correct predictions are counted by tenths of the test images, so that a tenth can be checked by itself
+PARTS = 10  # correct predictions are counted in tenths of the test images, so that one tenth can be checked alone
 MAX_VALUES = 192 * 8 * 8  # of block2, the paper's best layer
 BATCH = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Frozen:
-    """A backbone in eval mode, the side of the images it takes, the device it is on, and the precision of its features.
+    """A backbone in eval mode, its image size in pixels, its device, and the precision of its features.
 
-    ``precision`` is 'fp32' or 'bf16', which the settings of a number say; None is fp32 of which they say nothing.
+    ``precision`` is 'fp32' or 'bf16', which the settings of a number then state; None is fp32, not stated.
     """
 
     backbone: nn.Module
@@ -51,7 +51,7 @@ class Frozen:
         return {layer: f.unflatten(1, (-1, grids[layer], grids[layer])) for layer, f in taken.items()}
 
     def whole_map(self, images: torch.Tensor, layer: str) -> torch.Tensor:
-        """The map of one layer as it is, (N, C, H', W') float32, on the device."""
+        """The unpooled map of one layer, (N, C, H', W') float32, on the device."""
         prepare = preparation(self.backbone, self.size)
         maps = extract_features(
             self.backbone, images, [layer], pool=None, prepare=prepare, batch_size=BATCH, autocast=self.autocast
@@ -60,7 +60,7 @@ class Frozen:
 
 
 def map_grids(frozen: Frozen, image: torch.Tensor, layers: Sequence[str], grid: int) -> dict[str, int]:
-    """The side, in cells, that each layer's map is pooled to: at most ``grid``, and at most 12,288 values in all."""
+    """Cells a side that each layer's map is pooled to: at most ``grid``, and at most 12,288 values in total."""
     prepare = preparation(frozen.backbone, frozen.size)
     maps = extract_features(frozen.backbone.to(frozen.device), image, layers, pool=None, prepare=prepare)
     return {
@@ -70,7 +70,7 @@ def map_grids(frozen: Frozen, image: torch.Tensor, layers: Sequence[str], grid: 
 
 
 def preparation(backbone: nn.Module, size: int, bar: tqdm | None = None) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function from uint8 images (B, 3, H, H) to what the backbone takes, (B, 3, size, size), that moves a bar on."""
+    """A function from uint8 images (B, 3, H, H) to the backbone's input (B, 3, size, size); it updates the bar."""
     cfg = resolve_model_data_config(backbone)
 
     def prepare(images: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,8 @@
-"""Frozen layers measured: rotation accuracy, k-NN, and linear, non-linear and convolutional probes.
+"""Measure frozen layers: rotation accuracy, k-NN, and linear, non-linear and convolutional probes.
 
-One frozen pass over the images feeds the probes of all layers. Settings are those of
-:mod:`rotation_ssl.evaluation.protocols`; the linear probe's strength is chosen on the last tenth of the training
-images. Nothing is chosen by test images.
+The features of all layers come from one pass over the images. The settings are in
+:mod:`rotation_ssl.evaluation.protocols`. The strength of the linear probe is chosen on the last tenth of the training
+images. Nothing is chosen on test images.
 """
 
 import dataclasses
@@ -29,9 +29,9 @@ NEIGHBOURS = 20
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """One number to measure: a protocol, by its id, at a budget, of a layer, with the seed of what is trained for it.
+    """One number to measure: a protocol, by its id, a budget, a layer, and the random seed of the probe.
 
-    ``strength`` is the linear probe's L2 penalty; None: it is chosen, on the last tenth of the training images.
+    ``strength`` is the linear probe's L2 penalty; None: chosen on the last tenth of the training images.
 
     Raises:
         ValueError: no such protocol, or no such budget of it.
@@ -48,21 +48,21 @@ class Measurement:
 
     @property
     def recipe(self) -> ProbeRecipe | None:
-        """How the probe is trained; None where none is trained by SGD."""
+        """How the probe is trained; None if it is not trained by SGD."""
         recipe: ProbeRecipe | None = PROTOCOLS[self.protocol].recipes[self.budget]
         return recipe
 
     @property
     def inputs(self) -> tuple[int, int | None]:
-        """Views and grid of the cached features that it takes; grid None: it takes fresh ones."""
+        """Views and grid of the cached features that it uses; without a grid it uses new features every epoch."""
         return (self.recipe.views, self.recipe.grid) if self.recipe else (1, LINEAR_GRID)
 
 
 @dataclasses.dataclass(frozen=True)
 class Number:
-    """A measurement's outcome: correct predictions in each tenth of the ``n`` test images, in their order.
+    """The result of a measurement: correct predictions in each tenth of the ``n`` test images, in order.
 
-    ``settings`` says what the protocol's name leaves open, ``seconds`` how long it took.
+    ``settings`` describes what the protocol's name does not, ``seconds`` is how long it took.
     """
 
     measurement: Measurement
@@ -82,9 +82,9 @@ def plan(layers: Sequence[str], protocols: Iterable[str], budget: str, seeds: It
 
     Args:
         layers: their names.
-        protocols: ids of :data:`PROTOCOLS`; rotation accuracy, which is of no layer, is left out.
-        budget: of the probes that SGD trains.
-        seeds: of those.
+        protocols: ids of :data:`PROTOCOLS`; rotation accuracy, which is not of a layer, is ignored.
+        budget: of the probes that are trained by SGD.
+        seeds: of these probes.
 
     Raises:
         ValueError: no such protocol, or no such budget of it.
@@ -130,21 +130,21 @@ def measure_features(
     test_parts: Sequence[int] = range(PARTS),
     precision: str | None = None,
 ) -> Iterator[Number]:
-    """The numbers that are measured on frozen features, layer by layer, each as soon as it is there.
+    """The numbers that are measured on frozen features, layer by layer, each as soon as it is measured.
 
-    Features are kept as bfloat16, in one pass for all layers and all measurements that want maps of the same size:
-    k-NN, linear and non-linear probe share one, the convolutional probe has its own.
+    Features are stored as bfloat16. One pass serves all layers and all measurements on maps of the same size: k-NN,
+    linear and non-linear probe share one, the convolutional probe has its own.
 
     Args:
         frozen: the backbone.
         images: training and test images.
         measurements: what to measure.
         test_parts: tenths of the test images to measure on.
-        precision: of the trained probes; None: their recipes'. The settings say what 'auto' was.
+        precision: of the trained probes; None: as in their recipes. The settings say what 'auto' became.
 
     Raises:
         ValueError: a layer or protocol that does not exist, fewer training images than neighbours, features that do not
-            fit into memory, or what the probes refuse.
+            fit into memory, or as the probes.
     """
     if any(m.protocol == "knn" for m in measurements) and len(images.train) < NEIGHBOURS:
         raise ValueError(f"k-NN asks {NEIGHBOURS} neighbours of {counted(len(images.train), 'training image')}")
@@ -170,7 +170,7 @@ def measure_features(
                 counts = tuple(int(part.sum()) for part in right)
                 settings += "" if frozen.precision is None else f"; features in {frozen.precision}"
                 yield Number(measurement, counts, len(test), settings, time.monotonic() - started)
-            # gigabytes: not kept for the layers to come
+            # gigabytes, which the next layers do not need
             del maps, tested
 
 
@@ -183,7 +183,7 @@ def _measure(
     test_maps: torch.Tensor | None,
     precision: str | None,
 ) -> tuple[torch.Tensor, str, Measurement]:
-    """Predictions, settings, and the measurement with the strength that it chose; without cached maps fresh ones."""
+    """Predictions, settings, and the measurement with the chosen strength; without cached maps it makes new ones."""
     if measurement.protocol == "linear" and test_maps is not None:
         found = _linear_probe(train, maps[0], test_maps, measurement.strength)
         return found[0], found[1], dataclasses.replace(measurement, strength=found[2])
@@ -208,7 +208,7 @@ def _cache(
     if available is not None and needed > available:
         raise ValueError(
             f"the features of {', '.join(layers)} need {needed / 2**30:.1f} GiB of memory, {available / 2**30:.1f} are "
-            "available: take fewer layers at a time with --layers"
+            "available: measure fewer layers at a time with --layers"
         )
     with progress("features", views * len(train) + len(test)) as bar:
         cached = [frozen.maps(_view(train.images, view), grids, bar) for view in range(views)]
@@ -216,7 +216,7 @@ def _cache(
 
 
 def images_to_run(measurements: Sequence[Measurement], train: int, test: int) -> int:
-    """How many images :func:`measure_features` runs through the backbone, of so many training and test images."""
+    """Number of images that :func:`measure_features` runs through the backbone, from those of the two splits."""
     total = 0
     for grid in {m.inputs[1] for m in measurements} - {None}:
         total += max(m.inputs[0] for m in measurements if m.inputs[1] == grid) * train + test
@@ -224,7 +224,7 @@ def images_to_run(measurements: Sequence[Measurement], train: int, test: int) ->
 
 
 def _view(images: torch.Tensor, view: int, padding: int = 4, padding_mode: str = "reflect") -> torch.Tensor:
-    """The images as they are (view 0), or crops and mirrorings of them that are the same at every call."""
+    """The images themselves (view 0), or random crops and flips of them that are the same at every call."""
     if view == 0:
         return images
     generator = torch.Generator().manual_seed(view)
@@ -236,7 +236,7 @@ def _linear_probe(
 ) -> tuple[torch.Tensor, str, float]:
     strengths = LINEAR_STRENGTHS if strength is None else (strength,)
     classes, tenth, side = len(train.classes), max(1, len(train) // 10), test.shape[-1]
-    # L-BFGS gives up after 125 evaluations of the loss in 100 iterations; where it converges it stops before
+    # L-BFGS stops after 125 evaluations of the loss in 100 iterations, or earlier if it converges
     fits = len(strengths) + (len(strengths) > 1)
     with progress("linear probe", fits * 125, "evaluation") as bar:
         predictions, strength = linear_predict(
@@ -250,7 +250,7 @@ def _linear_probe(
 
 def _nearest(train: LabelledImages, maps: torch.Tensor, test: torch.Tensor) -> tuple[torch.Tensor, str]:
     side = test.shape[-1]
-    # where the cells are of equal size, as those of maps of 8, 16 or 32, this is the global average
+    # if the cells are of equal size, as in maps of 8, 16 or 32, this is the global average
     pooled = [m.float().mean((2, 3)) for m in (maps, test)]
     predictions = knn_predict(pooled[0], train.labels, pooled[1], len(train.classes), k=NEIGHBOURS)
     return predictions, f"k = {NEIGHBOURS}, cosine, mean of the {side} x {side} average-pooled cells"
@@ -325,7 +325,7 @@ def _train(
 
 def _shuffled(count: int, size: int, generator: torch.Generator) -> list[torch.Tensor]:
     parts = torch.randperm(count, generator=generator).split(size)
-    # batch norm has nothing to normalise by in a batch of one
+    # batch norm cannot normalise a batch of one image
     return [part for part in parts if len(part) > 1]
 
 

@@ -1,7 +1,7 @@
-"""The protocols that measure a frozen backbone: options, numbers, reports and figures look up this one table.
+"""The protocols that measure a frozen backbone, in one table for options, numbers, reports and figures.
 
-A new probe is a function that builds it and an entry of :data:`PROTOCOLS`. Recipes are complete, frozen values; change
-one with ``dataclasses.replace``.
+To add a probe, write a function that builds it and add an entry to :data:`PROTOCOLS`. Recipes are frozen dataclasses;
+change one with ``dataclasses.replace``.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,12 +18,12 @@ from rotation_ssl.probes import convolutional_probe, nonlinear_probe
 class ProbeRecipe:
     """How a probe is trained on the frozen features of a layer: SGD with Nesterov momentum, batches of images.
 
-    ``views`` fixed versions of every training image are run through the backbone once, their maps average-pooled to at
-    most ``grid`` x ``grid`` cells; the first view is the image as it is, the others are crops at random positions of
-    the image padded by ``padding`` pixels, half of them mirrored; each image of each epoch takes one of them at random.
-    With ``views=0`` every epoch draws fresh crops, runs the backbone again and takes the whole map (``grid`` is None).
-    ``milestones`` are the epochs at which the rate is multiplied by ``factor``. ``precision`` is 'fp32', 'bf16' to
-    train the probe under autocast, or 'auto': bf16 where the device multiplies it, fp32 elsewhere.
+    The backbone runs once on ``views`` fixed versions of every training image, whose maps are average-pooled to at most
+    ``grid`` x ``grid`` cells. The first view is the image itself. The others are random crops of the image padded by
+    ``padding`` pixels, half of them mirrored. Each epoch uses a random view of each image. With ``views=0`` every epoch
+    draws new crops, runs the backbone again and uses the whole map (``grid`` is None). At the epochs ``milestones`` the
+    learning rate is multiplied by ``factor``. ``precision`` is 'fp32', 'bf16' for autocast of the probe, or 'auto':
+    bf16 if the device multiplies it, else fp32.
     """
 
     epochs: int
@@ -44,12 +44,12 @@ class ProbeRecipe:
 class Protocol:
     """One way to measure a backbone.
 
-    ``id`` is its name in options and numbers, ``title`` in text, ``color`` in figures. ``recipes`` has a recipe for
-    each budget, which is what a number may cost: 'paper' (fresh augmentation every epoch, the authors' epochs),
-    'cached' (a frozen pass over a few views, probes trained on them), 'cpu' (a fixed number of images), or '' where
-    nothing is trained. The recipe is None where there is nothing to set. ``build`` makes the probe that SGD trains:
-    features of one or more images (N, ...) and the number of classes -> a module that gives logits (N, K). ``command``
-    is the command that measures it.
+    ``id`` is its name in options and numbers, ``title`` in text, ``color`` its color in figures. ``recipes`` has a
+    recipe for each budget, which is what a number may cost: 'paper' (new crops every epoch, the authors' epochs),
+    'cached' (probes trained on the features of a few views), 'cpu' (a fixed number of images), or '' if nothing is
+    trained. The recipe is None if there is nothing to set. ``build`` creates the probe that SGD trains, from features
+    of one or more images (N, ...) and the number of classes K: a module that gives logits (N, K). ``command`` is the
+    command that measures it.
     """
 
     id: str
@@ -79,7 +79,7 @@ CONVOLUTIONAL_PAPER = ProbeRecipe(epochs=100, milestones=(35, 70, 85), views=0, 
 NONLINEAR_CACHED = ProbeRecipe(epochs=20, milestones=(8, 14, 18), views=4, grid=4)
 CONVOLUTIONAL_CACHED = ProbeRecipe(epochs=10, milestones=(4, 7, 9), views=2, grid=8, precision="auto")
 
-# colours of Okabe and Ito, which the colour-blind tell apart
+# the color-blind safe colors of Okabe and Ito
 PROTOCOLS = {
     protocol.id: protocol
     for protocol in (

@@ -1,4 +1,4 @@
-"""The report of numbers: a table, a figure, and what a program reads."""
+"""The report of numbers: a table, a figure, and JSON."""
 
 import dataclasses
 import json
@@ -9,13 +9,14 @@ from typing import Any
 
 from rotation_ssl.evaluation.measure import Number
 from rotation_ssl.evaluation.protocols import PROTOCOLS
+from rotation_ssl.files import replace_bytes
 
 Result = Any  # with the fields of :class:`Reported`: one of these, or a row of the lab
 
 
 @dataclasses.dataclass
 class Reported:
-    """A number with the weights and the data that it is of."""
+    """A number with its weights and its data."""
 
     weights: str
     data: str
@@ -40,7 +41,7 @@ class Reported:
 
 
 def reported(number: Number, weights: str, data: str) -> Reported:
-    """A number of certain weights on certain data."""
+    """A number with the names of its weights and its data."""
     return Reported(
         weights, data, **dataclasses.asdict(number.measurement), value=number.value, correct=sum(number.counts),
         n=number.n, settings=number.settings, seconds=round(number.seconds, 1),
@@ -48,26 +49,27 @@ def reported(number: Number, weights: str, data: str) -> Reported:
 
 
 def write_report(folder: Path, rows: Sequence[Result]) -> None:
-    """Write report.md, report.json and report.png into a folder, which is made if missing.
+    """Write report.md, report.json and report.png into a folder, which is created if missing.
 
     Args:
-        folder: where they go.
+        folder: the folder.
         rows: dataclasses with the fields and the title of :class:`Reported`.
 
     Raises:
-        ImportError: matplotlib is not installed; the first two are written.
+        ImportError: matplotlib is not installed; the first two files are written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.md").write_text(report_text(rows))
-    (folder / "report.json").write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n")
+    replace_bytes(folder / "report.md", report_text(rows).encode())
+    described = json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n"
+    replace_bytes(folder / "report.json", described.encode())
     draw_report(rows, folder / "report.png")
 
 
 def new_figure() -> Any:
-    """An empty figure of matplotlib, with a canvas that writes files.
+    """An empty matplotlib figure that can be saved to files.
 
     Raises:
-        ImportError: it is not installed; the error says how to.
+        ImportError: matplotlib is not installed; the error tells how to install it.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -80,7 +82,7 @@ def new_figure() -> Any:
 
 
 def report_text(rows: Sequence[Result]) -> str:
-    """A table of protocol by layer for each weights and data set, with the settings that made the numbers."""
+    """A table of protocols and layers for each weights and dataset, with the settings of the numbers."""
     sections = []
     for weights, data in dict.fromkeys((row.weights, row.data) for row in rows):
         own = [row for row in rows if (row.weights, row.data) == (weights, data)]
@@ -104,7 +106,7 @@ def report_text(rows: Sequence[Result]) -> str:
 
 
 def spread_text(rows: Sequence[Result]) -> str:
-    """The mean in percent, with the standard deviation over seeds where there are several; '' without rows."""
+    """The mean in percent, and the standard deviation over several seeds; '' without rows."""
     values = [100 * row.value for row in rows]
     if len(values) < 2:
         return f"{values[0]:.2f} %" if values else ""
@@ -112,13 +114,13 @@ def spread_text(rows: Sequence[Result]) -> str:
 
 
 def series_name(row: Result) -> str:
-    """What rows have in common that differ by layer and seed alone: protocol, budget, and the labels of each class."""
+    """The name that rows of all layers and seeds share: protocol, budget, and the labels of each class."""
     labels = f", {row.draw} {row.labels_per_class} of each class" if row.labels_per_class else ""
     return f"{row.title}{labels}"
 
 
 def draw_report(rows: Sequence[Result], file: Path) -> None:
-    """Accuracy over layers, a line for each weights, data set and protocol; without layers a bar for each number."""
+    """Plot accuracy over layers, a line for each weights, dataset and protocol; without layers draw bars."""
     figure = new_figure()
     axes = figure.subplots()
     probed = [row for row in rows if row.layer]
@@ -131,7 +133,7 @@ def draw_report(rows: Sequence[Result], file: Path) -> None:
                 values.setdefault(row.layer, []).append(100 * row.value)
         measured = [layer for layer in layers if layer in values]
         label = f"{weights}, {series}{f', {data}' if several else ''}"
-        # positions, not names: a series that lacks a layer must not reorder the others
+        # positions, not names: a series without some layer must not change the order
         axes.plot(
             [layers.index(layer) for layer in measured],
             [statistics.mean(values[layer]) for layer in measured],
@@ -143,7 +145,7 @@ def draw_report(rows: Sequence[Result], file: Path) -> None:
         axes.legend(fontsize="small")
     else:
         axes.bar([f"{row.weights}\n{row.title}" for row in rows], [100 * row.value for row in rows], width=0.4)
-    # what is no count is a mean of precisions or overlaps
+    # without a count it is a mean of precisions or overlaps
     axes.set(
         ylabel="accuracy, percent" if all(row.n for row in rows) else "percent", title="" if several else rows[0].data
     )

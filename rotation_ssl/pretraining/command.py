@@ -1,4 +1,4 @@
-"""A pretraining from its options to its last word: what `rotation_ssl.pretrain` and the commands share."""
+"""From options to written weights: what `rotation_ssl.pretrain` and the commands share."""
 
 import argparse
 import dataclasses
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils.memory import should_reduce_batch_size
 
 from rotation_ssl.machine import keep_large_blocks
@@ -22,7 +23,7 @@ from rotation_ssl.pretraining.options import WORKERS
 from rotation_ssl.pretraining.recipe import FOLDER, Recipe, with_image_size, with_steps
 from rotation_ssl.pretraining.setup import create_accelerator
 
-NAMED = 3  # so many broken images are named; run.json has all
+NAMED = 3  # broken images that are named on the terminal; run.json lists all
 Opener = Callable[[Recipe], "torch.Tensor | UnlabelledImages"]
 
 
@@ -46,40 +47,38 @@ def run(
     """Open the images and pretrain.
 
     Args:
-        recipe: all of the training's settings.
-        open_set: gives its images.
+        recipe: all settings of the training.
+        open_set: opens its images.
         output: folder for weights, curve and checkpoints.
-        resume: go on from the last checkpoint.
+        resume: continue from the last checkpoint.
         device: 'auto', what accelerate finds, or 'cpu'.
-        workers: processes that decode images.
-        stream: decode images as they come, even where they fit in memory.
-        accumulate: parts that a step's images are taken in.
+        workers: data-loading worker processes.
+        stream: decode images as they are needed, even if they fit in memory.
+        accumulate: parts that the images of a step are split into.
         sync_batchnorm: batch norm over the images of all processes, on GPUs.
-        checkpoint_seconds: between checkpoints.
-        tracker: one of accelerate's; None for none.
-        monitor: folder of images by class that the middle layers are measured on as training goes.
+        checkpoint_seconds: time between checkpoints.
+        tracker: one of accelerate's; None: no tracker.
+        monitor: folder of images by class, on which the middle layers are measured during training.
         monitor_every: steps between two measurements.
         commit: of the code, for run.json.
 
     Returns:
-        The weights file, or the checkpoint when the run was stopped.
+        The weights file, or the checkpoint if the run was stopped.
 
     Raises:
-        ValueError: what does not fit; the error says what to give instead.
+        ValueError: a wrong option, or options that do not fit together.
         OSError: a file cannot be written.
     """
     if accumulate < 1 or workers < 0 or monitor_every < 1:
         raise ValueError("--accumulate and --monitor-every must be at least 1, --workers at least 0")
     accelerator = create_accelerator(recipe, device == "cpu", accumulate, tracker, output)
     with accelerator.local_main_process_first():
-        # the others find what the first one downloads
+        # the other processes find what the first one downloads
         images = open_set(recipe)
     if accelerator.is_main_process:
         warn_if_emulated(recipe.precision, accelerator.device)
     if isinstance(images, UnlabelledImages):
-        images.set_holdout(recipe.holdout)
-        if not stream and images.fits_memory(accelerator.num_processes):
-            images.read_all(workers, quiet=not accelerator.is_main_process)
+        _prepare_images(images, recipe, accelerator, workers, stream)
     watch = None
     if monitor is not None and accelerator.is_main_process:
         watch = Monitor(Path(monitor), recipe.input_size, resolve_precision(recipe.precision, accelerator.device))
@@ -89,10 +88,19 @@ def run(
     )  # fmt: skip
 
 
+def _prepare_images(
+    images: UnlabelledImages, recipe: Recipe, accelerator: Accelerator, workers: int, stream: bool
+) -> None:
+    """Set the holdout apart, and read the images into memory if they fit."""
+    images.set_holdout(recipe.holdout)
+    if not stream and images.fits_memory(accelerator.num_processes):
+        images.read_all(workers, quiet=not accelerator.is_main_process)
+
+
 def pretrain_model(
     data: str | Path | torch.Tensor, output: Path, model: str | None = None, recipe: Recipe = FOLDER, **options: Any
 ) -> Path:
-    """:func:`rotation_ssl.pretrain`: fields of the recipe among the options, the others are those of :func:`run`."""
+    """:func:`rotation_ssl.pretrain`. Options are fields of the recipe, or arguments of :func:`run`."""
     given = {f.name for f in dataclasses.fields(Recipe)} | {"steps"}
     fields = {name: options.pop(name) for name in list(options) if name in given}
     if isinstance(data, torch.Tensor):
@@ -103,10 +111,10 @@ def pretrain_model(
 
 
 def changed(recipe: Recipe, **fields: Any) -> Recipe:
-    """The recipe with other fields; another ``image_size`` or number of ``steps`` keeps its proportions.
+    """The recipe with other fields; ``image_size`` and ``steps`` scale what depends on them.
 
     Raises:
-        ValueError: a value that a field cannot have.
+        ValueError: a value that a field does not allow.
     """
     fields = {name: value for name, value in fields.items() if value is not None}
     if "image_size" in fields:
@@ -117,7 +125,7 @@ def changed(recipe: Recipe, **fields: Any) -> Recipe:
 
 
 def execute(args: argparse.Namespace, recipe: Recipe, open_set: Opener, commit: str = "") -> int:
-    """Run what the options ask for, and tell how it ended; returns the exit status."""
+    """Run what the options ask for and print the result; returns the exit status."""
     keep_large_blocks()
     try:
         names = ("model", "images_per_step", "precision", "holdout", "seed", "steps")
@@ -133,19 +141,19 @@ def execute(args: argparse.Namespace, recipe: Recipe, open_set: Opener, commit: 
         short = should_reduce_batch_size(error)
         if isinstance(error, RuntimeError) and not short:
             raise
-        hint = " (give fewer --images-per-step, or take them in parts: --accumulate)" if short else ""
+        hint = " (use fewer --images-per-step, or split a step: --accumulate)" if short else ""
         _tell(f"error{f' (process {_rank()})' if _rank() else ''}: {first_line(error)}{hint}")
         return 2
     if result.name != "model.safetensors":
         if not _rank():
-            _tell(f"stopped; go on with --resume --output {output}")
+            _tell(f"stopped; continue with --resume --output {output}")
         return 130
     if not _rank():
         broken = json.loads((output / "run.json").read_text()).get("broken_images", [])
         if broken:
             named = ", ".join(broken[:NAMED]) + (", ..." if len(broken) > NAMED else "")
-            _tell(f"skipped {counted(len(broken), 'broken image')}: {named} (run.json has all)")
-        _tell(f"wrote {result}, run.json, metrics.jsonl and curve.png beside it", sys.stdout)
+            _tell(f"skipped {counted(len(broken), 'broken image')}: {named} (run.json lists all)")
+        _tell(f"wrote {result}, and run.json, metrics.jsonl and curve.png next to it", sys.stdout)
     return 0
 
 

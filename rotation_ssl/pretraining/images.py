@@ -126,7 +126,7 @@ def fingerprint(images: torch.Tensor | UnlabelledImages) -> str:
     - Image files: sha256 of names (relative to the folder they share), sizes and modification times. The images in
       memory and those streamed have the same. A copy of the folder has it where it keeps the times (``cp -p``). Each
       file is asked for its size and time: some seconds for a million files on a local disk.
-    - Other data sets of ``timm.data.create_dataset``: name and length only. Other images under the same name are not
+    - Other datasets of ``timm.data.create_dataset``: name and length only. Other images under the same name are not
       noticed.
     """
     if isinstance(images, torch.Tensor):
@@ -137,7 +137,7 @@ def fingerprint(images: torch.Tensor | UnlabelledImages) -> str:
 
 
 def open_images(data: str, root: Path, size: int, download: bool = False) -> UnlabelledImages:
-    """The training images of a data set, without their labels; opened, not read.
+    """The training images of a dataset, without their labels; opened, not read.
 
     Args:
         data: 'folder', all images below ``root/train`` where there is such a folder, else below ``root``; or a name of
@@ -147,7 +147,7 @@ def open_images(data: str, root: Path, size: int, download: bool = False) -> Unl
         download: let torchvision fetch it.
 
     Raises:
-        ValueError: no such data set, nothing in it, or one that can only be read from start to end.
+        ValueError: no such dataset, nothing in it, or one that can only be read from start to end.
     """
     if data == "folder":
         return open_files(find_images(root / "train" if (root / "train").is_dir() else root), size)
@@ -155,7 +155,7 @@ def open_images(data: str, root: Path, size: int, download: bool = False) -> Unl
 
 
 def open_dataset(data: str, data_dir: Path, split: str, download: bool = False) -> Any:
-    """A data set of ``timm.data.create_dataset`` that is read by index.
+    """A dataset of ``timm.data.create_dataset`` that is read by index.
 
     Raises:
         ValueError: there is none, or it can only be read from start to end.
@@ -165,14 +165,14 @@ def open_dataset(data: str, data_dir: Path, split: str, download: bool = False) 
     except Exception as error:
         # whatever the libraries behind the name raise: assertions, missing packages, connections
         reason = first_line(error)
-        raise ValueError(f"data set {data!r} in {data_dir} cannot be opened ({reason})") from error
+        raise ValueError(f"dataset {data!r} in {data_dir} cannot be opened ({reason})") from error
     if isinstance(dataset, IterableDataset):
         raise ValueError(f"{data!r} can only be read from start to end: take one that is read by index (hfds/, torch/)")
     return dataset
 
 
 def open_entries(dataset: Any, size: int, name: str = "") -> UnlabelledImages:
-    """The images of a data set of :func:`open_dataset`, which calls it ``name``."""
+    """The images of a dataset of :func:`open_dataset`, which calls it ``name``."""
     read, label = partial(_read_entry, dataset), partial(_entry_name, dataset)
     return UnlabelledImages(size, len(dataset), read, label, partial(_describe_entries, dataset, name))
 

@@ -1,7 +1,7 @@
-"""The loop of the pretext task: a recipe and images in, weights and their curve out; the only one there is.
+"""The training loop of the pretext task: a recipe and images in, weights and their curve out.
 
-:func:`pretrain` prepares a run or takes it up again, trains it step by step, and finishes it. What happens between the
-steps stands apart, in :mod:`rotation_ssl.pretraining.run`: the curve, checkpoints, requests to stop.
+:func:`pretrain` prepares or resumes a run, trains it step by step, and finishes it. The curve, checkpoints and requests
+to stop, which come between the steps, are in :mod:`rotation_ssl.pretraining.run`.
 """
 
 import dataclasses
@@ -23,9 +23,8 @@ from rotation_ssl.pretraining.augment import take_boxes, whole_boxes
 from rotation_ssl.pretraining.images import UnlabelledImages, fingerprint, stream
 from rotation_ssl.pretraining.optim import (
     create_optimizers,
-    learning_rate_factor,
+    create_scheduler,
     renormalize_filters,
-    set_learning_rates,
 )
 from rotation_ssl.pretraining.outputs import (
     Metrics,
@@ -48,7 +47,7 @@ from rotation_ssl.pretraining.state import (
 from rotation_ssl.progress import progress as show_progress
 from rotation_ssl.rotations import count_correct_rotations, rotate_all, rotation_loss
 
-STATISTICS_STEPS = 50  # whose images give averaged weights their batch norm's statistics
+STATISTICS_STEPS = 50  # batch norm statistics of averaged weights are recomputed on the images of the last steps
 EVALUATION_BATCH = 128
 
 Monitor = Callable[[nn.Module], dict[str, Any]]
@@ -70,24 +69,24 @@ def pretrain(
     """Train ``recipe`` on ``images`` and write the weights.
 
     Args:
-        recipe: all of the training's settings.
-        images: the training images, upright: (N, 3, H, H) uint8, or to be decoded as they come.
-        output: folder for checkpoints, weights, run.json, metrics.jsonl and curve.png; made if missing.
-        accelerator: devices, processes, precision and parts of a step; None: this process, on the CPU.
-        resume: go on from ``output``'s last checkpoint.
+        recipe: all settings of the training.
+        images: the upright training images: (N, 3, H, H) uint8, or files that are decoded as they are needed.
+        output: folder for checkpoints, weights, run.json, metrics.jsonl and curve.png; created if missing.
+        accelerator: devices, processes, precision and gradient accumulation; None: this process, on the CPU.
+        resume: continue from the last checkpoint in ``output``.
         checkpoint_seconds: time between checkpoints.
-        workers: processes that decode images, for each process that trains.
+        workers: data-loading worker processes of each training process.
         sync_batchnorm: batch norm over the images of all processes, on GPUs.
         commit: of the code, for run.json.
-        monitor: looks at the backbone as it trains; what it returns goes to metrics.jsonl. It changes nothing in it.
-        monitor_every: steps between two looks.
+        monitor: called with the backbone during training; what it returns goes to metrics.jsonl. It changes nothing.
+        monitor_every: steps between two calls.
 
     Returns:
-        The weights file, or the checkpoint when the run was stopped by Ctrl-C or SIGTERM.
+        The weights file, or the checkpoint if the run was stopped by Ctrl-C or SIGTERM.
 
     Raises:
-        ValueError: what does not fit: images, recipe, processes, checkpoint; a finished run in the way, or another
-            training that writes to ``output``; or a loss that is not finite.
+        ValueError: images, recipe, processes or checkpoint do not fit together, ``output`` contains a finished run or
+            is used by another one, or a loss is not finite.
         OSError: a checkpoint or the weights cannot be written; the last checkpoint is kept.
     """
     if not checkpoint_seconds >= 0:
@@ -97,23 +96,14 @@ def pretrain(
     if sync_batchnorm and accelerator.device.type == "cpu":
         raise ValueError("SyncBatchNorm runs on GPUs alone: leave --sync-batchnorm out, each process keeps its own")
     weights_file = output / "model.safetensors"
-    if weights_file.exists() and resume:
-        check_finished(recipe, fingerprint(images), output)
-        if accelerator.is_main_process:
-            # it may have been killed after the last thing that mattered
-            remove_checkpoints(output)
+    if resume and _is_finished(recipe, images, output, accelerator):
         return weights_file
-    if resume and not find_checkpoint(output):
-        raise ValueError(f"nothing to resume: there is no checkpoint in {output}; start without --resume")
-    recipe = resolved(recipe, accelerator.device)
-    computed = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
-    if computed != recipe.precision:
-        raise ValueError(f"the accelerator computes in {computed}, {recipe.name} in {recipe.precision}: make them one")
+    recipe = _resolved(recipe, accelerator)
     identity = run_identity(recipe, images, count, accelerator, sync_batchnorm)
     with lock_output(accelerator, output):
         checkpoint = find_checkpoint(output)
         if weights_file.exists() or (checkpoint and not resume):
-            raise ValueError(f"{output} holds a run already: --resume an unfinished one, or give another --output")
+            raise ValueError(f"{output} already contains a run: --resume it if unfinished, or give another --output")
         progress = read_progress(checkpoint, identity) if checkpoint else Progress(identity, commit)
         run = prepare(recipe, images, output, accelerator, progress, checkpoint, workers, sync_batchnorm)
         stopped = train(run, checkpoint_seconds, monitor, monitor_every)
@@ -121,6 +111,40 @@ def pretrain(
             finish(run)
         accelerator.end_training()
     return stopped or weights_file
+
+
+def _is_finished(
+    recipe: Recipe, images: torch.Tensor | UnlabelledImages, output: Path, accelerator: Accelerator
+) -> bool:
+    """Whether a run to resume has written its weights; if not, it must have left a checkpoint.
+
+    Raises:
+        ValueError: there is neither, or the weights are of another recipe or other images.
+    """
+    if (output / "model.safetensors").exists():
+        check_finished(recipe, fingerprint(images), output)
+        if accelerator.is_main_process:
+            # a kill after the weights were written leaves them
+            remove_checkpoints(output)
+        return True
+    if not find_checkpoint(output):
+        raise ValueError(f"nothing to resume: there is no checkpoint in {output}; start without --resume")
+    return False
+
+
+def _resolved(recipe: Recipe, accelerator: Accelerator) -> Recipe:
+    """The recipe with the precision that it has on the accelerator's device.
+
+    Raises:
+        ValueError: the accelerator was created with another precision.
+    """
+    recipe = resolved(recipe, accelerator.device)
+    computed = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
+    if computed != recipe.precision:
+        raise ValueError(
+            f"the accelerator computes in {computed}, {recipe.name} in {recipe.precision}: use one precision for both"
+        )
+    return recipe
 
 
 def prepare(
@@ -133,7 +157,7 @@ def prepare(
     workers: int,
     sync_batchnorm: bool,
 ) -> Run:
-    """A run of :func:`pretrain` before its first step, or as the checkpoint left it."""
+    """A run of :func:`pretrain` before its first step, or at the step of the checkpoint."""
     torch.manual_seed(recipe.seed)
     network = create_model(recipe)
     if sync_batchnorm:
@@ -153,30 +177,31 @@ def prepare(
     else:
         images = images.to(accelerator.device)
     if accelerator.log_with:
-        # TensorBoard takes it for a folder, the others for a project
+        # TensorBoard takes this as a folder, the others as a project
         project = "tensorboard" if "tensorboard" in map(str, accelerator.log_with) else "rotation-ssl"
         settings = {field.name: str(getattr(recipe, field.name)) for field in dataclasses.fields(recipe)}
         accelerator.init_trackers(project, config=settings)
+    schedulers = [create_scheduler(recipe.schedule, optimizer, recipe.steps, progress.step) for optimizer in optimizers]
     return Run(
-        recipe, images, output, accelerator, progress, network, model, average, optimizers, broken, workers,
+        recipe, images, output, accelerator, progress, network, model, average, optimizers, schedulers, broken, workers,
         seconds_before=progress.seconds,
     )  # fmt: skip
 
 
 def train(run: Run, checkpoint_seconds: float, monitor: Monitor | None = None, monitor_every: int = 0) -> Path | None:
-    """The steps that are left; the checkpoint when the run was stopped before its last."""
+    """Train the remaining steps; returns the checkpoint if the run was stopped before its last step."""
     recipe, progress, stopped = run.recipe, run.progress, None
     batches = run.batches(progress.step)
     with StopRequest() as stop, _progress_bar(run) as bar, Metrics(run.output, progress, run.accelerator) as metrics:
         curve, checkpoints = Curve(run, bar, metrics), Checkpoints(run, checkpoint_seconds, stop)
         while progress.step < recipe.steps and not stopped:
-            factor = learning_rate_factor(recipe.schedule, progress.step, recipe.steps)
-            set_learning_rates(run.optimizers, factor)
-            curve.losses.append(train_step(recipe, run.model, run.optimizers, batches, run.accelerator))
+            loss = train_step(recipe, run.model, run.optimizers, batches, run.accelerator)
             if run.average is not None:
                 run.average.update_parameters(run.network)
             progress.step += 1
-            curve.record(factor)
+            curve.record(loss)
+            for scheduler in run.schedulers:
+                scheduler.step()
             if monitor and monitor_every and progress.step % monitor_every == 0:
                 metrics.write({"step": progress.step} | monitor(run.network))
             stopped = checkpoints.save(curve.losses)
@@ -185,13 +210,13 @@ def train(run: Run, checkpoint_seconds: float, monitor: Monitor | None = None, m
 
 
 def finish(run: Run) -> None:
-    """Measure what was held out, write the outputs, and only then remove the checkpoints."""
+    """Measure the held-out images, write the outputs, and only then remove the checkpoints."""
     recipe, progress, images, network = run.recipe, run.progress, run.images, run.network
     check_weights(run)
     progress.broken = all_broken(run)
     if run.average is not None:
         network.load_state_dict(run.average.module.state_dict())
-        renew_statistics(recipe, network, run.batches(max(0, recipe.steps - STATISTICS_STEPS)))
+        update_statistics(recipe, network, run.batches(max(0, recipe.steps - STATISTICS_STEPS)))
     if not run.accelerator.is_main_process:
         return
     described = describe_run(recipe, progress, run.accelerator)
@@ -211,7 +236,7 @@ def train_step(
     batches: Iterator[torch.Tensor],
     accelerator: Accelerator,
 ) -> torch.Tensor:
-    """One optimiser step on this process's next parts of a step's images; their mean loss, a scalar."""
+    """One optimizer step on this process's next images, in one or several parts; returns their mean loss, a scalar."""
     if isinstance(recipe.optimizer, Muon):
         renormalize_filters(accelerator.unwrap_model(model))
     losses = []
@@ -220,7 +245,7 @@ def train_step(
         with accelerator.accumulate(model):
             loss = pretext_loss(recipe, model, batch)
             accelerator.backward(loss)
-            # accelerate takes the step at the last part alone
+            # accelerate only steps after the last part
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
@@ -235,8 +260,8 @@ def pretext_loss(recipe: Recipe, model: nn.Module, batch: torch.Tensor) -> torch
     return rotation_loss(model, batch, recipe.rotations, recipe.label_smoothing)
 
 
-def renew_statistics(recipe: Recipe, network: nn.Module, batches: Iterator[torch.Tensor]) -> None:
-    """Take batch norm's statistics anew, of averaged weights, on augmented images: their mean over the batches."""
+def update_statistics(recipe: Recipe, network: nn.Module, batches: Iterator[torch.Tensor]) -> None:
+    """Recompute the batch norm statistics of averaged weights: their mean over batches of augmented images."""
     eighths = recipe.rotation_unit == 45
     views = (rotate_eighths(b) if eighths else rotate_all(b, recipe.rotations) for b in batches)
     swa_utils.update_bn(views, network)
@@ -245,7 +270,7 @@ def renew_statistics(recipe: Recipe, network: nn.Module, batches: Iterator[torch
 def holdout_accuracy(
     recipe: Recipe, model: nn.Module, images: torch.Tensor | UnlabelledImages, device: torch.device | str = "cpu"
 ) -> tuple[int, int]:
-    """Right guesses and their number on the held-out images, the last ones, whole, at the size the network takes."""
+    """Correct and all predictions on the held-out images, the last ones, uncropped, at the size the network takes."""
     cfg = resolve_model_data_config(model)
     indices = torch.arange(len(images) - recipe.holdout, len(images)).split(EVALUATION_BATCH)
     squares = (pixels.to(device) for pixels, _ in stream(images, indices))
@@ -259,7 +284,7 @@ def holdout_accuracy(
 
 
 def _progress_bar(run: Run) -> Any:
-    """Rotated images done, their rate and the time left."""
+    """Rotated images seen, their rate and the time left."""
     recipe = run.recipe
     done = run.progress.step * recipe.images_per_step * len(recipe.rotations)
     return show_progress(recipe.name, recipe.rotated_images, initial=done, disable=not run.accelerator.is_main_process)

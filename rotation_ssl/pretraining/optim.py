@@ -1,12 +1,13 @@
 """Optimisers and schedules from their settings: the recipes say which numbers, this module which classes."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from timm.optim import Muon as TimmMuon
 from timm.optim.muon import zeropower_via_newtonschulz
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from rotation_ssl.pretraining.recipe import AdamW, CosineSchedule, LinearSchedule, Muon, Sgd, StepSchedule
 
@@ -102,11 +103,11 @@ def learning_rate_factor(schedule: Schedule, step: int, steps: int) -> float:
     return min(1.0, (steps - step) / max(1, steps - held))
 
 
-def set_learning_rates(optimizers: Sequence[torch.optim.Optimizer], factor: float) -> None:
-    """Give every group of the optimisers that part of the learning rate it was created with."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = factor * group.setdefault("peak_lr", group["lr"])
+def create_scheduler(schedule: Schedule, optimizer: torch.optim.Optimizer, steps: int, done: int = 0) -> LambdaLR:
+    """The schedule of a run of ``steps`` steps, for an optimizer that has taken ``done`` of them with it."""
+    # not the chained schedulers of PyTorch: they multiply the last rate instead of the peak, and the rates of published
+    # runs would differ in their last bits
+    return LambdaLR(optimizer, lambda step: learning_rate_factor(schedule, step, steps), last_epoch=done - 1)
 
 
 @torch.no_grad()

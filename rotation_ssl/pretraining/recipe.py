@@ -121,7 +121,7 @@ class StepSchedule:
 class Recipe:
     """How a weight was pretrained: all that decides its bytes but machine, thread count and library versions.
 
-    ``data`` is a name of ``rotation_ssl.pretraining.images.open_images``, or of one of the lab's data sets; its images
+    ``data`` is a name of ``rotation_ssl.pretraining.images.open_images``, or of one of the lab's datasets; its images
     are squares of ``image_size`` pixels. ``model_args`` are arguments of the model beside its number of classes, as
     pairs. ``images_per_step`` upright images make a batch of ``images_per_step * len(rotations)`` turned ones. Crops
     are taken at random positions of the image padded by ``padding`` pixels on all sides, or with ``scale`` they are

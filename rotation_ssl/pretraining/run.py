@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 from torch.optim import swa_utils
+from torch.optim.lr_scheduler import LambdaLR
 
 from rotation_ssl.pretraining.batches import augmented_batches
 from rotation_ssl.pretraining.images import UnlabelledImages
@@ -42,6 +43,7 @@ class Run:
     model: nn.Module
     average: swa_utils.AveragedModel | None
     optimizers: list[torch.optim.Optimizer]
+    schedulers: list[LambdaLR]
     broken: set[int]
     workers: int
     began: float = dataclasses.field(default_factory=time.monotonic)
@@ -67,13 +69,14 @@ class Curve:
         self.every = max(1, min(CURVE_EVERY, run.recipe.steps // CURVE_POINTS))
         self.losses = [torch.tensor(loss, device=run.accelerator.device) for loss in run.progress.losses]
 
-    def record(self, factor: float) -> None:
-        """Count a step, taken at that part of the learning rate; a point is made when its steps are done.
+    def record(self, loss: torch.Tensor) -> None:
+        """Count a step and its loss, before the schedulers move on; the last step of a point writes the point.
 
         Raises:
             ValueError: a loss that is not finite.
         """
         run, recipe, step = self.run, self.run.recipe, self.run.progress.step
+        self.losses.append(loss)
         self.bar.update(recipe.images_per_step * len(recipe.rotations))
         if step % self.every and step < recipe.steps:
             return
@@ -81,14 +84,14 @@ class Curve:
         _check_finite(run, values)
         self.losses.clear()
         run.progress.seconds = run.seconds()
-        loss, crop = sum(values) / len(values), recipe.crop_at(step - 1)
-        point = {"step": step, "loss": loss, "seconds": run.progress.seconds}
+        mean, crop = sum(values) / len(values), recipe.crop_at(step - 1)
+        point = {"step": step, "loss": mean, "seconds": run.progress.seconds}
         run.progress.curve.append(point)
         self.metrics.write(point)
         broken = {"broken": len(run.broken)} if run.broken else {}
-        self.bar.set_postfix({"loss": f"{loss:.3f}", "crop": crop} | broken)
-        rate = factor * recipe.optimizer.lr
-        run.accelerator.log({"loss": loss, "learning rate": rate, "crop": crop}, step=step)
+        self.bar.set_postfix({"loss": f"{mean:.3f}", "crop": crop} | broken)
+        rate = run.schedulers[0].get_last_lr()[0]
+        run.accelerator.log({"loss": mean, "learning rate": rate, "crop": crop}, step=step)
 
 
 class Checkpoints:

@@ -16,8 +16,7 @@ from conftest import DATA, MODELS, ROOT
 from timm.data import resolve_model_data_config
 from torch import nn
 
-from rotation_ssl.checkpoints import read_checkpoint
-from rotation_ssl.convert import convert, write_folder
+from rotation_ssl.convert import convert, read_checkpoint, write_folder
 
 # AlexNet and the ResNets are made for 224 pixels; their convolutions take fewer, which is faster
 SIZE = 64

@@ -56,8 +56,10 @@ def test_every_page_that_has_commands_is_read():
         "README.md",
         "MODEL_CARD.md",
         "nin_cifar10.md",
+        "features.md",
         "imagenet.md",
         "loading.md",
+        "reproduce.md",
         "transfer.md",
     }
     assert {page for page, _, _ in TYPED if page.endswith(".md")} >= pages

@@ -7,9 +7,11 @@ import pytest
 from conftest import shorten_probes
 from safetensors.torch import load_file, save_file
 
-from rotation_ssl import golden, zoo
-from rotation_ssl.golden import golden_file
+from rotation_ssl import zoo
+from rotation_ssl.files import sha256_of
 from rotation_ssl.probes import LINEAR_STRENGTHS
+from rotation_ssl.zoo import golden
+from rotation_ssl.zoo.golden import golden_file
 from training.datasets import load_images
 from training.evaluation import finetune, subject
 from training.evaluation import layers as imagenet
@@ -17,6 +19,7 @@ from training.evaluation import probes as evaluate
 from training.evaluation.subject import load_subject
 from training.protocols import PROTOCOLS
 from training.reporting import check
+from training.reporting.again import measure_again
 from training.reporting.required import NIN_ON_CIFAR10, REQUIRED, complaints, missing_rows
 from training.reporting.rows import Row, read_file, read_rows, write_rows
 
@@ -142,17 +145,12 @@ def test_a_row_edited_by_hand_is_caught(results, small_cifar10, capsys):
 
 
 @pytest.fixture
-def one_changed_tensor(monkeypatch, tmp_path):
+def one_changed_tensor(weights_dir):
     """The published weights with one tensor changed, in a folder that passes for the package's."""
-    folder = tmp_path / "weights"
-    folder.mkdir()
-    for file in zoo.WEIGHTS_DIR.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    file = folder / zoo.manifest()[NAME]["file"]
+    file = weights_dir / zoo.manifest()[NAME]["file"]
     state = load_file(file)
     state["blocks.block2.1.conv.weight"] = state["blocks.block2.1.conv.weight"] * 1.5
     save_file(state, file, metadata={"format": "pt"})
-    monkeypatch.setattr(zoo, "WEIGHTS_DIR", folder)
     return file
 
 
@@ -162,16 +160,8 @@ def test_a_weight_file_with_one_changed_tensor_is_caught(results, small_cifar10,
     assert "BROKEN" in captured.out and "sha256" in captured.out and "nothing was measured" in captured.err
 
 
-def test_changed_weights_with_a_changed_manifest_are_caught_by_golden_outputs(one_changed_tensor, monkeypatch):
-    import hashlib
-
-    import timm
-
-    changed = dict(zoo.manifest()[NAME], sha256=hashlib.sha256(one_changed_tensor.read_bytes()).hexdigest())
-    monkeypatch.setattr(zoo, "manifest", lambda: {NAME: changed})
-    create = timm.create_model
-    overlay = {"file": str(one_changed_tensor)}
-    monkeypatch.setattr(timm, "create_model", lambda *a, **k: create("rotnet_nin", pretrained_cfg_overlay=overlay, **k))
+def test_changed_weights_with_a_changed_manifest_are_caught_by_golden_outputs(one_changed_tensor, set_manifest):
+    set_manifest({NAME: zoo.manifest()[NAME] | {"sha256": sha256_of(one_changed_tensor)}})
     verdicts = list(check.check_weights(NAME))
     assert [verdict.holds for verdict in verdicts] == [True, False] and "golden" in verdicts[1].number
 
@@ -180,9 +170,9 @@ def test_a_linear_probe_is_measured_again_with_the_penalty_it_chose(reported, sm
     rows = [r for r in read_file(reported / f"{NAME}.jsonl") if r.protocol == "linear"]
     assert len(rows) == 4 and all(row.strength in LINEAR_STRENGTHS for row in rows)
     other = [dataclasses.replace(row, strength=7.0) for row in rows]
-    monkeypatch.setattr(check, "measure_rotation", None)
+    monkeypatch.setattr("training.reporting.again.measure_rotation", None)
     images = load_images("cifar10", small_module, 32)
-    again = list(check.measure_again(other, lambda size, test_only: images))
+    again = list(measure_again(other, lambda size, test_only: images))
     assert {(new.layer, new.strength) for _, new in again} == {(row.layer, 7.0) for row in rows}
     assert all("L2 7, chosen of" in new.settings for _, new in again)
 
@@ -325,7 +315,7 @@ def test_rows_of_all_layers_are_measured_again_in_one_pass(small_tinyimagenet, m
     shorten_probes(monkeypatch, PROTOCOLS, ["linear-sgd"], epochs=2, milestones=(1,), batch_size=10)
     short = PROTOCOLS["linear-sgd"].recipes["cpu"]
     images = load_images("tinyimagenet", small_tinyimagenet, 64)
-    train, val = (imagenet.Labelled(part.images, part.labels, 10) for part in (images.train, images.test))
+    train, val = images.train, images.test
     measured = load_subject("rotnet_alexnet", random=True)
     layers = ["conv2", "conv5"]
     rows = [
@@ -333,7 +323,7 @@ def test_rows_of_all_layers_are_measured_again_in_one_pass(small_tinyimagenet, m
         for seed in (0, 1)
         for row in imagenet.measure_layers(short, measured, layers, train, val, images.name, seed=seed)
     ]
-    found = list(check.measure_again(rows, lambda size, test_only: images))
+    found = list(measure_again(rows, lambda size, test_only: images))
     assert [(old.layer, old.seed) for old, _ in found] == [(layer, seed) for seed in (0, 1) for layer in layers]
     assert all((new.layer, new.seed, new.counts) == (old.layer, old.seed, old.counts) for old, new in found)
 
@@ -349,7 +339,7 @@ def test_numbers_of_data_that_are_not_given_are_named(results, small_module, cap
     assert "not measured: 1 number of Tiny-ImageNet val: give --tinyimagenet DIR" in out and "3 of 3 hold" in out
     write_rows(file, [dataclasses.replace(rotation, data="holiday photographs")])
     assert check.main(arguments) == 2
-    assert "no data set is called 'holiday photographs'" in capsys.readouterr().err
+    assert "no dataset is called 'holiday photographs'" in capsys.readouterr().err
 
 
 def test_golden_outputs_that_are_not_numbers_do_not_hold(monkeypatch):

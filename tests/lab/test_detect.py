@@ -15,9 +15,12 @@ from training.evaluation.subject import load_subject
 from training.reporting.rows import read_file
 from training.transfer import detection as detect
 from training.transfer.command import averages
-from training.transfer.data import CLASSES, AnnotatedImage, read_annotations
+from training.transfer.data import CLASSES, AnnotatedImage, open_pixels, read_annotations
+from training.transfer.detector import build_detector
 from training.transfer.metrics import average_precision, match_detections
 from training.transfer.network import transfer_network
+from training.transfer.pictures import draw_detections
+from training.transfer.proposals import check_proposals_file, grid_proposals, read_proposals, write_proposals
 from training.transfer.recipes import VOC_FAST_RCNN, VOC_FASTER_RCNN
 
 LEARNED = ("aeroplane", "horse")
@@ -36,16 +39,16 @@ def proposals(devkit):
 
 def write_grid(devkit, file):
     images = [image for split in ("trainval", "test") for image in read_annotations(devkit, "2007", split)]
-    detect.write_proposals(file, {image.name: detect.grid_proposals(image.width, image.height) for image in images})
+    write_proposals(file, {image.name: grid_proposals(image.width, image.height) for image in images})
     return file
 
 
 def run(*arguments):
-    return detect.main([str(argument) for argument in arguments])
+    return detect.main([str(argument) for argument in (*arguments, "--workers", 0)])
 
 
-def small(recipe, steps=2, lr=0.001):
-    training = dataclasses.replace(recipe.training, steps=steps, lr=lr)
+def small(recipe, steps=2, lr=0.001, precision="auto"):
+    training = dataclasses.replace(recipe.training, steps=steps, lr=lr, precision=precision)
     return dataclasses.replace(
         recipe, training=training, train_sides=(112, 128), test_side=128, longest=400, dropout=0.0
     )
@@ -74,6 +77,49 @@ def test_the_command_end_to_end(mode, devkit, proposals, tmp_path):
     assert state["roi_heads.box_predictor.cls_score.weight"].shape == (21, 16)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_bfloat16_keeps_boxes_and_scores(mode, devkit, proposals, tmp_path):
+    """Whole bfloat16 would move boxes by pixels and make most scores equal."""
+    arguments = ["rotnet_alexnet", "--random", "--data", devkit, "--output", tmp_path, "--steps", 1, "--side", 128]
+    regions = ["--proposals", proposals] if mode == "Fast R-CNN" else []
+    assert run(*arguments, *regions, "--fc-size", 16, "--images-per-step", 1, "--precision", "bf16") == 0
+    assert read_file(tmp_path / "rows.jsonl")[0].settings.endswith(", bf16")
+    images = read_annotations(devkit, "2007", "test")
+    torch.manual_seed(0)
+    detector = build_detector(small(VOC_FAST_RCNN), network_for(images), 20, given_regions=mode == "Fast R-CNN")
+    detector.roi_heads.score_thresh = 0.0
+    recipes = [small(VOC_FAST_RCNN, precision=precision) for precision in ("fp32", "bf16")]
+    file = proposals if regions else None
+    (exact, rounded) = (detect.detect(recipe, detector, images, file) for recipe in recipes)
+    for one, other in zip(exact, rounded, strict=True):
+        assert other["boxes"].dtype == other["scores"].dtype == torch.float32
+        assert len(other["scores"].unique()) > 0.9 * len(other["scores"]) > 0
+        assert abs(float(one["scores"].max() - other["scores"].max())) < 0.03
+
+
+def test_pictures_have_the_sure_detections(devkit, proposals, tmp_path):
+    arguments = ["rotnet_alexnet", "--random", "--data", devkit, "--output", tmp_path, "--steps", 1, "--side", 128]
+    options = ["--fc-size", 16, "--images-per-step", 1, "--pictures", 2, "--proposals", proposals]
+    assert run(*arguments, *options) == 0
+    assert sorted(file.name for file in (tmp_path / "pictures").iterdir()) == ["000007.png", "000008.png"]
+    image = read_annotations(devkit, "2007", "test")[0]
+    found = {
+        "boxes": torch.tensor([[10.0, 60, 100, 120], [0, 0, 50, 50]]),
+        "labels": torch.tensor([1, 2]),
+        "scores": torch.tensor([0.9, 0.2]),
+    }
+    picture = open_pixels(draw_detections(tmp_path, image.file, found, CLASSES))
+    assert picture.getpixel((40, 119)) == (128, 0, 0), "a frame of the class's colour"
+    assert (0, 128, 0) not in {picture.getpixel((x, 0)) for x in range(50)}, "not of an unsure one"
+
+
+def test_proposals_of_the_test_are_the_first_ones(devkit, proposals):
+    images = read_annotations(devkit, "2007", "test")
+    _, some = detect._test_sample(images, proposals, 7, 0)
+    _, all_of_them = detect._test_sample(images, proposals, None, 0)
+    assert len(some) == 7 < len(all_of_them) and torch.equal(some, all_of_them[:7])
+
+
 def test_other_networks_detect_too(devkit):
     images = read_annotations(devkit, "2007", "train")
     subject = load_subject("resnet18", random=True, size=64)
@@ -98,7 +144,7 @@ def test_a_network_for_one_size_is_refused(devkit):
 def test_fast_rcnn_looks_where_it_is_told(devkit):
     """Regions in an image's own pixels reach the map as they are scaled, and detections come back in pixels."""
     images = read_annotations(devkit, "2007", "train")
-    detector = detect.build_detector(small(VOC_FAST_RCNN), network_for(images), 20, given_regions=True).eval()
+    detector = build_detector(small(VOC_FAST_RCNN), network_for(images), 20, given_regions=True).eval()
     seen = []
     detector.roi_heads.box_roi_pool.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
     picture = torch.rand(3, 100, 200)
@@ -126,18 +172,18 @@ def test_mirrored_samples(devkit, proposals):
         # what is inside of a box stays inside
         left, top, right, bottom = target["boxes"][0].int().tolist()
         x0, y0, x1, y1 = easy[0].int().tolist()
-        original, _ = detect._test_sample(images, proposals, 0)
+        original, _ = detect._test_sample(images, proposals, None, 0)
         inside = original[:, y0:y1, x0:x1]
         assert torch.equal(plain[:, top:bottom, left:right], inside.flip(-1) if moved else inside)
         assert (target["labels"] == image.labels[~image.difficult] + 1).all()
-        assert regions.shape == detect.grid_proposals(160, 128).shape and (regions[:, 2] > regions[:, 0]).all()
+        assert regions.shape == grid_proposals(160, 128).shape and (regions[:, 2] > regions[:, 0]).all()
     assert seen == {True, False}
 
 
 def test_difficult_objects_are_not_trained_on(devkit):
     images = read_annotations(devkit, "2007", "train")
     hard = [dataclasses.replace(image, difficult=torch.ones_like(image.difficult)) for image in images]
-    detector = detect.build_detector(small(VOC_FASTER_RCNN), network_for(images), 20, given_regions=False)
+    detector = build_detector(small(VOC_FASTER_RCNN), network_for(images), 20, given_regions=False)
     with pytest.raises(ValueError, match="no training image shows an object"):
         detect.train_detector(small(VOC_FASTER_RCNN), detector, hard)
 
@@ -173,7 +219,7 @@ def test_precisions_by_hand():
 
 def test_grids_are_inside_and_everywhere():
     for width, height in ((160, 128), (33, 500), (1, 1)):
-        boxes = detect.grid_proposals(width, height)
+        boxes = grid_proposals(width, height)
         assert (boxes[:, :2] >= 0).all() and (boxes[:, 2:] <= torch.tensor([width, height]) + 1e-3).all()
         assert (boxes[:, 2:] > boxes[:, :2]).all()
 
@@ -182,13 +228,13 @@ def test_proposals_are_written_and_read(tmp_path, devkit):
     image = read_annotations(devkit, "2007", "train")[0]
     file = tmp_path / "regions.safetensors"
     boxes = torch.tensor([[0, 0, 10, 20], [-1, 5, 161, 128]])
-    detect.write_proposals(file, {image.name: boxes})
-    detect.check_proposals_file(file, [image])
+    write_proposals(file, {image.name: boxes})
+    check_proposals_file(file, [image])
     # numpy's own floats
     save_file({image.name: boxes.double()}, tmp_path / "doubles.safetensors")
-    assert detect._proposals_of(tmp_path / "doubles.safetensors", image).dtype == torch.float32
+    assert read_proposals(tmp_path / "doubles.safetensors", image).dtype == torch.float32
     # a pixel outside is rounding, and cut off
-    assert detect._proposals_of(file, image).tolist() == [[0, 0, 10, 20], [0, 5, 160, 128]]
+    assert read_proposals(file, image).tolist() == [[0, 0, 10, 20], [0, 5, 160, 128]]
 
 
 def test_bad_proposals_are_named(tmp_path, devkit):
@@ -200,10 +246,10 @@ def test_bad_proposals_are_named(tmp_path, devkit):
         (torch.tensor([[0.0, 0, 5, float("nan")]]), "empty or not finite"),
     ):
         with pytest.raises(ValueError, match=f"proposals of 000001 .*{message}"):
-            detect.write_proposals(tmp_path / "bad.safetensors", {"000001": boxes})
+            write_proposals(tmp_path / "bad.safetensors", {"000001": boxes})
     save_file({images[0].name: torch.tensor([[0.0, 0, 500, 500]])}, tmp_path / "far.safetensors")
     with pytest.raises(ValueError, match=r"000001 in .*far\.safetensors are outside of its 160 x 128 pixels"):
-        detect._proposals_of(tmp_path / "far.safetensors", images[0])
+        read_proposals(tmp_path / "far.safetensors", images[0])
 
 
 @pytest.mark.slow
@@ -213,7 +259,7 @@ def test_it_learns(mode, tmp_path):
     devkit = write_small_voc(tmp_path, train=40, test=20, classes=LEARNED)
     train, test = (read_annotations(devkit, "2007", split) for split in ("trainval", "test"))
     file = write_grid(devkit, tmp_path / "grid.safetensors") if mode == "Fast R-CNN" else None
-    grid = [detect.grid_proposals(image.width, image.height) for image in test]
+    grid = [grid_proposals(image.width, image.height) for image in test]
     chances = []
     for label in (CLASSES.index(name) for name in LEARNED):
         truths = [image.boxes[image.labels == label] for image in test]
@@ -241,7 +287,7 @@ def test_it_learns(mode, tmp_path):
 )
 def test_bad_input_is_a_one_line_error(arguments, message, devkit, capsys, tmp_path):
     few = tmp_path / "few.safetensors"
-    detect.write_proposals(few, {"000001": torch.tensor([[0.0, 0, 9, 9]])})
+    write_proposals(few, {"000001": torch.tensor([[0.0, 0, 9, 9]])})
     arguments = [argument.format(devkit=devkit, few=few) for argument in arguments]
     start = ["rotnet_alexnet", "--random", "--data", devkit, "--output", tmp_path / "out", "--fc-size", 16]
     assert run(*start, "--steps", 1, *arguments) == 2

@@ -15,12 +15,12 @@ from rotation_ssl.evaluation import frozen
 from rotation_ssl.evaluation import measure as frozen_measure
 from rotation_ssl.evaluation.frozen import preparation
 from rotation_ssl.features import extract_features
-from rotation_ssl.golden import golden_file
 from rotation_ssl.images import normalize
 from rotation_ssl.labelled import Images
 from rotation_ssl.machine import available_memory
 from rotation_ssl.probes import knn_predict, linear_predict
 from rotation_ssl.rotations import rotate_all
+from rotation_ssl.zoo.golden import golden_file
 from training.datasets import load_cifar10, load_images
 from training.evaluation import probes as evaluate
 from training.evaluation import subject
@@ -150,7 +150,7 @@ def test_random_weights_are_reproducible_and_named(small_cifar10, tmp_path):
     first, second = (read_file(tmp_path / name / "rows.jsonl") for name in ("a", "b"))
     assert [(r.key, r.correct, r.sha256) for r in first] == [(r.key, r.correct, r.sha256) for r in second]
     assert {row.weights for row in first} == {"rotnet_nin.random"}
-    assert run("rotnet_nin", "--random", "--random-seed", 1, "--only", "rotation", "--data", small_cifar10,
+    assert run("rotnet_nin", "--random", "--seed", 1, "--only", "rotation", "--data", small_cifar10,
                "--output", tmp_path / "a") == 0  # fmt: skip
     rows = read_file(tmp_path / "a" / "rows.jsonl")
     assert len(rows) == len(first) + 1 and rows[-1].weights == "rotnet_nin.random1"
@@ -181,7 +181,7 @@ def test_the_size_is_what_stands_beside_the_weights(tmp_path):
     assert subject.load_subject("rotnet_nin", weights=file, size=64).size == 64
     for text in ("", "[]", "{}"):
         described.write_text(text)
-        with pytest.raises(ValueError, match=r"config\.json does not say the input_size of the weights beside it"):
+        with pytest.raises(ValueError, match=r"config\.json does not give the input_size of its weights"):
             subject.load_subject("rotnet_nin", weights=file)
     # of another file
     save_file(network.state_dict(), tmp_path / "mine.safetensors")

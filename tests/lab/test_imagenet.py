@@ -10,14 +10,12 @@ import torch
 from rotation_ssl.precision import multiplies_bfloat16
 from rotation_ssl.probes import max_pooled_probe
 from training.evaluation import layers as imagenet
+from training.evaluation.labelled import open_labelled, read_into_memory, split_holdout
 from training.evaluation.layers import (
     build_probes,
     count_correct,
     layer_maps,
     measure_layers,
-    open_labelled,
-    read_into_memory,
-    split_holdout,
     train_probes,
     with_epochs,
 )
@@ -69,7 +67,7 @@ def test_layers_learn_a_handful_and_the_backbone_stays(train, autocast):
     subject = load_subject("rotnet_alexnet", random=True, size=64)
     before = {name: tensor.clone() for name, tensor in subject.backbone.state_dict().items()}
     layers = ["conv1", "conv3", "conv5"]
-    probes = build_probes(LINEAR, subject, layers, train.classes)
+    probes = build_probes(LINEAR, subject, layers, 10)
     order = torch.arange(len(train))
     train_probes(LINEAR, subject, probes, train, order, autocast=autocast)
     counts = count_correct(subject, probes, train, order, autocast=autocast)
@@ -82,7 +80,7 @@ def test_layers_learn_a_handful_and_the_backbone_stays(train, autocast):
 
 def test_the_rest_of_the_network_learns_a_handful(subject, train):
     torch.manual_seed(0)
-    probes = build_probes(NONLINEAR, subject, ["conv4", "conv5"], train.classes)
+    probes = build_probes(NONLINEAR, subject, ["conv4", "conv5"], 10)
     names = [name for name, _ in probes["conv4"].named_children()]
     assert names == ["0", "1"] and [type(m).__name__ for m in probes["conv4"][0]] == ["ConvNormAct", "MaxPool2d"]
     assert [type(m).__name__ for m in probes["conv5"][0]] == ["MaxPool2d"], "pool5 alone comes after conv5"
@@ -95,8 +93,8 @@ def test_the_rest_of_the_network_learns_a_handful(subject, train):
 def test_a_layer_learns_the_same_beside_others_as_alone(subject, train):
     few = with_epochs(LINEAR, 2)
     torch.manual_seed(0)
-    together = build_probes(few, subject, ["conv2", "conv5"], train.classes)
-    alone = torch.nn.ModuleDict({"conv2": max_pooled_probe(192, 7, train.classes)})
+    together = build_probes(few, subject, ["conv2", "conv5"], 10)
+    alone = torch.nn.ModuleDict({"conv2": max_pooled_probe(192, 7, 10)})
     alone["conv2"].load_state_dict(together["conv2"].state_dict())
     for probes in (together, alone):
         train_probes(few, subject, probes, train, torch.arange(len(train)))
@@ -126,13 +124,15 @@ def test_features_are_those_of_the_layers(subject):
 def test_a_folder_has_its_classes_and_labels(small_cifar10, tmp_path):
     shutil.move(small_cifar10 / "test", small_cifar10 / "val")
     data = open_labelled("folder", small_cifar10, "val", 32)
-    assert data.classes == 10 and data.labels.tolist() == [i // 4 for i in range(40)]
+    assert len(data.classes) == 10 and data.labels.tolist() == [i // 4 for i in range(40)]
     assert data.images.label(5).endswith(".png") and "/automobile/" in data.images.label(5)
     (small_cifar10 / "train" / "archive.tar").write_bytes(b"")
     (small_cifar10 / "train" / ".ipynb_checkpoints").mkdir()
-    assert open_labelled("folder", small_cifar10, "val", 32).classes == 10, "what is no class folder"
+    assert open_labelled("folder", small_cifar10, "val", 32).classes == data.classes, (
+        "files and hidden folders are no classes"
+    )
     (small_cifar10 / "val" / "zebra").mkdir()
-    with pytest.raises(ValueError, match="holds classes that train has not: zebra"):
+    with pytest.raises(ValueError, match="contains classes that train does not have: zebra"):
         open_labelled("folder", small_cifar10, "val", 32)
     with pytest.raises(ValueError, match="no class folders in"):
         open_labelled("folder", tmp_path / "nowhere", "train", 32)
@@ -171,7 +171,7 @@ def test_what_cannot_be_probed(subject, train):
         build_probes(LINEAR, subject, ["conv9"], 10)
     resnet = load_subject("test_resnet", random=True, size=64)
     assert build_probes(LINEAR, resnet, ["layer4"], 10)
-    with pytest.raises(ValueError, match="the rest of test_resnet after a layer is not known"):
+    with pytest.raises(ValueError, match="the layers of test_resnet after a layer are not known"):
         build_probes(NONLINEAR, resnet, ["layer4"], 10)
     # layers with dots in their names, of a network that gives tokens
     vit = load_subject("test_vit", random=True, size=160)
@@ -179,7 +179,7 @@ def test_what_cannot_be_probed(subject, train):
     with pytest.raises(ValueError, match="takes 10 images a step, got 9"):
         train_probes(LINEAR, subject, build_probes(LINEAR, subject, ["conv1"], 10), train, torch.arange(9))
     hot = dataclasses.replace(LINEAR, lr=1e30)
-    with pytest.raises(ValueError, match=r"a loss of imagenet-linear-cpu became \w+ in epoch"):
+    with pytest.raises(ValueError, match=r"the loss of imagenet-linear-cpu, conv1 became \w+ in step"):
         train_probes(hot, subject, build_probes(hot, subject, ["conv1"], 10), train, torch.arange(20))
 
 

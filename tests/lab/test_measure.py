@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from training.datasets import DATASETS
-from training.reporting import check, measure
+from training.reporting import again, measure
 from training.reporting.required import CIFAR10, REQUIRED, Required
 from training.reporting.rows import read_file, write_rows
 
@@ -53,7 +53,7 @@ def test_what_is_missing_is_measured_and_nothing_else(small, tmp_path, capsys):
 def test_a_stopped_command_keeps_what_it_measured(small, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "results"
     folder.mkdir()
-    original = check.measure_features
+    original = again.measure_features
 
     def stopped(*arguments):
         rows = original(*arguments)
@@ -61,9 +61,9 @@ def test_a_stopped_command_keeps_what_it_measured(small, tmp_path, monkeypatch, 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(check, "measure_features", stopped)
+        patch.setattr(again, "measure_features", stopped)
         assert run(small, folder) == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "run the same command again to continue" in capsys.readouterr().err
     assert len(numbers(folder)) == 2
     assert run(small, folder) == 0
     assert len(numbers(folder)) == 7

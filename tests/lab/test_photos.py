@@ -1,4 +1,4 @@
-"""The data set photos: what it is made of, what is left out of it, and that nothing else is taken for it."""
+"""The dataset photos: what it is made of, what is left out of it, and that nothing else is taken for it."""
 
 import json
 
@@ -30,7 +30,7 @@ def save(image, *parts, **options):
 
 @pytest.fixture
 def sources(tmp_path):
-    """The five data sets in their layout, with a few pictures each; two training images are held-out ones again."""
+    """The five datasets in their layout, with a few pictures each; two training images are held-out ones again."""
     root = tmp_path / "sets"
     for i, name in enumerate(("imagenette2-320", "imagewoof2-320")):
         save(texture(10 * i), root, name, "train", "n01", "a.JPEG")

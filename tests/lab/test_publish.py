@@ -8,13 +8,13 @@ import statistics
 
 import pytest
 import timm
-from conftest import ROOT
+from conftest import ROOT, SAMPLES
 from safetensors.torch import load_file, save_file
 
 from rotation_ssl import zoo
 from rotation_ssl.features import layer_modules
 from training.recipes import NIN_CIFAR10_ABLATION_R8, RECIPES
-from training.reporting import pages, publish, tables
+from training.reporting import bundle, pages, publish, tables
 from training.reporting.rows import RESULTS_DIR, Row, read_file, read_rows, write_rows
 
 NAME = "rotnet_nin.cifar10"
@@ -86,17 +86,16 @@ def test_quoted_numbers_are_the_papers():
 
 
 @pytest.fixture
-def copied(monkeypatch, tmp_path):
+def copied(monkeypatch, tmp_path, weights_dir):
     """The files that publishing writes, in a folder of the test's own."""
     shutil.copytree(publish.FIGURES_DIR, tmp_path / "docs" / "figures")
-    shutil.copytree(zoo.WEIGHTS_DIR, tmp_path / "weights")
-    shutil.copytree(zoo.WEIGHTS_DIR.parent / "samples", tmp_path / "samples")
+    shutil.copytree(SAMPLES, tmp_path / "samples")
     shutil.copytree(RESULTS_DIR, tmp_path / "results")
-    for name in ("README.md", "MODEL_CARD.md", "docs/imagenet.md", "docs/results.md", "docs/transfer.md"):
-        shutil.copyfile(ROOT / name, tmp_path / name)
-    monkeypatch.setattr(zoo, "WEIGHTS_DIR", tmp_path / "weights")
-    monkeypatch.setattr(publish, "RESULTS_DIR", tmp_path / "results")
-    monkeypatch.setattr(publish, "FIGURES_DIR", tmp_path / "docs" / "figures")
+    for page in pages.pages():
+        shutil.copyfile(page, tmp_path / page.relative_to(ROOT))
+    for module in (bundle, publish):
+        monkeypatch.setattr(module, "FIGURES_DIR", tmp_path / "docs" / "figures")
+    monkeypatch.setattr(bundle, "RESULTS_DIR", tmp_path / "results")
     monkeypatch.setattr(pages, "RESULTS_DIR", tmp_path / "results")
     monkeypatch.setattr(pages, "ROOT", tmp_path)
     monkeypatch.setattr(publish, "ROOT", tmp_path)
@@ -121,7 +120,7 @@ def test_bundling_makes_the_manifest_again(copied, run_dir):
     (copied / "weights" / f"{NAME}.golden.safetensors").unlink()
     others = {name: entry for name, entry in wanted.items() if name != NAME}
     (copied / "weights" / "manifest.json").write_text(json.dumps(others))
-    publish.bundle(run_dir, NAME)
+    bundle.bundle(run_dir, NAME)
     made = json.loads((copied / "weights" / "manifest.json").read_text())
     assert made[NAME] == wanted[NAME] | {"metrics": {}}
     assert (copied / "weights" / f"{NAME}.golden.safetensors").exists()
@@ -141,7 +140,7 @@ def test_an_alexnet_is_bundled_and_reported_on_its_own_data(copied, tmp_path):
     shutil.copyfile(ROOT / "docs" / "figures" / f"{NAME}.curve.png", folder / "curve.png")
     for weights in (name, "rotnet_alexnet.random"):
         (copied / "results" / f"{weights}.jsonl").unlink()
-    publish.bundle(folder, name)
+    bundle.bundle(folder, name)
     manifest = json.loads((copied / "weights" / "manifest.json").read_text())
     entry = manifest[name]
     assert (
@@ -190,7 +189,7 @@ def test_a_run_in_either_precision_is_the_recipes(copied, run_dir, precision):
     run = json.loads((run_dir / "run.json").read_text())
     run["recipe"]["precision"] = precision
     (run_dir / "run.json").write_text(json.dumps(run))
-    publish.bundle(run_dir, NAME)
+    bundle.bundle(run_dir, NAME)
 
 
 def test_what_is_no_finished_run_is_refused(copied, run_dir):
@@ -199,35 +198,38 @@ def test_what_is_no_finished_run_is_refused(copied, run_dir):
     figures = {f.name: f.read_bytes() for f in (copied / "docs" / "figures").iterdir()}
     run = json.loads((run_dir / "run.json").read_text())
     with pytest.raises(ValueError, match="is a run of rotnet_nin, not of rotnet_nin5"):
-        publish.bundle(run_dir, "rotnet_nin5.cifar10")
+        bundle.bundle(run_dir, "rotnet_nin5.cifar10")
     run["recipe"]["holdout"] = 5000
     (run_dir / "run.json").write_text(json.dumps(run))
     with pytest.raises(ValueError, match="held 5000 images out"):
-        publish.bundle(run_dir, NAME)
+        bundle.bundle(run_dir, NAME)
     run["recipe"]["holdout"] = 0
     for field, value in (("stages", [{"steps": 2, "crop": 32}]), ("precision", "fp16"), ("rotation_unit", 45)):
         (run_dir / "run.json").write_text(json.dumps(run | {"recipe": run["recipe"] | {field: value}}))
         with pytest.raises(ValueError, match=rf"departed from its recipe: {field} .*; only the seed may differ"):
-            publish.bundle(run_dir, NAME)
+            bundle.bundle(run_dir, NAME)
     eight = json.loads(json.dumps(dataclasses.asdict(NIN_CIFAR10_ABLATION_R8)))
     for recipe, message in ((run["recipe"] | {"name": "mine"}, "no recipe 'mine'"), (eight, "have the head of four")):
         (run_dir / "run.json").write_text(json.dumps(run | {"recipe": recipe}))
         with pytest.raises(ValueError, match=message):
-            publish.bundle(run_dir, NAME)
-    for field, value, known in (("data", "folder", "cifar10"), ("model", "rotnet_resnet18", "rotnet_nin")):
+            bundle.bundle(run_dir, NAME)
+    for field, value, told in (
+        ("data", "folder", "weights are bundled of cifar10"),
+        ("model", "rotnet_resnet18", "no layer is recommended"),
+    ):
         (run_dir / "run.json").write_text(json.dumps(run | {"recipe": run["recipe"] | {field: value}}))
-        with pytest.raises(ValueError, match=f"is of {value}: weights are bundled of {known}"):
-            publish.bundle(run_dir, f"{value}.mine" if field == "model" else NAME)
+        with pytest.raises(ValueError, match=f"is of {value}.* {told}"):
+            bundle.bundle(run_dir, f"{value}.mine" if field == "model" else NAME)
     (run_dir / "run.json").write_text(json.dumps(run | {"commit": f"{run['commit']}-dirty"}))
     with pytest.raises(ValueError, match=r"trained by commit .*-dirty"):
-        publish.bundle(run_dir, NAME)
+        bundle.bundle(run_dir, NAME)
     (run_dir / "run.json").write_text(json.dumps(run))
     (run_dir / "model.safetensors").write_bytes(b"half")
     with pytest.raises(ValueError, match="not a whole safetensors file"):
-        publish.bundle(run_dir, NAME)
+        bundle.bundle(run_dir, NAME)
     (run_dir / "run.json").unlink()
     with pytest.raises(ValueError, match="is not a finished run"):
-        publish.bundle(run_dir, NAME)
+        bundle.bundle(run_dir, NAME)
     assert (copied / "weights" / "manifest.json").read_bytes() == before
     assert figures == {f.name: f.read_bytes() for f in (copied / "docs" / "figures").iterdir()}
     assert golden == (copied / "weights" / f"{NAME}.golden.safetensors").read_bytes()

@@ -3,6 +3,7 @@
 import dataclasses
 import random
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -13,9 +14,10 @@ from torch.nn import functional as F
 from training.evaluation.subject import load_subject
 from training.reporting.rows import read_file
 from training.transfer import segmentation as segment
-from training.transfer.data import CLASSES, open_mask, read_masks
+from training.transfer.data import CLASSES, open_mask, open_pixels, read_masks
 from training.transfer.metrics import confusion_matrix, intersections_over_unions, mean_over_classes
 from training.transfer.network import transfer_network
+from training.transfer.pictures import draw_segmentation, palette
 from training.transfer.recipes import VOC_SEGMENTATION
 
 
@@ -25,7 +27,7 @@ def devkit(tmp_path_factory):
 
 
 def run(*arguments):
-    return segment.main([str(argument) for argument in arguments])
+    return segment.main([str(argument) for argument in (*arguments, "--workers", 0)])
 
 
 def fcn(fc_size, classes=20):
@@ -37,7 +39,10 @@ def fcn(fc_size, classes=20):
 def test_the_command_end_to_end(fc_size, devkit, tmp_path):
     arguments = ["rotnet_alexnet", "--random", "--data", devkit, "--output", tmp_path, "--fc-size", fc_size]
     splits = ["--year", 2007, "--train", "trainval", "--test", "test"]
-    assert run(*arguments, *splits, "--steps", 2, "--images-per-step", 2) == 0
+    assert run(*arguments, *splits, "--steps", 2, "--images-per-step", 2, "--pictures", 2) == 0
+    pictures = sorted((tmp_path / "pictures").iterdir())
+    assert [file.name for file in pictures] == ["000007.png", "000008.png"]
+    assert open_pixels(pictures[0]).size == (160, 128)
     (row,) = read_file(tmp_path / "rows.jsonl")
     assert (row.protocol, row.data, row.n) == ("voc-segmentation", "VOC2007 test", None)
     assert 0 <= row.value <= 1 and row.settings.startswith(
@@ -101,14 +106,48 @@ def test_images_of_different_sizes_make_a_batch():
 
 def test_image_and_mask_are_mirrored_together(devkit):
     images = read_masks(devkit, "2007", "train")
-    plain, mask = segment._test_sample(images, 20, 0)
+    plain, mask = segment._test_sample(images, 20, None, 0)
     seen = set()
     for seed in range(8):
-        pixels, own = segment._training_sample(images, 20, 0, random.Random(seed))
+        pixels, own = segment._training_sample(images, 20, None, 0, random.Random(seed))
         mirrored = torch.equal(pixels, plain.flip(-1)) and torch.equal(own, mask.flip(-1))
         assert mirrored or (torch.equal(pixels, plain) and torch.equal(own, mask))
         seen.add(mirrored)
     assert seen == {True, False}
+
+
+def test_scaled_images_are_judged_on_every_pixel(devkit):
+    """Training sees image and mask at the smaller size, the test counts the pixels of the stored mask."""
+    images = read_masks(devkit, "2007", "train")
+    pixels, mask = segment._training_sample(images, 20, 80, 0, random.Random(0))
+    assert pixels.shape == (3, 64, 80) and mask.shape == (64, 80)
+    stored = open_mask(images[0].mask, 20)
+    assert set(mask.unique().tolist()) <= set(stored.unique().tolist()), "no classes in between"
+    recipe = dataclasses.replace(VOC_SEGMENTATION, longest=80)
+    confusion = segment.segment(recipe, fcn(16), images)
+    assert confusion.sum() == sum(int((open_mask(image.mask, 20) != 255).sum()) for image in images)
+    assert segment.scaled_size(80, 40, 100) == segment.scaled_size(80, 40, None) == (80, 40)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_rows_say_the_precision(precision, devkit, tmp_path):
+    arguments = ["rotnet_alexnet", "--random", "--data", devkit, "--output", tmp_path, "--fc-size", 16]
+    options = ["--budget", "cpu", "--steps", 2, "--images-per-step", 2, "--precision", precision, "--longest", 100]
+    assert run(*arguments, *options) == 0
+    (row,) = read_file(tmp_path / "rows.jsonl")
+    assert row.settings.endswith(f", {precision}") and "longer side 100 pixels" in row.settings and row.budget == ""
+
+
+def test_pictures_have_the_colours_of_voc(devkit, tmp_path):
+    assert palette(20)[:4] == [(0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0)] and palette(20)[20] == (0, 64, 128)
+    image = read_masks(devkit, "2007", "train")[0]
+    predicted = torch.zeros(128, 160, dtype=torch.int64)
+    predicted[:, 80:] = 1
+    before = torch.from_numpy(np.array(Image.open(image.file))).float()
+    after = torch.from_numpy(np.array(Image.open(draw_segmentation(tmp_path, image.file, predicted, 20)))).float()
+    assert torch.equal(after[:, :80], before[:, :80])
+    expected = 0.4 * before[:, 80:] + 0.6 * torch.tensor([128.0, 0, 0])
+    assert (after[:, 80:] - expected).abs().max() <= 1
 
 
 def test_other_networks_segment_too(devkit):

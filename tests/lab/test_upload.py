@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 
@@ -14,8 +13,7 @@ from conftest import DATA, HUB_ENVIRONMENT, ROOT, published_manifest
 from safetensors.torch import load, load_file, save_file
 
 from rotation_ssl import zoo
-from rotation_ssl.checkpoints import read_checkpoint
-from rotation_ssl.convert import convert, write_folder
+from rotation_ssl.convert import convert, read_checkpoint, write_folder
 from training.reporting import hub as upload
 from training.reporting import publish
 from training.reporting.rows import read_rows
@@ -31,14 +29,6 @@ REPOSITORY = f"ORG/{NAME}"
 def public_address(monkeypatch):
     """The project as it is once it has one, for the cards to point to."""
     monkeypatch.setattr(upload, "REPOSITORY", "ORG/rotation_ssl")
-
-
-@pytest.fixture
-def weights_dir(monkeypatch, tmp_path):
-    """The package's weights and manifest where publishing may write them."""
-    shutil.copytree(zoo.WEIGHTS_DIR, tmp_path / "weights")
-    monkeypatch.setattr(zoo, "WEIGHTS_DIR", tmp_path / "weights")
-    return tmp_path / "weights"
 
 
 def run(*arguments):

@@ -15,14 +15,17 @@ from torch import nn
 
 from rotation_ssl.evaluation.frozen import preparation
 from training.evaluation.subject import load_subject
+from training.protocols import PROTOCOLS
 from training.reporting.rows import read_file
 from training.transfer import classification as voc
-from training.transfer.command import add_arguments, averages, budget_of
+from training.transfer.command import add_arguments, averages, recipe_of
 from training.transfer.data import CLASSES, class_labels, read_annotations
 from training.transfer.network import Backbone, Draws, batches, smallest_side, transfer_network
-from training.transfer.recipes import VOC_CLASSIFICATION
+from training.transfer.recipes import CLASSIFICATIONS, VOC_CLASSIFICATION, VOC_RECIPES, Splits
 
 TINY = ("--size", 64, "--fc-size", 16, "--steps", 3, "--images-per-step", 4)
+# forking beside torch's threads is a warning from Python 3.12 on
+ALONE = ("--workers", 0)
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +34,12 @@ def devkit(tmp_path_factory):
 
 
 def run(*arguments):
-    return voc.main([str(argument) for argument in arguments])
+    return voc.main([str(argument) for argument in (*arguments[:1], *ALONE, *arguments[1:])])
 
 
 def recipe(steps=3, **changes):
-    training = dataclasses.replace(VOC_CLASSIFICATION.training, steps=steps, lr=changes.pop("lr", 0.01))
+    own = {"steps": steps, "lr": changes.pop("lr", 0.01), "precision": changes.pop("precision", "auto")}
+    training = dataclasses.replace(VOC_CLASSIFICATION.training, **own)
     return dataclasses.replace(VOC_CLASSIFICATION, training=training, **changes)
 
 
@@ -52,7 +56,7 @@ def test_the_command_end_to_end(layers, devkit, tmp_path, capsys):
     assert [row.protocol for row in rows] == kinds
     assert all(0 < row.value <= 1 and row.correct is None and row.n is None for row in rows)
     assert {(row.weights, row.layer, row.data, row.budget) for row in rows} == {
-        ("rotnet_alexnet.random", layers, "VOC2007 test", "")
+        ("rotnet_alexnet.random-rescaled", layers, "VOC2007 test", "")
     }
     assert rows[0].settings.startswith("2 classes, 10 crops of 64 pixels, trained on trainval, 3 steps of 4 images, ")
     assert "fresh fc6 and fc7 of 16" in rows[0].settings and "torchvision" in rows[0].versions
@@ -89,26 +93,72 @@ def test_trainings_have_folders_of_their_own(devkit, tmp_path, monkeypatch):
     for arguments in (("--layers", "fc6-8"), ("--layers", "all"), ("--layers", "all", "--seed", 1)):
         assert run("rotnet_alexnet", "--random", "--data", devkit, *TINY, *arguments) == 0
     files = sorted(str(file.relative_to(tmp_path / "runs" / "voc")) for file in tmp_path.rglob("network.safetensors"))
-    names = ("random/classification-all-seed0", "random/classification-fc6-8-seed0", "random1/classification-all-seed1")
-    assert files == [f"rotnet_alexnet.{name}/network.safetensors" for name in names]
+    names = (
+        "-rescaled/classification-all-seed0", "-rescaled/classification-fc6-8-seed0",
+        "1-rescaled/classification-all-seed1",
+    )  # fmt: skip
+    assert files == [f"rotnet_alexnet.random{name}/network.safetensors" for name in names]
     one, _, other = (load_file(tmp_path / "runs" / "voc" / file) for file in files)
     first = next(name for name in one if name.startswith("features."))
     assert not torch.equal(one[first], other[first]), "a seed's own convolutions"
 
 
-def test_what_the_paper_did_is_called_so():
-    """Every change of the protocol, and weights whose fc layers are fresh, make another number."""
+def test_a_budget_is_that_of_a_recipe_as_it_is():
+    """Every setting and every dataset of one's own makes a number of no budget."""
     parser = argparse.ArgumentParser()
-    add_arguments(parser, "2007", "trainval", "test")
+    add_arguments(parser)
 
-    def budget(*options, size=224, fresh_fc=False):
-        return budget_of(parser.parse_args(["rotnet_alexnet", *options]), parser, size, fresh_fc)
+    def budget(*options):
+        args = parser.parse_args(["rotnet_alexnet", *options])
+        return recipe_of(CLASSIFICATIONS[args.budget], args).budget
 
     assert budget() == budget("--seed", "3", "--workers", "4", "--output", "x") == budget("--random") == "paper"
-    assert budget("--random", fresh_fc=True) == "paper" and budget(fresh_fc=True) == ""
-    assert budget("--random", size=128) == "", "the bundled weights' size is not the paper's"
-    for options in ("--steps 9", "--lr 1", "--images-per-step 2", "--no-rescale", "--fc-size 9", "--train train"):
-        assert budget(*options.split()) == "", options
+    assert budget("--budget", "cpu") == budget("--budget", "cpu", "--year", "2007") == "cpu"
+    own = "--steps 9", "--lr 1", "--images-per-step 2", "--no-rescale", "--fc-size 9", "--train train", "--classes car"
+    for options in own:
+        assert budget(*options.split()) == budget("--budget", "cpu", *options.split()) == "", options
+    assert budget("--random", "--no-rescale") == "paper", "reported, by a name of its own"
+    # what 'auto' is on this machine is the recipe's own; the other one is not
+    assert sorted((budget("--precision", "fp32"), budget("--precision", "bf16"))) == ["", "paper"]
+
+
+def test_options_change_a_recipe():
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    options = "--budget cpu --steps 7 --lr 0.5 --dropout 0.25 --clip 2 --train train --test val --no-rescale"
+    args = parser.parse_args(["rotnet_alexnet", *options.split()])
+    recipe = recipe_of(CLASSIFICATIONS["cpu"], args)
+    assert (recipe.training.steps, recipe.training.lr, recipe.training.clip) == (7, 0.5, 2)
+    assert recipe.dropout == 0.25 and recipe.training.rescale is False and recipe.training.precision in ("bf16", "fp32")
+    assert recipe.splits == Splits("2007", "train", "val")
+    assert recipe.training.schedule == CLASSIFICATIONS["cpu"].training.schedule
+
+
+@pytest.mark.parametrize("recipe", VOC_RECIPES.values(), ids=VOC_RECIPES)
+def test_the_table_has_every_recipe(recipe):
+    ids = [id for id in PROTOCOLS if id.startswith(recipe.protocol)]
+    assert ids and (recipe.budget == "" or all(PROTOCOLS[id].recipes[recipe.budget] is recipe for id in ids))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_rows_say_the_precision(precision, devkit, tmp_path):
+    arguments = ("rotnet_alexnet", "--random", "--data", devkit, "--output", tmp_path, *TINY)
+    assert run(*arguments, "--precision", precision) == 0
+    assert read_file(tmp_path / "rows.jsonl")[0].settings.endswith(f", {precision}")
+    assert load_file(tmp_path / "network.safetensors")["head.fc.weight"].dtype == torch.float32
+
+
+def test_batched_crops_score_as_single_images_do(devkit):
+    images = read_annotations(devkit, "2007", "trainval")
+    subject = load_subject("rotnet_alexnet", random=True, size=64)
+    network = transfer_network(subject, 20, files_of(images), 16)
+    prepare = preparation(subject.backbone, 64)
+    settings = recipe(test_crops=4, precision="fp32")
+    single, batched = (voc.classify(settings, network, images, prepare, 64, images_per_batch=n) for n in (1, 3))
+    assert single.shape == (10, 20) and single.std() > 0
+    torch.testing.assert_close(batched, single, rtol=1e-4, atol=1e-5)
+    rounded = voc.classify(recipe(test_crops=4, precision="bf16"), network, images, prepare, 64)
+    assert rounded.dtype == torch.float32 and 0 < (rounded - single).norm() < 0.1 * single.norm()
 
 
 def test_frozen_layers_do_not_move(devkit):
@@ -270,7 +320,7 @@ def test_it_learns(layers, tmp_path):
 )
 def test_bad_input_is_a_one_line_error(arguments, message, devkit, capsys, tmp_path):
     fitting = [] if "--size" in arguments else ["--size", "64"]
-    assert run("--data", devkit, "--output", tmp_path / "out", *fitting, *arguments) == 2
+    assert run(*arguments, "--data", devkit, "--output", tmp_path / "out", *fitting) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and message in error
     assert not (tmp_path / "out").exists()

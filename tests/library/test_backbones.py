@@ -8,22 +8,15 @@ import torch
 from conftest import MODELS
 from timm.models._manipulate import group_parameters
 
-CHANNELS = {
-    "rotnet_nin": [96, 192, 192, 192],
-    "rotnet_nin3": [96, 192, 192],
-    "rotnet_nin5": [96, 192, 192, 192, 192],
-    "rotnet_alexnet": [64, 192, 384, 256, 256],
-    "rotnet_resnet18": [64, 64, 128, 256, 512],
-    "rotnet_resnet50": [64, 256, 512, 1024, 2048],
-}
-PARAMETERS = {
-    "rotnet_nin": 1_411_140,
-    "rotnet_nin3": 1_004_484,
-    "rotnet_nin5": 1_817_796,
-    "rotnet_alexnet": 57_030_724,
+# names are forever: parameters, and channels of the feature layers
+KNOWN = {
+    "rotnet_alexnet": (57_030_724, [64, 192, 384, 256, 256]),
+    "rotnet_nin": (1_411_140, [96, 192, 192, 192]),
+    "rotnet_nin3": (1_004_484, [96, 192, 192]),
+    "rotnet_nin5": (1_817_796, [96, 192, 192, 192, 192]),
     # torchvision's 11,689,512 and 25,557,032 with 1,000 classes, less 996 rows of the classifier
-    "rotnet_resnet18": 11_689_512 - 996 * 513,
-    "rotnet_resnet50": 25_557_032 - 996 * 2049,
+    "rotnet_resnet18": (11_689_512 - 996 * 513, [64, 64, 128, 256, 512]),
+    "rotnet_resnet50": (25_557_032 - 996 * 2049, [64, 256, 512, 1024, 2048]),
 }
 SIZE = 96
 
@@ -41,12 +34,12 @@ def images(name, count=2):
 
 
 def test_registered_models_are_exactly_these():
-    assert timm.list_models("rotnet_*") == list(MODELS)
+    assert timm.list_models("rotnet_*") == list(KNOWN)
 
 
 @every_model
 def test_parameters(models, name):
-    assert sum(p.numel() for p in models[name].parameters()) == PARAMETERS[name]
+    assert sum(p.numel() for p in models[name].parameters()) == KNOWN[name][0]
 
 
 def test_alexnet_without_fc_layers_is_its_convolutions():
@@ -133,7 +126,7 @@ def test_without_classifier_by_constructor(models, name):
 def test_features_only(name, feature_cls):
     model = timm.create_model(name, features_only=True, **({"feature_cls": feature_cls} if feature_cls else {})).eval()
     outputs = model(images(name))
-    assert [o.shape[1] for o in outputs] == model.feature_info.channels() == CHANNELS[name]
+    assert [o.shape[1] for o in outputs] == model.feature_info.channels() == KNOWN[name][1]
     size = images(name).shape[-1]
     for output, reduction in zip(outputs, model.feature_info.reduction(), strict=True):
         assert size / (2 * reduction) < output.shape[-1] <= -(-size // reduction) + 1

@@ -6,28 +6,25 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 import warnings
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
 import timm
 import torch
-from conftest import DATA, ROOT, SAMPLES, published_manifest
+from conftest import ARCHIVE, ROOT, SAMPLES, corrupt, published_manifest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from rotation_ssl import cli, golden, zoo
+from rotation_ssl import cli, zoo
 from rotation_ssl.cli import features
 from rotation_ssl.features import extract_features
 from rotation_ssl.files import sha256_of
 from rotation_ssl.images import normalize, read_images
+from rotation_ssl.zoo import golden
 
 NAME = "rotnet_nin.cifar10"
 RELEASED = "rotnet_nin.gidaris_cifar10"
-ARCHIVE = DATA / "CIFAR10_RotNet_NIN4blocks.tar.gz"
 
 
 @pytest.fixture
@@ -49,26 +46,14 @@ def run(capsys):
     return call
 
 
-class Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *args):
-        pass
-
-
 @pytest.fixture
-def released(hub, set_manifest, tmp_path):
+def released(hub, release, set_manifest):
     """The release is a file of the tests, on loopback."""
     entries = published_manifest()
-    folder = tmp_path / "release"
-    folder.mkdir()
-    shutil.copyfile(ARCHIVE, folder / ARCHIVE.name)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     for name in (RELEASED, "rotnet_alexnet.gidaris_in1k"):
-        entries[name]["url"] = f"http://127.0.0.1:{server.server_port}/{ARCHIVE.name}"
+        entries[name]["url"] = f"{release.url}/{ARCHIVE.name}"
     set_manifest(entries)
-    yield folder / ARCHIVE.name
-    server.shutdown()
-    server.server_close()
+    return release.folder / ARCHIVE.name
 
 
 def test_list(run, released):
@@ -139,9 +124,7 @@ def test_verify_everything(run, released):
     assert "golden outputs differ by" in results[0]["why"]
 
 
-def test_verify_notices_other_bytes_and_other_outputs(run, monkeypatch, tmp_path, set_manifest):
-    shutil.copytree(zoo.WEIGHTS_DIR, tmp_path / "weights")
-    monkeypatch.setattr(zoo, "WEIGHTS_DIR", tmp_path / "weights")
+def test_verify_notices_other_bytes_and_other_outputs(run, weights_dir, set_manifest):
     set_manifest(published_manifest())
     stored = load_file(golden.golden_file(NAME))
     save_file(stored | {"logits": stored["logits"] + 0.01}, golden.golden_file(NAME))
@@ -152,10 +135,8 @@ def test_verify_notices_other_bytes_and_other_outputs(run, monkeypatch, tmp_path
     assert status == 1 and len(results) == len(zoo.manifest()), "one that does not hold hides no other"
     (why,) = [result["why"] for result in results if result["name"] == NAME]
     assert why.startswith(f"the golden outputs of {NAME} are corrupt")
-    file = tmp_path / "weights" / f"{NAME}.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
+    file = weights_dir / f"{NAME}.safetensors"
+    corrupt(file)
     status, told = run("verify", NAME)
     assert status == 1 and "has sha256" in told
     file.unlink()
@@ -171,7 +152,7 @@ def test_verify_a_file(run, tmp_path, nin_state):
     torch.save({"network": nin_state, "epoch": 7}, tmp_path / "model_net_epoch7")
     assert "not published" in run("verify", tmp_path / "model_net_epoch7")[1]
     torch.save([1, 2], tmp_path / "numbers.pth")
-    assert "holds no tensors" in run("verify", tmp_path / "numbers.pth")[1]
+    assert "contains no tensors" in run("verify", tmp_path / "numbers.pth")[1]
     nin_state["head.fc.bias"][0] = float("nan")
     save_file(nin_state, tmp_path / "mine.safetensors")
     assert "not finite in head.fc.bias" in run("verify", tmp_path / "mine.safetensors")[1]
@@ -191,10 +172,7 @@ def test_convert_then_load_and_verify(run, tmp_path):
     assert config["provenance"]["file_sha256"] == sha256_of(ARCHIVE)
     assert config["pretrained_cfg"]["license"] == "mit", "the authors' own licence"
     assert run("verify", tmp_path / "theirs")[0] == 0
-    file = tmp_path / "theirs" / "model.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
+    corrupt(tmp_path / "theirs" / "model.safetensors")
     assert run("verify", tmp_path / "theirs")[0] == 1
     status, error = run("convert", ARCHIVE, "-o", tmp_path / "theirs")
     assert status == 2 and "is not an empty folder" in error

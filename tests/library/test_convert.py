@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from conftest import DATA
+from conftest import ARCHIVE, DATA, assert_state
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -18,11 +18,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from rotation_ssl import zoo
-from rotation_ssl.checkpoints import read_checkpoint
-from rotation_ssl.convert import AUTHORS, Converted, convert, convert_authors, write_folder
+from rotation_ssl.convert import AUTHORS, Converted, convert, convert_authors, read_checkpoint, write_folder
 
 TOLERANCE = 1e-4
-ARCHIVE = DATA / "CIFAR10_RotNet_NIN4blocks.tar.gz"
 
 
 def load(name, network):
@@ -142,11 +140,6 @@ def create(converted):
     return model
 
 
-def assert_equal(state, expected):
-    assert state.keys() == expected.keys()
-    assert all(state[key].equal(value) for key, value in expected.items())
-
-
 def as_authors(state, depth):
     """A state dict of our Network-in-Network in the names of the authors' release."""
     network = {}
@@ -173,14 +166,14 @@ def test_convert_nin(depth, name):
     converted = convert({"epoch": 200, "network": as_authors(state, depth)})
     assert (converted.model, converted.num_classes, converted.model_args) == (name, 4, {})
     assert (converted.origin, converted.left_out) == ("the authors' release", ())
-    assert_equal(converted.state_dict, state)
+    assert_state(converted.state_dict, state)
     create(converted)
 
 
 def test_convert_alexnet(alexnet_network):
     converted = convert({"network": alexnet_network})
     assert (converted.model, converted.num_classes, converted.model_args) == ("rotnet_alexnet", 4, {})
-    assert_equal(converted.state_dict, convert_authors(alexnet_network))
+    assert_state(converted.state_dict, convert_authors(alexnet_network))
     convolutions = {key: value for key, value in alexnet_network.items() if not re.match(r"\w+\.[89]\.", key)}
     converted = convert({"network": convolutions})
     assert (converted.model, converted.num_classes, converted.model_args) == ("rotnet_alexnet", 0, {"fc_size": 0})
@@ -220,7 +213,7 @@ def test_convert_alexnet_of_vissl(vissl_alexnet):
     numbers = {"0": "0", "1": "1", "3": "4", "4": "5", "6": "8"}
     dropped = {re.sub(r"clf\.(\d)", lambda match: f"clf.{numbers[match[1]]}", key): heads[key] for key in heads}
     assert dropped.keys() != heads.keys()
-    assert_equal(convert(vissl(trunk, dropped)).state_dict, converted.state_dict)
+    assert_state(convert(vissl(trunk, dropped)).state_dict, converted.state_dict)
 
 
 def other_heads(heads):
@@ -288,7 +281,7 @@ def test_convert_resnets_of_torchvision(name):
         assert converted.model == {"resnet18": "rotnet_resnet18", "resnet34": "resnet34"}[name]
         assert (converted.num_classes, converted.model_args) == (4, {})
         assert (converted.origin, converted.left_out) == ("torchvision-style", ())
-        assert_equal(converted.state_dict, state)
+        assert_state(converted.state_dict, state)
     assert_logits(create(converted), x, logits)
 
 
@@ -296,7 +289,7 @@ def test_convert_resnet50_of_torchvision(resnet50):
     state, x, logits = resnet50
     converted = convert({"state_dict": {f"module.{key}": value for key, value in state.items()}})
     assert (converted.model, converted.num_classes) == ("rotnet_resnet50", 4)
-    assert_equal(converted.state_dict, state)
+    assert_state(converted.state_dict, state)
     assert_logits(create(converted), x, logits)
 
 
@@ -356,7 +349,7 @@ def test_tensors_of_a_checkpoint_that_share_memory(nin_state, tmp_path):
     network["_feature_blocks.4.Classifier.weight"] = nn.Parameter(network["_feature_blocks.4.Classifier.weight"])
     converted = convert({"network": network})
     write_folder(converted, tmp_path / "folder", "mine", {})
-    assert_equal(load_file(tmp_path / "folder" / "model.safetensors"), converted.state_dict)
+    assert_state(load_file(tmp_path / "folder" / "model.safetensors"), converted.state_dict)
     create(converted)
 
 
@@ -414,29 +407,29 @@ def test_other_networks_of_the_authors_are_refused(nin_state):
 @pytest.mark.parametrize(
     ("checkpoint", "match"),
     [
-        ([torch.ones(1)], "holds list, not a dict of tensors"),
-        (torch.ones(1), "holds Tensor, not a dict"),
-        (None, "holds NoneType, not a dict"),
-        ({}, "holds no tensors; its keys are "),
+        ([torch.ones(1)], "contains list, not a dict of tensors"),
+        (torch.ones(1), "contains Tensor, not a dict"),
+        (None, "contains NoneType, not a dict"),
+        ({}, "contains no tensors; its keys are "),
         (
             {"epoch": 3, 5: torch.ones(1), "state_dict": {"a": 1, "b\n": []}},
-            r"holds no tensors; its keys are a, 'b\\n'",
+            r"contains no tensors; its keys are a, 'b\\n'",
         ),
         (
             {1: torch.ones(1), (2,): 3, None: 4},
             "its keys are a key of type NoneType, a key of type int, a key of type tu",
         ),
-        ({"a" * 10**6: torch.ones(1)}, r"no form that is known here \(a{100}\)"),
-        ({f"layer1.{'9' * 5000}.conv1.weight": torch.ones(1)}, r"no form that is known here"),
-        ({f"layer{i}": torch.ones(1) for i in range(30)}, r"no form that is known here \(layer0, .* and 20 more\)"),
-        ({"features.0.weight": torch.ones(1)}, r"no form that is known here \(features\.0\.weight\)"),
+        ({"a" * 10**6: torch.ones(1)}, r"unknown form \(a{100}\)"),
+        ({f"layer1.{'9' * 5000}.conv1.weight": torch.ones(1)}, r"unknown form"),
+        ({f"layer{i}": torch.ones(1) for i in range(30)}, r"unknown form \(layer0, .* and 20 more\)"),
+        ({"features.0.weight": torch.ones(1)}, r"unknown form \(features\.0\.weight\)"),
         ({"fc.bias": torch.ones(4), "module.fc.bias": torch.ones(4)}, r"both with and without 'module\.': fc\.bias"),
         ({"classy_state_dict": {"base_model": {}}}, r"without classy_state_dict\.base_model\.model\.trunk"),
         ({"classy_state_dict": None}, r"without classy_state_dict\.base_model\.model\.trunk"),
         (vissl([], {}), r"without classy_state_dict\.base_model\.model\.trunk"),
         (vissl({}, torch.ones(2)), "with heads that are no dict"),
         (vissl({}, [torch.ones(2)]), "with heads that are no dict"),
-        (vissl({"a.b": torch.ones(1)}, {}), r"no form that is known here \(a\.b\)"),
+        (vissl({"a.b": torch.ones(1)}, {}), r"unknown form \(a\.b\)"),
         (vissl({"_feature_blocks.0.0.weight": torch.ones(1), "b": torch.ones(1)}, {}), "AlexNet .* does not have: b"),
         ({"head.fc_cls.weight": torch.ones(4, 2048)}, r"without four rows of floats in head\.fc_cls\.bias"),
         ({"head.fc_cls.weight": torch.ones(())}, r"without four rows of floats in head\.fc_cls\.weight"),
@@ -464,7 +457,7 @@ def test_damaged_resnets_are_refused():
     # two quintillion rows, and no value
     assert_refused(state | {"fc.weight": torch.ones(2**61, 0)}, r"it has unknown fc\.weight, fc\.bias")
     shallow = {key: value for key, value in state.items() if not key.startswith("layer4.1")}
-    assert_refused(shallow, "no form that is known here")
+    assert_refused(shallow, "unknown form")
 
 
 def damaged_heads(heads):
@@ -500,7 +493,7 @@ def test_damaged_heads_of_vissl_are_refused(vissl_alexnet, kind, match):
 @pytest.mark.parametrize("shape", [(), (0,), (3,)])
 def test_tensors_with_the_names_of_wrappers(tmp_path, name, shape):
     save_file({name: torch.ones(shape)}, tmp_path / "file")
-    assert_refused(read_checkpoint(tmp_path / "file"), "no form that is known|without classy_state_dict")
+    assert_refused(read_checkpoint(tmp_path / "file"), "unknown form|without classy_state_dict")
     state = torchvision.models.resnet18(num_classes=4).state_dict()
     save_file(state | {name: torch.ones(shape)}, tmp_path / "file")
     assert_refused(read_checkpoint(tmp_path / "file"), rf"it has unknown {name}|without classy_state_dict")

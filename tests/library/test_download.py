@@ -12,11 +12,11 @@ from contextlib import suppress
 from threading import Thread
 
 import pytest
-from conftest import DATA
+from conftest import ARCHIVE
 
-from rotation_ssl import download, sources
+from rotation_ssl.files import sha256_of
+from rotation_ssl.zoo import download, sources
 
-ARCHIVE = DATA / "CIFAR10_RotNet_NIN4blocks.tar.gz"
 NAME = "rotnet_nin.gidaris_cifar10"
 BODY = bytes(range(256)) * 4
 ESCAPES = "\x1b[2J\x1b]0;title\x07\x9b31m"  # clears the screen, sets the window's title, turns the text red
@@ -338,9 +338,14 @@ def test_a_file_that_cannot_be_written(server, file):
     assert not isinstance(caught.value, ConnectionError)
 
 
-def test_a_read_only_cache_with_a_corrupt_release(server, tmp_path):
+@pytest.fixture
+def entry(server):
+    """A release of the authors' archive, as the manifest has it."""
     server.answers = [http(body=ARCHIVE.read_bytes())]
-    entry = {"url": server.url, "archive_sha256": hashlib.sha256(ARCHIVE.read_bytes()).hexdigest()}
+    return {"url": server.url, "archive_sha256": sha256_of(ARCHIVE)}
+
+
+def test_a_read_only_cache_with_a_corrupt_release(entry, tmp_path):
     sources.read_release(NAME, entry, tmp_path)
     weights, lock = tmp_path / f"{NAME}.safetensors", tmp_path / f"{NAME}.lock"
     weights.write_bytes(b"corrupt")
@@ -390,9 +395,7 @@ def test_a_record_that_is_none_counts_as_not_there(tmp_path, content):
     assert sources.read_record(NAME, tmp_path) is None
 
 
-def test_a_release_with_a_broken_record_is_downloaded_again(server, tmp_path):
-    server.answers = [http(body=ARCHIVE.read_bytes())]
-    entry = {"url": server.url, "archive_sha256": hashlib.sha256(ARCHIVE.read_bytes()).hexdigest()}
+def test_a_release_with_a_broken_record_is_downloaded_again(server, entry, tmp_path):
     sources.read_release(NAME, entry, tmp_path)
     (tmp_path / f"{NAME}.json").write_bytes(b"[" * 100_000)
     sources.read_release(NAME, entry, tmp_path)
@@ -436,19 +439,21 @@ def test_a_short_body_of_the_hub(hub, served):
 def test_control_bytes_of_the_hub(hub, served, method, status):
     hub.reason = ESCAPES
     hub.answer(method, "model.safetensors", status, 99)
-    assert_hub_fails(served, OSError, rf"{NAME} cannot be fetched: model\.safetensors of {REPOSITORY}@{served}")
+    assert_hub_fails(served, OSError, rf"{NAME} could not be downloaded: model\.safetensors of {REPOSITORY}@{served}")
 
 
 def test_a_forced_download_says_what_the_hub_answers(hub, served):
     sources.download_from_hub(NAME, REPOSITORY, served, "model.safetensors")
     hub.answer("HEAD", "model.safetensors", 500, 99)
-    assert_hub_fails(served, ConnectionError, r"cannot be fetched: model\.safetensors of .*: .*500", force=True)
+    assert_hub_fails(served, ConnectionError, r"could not be downloaded: model\.safetensors of .*: .*500", force=True)
 
 
 def test_a_hub_that_is_none(hub, served):
     """A server that answers anything with a page, as a proxy or a login page does."""
     hub.answer("HEAD", "model.safetensors", 200, 99)
-    told = assert_hub_fails(served, OSError, rf"cannot be fetched: model\.safetensors of {REPOSITORY}@{served}: .")
+    told = assert_hub_fails(
+        served, OSError, rf"could not be downloaded: model\.safetensors of {REPOSITORY}@{served}: ."
+    )
     assert "no network" not in told
 
 

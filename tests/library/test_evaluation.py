@@ -45,7 +45,7 @@ def test_every_layer_by_every_protocol(labelled, tmp_path, capsys, monkeypatch):
     assert "| protocol | block1 | block2 | block3 | block4 |" in (output / "report.md").read_text()
     assert (output / "report.png").read_bytes().startswith(b"\x89PNG")
     assert cli.main(["evaluate", "rotnet_nin", "--data", str(labelled), "--output", str(output)]) == 2
-    assert "holds a report already" in capsys.readouterr().err
+    assert "already contains a report" in capsys.readouterr().err
 
 
 def test_only_some_of_it_and_of_any_backbone(labelled, tmp_path, capsys):

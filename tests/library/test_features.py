@@ -231,7 +231,7 @@ def test_what_is_no_map_or_does_not_run_is_an_error():
     with pytest.raises(ValueError, match=r"layer blocks\.0\.attn\.attn_drop does not run"):
         extract_features(model, images, ["blocks.0.attn.attn_drop"])
     model.num_prefix_tokens = 0
-    with pytest.raises(ValueError, match=r"layer blocks.1 gives \(2, 17, 192\), neither a map nor a vector"):
+    with pytest.raises(ValueError, match=r"layer blocks.1 gives \(2, 17, 192\), not a map or a vector"):
         extract_features(model, images, ["blocks.1"])
 
 

@@ -8,9 +8,8 @@ import torch
 
 from rotation_ssl.pretraining.optim import (
     create_optimizers,
-    learning_rate_factor,
+    create_scheduler,
     renormalize_filters,
-    set_learning_rates,
 )
 from rotation_ssl.pretraining.recipe import CosineSchedule, LinearSchedule, Muon, Sgd
 from training.recipes import NIN_CIFAR10_AUTHORS, NIN_CIFAR10_PAPER
@@ -18,9 +17,10 @@ from training.recipes import NIN_CIFAR10_AUTHORS, NIN_CIFAR10_PAPER
 
 def learning_rates(schedule, steps, at):
     (optimizer,) = create_optimizers(Sgd(lr=1.0), torch.nn.Linear(2, 2), "fp32")
+    optimizer.param_groups[0]["initial_lr"] = 1.0
     rates = []
     for step in at:
-        set_learning_rates([optimizer], learning_rate_factor(schedule, step, steps))
+        create_scheduler(schedule, optimizer, steps, done=step)
         rates.append(optimizer.param_groups[0]["lr"])
     return rates
 

@@ -19,6 +19,7 @@ from training.datasets import load_images
 from training.evaluation import finetune
 from training.evaluation import layers as imagenet
 from training.evaluation import probes as evaluate
+from training.evaluation.labelled import open_labelled, read_into_memory
 from training.evaluation.recipes import LAYER_PROBES, TRANSFERS
 from training.evaluation.subject import load_subject
 from training.recipes import RECIPES
@@ -81,7 +82,7 @@ def test_no_recipe_emulates_bfloat16(recipe, set_flags):
 
 
 def test_whoever_asks_for_emulation_is_told(set_flags, capsys):
-    told = "cpu is not known to multiply bfloat16: bf16 may be many times slower than fp32\n"
+    told = "cpu has no known bfloat16 instructions: bf16 may be many times slower than fp32\n"
     for given, flags in (("bf16", set()), ("bf16", {"avx512_bf16"}), ("auto", set()), ("fp32", set()), (None, set())):
         set_flags(flags)
         warn_if_emulated(given, "cpu")
@@ -106,7 +107,7 @@ def test_rows_of_transfers_say_it(images, set_flags, flags, computed):
 def test_rows_of_layer_probes_say_it(small_tinyimagenet, set_flags, flags, computed):
     set_flags(flags)
     recipe = dataclasses.replace(LAYER_PROBES["imagenet-linear-cpu"], epochs=1, milestones=(), batch_size=10)
-    data = imagenet.read_into_memory(imagenet.open_labelled("tinyimagenet", small_tinyimagenet, "train", 64), 0)
+    data = read_into_memory(open_labelled("tinyimagenet", small_tinyimagenet, "train", 64), 0)
     subject = load_subject("test_resnet", random=True, size=64)
     (row,) = imagenet.measure_layers(recipe, subject, ["layer1"], data, data, "x val")
     assert row.settings.endswith(f"batch norm, linear; 1 epoch of SGD, 64 pixels, {computed}")
@@ -205,5 +206,5 @@ def test_accelerate_gets_the_resolved_precision(set_flags, flags, computed):
 def test_an_accelerator_of_another_precision_is_refused(tmp_path):
     accelerator = create_accelerator(TINY, cpu=True)
     recipe = dataclasses.replace(TINY, precision="bf16")
-    with pytest.raises(ValueError, match=r"the accelerator computes in fp32, .* in bf16: make them one"):
+    with pytest.raises(ValueError, match=r"the accelerator computes in fp32, .* in bf16: use one precision for both"):
         pretrain(recipe, sample_images(), tmp_path / "run", accelerator)

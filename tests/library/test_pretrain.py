@@ -20,7 +20,7 @@ from rotation_ssl.eighths import count_correct_eighths
 from rotation_ssl.images import normalize
 from rotation_ssl.pretraining import loop
 from rotation_ssl.pretraining.batches import augmented_batches
-from rotation_ssl.pretraining.loop import pretrain, renew_statistics
+from rotation_ssl.pretraining.loop import pretrain, update_statistics
 from rotation_ssl.pretraining.optim import create_optimizers
 from rotation_ssl.pretraining.recipe import AdamW, LinearSchedule, Sgd, Stage
 from rotation_ssl.pretraining.setup import create_accelerator, create_model
@@ -96,6 +96,7 @@ def test_outputs(images, tmp_path):
 @pytest.mark.parametrize(
     "steps, points", [(6, range(1, 7)), (59, [*range(2, 59, 2), 59]), (405, [*range(10, 401, 10), 405])]
 )
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # the steps are not real
 def test_a_short_run_has_a_curve_too(monkeypatch, tmp_path, steps, points):
     """At least twenty points, where there are as many steps; one every ten steps of a long run: the means between."""
     recipe = dataclasses.replace(SHORT, stages=(Stage(steps, 8),))
@@ -265,7 +266,7 @@ def test_two_processes_train_as_one(small_cifar10, tmp_path, capsys):
     stopped.write_text(STOPPED.format(root=str(ROOT), tests=str(ROOT / "tests")))
     two = [*arguments, str(tmp_path / "two")]
     result = torchrun(str(stopped), *two)
-    assert result.returncode != 0 and result.stderr.count("stopped; go on with --resume") == 1, result.stderr
+    assert result.returncode != 0 and result.stderr.count("stopped; continue with --resume") == 1, result.stderr
     assert find_checkpoint(tmp_path / "two").name == "step-000005"
     assert command.main([*two, "--resume"]) == 2
     assert "is of another run (processes 2 -> 1)" in capsys.readouterr().err
@@ -322,16 +323,15 @@ def test_what_needs_a_gpu_is_refused_without_one(images, tmp_path):
 def test_averaged_weights_by_hand(images, tmp_path, monkeypatch):
     recipe = dataclasses.replace(TINY, stages=(Stage(3, 8),), average=0.5, schedule=LinearSchedule(0.0, 1.0))
     seen = []
-    whole = loop.set_learning_rates
+    whole = loop.train_step
 
-    def record(optimizers, factor):
-        group = optimizers[0].param_groups[0]["params"][0]
-        seen.append(group.detach().clone())
-        whole(optimizers, factor)
+    def record(recipe, model, *args):
+        seen.append(next(model.parameters()).detach().clone())
+        return whole(recipe, model, *args)
 
-    monkeypatch.setattr(loop, "set_learning_rates", record)
+    monkeypatch.setattr(loop, "train_step", record)
     kept = []
-    monkeypatch.setattr(loop, "renew_statistics", lambda r, model, b: kept.append(next(model.parameters()).clone()))
+    monkeypatch.setattr(loop, "update_statistics", lambda r, model, b: kept.append(next(model.parameters()).clone()))
     plain = dataclasses.replace(recipe, average=0.0)
     for name, r in (("averaged", recipe), ("plain", plain)):
         pretrain(r, images, tmp_path / name)
@@ -349,7 +349,7 @@ def test_statistics_are_the_mean_over_the_batches(images):
     inputs = []
     hook = first.register_forward_hook(lambda _, args, __: inputs.append(args[0].mean((0, 2, 3))))
     momentum = first.momentum
-    renew_statistics(recipe, model, batches)
+    update_statistics(recipe, model, batches)
     hook.remove()
     torch.testing.assert_close(first.running_mean, torch.stack(inputs).mean(0))
     assert len(inputs) == 3 and first.momentum == momentum
@@ -421,7 +421,7 @@ def test_backbones_that_do_not_fit(monkeypatch):
 def test_a_finished_run_is_not_overwritten(images, tmp_path):
     pretrain(TINY, images, tmp_path)
     before = (tmp_path / "model.safetensors").read_bytes()
-    with pytest.raises(ValueError, match="holds a run already"):
+    with pytest.raises(ValueError, match="already contains a run"):
         pretrain(TINY, images, tmp_path)
     with pytest.raises(ValueError, match=r"a finished run of another recipe \(seed differ\)"):
         pretrain(dataclasses.replace(TINY, seed=1), images, tmp_path, resume=True)
@@ -515,7 +515,7 @@ def test_a_processor_without_bfloat16_is_told(small_cifar10, tmp_path, monkeypat
         "--output",
         str(tmp_path),
     ]
-    told = "cpu is not known to multiply bfloat16: bf16 may be many times slower than fp32"
+    told = "cpu has no known bfloat16 instructions: bf16 may be many times slower than fp32"
     for precision, flags, expected in (
         ("bf16", set(), True),
         ("bf16", {"amx_bf16"}, False),
@@ -555,7 +555,7 @@ def test_memory_that_is_short_is_told_in_one_line(small_cifar10, tmp_path, monke
     fail("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore of it")
     assert command.main(arguments) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "error: CUDA out of memory. Tried to allocate 2.00 GiB. (give fewer --images-per-step, or take them in parts: "
+        "error: CUDA out of memory. Tried to allocate 2.00 GiB. (use fewer --images-per-step, or split a step: "
         "--accumulate)"
     )
     fail("a bug")

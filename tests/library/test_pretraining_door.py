@@ -47,7 +47,7 @@ def test_a_folder_becomes_a_backbone(tmp_path, capsys):
     run = json.loads((tmp_path / "mine" / "run.json").read_text())
     assert run["recipe"]["name"] == "folder" and run["commit"] == ""
     assert cli.main(arguments) == 2
-    assert "holds a run already" in capsys.readouterr().err
+    assert "already contains a run" in capsys.readouterr().err
 
 
 def test_the_function_is_the_command(tmp_path):

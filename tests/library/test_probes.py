@@ -264,5 +264,5 @@ def test_training_that_goes_wrong_is_an_error():
     with pytest.raises(ValueError, match="no features to train the probe on in epoch 0"):
         train_probe(torch.nn.Linear(1, 2), lambda epoch: [])
     data = [(torch.full((2, 1), float("nan")), torch.tensor([0, 1]))]
-    with pytest.raises(ValueError, match="the probe's loss became nan in epoch 0"):
+    with pytest.raises(ValueError, match="the loss of the probe became nan in step 1: lower"):
         train_probe(torch.nn.Linear(1, 2), lambda epoch: data)

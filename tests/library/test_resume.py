@@ -148,7 +148,7 @@ def test_a_checkpoint_of_another_run_is_refused_and_kept(images, stopped):
         pretrain(other, images, stopped, resume=True)
     with pytest.raises(ValueError, match="parts of a step 1 -> 2"):
         pretrain(TINY, images, stopped, create_accelerator(TINY, True, accumulate=2), resume=True)
-    with pytest.raises(ValueError, match="holds a run already: --resume"):
+    with pytest.raises(ValueError, match="already contains a run: --resume"):
         pretrain(TINY, images, stopped)
     assert contents(stopped) == before
 

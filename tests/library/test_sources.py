@@ -6,28 +6,25 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 import timm
 import torch
-from conftest import DATA, HUB_ENVIRONMENT, ROOT, published_manifest
+from conftest import ARCHIVE, HUB_ENVIRONMENT, ROOT, assert_state, corrupt, published_manifest
+from loopback_release import Release
 from safetensors.torch import load, load_file, save
 
-from rotation_ssl import download, sources, zoo
-from rotation_ssl.checkpoints import read_checkpoint
-from rotation_ssl.convert import convert, write_folder
+from rotation_ssl import zoo
+from rotation_ssl.convert import convert, read_checkpoint, write_folder
 from rotation_ssl.files import sha256_of
+from rotation_ssl.zoo import download, sources
 
 BUNDLED = "rotnet_nin.cifar10"
 HUBBED = "rotnet_nin.hubbed"
 RELEASED = "rotnet_nin.gidaris_cifar10"
 REPOSITORY = "ORG/rotnet_nin.hubbed"
-ARCHIVE = "CIFAR10_RotNet_NIN4blocks.tar.gz"
 
 # The table of the documentation, cell by cell: what each door gives for each source and state.
 DOORS = ("timm", "torch.hub", "hf-hub", "local-dir", "weights_file")
@@ -36,9 +33,9 @@ STATES = ("fresh", "cached", "offline", "corrupted")
 LOADS = "the published bytes"
 NO_REQUEST = "the published bytes, no request"
 NO_DOWNLOAD = "the published bytes, no download"
-MISSING = "error: what is missing, and the command that fetches it"
-REFETCHED = "fetched anew, once"
-DAMAGED = "error: damaged"
+MISSING = "error naming the missing file and the download command"
+REFETCHED = "downloaded again, once"
+DAMAGED = "error: corrupt file"
 NONE = "-"
 TABLE = {
     **{
@@ -68,44 +65,6 @@ TABLE = {
 }
 
 
-class Release(ThreadingHTTPServer):
-    """The authors' release on loopback: files of a folder, requests counted."""
-
-    def __init__(self, folder):
-        super().__init__(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
-        self.folder, self.requests, self.cut = folder, [], False
-        self.url = f"http://127.0.0.1:{self.server_port}"
-        self.daemon_threads = True
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-
-class Handler(SimpleHTTPRequestHandler):
-    def do_GET(self):
-        self.server.requests.append(self.path)
-        if not self.server.cut:
-            return super().do_GET()
-        content = (self.server.folder / self.path[1:]).read_bytes()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content[: len(content) // 2])
-        return None
-
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def release(tmp_path):
-    folder = tmp_path / "release"
-    folder.mkdir()
-    (folder / ARCHIVE).write_bytes((DATA / ARCHIVE).read_bytes())
-    server = Release(folder)
-    yield server
-    server.shutdown()
-    server.server_close()
-
-
 @pytest.fixture
 def served(hub, release, set_manifest):
     """All three sources on loopback, in the manifest."""
@@ -113,7 +72,7 @@ def served(hub, release, set_manifest):
     hub.create(REPOSITORY)
     revision = hub.commit(REPOSITORY, {"model.safetensors": content, "config.json": hub_config(content)})
     entries = published_manifest()
-    entries[RELEASED]["url"] = f"{release.url}/{ARCHIVE}"
+    entries[RELEASED]["url"] = f"{release.url}/{ARCHIVE.name}"
     entries[HUBBED] = entries[BUNDLED] | {
         "source": "hub",
         "sha256": hashlib.sha256(content).hexdigest(),
@@ -147,7 +106,7 @@ def expected_state(source):
         return load((zoo.WEIGHTS_DIR / f"{BUNDLED}.safetensors").read_bytes())
     if source == "hub":
         return load(hub_weights())
-    return convert(read_checkpoint(DATA / ARCHIVE)).state_dict
+    return convert(read_checkpoint(ARCHIVE)).state_dict
 
 
 def go_through(door, source, folder):
@@ -169,14 +128,7 @@ def make_folder(source, folder):
     if source == "hub":
         huggingface_hub.snapshot_download(REPOSITORY, local_dir=folder)
     else:
-        write_folder(convert(read_checkpoint(DATA / ARCHIVE)), folder, "gidaris", {})
-
-
-def corrupt(file):
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.chmod(0o644)
-    file.write_bytes(content)
+        write_folder(convert(read_checkpoint(ARCHIVE)), folder, "gidaris", {})
 
 
 def cached(source, folder, door):
@@ -188,22 +140,17 @@ def cached(source, folder, door):
 
 
 @pytest.fixture
-def wheel_copy(monkeypatch, tmp_path, set_manifest, served):
+def wheel_copy(weights_dir, set_manifest, served):
     """The bundled weights where a test may damage them."""
-    folder = tmp_path / "weights"
-    folder.mkdir()
-    for file in zoo.WEIGHTS_DIR.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    monkeypatch.setattr(zoo, "WEIGHTS_DIR", folder)
     set_manifest(served)
-    return folder
+    return weights_dir
 
 
 def test_the_documented_table_is_this_one():
     text = (ROOT / "docs" / "loading.md").read_text()
     rows = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in text.splitlines() if "|" in line]
     head, _, *rows = rows
-    assert head == ["door", "source", *STATES]
+    assert head == ["loaded by", "source", *STATES]
     documented = {(row[0], row[1], state): cell for row in rows for state, cell in zip(STATES, row[2:], strict=True)}
     assert documented == TABLE
 
@@ -232,14 +179,13 @@ def test_door(door, source, state, told, hub, release, wheel_copy, go_offline, t
     release.requests.clear()
     if told in (LOADS, NO_REQUEST, NO_DOWNLOAD, REFETCHED):
         state_dict, expected = go_through(door, source, folder), expected_state(source)
-        assert state_dict.keys() == expected.keys()
-        assert all(torch.equal(tensor, expected[name]) for name, tensor in state_dict.items())
+        assert_state(state_dict, expected)
         asked = [r for r in (*hub.requests, *release.requests) if r.startswith(("GET", "/"))]
         if told == NO_REQUEST:
             assert not hub.requests and not release.requests
         else:
             # of the Hub's main branch the client asks what it is, each time
-            weights = [r for r in asked if "model.safetensors" in r or ARCHIVE in r]
+            weights = [r for r in asked if "model.safetensors" in r or ARCHIVE.name in r]
             assert len(weights) == (0 if told == NO_DOWNLOAD else 1)
         if told in (NO_DOWNLOAD, REFETCHED):
             hub.requests.clear()
@@ -248,9 +194,11 @@ def test_door(door, source, state, told, hub, release, wheel_copy, go_offline, t
             go_through(door, source, folder)
             assert not hub.requests and not release.requests
     elif told == MISSING:
-        with pytest.raises(FileNotFoundError, match=rf"not cached.*missing is .*rotation-ssl fetch {name_of(source)}"):
+        with pytest.raises(
+            FileNotFoundError, match=rf"not cached.* is missing; .*rotation-ssl fetch {name_of(source)}"
+        ):
             go_through(door, source, folder)
-        what = REPOSITORY + "@" + zoo.manifest()[HUBBED]["hub"]["revision"] if source == "hub" else ARCHIVE
+        what = REPOSITORY + "@" + zoo.manifest()[HUBBED]["hub"]["revision"] if source == "hub" else ARCHIVE.name
         with pytest.raises(FileNotFoundError, match=what):
             go_through(door, source, folder)
     elif told == DAMAGED:
@@ -290,7 +238,7 @@ def test_a_file_that_changes_once_it_is_hashed_changes_nothing(
     monkeypatch.undo()
     with pytest.raises(sources.Mismatch):
         sources.read_verified(file, sha256(save(expected)).hexdigest(), file.stat().st_size)
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in state_dict.items())
+    assert_state(state_dict, expected)
 
 
 @pytest.mark.filterwarnings("ignore:no published hash")
@@ -304,7 +252,7 @@ def test_an_archive_that_changes_once_it_is_hashed_changes_nothing(release, whee
 
     monkeypatch.setattr(sources, "read_checkpoint", change_then_read)
     state_dict, expected = go_through("timm", "release", folder), expected_state("release")
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in state_dict.items())
+    assert_state(state_dict, expected)
 
 
 SWAP = """
@@ -345,7 +293,7 @@ def test_another_process_that_swaps_the_file_never_gets_other_weights_loaded(how
                     assert "corrupt" in str(error)
                     refused += 1
                 else:
-                    assert all(torch.equal(tensor, expected[name]) for name, tensor in state_dict.items())
+                    assert_state(state_dict, expected)
                     loaded += 1
         finally:
             swapping.kill()
@@ -370,7 +318,7 @@ def test_the_hub_serves_other_bytes_of_the_same_size(hub, served):
     timm.create_model(HUBBED, pretrained=True)
 
 
-def test_a_damaged_cache_without_links_is_fetched_anew(hub, served, monkeypatch, go_offline):
+def test_a_damaged_cache_without_links_is_downloaded_again(hub, served, monkeypatch, go_offline):
     """Where there are no symbolic links the client keeps the file that is there, even if told to download it."""
     monkeypatch.setattr(huggingface_hub.file_download, "are_symlinks_supported", lambda folder=None: False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_SYMLINKS_WARNING", True)
@@ -410,11 +358,11 @@ def test_another_repository_is_loaded_unverified_but_checked(hub, served):
 @pytest.mark.parametrize(
     ("status", "code", "message"),
     [
-        (401, "", r"the Hub wants a login for ORG/rotnet_nin\.hubbed: `hf auth login`"),
-        (404, "RepoNotFound", "knows no repository ORG/rotnet_nin.hubbed"),
+        (401, "", r"the Hub requires a login for ORG/rotnet_nin\.hubbed: `hf auth login`"),
+        (404, "RepoNotFound", "has no repository ORG/rotnet_nin.hubbed"),
         (404, "RevisionNotFound", r"the Hub has no model\.safetensors of ORG/rotnet_nin\.hubbed@"),
         (404, "EntryNotFound", r"the Hub has no model\.safetensors of ORG/rotnet_nin\.hubbed@"),
-        (403, "", "cannot be fetched"),
+        (403, "", "could not be downloaded"),
     ],
 )
 def test_the_hub_refuses(hub, served, status, code, message):
@@ -428,7 +376,7 @@ def test_the_hub_refuses(hub, served, status, code, message):
 def test_a_download_from_the_hub_that_breaks_off(hub, served, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     hub.cut.add("model.safetensors")
-    with pytest.raises(OSError, match=r"rotnet_nin\.hubbed cannot be fetched"):
+    with pytest.raises(OSError, match=r"rotnet_nin\.hubbed could not be downloaded"):
         timm.create_model(HUBBED, pretrained=True)
     assert zoo.cached_file(HUBBED) is None
     hub.cut.clear()
@@ -436,14 +384,14 @@ def test_a_download_from_the_hub_that_breaks_off(hub, served, monkeypatch):
 
 
 def test_a_release_is_recorded_and_its_change_noticed(release, served):
-    with pytest.warns(UserWarning, match=r"no published hash tells .* sha256 [0-9a-f]{64}, remembered in"):
+    with pytest.warns(UserWarning, match=r"no published hash of .* sha256 [0-9a-f]{64}, recorded in"):
         file = zoo.weights_file(RELEASED)
     record = sources.read_record(RELEASED)
-    assert record["archive_sha256"] == hashlib.sha256((DATA / ARCHIVE).read_bytes()).hexdigest()
+    assert record["archive_sha256"] == sha256_of(ARCHIVE)
     assert record["sha256"] == sha256_of(file) and record["url"] == served[RELEASED]["url"]
-    # the release is replaced: who has the weights keeps them, who fetches them anew is told
-    content = (release.folder / ARCHIVE).read_bytes()
-    (release.folder / ARCHIVE).write_bytes(content + b"\0" * 512)
+    # the release is replaced: weights in the cache are kept, a new download is refused
+    content = (release.folder / ARCHIVE.name).read_bytes()
+    (release.folder / ARCHIVE.name).write_bytes(content + b"\0" * 512)
     assert zoo.weights_file(RELEASED) == file
     corrupt(file)
     with pytest.raises(ValueError, match=r"the release changed; nothing was kept.*--accept-new-hash"):
@@ -460,7 +408,7 @@ def test_a_hash_of_the_manifest_is_not_overruled(release, served, set_manifest):
     for accept in (False, True):
         with pytest.raises(ValueError, match=r"not the 0{64} of the manifest; nothing was kept"):
             zoo.weights_file(RELEASED, accept_new_hash=accept)
-    served[RELEASED]["archive_sha256"] = hashlib.sha256((DATA / ARCHIVE).read_bytes()).hexdigest()
+    served[RELEASED]["archive_sha256"] = sha256_of(ARCHIVE)
     zoo.weights_file(RELEASED)
 
 
@@ -486,14 +434,14 @@ def test_a_release_that_is_not_there(release, served, set_manifest, url, message
 
 def test_a_release_that_is_too_large_is_not_downloaded(tmp_path, release):
     with pytest.raises(ValueError, match=r"more than the 1,000 allowed"):
-        download.download(f"{release.url}/{ARCHIVE}", tmp_path / "archive", max_bytes=1000)
+        download.download(f"{release.url}/{ARCHIVE.name}", tmp_path / "archive", max_bytes=1000)
     assert not (tmp_path / "archive").exists()
 
 
 def test_an_archive_of_another_model_is_refused(release, served, set_manifest):
     served["rotnet_alexnet.gidaris_in1k"]["url"] = served[RELEASED]["url"]
     set_manifest(served)
-    with pytest.raises(ValueError, match=r"holds a rotnet_nin, not rotnet_alexnet\.gidaris_in1k; nothing was kept"):
+    with pytest.raises(ValueError, match=r"contains a rotnet_nin, not rotnet_alexnet\.gidaris_in1k; nothing was kept"):
         timm.create_model("rotnet_alexnet.gidaris_in1k", pretrained=True)
     assert left_in(sources.release_cache()) == []
 
@@ -501,11 +449,13 @@ def test_an_archive_of_another_model_is_refused(release, served, set_manifest):
 PROLOGUE = """
 import json, pathlib, resource, signal, sys, warnings
 import huggingface_hub, torch, rotation_ssl
-from rotation_ssl import download, sources, zoo
+from rotation_ssl import zoo
+from rotation_ssl.zoo import download, sources
 folder, entries = sys.argv[1], json.loads(sys.argv[2])
 torch.hub.get_dir = lambda: folder
 huggingface_hub.constants.HF_HUB_CACHE = folder + "/hub"
-zoo.manifest = lambda: entries
+zoo.manifest().clear()
+zoo.manifest().update(entries)
 warnings.simplefilter("ignore")
 """
 FETCH = "print(zoo.weights_file('rotnet_nin.gidaris_cifar10'))"
@@ -526,7 +476,7 @@ def test_first_loads_of_many_processes_at_once(hub, release, served, tmp_path):
     results = [process.communicate() for process in processes]
     assert [process.returncode for process in processes] == [0] * 4, results
     assert len({out for out, _ in results}) == 1
-    assert release.requests.count(f"/{ARCHIVE}") == 1, "one downloads, the others wait for it"
+    assert release.requests.count(f"/{ARCHIVE.name}") == 1, "one downloads, the others wait for it"
     assert len([r for r in hub.requests if r.startswith("GET") and "model.safetensors" in r]) == 1
     assert sha256_of(Path(results[0][0].split()[1])) == served[HUBBED]["sha256"]
     (file, record) = (tmp_path / "cache" / "rotation_ssl" / f"{RELEASED}.{end}" for end in ("safetensors", "json"))
@@ -535,13 +485,13 @@ def test_first_loads_of_many_processes_at_once(hub, release, served, tmp_path):
 
 def test_killed_while_writing_and_fetched_again(served, tmp_path):
     """SIGKILL at the worst moments: after the download, and between the weights and their record."""
-    for moment in ("read_checkpoint", "replace_file"):
+    for moment in ("read_checkpoint", "replace_bytes"):
         kill = (
             f"import os\ntold = sources.{moment}\n"
             "calls = []\n"
             "def killed(*args, **options):\n"
             "    calls.append(args)\n"
-            f"    if len(calls) == {2 if moment == 'replace_file' else 1}: os.kill(os.getpid(), signal.SIGKILL)\n"
+            f"    if len(calls) == {2 if moment == 'replace_bytes' else 1}: os.kill(os.getpid(), signal.SIGKILL)\n"
             "    return told(*args, **options)\n"
             f"sources.{moment} = killed\n"
         )
@@ -609,13 +559,11 @@ def test_a_wrong_hash_in_the_manifest_is_noticed(set_manifest, offline):
 @pytest.mark.filterwarnings("ignore:no published hash")
 def test_the_authors_alexnet_from_its_release(reference, hub, set_manifest):
     """An archive of the size and form of the real one, served over loopback, gives every layer's expected output."""
-    server = Release(reference)
     entries = published_manifest()
-    entries["rotnet_alexnet.gidaris_in1k"]["url"] = f"{server.url}/ImageNet_RotNet_AlexNet.tar.gz"
-    set_manifest(entries)
-    model = timm.create_model("rotnet_alexnet.gidaris_in1k", pretrained=True).eval()
-    server.shutdown()
-    server.server_close()
+    with Release(reference) as server:
+        entries["rotnet_alexnet.gidaris_in1k"]["url"] = f"{server.url}/ImageNet_RotNet_AlexNet.tar.gz"
+        set_manifest(entries)
+        model = timm.create_model("rotnet_alexnet.gidaris_in1k", pretrained=True).eval()
     expected = load_file(reference / "expected.safetensors")
     with torch.inference_mode():
         _, maps = model.forward_intermediates(expected["alexnet.input"])

@@ -6,18 +6,15 @@ import pytest
 import timm
 import torch
 import transformers
-from conftest import DATA
+from conftest import ARCHIVE
 from safetensors.torch import load_file
 from timm.models._hub import save_for_hf
 
-from rotation_ssl.checkpoints import read_checkpoint
-from rotation_ssl.convert import Converted, convert, write_folder
+from rotation_ssl.convert import Converted, convert, read_checkpoint, write_folder
 from rotation_ssl.pretraining.outputs import write_run
 from training.recipes import NIN_CIFAR10_CPU
 from training.reporting.hub import hub_files, upload_of
 from training.reporting.rows import read_rows
-
-ARCHIVE = DATA / "CIFAR10_RotNet_NIN4blocks.tar.gz"
 
 
 def converted_alexnet(num_classes):

@@ -4,20 +4,22 @@
     python -m training finetune supervised-cpu rotnet_nin --labels-per-class 20 100 400 1000 5000 --data DIR
     python -m training finetune finetune-conv-cpu rotnet_nin.cifar10 --data DIR
 
-The network is the backbone up to one layer (block2: the recommended one) with a classifier on it: with the
-convolutional classifier on block2 the paper's NIN of three blocks, which is what its supervised baseline is. Recipes
-ending in -paper draw the authors' 5,000,000 images, those ending in -cpu a fixed small budget; --images overrides it.
-Labels are the first K images of each class as in the paper, or --draw random ones, another draw for every seed. All
-training images are used without --labels-per-class. The last step's network is measured, not the best one.
+The network is the backbone up to one layer (block2 is recommended) and a classifier on it. With the convolutional
+classifier on block2 it is the paper's NIN of three blocks, which is also the paper's supervised baseline. Recipes that
+end in -paper train on 5,000,000 crops as the authors do, those that end in -cpu on a small fixed number; --images
+overrides it. --labels-per-class takes the first K images of each class, as in the paper, or K random ones
+per seed (--draw random). Without --labels-per-class all training images are used. The final network is tested, not the
+best one.
 
-MODEL is any model of timm, with its weights, --random ones, or those of a file. DIR holds CIFAR-10; any other images
-with --dataset folder. Numbers are written to --output as rows.jsonl, report.md, report.json and report.png.
+MODEL is any timm model, with its published weights, --random weights, or the weights of a file (--weights FILE). DIR
+contains CIFAR-10; use --dataset folder for other images. Results are written to --output: rows.jsonl, report.md,
+report.json and report.png.
 """
 
 import argparse
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +27,21 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from rotation_ssl import zoo
 from rotation_ssl.evaluation.frozen import PARTS, preparation
 from rotation_ssl.features import layer_modules
+from rotation_ssl.fit import fit
 from rotation_ssl.labelled import Images, LabelledImages, labels_subset
-from rotation_ssl.machine import TURN_OFF
 from rotation_ssl.messages import counted
-from rotation_ssl.precision import add_precision_argument, autocast_type, resolved, warn_if_emulated
+from rotation_ssl.precision import autocast_type, resolved, warn_if_emulated
 from rotation_ssl.pretraining.augment import crop_and_flip
-from rotation_ssl.pretraining.optim import learning_rate_factor, set_learning_rates
+from rotation_ssl.pretraining.optim import create_scheduler
 from rotation_ssl.probes import convolutional_probe, nonlinear_probe
 from rotation_ssl.progress import progress
-from training.datasets import DATASETS, FOLDER, check_whole, load_images
+from training.command import create_parser
+from training.datasets import check_whole, load_images
+from training.evaluation import options
 from training.evaluation.recipes import TRANSFERS, TransferRecipe
-from training.evaluation.subject import Subject, load_subject, measured_row, record_file
+from training.evaluation.subject import Subject, load_subject, measured_row, recommended_layer, record_file
 from training.protocols import PROTOCOLS
 from training.reporting.report import check_rows, keep_row, run_measuring, write_report
 from training.reporting.rows import Row
@@ -54,21 +57,21 @@ def measure_transfer(
     seed: int = 0,
     device: str = "cpu",
 ) -> Row:
-    """Train a recipe's network on labelled images and measure it on the test images.
+    """Train a recipe's network on labelled images and test it.
 
     Args:
-        recipe: all of the training's settings; the row says which precision 'auto' was.
-        subject: the backbone; it is used up by the training (of 'random' recipes it gives the network alone).
-        layer: the last layer of the backbone that is kept.
+        recipe: all settings of the training; the row says which precision 'auto' became.
+        subject: the backbone, which the training changes.
+        layer: last layer of the backbone that is kept.
         images: training and test images.
-        labels_per_class: K; None for all.
-        draw: 'first' or 'random' ones of a class.
-        seed: of the classifier, the crops, random draws and random weights.
+        labels_per_class: K labelled images of each class; None: all.
+        draw: 'first' or 'random', which K images of a class.
+        seed: of the classifier, the order, the crops and the random draw.
         device: where to train.
 
     Raises:
-        ValueError: no such layer, a class with fewer images than asked for, less than a batch of images to see, or a
-            loss or logits that are not finite.
+        ValueError: no such layer, a class with fewer images than K, fewer crops than a batch, or a loss or logits that
+            are not finite.
     """
     started = time.monotonic()
     recipe = resolved(recipe, device)
@@ -81,10 +84,9 @@ def measure_transfer(
     network = build_network(recipe, subject, layer, len(train.classes), seed).to(device)
     network.to(memory_format=torch.channels_last)
     prepare = preparation(subject.backbone, subject.size)
-    dtype = autocast_type(recipe.precision)
-    autocast = torch.autocast(device.split(":")[0], dtype, enabled=dtype is not None)
-    train_network(recipe, network, train, prepare, seed, device, autocast)
-    right = predict(network, images.test, prepare, device, autocast) == images.test.labels
+    autocast = autocast_type(recipe.precision)
+    train_network(recipe, network, train, prepare, seed, autocast)
+    right = predict(network, images.test, prepare, autocast) == images.test.labels
     crops = recipe.images // recipe.batch_size * recipe.batch_size
     settings = f"{crops:,} crops seen, {recipe.classifier} classifier, {recipe.start} backbone, {recipe.precision}"
     return measured_row(
@@ -106,7 +108,7 @@ def measure_transfer(
 class LayerClassifier(nn.Module):
     """A backbone up to one layer and a classifier on its map: images (N, C, H, W) -> logits (N, K).
 
-    A frozen backbone stays in eval mode, whatever the mode of the whole, and gets no gradients.
+    A frozen backbone always stays in eval mode and gets no gradients.
     """
 
     def __init__(self, backbone: nn.Module, index: int, classifier: nn.Module, frozen: bool) -> None:
@@ -115,7 +117,7 @@ class LayerClassifier(nn.Module):
         self.backbone.requires_grad_(not frozen)
 
     def train(self, mode: bool = True) -> "LayerClassifier":
-        """Training mode, but for a frozen backbone."""
+        """Set the mode; a frozen backbone stays in eval mode."""
         super().train(mode)
         if self.frozen:
             self.backbone.eval()
@@ -134,17 +136,17 @@ class LayerClassifier(nn.Module):
 def build_network(
     recipe: TransferRecipe, subject: Subject, layer: str, num_classes: int, seed: int = 0
 ) -> LayerClassifier:
-    """The recipe's network; the backbone's layers after ``layer`` are dropped from the subject's.
+    """The recipe's network, in eval mode. The layers after ``layer`` are removed from the subject's backbone.
 
     Raises:
-        ValueError: the backbone has no such layer, or cannot be cut there.
+        ValueError: the backbone has no such layer, or timm cannot cut it there.
     """
     backbone: Any = subject.backbone
     layers = layer_modules(backbone)
     if layer not in layers:
         raise ValueError(f"no layer {layer} in this backbone; it has {', '.join(layers)}")
     if not hasattr(backbone, "forward_intermediates") or not hasattr(backbone, "prune_intermediate_layers"):
-        raise ValueError(f"{subject.name} cannot be cut at a layer: timm gives it no forward_intermediates")
+        raise ValueError(f"{subject.name} cannot be cut at a layer: it has no forward_intermediates")
     index = [entry["module"] for entry in backbone.feature_info].index(layers[layer])
     (index,) = backbone.prune_intermediate_layers([index]) or [index]
     torch.manual_seed(seed)
@@ -162,8 +164,27 @@ def build_network(
     return network
 
 
-def train_network(recipe, network, train, prepare, seed, device, autocast) -> None:  # type: ignore[no-untyped-def]
-    """Train the network in place on crops of the labelled images; it is in eval mode afterwards."""
+def train_network(
+    recipe: TransferRecipe,
+    network: LayerClassifier,
+    train: LabelledImages,
+    prepare: Callable[[torch.Tensor], torch.Tensor],
+    seed: int = 0,
+    autocast: torch.dtype | None = None,
+) -> None:
+    """Train the network in place on random crops of the labelled images; it is in eval mode afterwards.
+
+    Args:
+        recipe: all settings.
+        network: on the device to train on.
+        train: the labelled images.
+        prepare: from uint8 crops (B, 3, H, H) to what the backbone takes.
+        seed: of the order and the crops.
+        autocast: compute in this type (torch.bfloat16); None: in the type of the weights.
+
+    Raises:
+        ValueError: a loss that is not finite.
+    """
     groups = [{"params": list(network.classifier.parameters()), "lr": recipe.lr}]
     if not network.frozen:
         lr = recipe.lr if recipe.start == "random" else recipe.backbone_lr
@@ -172,36 +193,30 @@ def train_network(recipe, network, train, prepare, seed, device, autocast) -> No
         groups, recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, nesterov=True
     )
     steps = recipe.images // recipe.batch_size
+    device = next(network.parameters()).device
+    # one generator for both: the order and the crops of a seed
     generator = torch.Generator().manual_seed(seed)
-    network.train()
-    losses: list[torch.Tensor] = []
-    with progress(f"{recipe.name}, {counted(len(train), 'label')}", steps * recipe.batch_size) as bar:
-        for step, chosen in zip(range(steps), sample_stream(len(train), recipe.batch_size, generator), strict=False):
-            set_learning_rates([optimizer], learning_rate_factor(recipe.schedule, step, steps))
-            crops = crop_and_flip(
-                train.images[chosen], train.images.shape[-1], recipe.padding, recipe.padding_mode, True, generator
-            )
-            with autocast:
-                logits = network(prepare(crops.to(device)))
-            loss = F.cross_entropy(logits.float(), train.labels[chosen].to(device))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.detach())
-            bar.update(len(chosen))
-            if step % 20 == 19 or step == steps - 1:
-                mean = torch.stack(losses).mean()
-                if not mean.isfinite():
-                    raise ValueError(
-                        f"the loss became {mean.item()} by step {step + 1}: lower the rate of {recipe.name}"
-                    )
-                bar.set_postfix(loss=f"{mean.item():.3f}")
-                losses.clear()
-    network.eval()
+
+    def loss_of(chosen: torch.Tensor) -> torch.Tensor:
+        side = train.images.shape[-1]
+        crops = crop_and_flip(train.images[chosen], side, recipe.padding, recipe.padding_mode, True, generator)
+        return F.cross_entropy(network(prepare(crops.to(device))).float(), train.labels[chosen].to(device))
+
+    fit(
+        network,
+        sample_stream(len(train), recipe.batch_size, generator),
+        loss_of,
+        optimizer,
+        name=f"{recipe.name}, {counted(len(train), 'label')}",
+        scheduler=create_scheduler(recipe.schedule, optimizer, steps),
+        steps=steps,
+        images_per_step=recipe.batch_size,
+        autocast=autocast,
+    )
 
 
 def sample_stream(count: int, size: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
-    """Batches of ``size`` indices without end: one permutation of 0..count - 1 after the other."""
+    """Endless batches of ``size`` indices: one permutation of 0..count - 1 after the other."""
     left = torch.empty(0, dtype=torch.int64)
     while True:
         while len(left) < size:
@@ -210,104 +225,118 @@ def sample_stream(count: int, size: int, generator: torch.Generator) -> Iterator
         left = left[size:]
 
 
-def predict(network, test: LabelledImages, prepare, device: str, autocast) -> torch.Tensor:  # type: ignore[no-untyped-def]
-    """The classes that the network names for the test images: (M,) int64."""
+def predict(
+    network: nn.Module,
+    test: LabelledImages,
+    prepare: Callable[[torch.Tensor], torch.Tensor],
+    autocast: torch.dtype | None = None,
+) -> torch.Tensor:
+    """The classes that the network predicts for the test images: (M,) int64.
+
+    Raises:
+        ValueError: logits that are not finite.
+    """
+    device = next(network.parameters()).device
     parts = test.images.split(250)
-    with torch.inference_mode(), autocast:
-        bar = progress("measuring", len(parts), "batch", parts)
+    bar = progress("measuring", len(parts), "batch", parts)
+    with torch.inference_mode(), torch.autocast(device.type, autocast, enabled=autocast is not None):
         logits = torch.cat([network(prepare(part.to(device))).cpu() for part in bar])
     if not logits.isfinite().all():
         raise ValueError("the network's logits are not finite: check the weights and the images")
     return logits.argmax(1)
 
 
-def recommended_layer(subject: Subject) -> str:
-    """The layer that the manifest recommends for the network.
+def transfer_subject(
+    recipe: TransferRecipe,
+    model: str,
+    seed: int,
+    random_seed: int = 0,
+    *,
+    random: bool = False,
+    weights: Path | None = None,
+    size: int | None = None,
+) -> Subject:
+    """The backbone that a recipe starts from.
+
+    Args:
+        recipe: one that starts from random weights takes those of ``seed``.
+        model: as in :func:`training.evaluation.subject.load_subject`, like the options.
+        seed: of the training.
+        random_seed: of the weights with ``random``.
+        random: take random weights.
+        weights: a safetensors file.
+        size: image size in pixels.
 
     Raises:
-        ValueError: the network has no published weights.
+        ValueError: a weights file for a recipe that starts from random weights, or as ``load_subject``.
     """
-    for name, entry in zoo.manifest().items():
-        if name.split(".", 1)[0] == subject.architecture:
-            return str(entry["recommended_layer"])
-    layers = ", ".join(layer_modules(subject.backbone))
-    raise ValueError(f"no layer is recommended for {subject.architecture}: give --layer, one of {layers}")
-
-
-def transfer_subject(recipe: TransferRecipe, model: str, seed: int, **options: Any) -> Subject:
-    """The backbone that a recipe starts from; recipes that start from random weights take those of the seed."""
     if recipe.start != "random":
-        return load_subject(model, **options)
-    if options.get("weights"):
+        return load_subject(model, random=random, seed=random_seed, weights=weights, size=size)
+    if weights:
         raise ValueError(f"{recipe.name} starts from random weights: leave the weights file out")
     architecture = model.split(".", 1)[0]
-    subject = load_subject(architecture, random=True, seed=seed, size=options.get("size"))
+    subject = load_subject(architecture, random=True, seed=seed, size=size)
     return dataclasses.replace(subject, name=f"{architecture}.random")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    recipes = "\n".join(f"  {r.name:24s} {PROTOCOLS[r.protocol].title}, {r.images:,} crops" for r in TRANSFERS.values())
-    parser = argparse.ArgumentParser(
-        prog="python -m training finetune", description=__doc__, epilog=f"recipes:\n{recipes}\n\n{TURN_OFF}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    lines = (f"{r.name:24s} {PROTOCOLS[r.protocol].title}, {r.images:,} crops" for r in TRANSFERS.values())
+    parser = create_parser("finetune", __doc__, lines)
     parser.add_argument("recipe", choices=sorted(TRANSFERS), metavar="RECIPE", help="one of the recipes below")
-    parser.add_argument("model", metavar="MODEL", help="any model or model.tag of timm, rotnet_* among them")
-    parser.add_argument("--weights", type=Path, metavar="FILE", help="start from a safetensors file")
-    parser.add_argument("--random", action="store_true", help="start from random weights")
-    parser.add_argument("--layer", help="the backbone's last layer that is kept [the recommended one]")
-    parser.add_argument("--labels-per-class", type=int, nargs="+", metavar="K", help="labels of each class [all]")
-    parser.add_argument("--draw", choices=("first", "random"), default="first", help="which of a class [%(default)s]")
-    parser.add_argument("--seeds", type=int, default=1, help="how often each is trained [%(default)s]")
-    parser.add_argument("--images", type=int, help="crops seen in all, instead of the recipe's")
-    sets = (*DATASETS, FOLDER)
+    options.add_model(parser)
+    parser.add_argument("--layer", help="last layer of the backbone that is kept [the recommended one]")
     parser.add_argument(
-        "--dataset", choices=sets, default="cifar10", metavar="SET", help=f"{', '.join(sets)} [cifar10]"
+        "--labels-per-class", type=int, nargs="+", metavar="K", help="labelled images of each class [all]"
     )
-    parser.add_argument("--data", type=Path, default=Path("data/cifar10"), help="where it is [%(default)s]")
-    parser.add_argument("--size", type=int, help="side of the images the backbone gets [the model's own]")
-    parser.add_argument("--download", action="store_true", help="let torchvision fetch CIFAR-10 into --data")
     parser.add_argument(
-        "--holdout", type=int, default=0, metavar="N", help="measure the last N training images instead"
+        "--draw", choices=("first", "random"), default="first", help="which K images of a class [%(default)s]"
     )
-    add_precision_argument(parser)
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps [%(default)s]")
-    parser.add_argument("--output", type=Path, help="folder of rows and report [runs/finetune/<weights>]")
-    parser.add_argument("--record", action="store_true", help="write the rows to training/results/, for the card")
+    parser.add_argument("--images", type=int, metavar="N", help="train on N crops in total [the recipe's]")
+    options.add_data(parser)
+    options.add_run(parser, "runs/finetune")
     args = parser.parse_args(arguments)
-    recipe = TRANSFERS[args.recipe]
-    if args.images is not None:
-        recipe = dataclasses.replace(recipe, images=args.images)
-    if args.precision is not None:
-        recipe = dataclasses.replace(recipe, precision=args.precision)
-    options = {"random": args.random, "weights": args.weights, "size": args.size}
+    return run_measuring(lambda: _measure(args), args.device)
 
-    def measure() -> Path:
-        warn_if_emulated(args.precision, args.device)
-        subject = transfer_subject(recipe, args.model, 0, **options)
-        layer = args.layer or recommended_layer(subject)
-        output = args.output or Path("runs") / "finetune" / subject.name
-        cifar10 = args.dataset == "cifar10" and not args.holdout and not args.size
-        own = not cifar10 or resolved(recipe, args.device) != resolved(TRANSFERS[args.recipe], args.device)
-        file = record_file(subject, own) if args.record else output / "rows.jsonl"
-        build_network(recipe, subject, layer, num_classes=2)
-        images = load_images(args.dataset, args.data, subject.size, args.download, args.holdout)
-        if args.size:
-            images = dataclasses.replace(images, name=f"{images.name} at {args.size} pixels")
-        if args.record:
-            check_whole(args.dataset, len(images.train), len(images.test))
-        for labels in args.labels_per_class or []:
-            labels_subset(images.train, labels)
-        check_rows(file)
-        trainings = [(labels, seed) for labels in args.labels_per_class or [None] for seed in range(args.seeds)]
-        for labels, seed in progress("trainings", len(trainings), "training", trainings, disable=len(trainings) == 1):
-            # a training uses its backbone up: each takes a new one
-            subject = transfer_subject(recipe, args.model, seed, **options)
-            row = measure_transfer(recipe, subject, layer, images, labels, args.draw, seed, args.device)
-            keep_row(row, file)
-        if not args.record:
-            write_report(output, file)
-        return file
 
-    return run_measuring(measure, args.device)
+def _measure(args: argparse.Namespace) -> Path:
+    """Train and measure what the options ask for; returns the file of the rows."""
+    warn_if_emulated(args.precision, args.device)
+    recipe = _recipe(args)
+    subject = _subject(recipe, args, args.seed)
+    layer = args.layer or recommended_layer(subject)
+    output = args.output or Path("runs") / "finetune" / subject.name
+    cifar10 = args.dataset == "cifar10" and not args.holdout and not args.size
+    own = not cifar10 or resolved(recipe, args.device) != resolved(TRANSFERS[args.recipe], args.device)
+    file = record_file(subject, own) if args.record else output / "rows.jsonl"
+    # what the options ask for in vain is an error now, not after the first training
+    build_network(recipe, subject, layer, num_classes=2)
+    images = load_images(args.dataset, args.data, subject.size, args.download, args.holdout)
+    images = dataclasses.replace(images, name=options.sized_name(images.name, args))
+    if args.record:
+        check_whole(args.dataset, len(images.train), len(images.test))
+    for labels in args.labels_per_class or []:
+        labels_subset(images.train, labels)
+    check_rows(file)
+    trainings = [(labels, seed) for labels in args.labels_per_class or [None] for seed in options.seeds(args)]
+    for labels, seed in progress("trainings", len(trainings), "training", trainings, disable=len(trainings) == 1):
+        subject = _subject(recipe, args, seed)
+        row = measure_transfer(recipe, subject, layer, images, labels, args.draw, seed, args.device)
+        keep_row(row, file)
+    if not args.record:
+        write_report(output, file)
+    return file
+
+
+def _recipe(args: argparse.Namespace) -> TransferRecipe:
+    given = {"images": args.images, "precision": args.precision}
+    return dataclasses.replace(
+        TRANSFERS[args.recipe], **{name: value for name, value in given.items() if value is not None}
+    )
+
+
+def _subject(recipe: TransferRecipe, args: argparse.Namespace, seed: int) -> Subject:
+    """A backbone of its own for the training of a seed, which changes it; ``--random`` weights are those of --seed."""
+    return transfer_subject(
+        recipe, args.model, seed, args.seed, random=args.random, weights=args.weights, size=args.size
+    )

@@ -1,23 +1,24 @@
-"""ImageNet-style probes: classifiers on every layer of a frozen backbone, all trained in one pass over fresh crops.
+"""ImageNet-style probes: classifiers on every layer of a frozen backbone, trained together on the same crops.
 
     python -m training probe-layers imagenet-linear-paper rotnet_alexnet.gidaris_in1k --data ILSVRC2012
     python -m training probe-layers imagenet-linear-cpu rotnet_alexnet --dataset tinyimagenet --data DIR
     python -m training probe-layers imagenet-nonlinear-cpu rotnet_alexnet --random --layers conv4 --data DIR
 
-The data are a folder of train/<class>/* and val/<class>/* (ImageNet, Places205), Tiny-ImageNet or CIFAR-10 as they are
-distributed, or a labelled data set of torchvision by timm's name (torch/places365). They are decoded by --workers as
-they are needed, or held in memory where they fit. The linear classifiers are those of tables 5 and 6 of the paper, the
-non-linear ones, the rest of the network trained anew, those of table 4. The last step's classifiers are measured, on
-the central crops of the validation images, which choose nothing: with --holdout N the last N training images are
-measured in their place, to choose by. Numbers are written to --output as rows.jsonl, report.md, report.json and
+The images are a folder of train/<class>/* and val/<class>/* (ImageNet, Places205), one of the datasets below in its
+original layout, or a labelled dataset of torchvision by timm's name (torch/places365). They are kept in memory if they
+fit, else --workers decode them as they are needed. The linear classifiers are those of tables 5 and 6 of the paper. The
+non-linear ones are the remaining layers of the network, trained from random weights, as in table 4. The classifiers of
+the last step are tested on the center crops of the validation images; nothing is selected on them. --holdout N tests on
+N random training images instead, to tune on. Results are written to --output: rows.jsonl, report.md, report.json and
 report.png.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +29,23 @@ from torch.nn import functional as F
 
 from rotation_ssl.evaluation.frozen import PARTS, preparation
 from rotation_ssl.features import layer_modules
-from rotation_ssl.images import find_images
-from rotation_ssl.machine import TURN_OFF
+from rotation_ssl.fit import fit
 from rotation_ssl.messages import counted
-from rotation_ssl.precision import add_precision_argument, autocast_type, resolved, warn_if_emulated
+from rotation_ssl.precision import autocast_type, resolved, warn_if_emulated
 from rotation_ssl.pretraining.augment import Windows, crop_and_flip, take_windows
-from rotation_ssl.pretraining.images import UnlabelledImages, open_dataset, open_entries, open_files, stream
 from rotation_ssl.probes import max_pooled_probe
 from rotation_ssl.progress import progress
-from training.datasets import DATASETS, FOLDER, check_whole, list_files, load_cifar10, name_of
+from training.command import create_parser
+from training.datasets import DATASETS, check_whole, name_of
+from training.evaluation import options
+from training.evaluation.labelled import (
+    Labelled,
+    check_decoding,
+    open_labelled,
+    read_into_memory,
+    split_holdout,
+    squares_of,
+)
 from training.evaluation.recipes import LAYER_PROBES, LayerProbeRecipe
 from training.evaluation.subject import Subject, load_subject, measured_row, record_file
 from training.reporting.report import check_rows, keep_row, run_measuring, write_report
@@ -44,100 +53,21 @@ from training.reporting.rows import Row
 
 MAX_VALUES = 9600  # of 12 x 12 x 64, 7 x 7 x 192, 5 x 5 x 384, 6 x 6 x 256: AlexNet's layers at 224 pixels
 CROP = 7 / 8  # of the side: 224 of 256 pixels
-CHECK_EVERY = 50  # steps
-
-
-@dataclasses.dataclass(frozen=True)
-class Labelled:
-    """Images of one size, in memory or decoded as they come, with ``labels`` (N,) int64 of ``classes`` classes."""
-
-    images: torch.Tensor | UnlabelledImages
-    labels: torch.Tensor
-    classes: int
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-
-def open_labelled(dataset: str, data_dir: Path, split: str, size: int, download: bool = False) -> Labelled:
-    """The training or validation images of a data set, and their labels.
-
-    Args:
-        dataset: one of :data:`DATASETS`, 'folder', or a name of timm for one of torchvision's ('torch/places365').
-        data_dir: where it is.
-        split: 'train' or 'val'.
-        size: side of the squares; CIFAR-10 keeps its 32 pixels.
-        download: let torchvision fetch it.
-
-    Raises:
-        ValueError: no such data set, nothing in it, or one whose labels are not at hand without decoding its images.
-    """
-    if dataset == "cifar10":
-        data = load_cifar10(data_dir, "train" if split == "train" else "test", download)
-        return Labelled(data.images, data.labels, len(data.classes))
-    if dataset in DATASETS:
-        files, numbers, classes = list_files(dataset, data_dir, "train" if split == "train" else "test")
-        return Labelled(open_files(files, size), torch.tensor(numbers), len(classes))
-    if dataset == FOLDER:
-        names = class_folders(data_dir / "train")
-        if not names:
-            raise ValueError(f"no class folders in {data_dir / 'train'}: expected train/<class>/* and val/<class>/*")
-        unknown = sorted(set(class_folders(data_dir / split)) - set(names))
-        if unknown:
-            raise ValueError(f"{data_dir / split} holds classes that train has not: {', '.join(unknown[:3])}")
-        found = [find_images(data_dir / split / name) for name in names]
-        labels = torch.arange(len(names)).repeat_interleave(torch.tensor([len(files) for files in found]))
-        return Labelled(open_files([file for files in found for file in files], size), labels, len(names))
-    entries = open_dataset(dataset, data_dir, split, download)
-    targets = getattr(entries, "targets", None)
-    if targets is None:
-        raise ValueError(f"{dataset!r} does not tell its labels without its images: take a folder, or torch/places365")
-    return Labelled(open_entries(entries, size), torch.as_tensor(targets), int(max(targets)) + 1)
 
 
 def square_size(recipe: LayerProbeRecipe, dataset: str) -> int:
-    """The side in pixels of the squares that crops are taken from: of small budgets, the data set's own."""
+    """Side in pixels of the squares that crops are taken from; small budgets use the dataset's own size."""
     return DATASETS[dataset].probe_size if recipe.budget == "cpu" and dataset in DATASETS else recipe.image_size
-
-
-def class_folders(folder: Path) -> list[str]:
-    """Names of the folders in a folder, sorted; files beside them and hidden folders are no classes."""
-    if not folder.is_dir():
-        return []
-    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-
-
-def read_into_memory(data: Labelled, workers: int) -> Labelled:
-    """The images in memory where they fit, else as they are.
-
-    Raises:
-        ValueError: an image that does not decode; the error names it.
-    """
-    if isinstance(data.images, UnlabelledImages) and data.images.fits_memory(copies=2):
-        data.images.read_all(workers)
-        _refuse_broken(data, data.images.broken)
-    return data
-
-
-def split_holdout(data: Labelled, holdout: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices to train on, and ``holdout`` others, of all classes alike but for chance: a permutation's last ones.
-
-    Raises:
-        ValueError: a holdout out of range.
-    """
-    if not 0 < holdout < len(data):
-        raise ValueError(f"holdout must be 1 to {len(data) - 1} of the training images, got {holdout}")
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
-    return order[:-holdout], order[-holdout:]
 
 
 def build_probes(
     recipe: LayerProbeRecipe, subject: Subject, layers: Sequence[str], classes: int
 ) -> dict[str, nn.Module]:
-    """A new classifier on each layer, by its name, which may have dots in it.
+    """A new classifier on each layer, by the layer's name, which may contain dots.
 
     Raises:
-        ValueError: no such layer, a backbone that gives no maps of its layers, or whose rest cannot be trained anew.
+        ValueError: no such layer, a backbone without forward_intermediates, or one whose remaining layers are not
+            known.
     """
     backbone: Any = subject.backbone
     known = layer_modules(backbone)
@@ -145,7 +75,7 @@ def build_probes(
     if unknown:
         raise ValueError(f"no layer {', '.join(unknown)} in this backbone; it has {', '.join(known)}")
     if not hasattr(backbone, "forward_intermediates"):
-        raise ValueError(f"{subject.name} gives no maps of its layers: timm gives it no forward_intermediates")
+        raise ValueError(f"{subject.name} cannot be probed: it has no forward_intermediates")
     device = next(backbone.parameters()).device
     with torch.no_grad():
         maps = layer_maps(subject, torch.zeros(2, 3, subject.size, subject.size, device=device), layers)
@@ -162,9 +92,9 @@ def build_probes(
 
 
 def layer_maps(subject: Subject, images: torch.Tensor, layers: Sequence[str]) -> dict[str, torch.Tensor]:
-    """The maps (B, C, H', W') of the layers, in one pass of the frozen backbone over prepared images (B, 3, H, H).
+    """The maps (B, C, H', W') of the layers, from one pass of the frozen backbone over prepared images (B, 3, H, H).
 
-    The backbone is in eval mode afterwards, whatever it was in.
+    The backbone is in eval mode afterwards.
     """
     backbone: Any = subject.backbone.eval()
     modules = [entry["module"] for entry in backbone.feature_info]
@@ -184,17 +114,17 @@ def train_probes(
     workers: int = 0,
     autocast: torch.dtype | None = None,
 ) -> None:
-    """Train the classifiers in place, each by its own loss; they are in eval mode afterwards.
+    """Train the classifiers in place, each on its own loss; they are in eval mode afterwards.
 
     Args:
         recipe: all settings.
-        subject: the backbone; it stays in eval mode and as it is.
+        subject: the backbone, which stays frozen, in eval mode.
         probes: by layer.
         data: the images.
-        chosen: (M,) indices of those to train on.
+        chosen: (M,) indices of the images to train on.
         seed: of the order and the crops.
-        workers: processes that decode.
-        autocast: what the backbone and the classifiers compute in (torch.bfloat16); None: as the weights are.
+        workers: data-loading worker processes.
+        autocast: type that the backbone and the classifiers compute in (torch.bfloat16); None: the weights' type.
 
     Raises:
         ValueError: fewer images than a batch, an image that does not decode, or a loss that is not finite.
@@ -208,40 +138,27 @@ def train_probes(
         classifiers.parameters(), recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, nesterov=True,
         fused=True,
     )  # fmt: skip
-    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(recipe.milestones), recipe.factor)
+    steps = len(chosen) // recipe.batch_size  # of an epoch
+    milestones = [milestone * steps for milestone in recipe.milestones]
     generator = torch.Generator().manual_seed(seed)
-    steps = len(chosen) // recipe.batch_size
-    # drawn beforehand, by a generator of its own: decoding runs ahead of the crops
+    # the order has a generator of its own: decoding runs ahead of the crops
     orders = torch.Generator().manual_seed(seed + 1)
-    indices = (chosen[part] for _ in range(recipe.epochs) for part in _epoch(len(chosen), recipe.batch_size, orders))
-    squares = _labelled_squares(data, indices, workers, pin=device.type == "cuda")
-    classifiers.train()
-    with progress(recipe.name, recipe.epochs * steps * recipe.batch_size) as bar:
-        for epoch in range(recipe.epochs):
-            losses: list[torch.Tensor] = []
-            for step in range(steps):
-                pixels, labels = next(squares)
-                pixels, wanted = (tensor.to(device, non_blocking=True) for tensor in (pixels, labels))
-                crops = crop_and_flip(pixels, round(CROP * pixels.shape[-1]), 0, "reflect", True, generator)
-                # without a cache, which would hold the weights as they were at the first step
-                with torch.autocast(device.type, autocast, enabled=autocast is not None, cache_enabled=False):
-                    with torch.no_grad():
-                        maps = layer_maps(subject, prepare(crops), layers)
-                    own = torch.stack([F.cross_entropy(probes[layer](maps[layer]).float(), wanted) for layer in layers])
-                optimizer.zero_grad()
-                own.sum().backward()
-                optimizer.step()
-                losses.append(own.detach())
-                bar.update(len(labels))
-                if step % CHECK_EVERY == CHECK_EVERY - 1 or step == steps - 1:
-                    mean = torch.stack(losses).mean(0)
-                    if not mean.isfinite().all():
-                        raise ValueError(f"a loss of {recipe.name} became {mean.max().item()} in epoch {epoch + 1}")
-                    bar.set_postfix({layer: f"{loss:.2f}" for layer, loss in zip(layers, mean.tolist(), strict=True)})
-                    losses.clear()
-            scheduler.step()
-    squares.close()
-    classifiers.eval()
+    permutations = (torch.randperm(len(chosen), generator=orders) for _ in range(recipe.epochs))
+    indices = (chosen[part] for order in permutations for part in order.split(recipe.batch_size)[:steps])
+
+    def loss_of(batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        pixels, labels = (tensor.to(device, non_blocking=True) for tensor in batch)
+        crops = crop_and_flip(pixels, round(CROP * pixels.shape[-1]), 0, "reflect", True, generator)
+        with torch.no_grad():
+            maps = layer_maps(subject, prepare(crops), layers)
+        return torch.stack([F.cross_entropy(probes[layer](maps[layer]).float(), labels) for layer in layers])
+
+    with contextlib.closing(squares_of(data, indices, workers, pin=device.type == "cuda")) as squares:
+        fit(
+            classifiers, squares, loss_of, optimizer, name=f"{recipe.name}, {', '.join(layers)}",
+            scheduler=torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, recipe.factor),
+            steps=recipe.epochs * steps, images_per_step=recipe.batch_size, autocast=autocast,
+        )  # fmt: skip
 
 
 @torch.inference_mode()
@@ -253,7 +170,7 @@ def count_correct(
     workers: int = 0,
     autocast: torch.dtype | None = None,
 ) -> dict[str, list[int]]:
-    """By layer, how many of the images at ``chosen`` (M,) each classifier names rightly, in each tenth of them.
+    """By layer, the number of correct predictions in each tenth of the images at ``chosen`` (M,).
 
     Raises:
         ValueError: an image that does not decode, or logits that are not finite.
@@ -265,7 +182,7 @@ def count_correct(
         progress("measuring", len(chosen)) as bar,
         torch.autocast(device.type, autocast, enabled=autocast is not None),
     ):
-        for pixels, labels in _labelled_squares(data, iter(chosen.split(100)), workers, pin=device.type == "cuda"):
+        for pixels, labels in squares_of(data, iter(chosen.split(100)), workers, pin=device.type == "cuda"):
             maps = layer_maps(subject, prepare(_central(pixels.to(device, non_blocking=True))), layers)
             for layer in layers:
                 logits = probes[layer](maps[layer])
@@ -287,20 +204,20 @@ def measure_layers(
     seed: int = 0,
     workers: int = 0,
 ) -> Iterator[Row]:
-    """Train the recipe's classifiers on the layers and measure them: a row a layer.
+    """Train the recipe's classifiers on the layers and test them; one row for each layer.
 
-    Images to measure on that are not in memory are all decoded first: a broken one is no reason to train in vain.
+    Test images that are not in memory are all decoded before the training, to find a broken one in time.
 
     Args:
-        recipe: all settings; the rows say which precision 'auto' was.
-        subject: the backbone, on the device to work on.
+        recipe: all settings; the rows say which precision 'auto' became.
+        subject: the backbone, on the device to use.
         layers: names of the backbone's layers.
         train: the training images.
-        val: the validation images, which are not read where there is a holdout.
+        val: the validation images, which are not read if there is a holdout.
         name: of the data in the rows.
-        holdout: measure so many of the training images in their place.
+        holdout: test on this many training images instead.
         seed: of the classifiers, the order and the crops.
-        workers: processes that decode.
+        workers: data-loading worker processes.
 
     Raises:
         ValueError: as :func:`build_probes`, :func:`train_probes` and :func:`count_correct`.
@@ -308,13 +225,13 @@ def measure_layers(
     started = time.monotonic()
     recipe = resolved(recipe, next(subject.backbone.parameters()).device)
     torch.manual_seed(seed)
-    probes = build_probes(recipe, subject, layers, train.classes)
+    probes = build_probes(recipe, subject, layers, len(train.classes))
     autocast = autocast_type(recipe.precision)
     chosen, measured, of = torch.arange(len(train)), torch.arange(len(val)), val
     if holdout:
         chosen, measured = split_holdout(train, holdout)
         of, name = train, f"{name.rpartition(' ')[0]}, {counted(holdout, 'training image')}"
-    _check_decoding(of, measured, workers)
+    check_decoding(of, measured, workers)
     train_probes(recipe, subject, probes, train, chosen, seed, workers, autocast)
     found = count_correct(subject, probes, of, measured, workers, autocast)
     seconds = time.monotonic() - started
@@ -330,51 +247,17 @@ def measure_layers(
             subject, counts, len(measured), name, settings, time.monotonic() - started,
             protocol=recipe.protocol, budget=recipe.budget, layer=layer, seed=seed,
         )  # fmt: skip
-        # one pass for all: each its share
+        # all are trained in one pass: each row gets its share of the time
         yield dataclasses.replace(row, seconds=round(seconds / len(probes), 1))
 
 
 def _rest_of_network(subject: Subject, index: int, classes: int, fc_size: int) -> nn.Module:
     if subject.architecture != "rotnet_alexnet":
         raise ValueError(
-            f"the rest of {subject.architecture} after a layer is not known: take rotnet_alexnet, or linear"
+            f"the layers of {subject.architecture} after a layer are not known: use rotnet_alexnet or a linear recipe"
         )
     fresh = timm.create_model("rotnet_alexnet", num_classes=classes, fc_size=fc_size)
     return nn.Sequential(fresh.features[fresh.feature_ends[index] + 1 :], fresh.head)
-
-
-def _epoch(count: int, batch_size: int, generator: torch.Generator) -> list[torch.Tensor]:
-    """The batches of an epoch, the last, incomplete one dropped."""
-    return list(torch.randperm(count, generator=generator).split(batch_size))[: count // batch_size]
-
-
-def _labelled_squares(
-    data: Labelled, indices: Iterator[torch.Tensor], workers: int, pin: bool
-) -> Generator[tuple[torch.Tensor, torch.Tensor], None, None]:
-    """Squares (B, 3, H, H) uint8 and labels (B,) at each of the indices (B,)."""
-    asked: list[torch.Tensor] = []
-
-    def remembered() -> Iterator[torch.Tensor]:
-        for part in indices:
-            asked.append(part)
-            yield part
-
-    for pixels, broken in stream(data.images, remembered(), workers, pin):
-        _refuse_broken(data, broken)
-        yield pixels, data.labels[asked.pop(0)]
-
-
-def _refuse_broken(data: Labelled, broken: set[int]) -> None:
-    if broken and isinstance(data.images, UnlabelledImages):
-        raise ValueError(f"image {data.images.label(min(broken))} does not decode: replace or remove it")
-
-
-def _check_decoding(data: Labelled, chosen: torch.Tensor, workers: int) -> None:
-    if not isinstance(data.images, UnlabelledImages) or data.images.squares is not None:
-        return
-    with progress("checking", len(chosen)) as bar:
-        for pixels, _ in _labelled_squares(data, iter(chosen.split(100)), workers, pin=False):
-            bar.update(len(pixels))
 
 
 def _central(pixels: torch.Tensor) -> torch.Tensor:
@@ -386,79 +269,75 @@ def _central(pixels: torch.Tensor) -> torch.Tensor:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    recipes = "\n".join(f"  {r.name:26s} {r.epochs:2d} epochs; {r.note}" for r in LAYER_PROBES.values())
-    parser = argparse.ArgumentParser(
-        prog="python -m training probe-layers", description=__doc__, epilog=f"recipes:\n{recipes}\n\n{TURN_OFF}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    lines = (f"{r.name:26s} {counted(r.epochs, 'epoch')}; {r.note}" for r in LAYER_PROBES.values())
+    parser = create_parser("probe-layers", __doc__, lines)
     parser.add_argument("recipe", choices=LAYER_PROBES, metavar="RECIPE", help="one of the recipes below")
-    parser.add_argument("model", metavar="MODEL", help="any model or model.tag of timm, rotnet_* among them")
-    parser.add_argument("--weights", type=Path, metavar="FILE", help="measure the weights of a safetensors file")
-    parser.add_argument("--random", action="store_true", help="measure the network with random weights")
+    options.add_model(parser)
     parser.add_argument("--layers", nargs="+", metavar="LAYER", help="layers to probe [all]")
-    parser.add_argument("--seeds", type=int, default=1, help="how often the classifiers are trained [%(default)s]")
-    parser.add_argument("--epochs", type=int, help="instead of the recipe's, rates falling in proportion")
-    parser.add_argument(
-        "--dataset", default=FOLDER, help=f"folder, {', '.join(DATASETS)}, or torch/NAME of torchvision [%(default)s]"
-    )
-    parser.add_argument("--data", type=Path, required=True, help="where it is")
-    parser.add_argument("--download", action="store_true", help="let torchvision fetch it into --data")
-    parser.add_argument("--size", type=int, help="side of the images the backbone gets [the model's own]")
-    parser.add_argument("--holdout", type=int, default=0, metavar="N", help="measure N training images instead")
-    parser.add_argument("--workers", type=int, default=0, help="processes that decode images [%(default)s]")
-    add_precision_argument(parser)
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps [%(default)s]")
-    parser.add_argument("--output", type=Path, help="folder of rows and report [runs/imagenet/<weights>]")
-    parser.add_argument("--record", action="store_true", help="write the rows to training/results/, for the card")
+    parser.add_argument("--epochs", type=int, help="number of epochs, milestones in proportion [the recipe's]")
+    options.add_data(parser, torchvision=True)
+    parser.add_argument("--workers", type=int, default=0, help="data-loading worker processes [%(default)s]")
+    options.add_run(parser, "runs/imagenet")
     args = parser.parse_args(arguments)
+    return run_measuring(lambda: _measure(args), args.device)
 
-    def measure() -> Path:
-        warn_if_emulated(args.precision, args.device)
-        named = resolved(LAYER_PROBES[args.recipe], args.device)
-        recipe = LAYER_PROBES[args.recipe]
-        if args.epochs is not None:
-            recipe = with_epochs(recipe, args.epochs)
-        if args.precision is not None:
-            recipe = dataclasses.replace(recipe, precision=args.precision)
-        recipe = resolved(recipe, args.device)
-        if recipe != named:
-            recipe = dataclasses.replace(recipe, budget="")
-        subject = load_subject(args.model, random=args.random, weights=args.weights, size=args.size)
-        subject.backbone.to(args.device).to(memory_format=torch.channels_last)
-        layers = args.layers or list(layer_modules(subject.backbone))
-        build_probes(recipe, subject, layers, classes=2)
-        output = args.output or Path("runs") / "imagenet" / subject.name
-        own = args.dataset not in DATASETS or args.holdout or args.size or recipe != named
-        file = record_file(subject, bool(own)) if args.record else output / "rows.jsonl"
-        side = square_size(LAYER_PROBES[args.recipe], args.dataset)
-        train = open_labelled(args.dataset, args.data, "train", side, args.download)
-        val = train if args.holdout else open_labelled(args.dataset, args.data, "val", side, args.download)
-        if val.classes != train.classes:
-            raise ValueError(f"the classes to train on are {train.classes}, those to measure on {val.classes}")
-        if args.record:
-            check_whole(args.dataset, len(train), len(val))
-        train = read_into_memory(train, args.workers)
-        val = train if args.holdout else read_into_memory(val, args.workers)
-        name = name_of(args.dataset, args.data, "val")
-        check_rows(file)
-        for seed in progress("seeds", args.seeds, "seed", range(args.seeds), disable=args.seeds == 1):
-            for row in measure_layers(recipe, subject, layers, train, val, name, args.holdout, seed, args.workers):
-                keep_row(dataclasses.replace(row, data=f"{row.data} at {args.size} pixels") if args.size else row, file)
-        if not args.record:
-            write_report(output, file)
-        return file
 
-    return run_measuring(measure, args.device)
+def _measure(args: argparse.Namespace) -> Path:
+    """Train and measure what the options ask for; returns the file of the rows."""
+    warn_if_emulated(args.precision, args.device)
+    recipe = _recipe(args)
+    subject = load_subject(args.model, random=args.random, seed=args.seed, weights=args.weights, size=args.size)
+    subject.backbone.to(args.device).to(memory_format=torch.channels_last)
+    layers = args.layers or list(layer_modules(subject.backbone))
+    # a wrong layer is an error now, not after the images are read
+    build_probes(recipe, subject, layers, classes=2)
+    output = args.output or Path("runs") / "imagenet" / subject.name
+    own = args.dataset not in DATASETS or args.holdout or args.size or not recipe.budget
+    file = record_file(subject, bool(own)) if args.record else output / "rows.jsonl"
+    train, val = _open(args)
+    if args.record:
+        check_whole(args.dataset, len(train), len(val))
+    train = read_into_memory(train, args.workers)
+    val = train if args.holdout else read_into_memory(val, args.workers)
+    name = name_of(args.dataset, args.data, "val")
+    check_rows(file)
+    for seed in progress("seeds", args.seeds, "seed", options.seeds(args), disable=args.seeds == 1):
+        for row in measure_layers(recipe, subject, layers, train, val, name, args.holdout, seed, args.workers):
+            keep_row(dataclasses.replace(row, data=options.sized_name(row.data, args)), file)
+    if not args.record:
+        write_report(output, file)
+    return file
+
+
+def _recipe(args: argparse.Namespace) -> LayerProbeRecipe:
+    """The recipe with what the options change, on the device; a changed one has no budget, so no column in the card."""
+    recipe = named = LAYER_PROBES[args.recipe]
+    if args.epochs is not None:
+        recipe = with_epochs(recipe, args.epochs)
+    if args.precision is not None:
+        recipe = dataclasses.replace(recipe, precision=args.precision)
+    recipe = resolved(recipe, args.device)
+    return recipe if recipe == resolved(named, args.device) else dataclasses.replace(recipe, budget="")
+
+
+def _open(args: argparse.Namespace) -> tuple[Labelled, Labelled]:
+    """The training and the validation images; with a holdout the training images twice."""
+    side = square_size(LAYER_PROBES[args.recipe], args.dataset)
+    train = open_labelled(args.dataset, args.data, "train", side, args.download)
+    val = train if args.holdout else open_labelled(args.dataset, args.data, "val", side, args.download)
+    if val.classes != train.classes:
+        raise ValueError(f"there are {len(train.classes)} classes to train on and {len(val.classes)} to test on")
+    return train, val
 
 
 def with_epochs(recipe: LayerProbeRecipe, epochs: int) -> LayerProbeRecipe:
-    """The recipe in so many epochs, its milestones in proportion.
+    """The recipe with another number of epochs, its milestones in proportion.
 
     Raises:
-        ValueError: fewer than one.
+        ValueError: less than one epoch.
     """
     if epochs < 1:
         raise ValueError(f"--epochs must be at least 1, got {epochs}")
-    # at 0 the first epoch would begin with a rate that has fallen already
+    # at 0 the rate would fall before the first epoch
     milestones = tuple(max(1, round(milestone * epochs / recipe.epochs)) for milestone in recipe.milestones)
     return dataclasses.replace(recipe, epochs=epochs, milestones=milestones)

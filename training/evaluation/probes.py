@@ -4,14 +4,14 @@
     python -m training evaluate resnet18 --random --data DIR --size 32 --only knn linear
     python -m training evaluate resnet50 --dataset folder --data MY_IMAGES
 
-DIR holds CIFAR-10; MY_IMAGES holds train/<class>/* and test/<class>/* (or val/). MODEL is any model of timm or of this
-package, with its published weights, with --random weights, or with those of a file (--weights FILE). One frozen pass
-over the images feeds the probes of all layers. The numbers are printed as they come and written to --output as
-rows.jsonl (written after every number), report.md, report.json and report.png.
+DIR contains CIFAR-10. MY_IMAGES contains train/<class>/* and test/<class>/* (or val/). MODEL is any model of timm or of
+this package, with its published weights, --random weights, or the weights of a file (--weights FILE). The features of
+all layers come from one pass over the images. Results are printed as they come and written to --output: rows.jsonl
+(after every number), report.md, report.json and report.png.
 
-A probe's settings are recipes (rotation_ssl/evaluation/protocols.py); the linear probe's strength is chosen on the last
-tenth of the training images. Nothing is chosen by test images: with --holdout N the last N training images are measured
-in place of the test images, which are not read then, to choose by.
+The settings of the probes are recipes (rotation_ssl/evaluation/protocols.py). The strength of the linear probe is
+chosen on the last tenth of the training images. Nothing is chosen on test images. To tune on other images, --holdout N
+tests on the last N training images and does not read the test images.
 """
 
 import argparse
@@ -27,13 +27,16 @@ from rotation_ssl.evaluation.measure import LINEAR_GRID, Measurement, Number, pl
 from rotation_ssl.evaluation.protocols import PROTOCOLS
 from rotation_ssl.features import layer_modules
 from rotation_ssl.labelled import Images, LabelledImages
-from rotation_ssl.machine import TURN_OFF
-from rotation_ssl.precision import add_precision_argument, resolve_precision, warn_if_emulated
+from rotation_ssl.precision import resolve_precision, warn_if_emulated
 from rotation_ssl.progress import progress
-from training.datasets import DATASETS, FOLDER, check_whole, load_images
+from training.command import create_parser
+from training.datasets import DATASETS, check_whole, load_images
+from training.evaluation import options
 from training.evaluation.subject import Subject, load_subject, measured_row, record_file
 from training.reporting.report import check_rows, keep_row, run_measuring, write_report
 from training.reporting.rows import Row
+
+DEFAULT = ("rotation", "knn", "linear", "nonlinear")
 
 
 def measure_rotation(
@@ -53,7 +56,7 @@ def measure_features(
     features: str | None = None,
     probes: str | None = None,
 ) -> Iterator[Row]:
-    """The rows of :func:`rotation_ssl.evaluation.measure.measure_features`, each as soon as it is there.
+    """The rows of :func:`rotation_ssl.evaluation.measure.measure_features`, each as soon as it is measured.
 
     Args:
         subject: the backbone, on the device.
@@ -61,8 +64,8 @@ def measure_features(
         measurements: what to measure.
         device: where to train probes.
         test_parts: tenths of the test images to measure on.
-        features: precision that the features are computed in, which the rows say then; None: fp32.
-        probes: precision of the trained probes; None: their recipes'. The rows say what 'auto' was.
+        features: precision of the features, which the rows then say; None: fp32.
+        probes: precision of the trained probes; None: as in their recipes. The rows say what 'auto' became.
 
     Raises:
         ValueError: as there.
@@ -79,77 +82,53 @@ def _row(subject: Subject, number: Number, data: str) -> Row:
     return measured_row(subject, number.counts, number.n, data, number.settings, number.seconds, **measurement)
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m training evaluate",
-        description=__doc__,
-        epilog=TURN_OFF,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("model", metavar="MODEL", help="any model or model.tag of timm, rotnet_* among them")
-    parser.add_argument("--weights", type=Path, metavar="FILE", help="measure the weights of a safetensors file")
-    parser.add_argument("--random", action="store_true", help="measure the network with random weights")
-    parser.add_argument("--random-seed", type=int, default=0, help="of the random weights [%(default)s]")
+    parser = create_parser("evaluate", __doc__)
+    options.add_model(parser)
     parser.add_argument(
-        "--only", nargs="+", choices=PROTOCOLS, default=["rotation", "knn", "linear", "nonlinear"],
-        help="what to measure [rotation, where the network has 4 outputs, knn, linear, nonlinear]",
+        "--only", nargs="+", choices=PROTOCOLS, metavar="PROTOCOL",
+        help=f"{', '.join(PROTOCOLS)} [rotation, if the network has 4 outputs, knn, linear, nonlinear]",
     )  # fmt: skip
+    parser.add_argument("--layers", nargs="+", metavar="LAYER", help="layers to probe [all]")
     parser.add_argument(
-        "--layers", nargs="+", metavar="LAYER", help="layers to probe [all feature layers of the model]"
+        "--budget", choices=("cached", "paper"), default="cached", help="of the trained probes [%(default)s]"
     )
-    parser.add_argument("--seeds", type=int, default=1, help="how often each trained probe is trained [%(default)s]")
-    parser.add_argument("--budget", choices=("cached", "paper"), default="cached", help="of trained probes [cached]")
-    sets = (*DATASETS, FOLDER)
-    parser.add_argument(
-        "--dataset", choices=sets, default="cifar10", metavar="SET", help=f"{', '.join(sets)} [cifar10]"
-    )
-    parser.add_argument("--data", type=Path, default=Path("data/cifar10"), help="where it is [%(default)s]")
-    parser.add_argument("--size", type=int, help="side of the images the backbone gets [the model's own]")
-    parser.add_argument("--download", action="store_true", help="let torchvision fetch CIFAR-10 into --data")
-    parser.add_argument(
-        "--holdout", type=int, default=0, metavar="N", help="measure the last N training images instead"
-    )
-    add_precision_argument(parser, "features in fp32, probes in their recipes'")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps [%(default)s]")
-    parser.add_argument("--output", type=Path, help="folder of rows and report [runs/evaluate/<weights>]")
-    parser.add_argument("--record", action="store_true", help="write the rows to training/results/, for the card")
+    options.add_data(parser)
+    options.add_run(parser, "runs/evaluate", "features in fp32, probes as in their recipes")
     args = parser.parse_args(arguments)
+    return run_measuring(lambda: _measure(args), args.device)
 
-    def measure() -> Path:
-        warn_if_emulated(args.precision, args.device)
-        subject = load_subject(
-            args.model, random=args.random, seed=args.random_seed, weights=args.weights, size=args.size
-        )
-        layers = args.layers or list(layer_modules(subject.backbone))
-        subject.backbone.to(args.device).to(memory_format=torch.channels_last)
-        wanted = set(args.only)
-        if "rotation" in wanted and args.only == parser.get_default("only") and subject.backbone.num_classes != 4:
-            wanted.remove("rotation")
-        output = args.output or Path("runs") / "evaluate" / subject.name
-        own = args.dataset not in DATASETS or args.holdout or args.size or args.precision
-        file = record_file(subject, bool(own)) if args.record else output / "rows.jsonl"
-        measurements = plan(layers, wanted, args.budget, range(args.seeds))
-        images = load_images(
-            args.dataset, args.data, subject.size, args.download, args.holdout, test_only=not measurements
-        )
-        if args.size:
-            images = dataclasses.replace(images, name=f"{images.name} at {args.size} pixels")
-        if measurements:
-            map_grids(Frozen(subject.backbone, subject.size, args.device), images.test.images[:1], layers, LINEAR_GRID)
-        if args.record:
-            check_whole(args.dataset, len(images.train), len(images.test))
-        check_rows(file)
-        if "rotation" in wanted:
-            keep_row(measure_rotation(subject, images.test, images.name, args.device), file)
-        if measurements:
-            rows = measure_features(
-                subject, images, measurements, args.device, features=args.precision, probes=args.precision
-            )
-            for row in progress("numbers", len(measurements), "number", rows):
-                keep_row(row, file)
-        if not args.record:
-            write_report(output, file)
-        return file
 
-    return run_measuring(measure, args.device)
+def _measure(args: argparse.Namespace) -> Path:
+    """Measure what the options ask for; returns the file of the rows."""
+    warn_if_emulated(args.precision, args.device)
+    subject = load_subject(args.model, random=args.random, seed=args.seed, weights=args.weights, size=args.size)
+    layers = args.layers or list(layer_modules(subject.backbone))
+    subject.backbone.to(args.device).to(memory_format=torch.channels_last)
+    wanted = set(args.only or DEFAULT)
+    if not args.only and subject.backbone.num_classes != 4:
+        wanted.remove("rotation")
+    measurements = plan(layers, wanted, args.budget, options.seeds(args))
+    output = args.output or Path("runs") / "evaluate" / subject.name
+    own = args.dataset not in DATASETS or args.holdout or args.size or args.precision
+    file = record_file(subject, bool(own)) if args.record else output / "rows.jsonl"
+    images = load_images(args.dataset, args.data, subject.size, args.download, args.holdout, not measurements)
+    images = dataclasses.replace(images, name=options.sized_name(images.name, args))
+    if measurements:
+        # a wrong layer is an error now, not after the rotation accuracy
+        map_grids(Frozen(subject.backbone, subject.size, args.device), images.test.images[:1], layers, LINEAR_GRID)
+    if args.record:
+        check_whole(args.dataset, len(images.train), len(images.test))
+    check_rows(file)
+    if "rotation" in wanted:
+        keep_row(measure_rotation(subject, images.test, images.name, args.device), file)
+    if measurements:
+        rows = measure_features(
+            subject, images, measurements, args.device, features=args.precision, probes=args.precision
+        )
+        for row in progress("numbers", len(measurements), "number", rows):
+            keep_row(row, file)
+    if not args.record:
+        write_report(output, file)
+    return file

@@ -1,4 +1,4 @@
-"""Recipes of the lab's evaluations, complete frozen values; change one with ``dataclasses.replace``."""
+"""Recipes of the evaluations, as frozen dataclasses; change one with ``dataclasses.replace``."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -8,12 +8,12 @@ from rotation_ssl.pretraining.recipe import StepSchedule
 
 @dataclass(frozen=True)
 class TransferRecipe:
-    """How a backbone up to one layer and a classifier on it are trained on labels: SGD, ``images`` crops in all.
+    """How a backbone up to one layer and a classifier on it are trained on labels: by SGD on ``images`` crops in total.
 
-    ``start`` is 'frozen' (the backbone stays as it is), 'trained' (it is trained too, at ``backbone_lr``) or 'random'
-    (it starts from random weights and is trained: the supervised baseline). ``classifier`` is 'convolutional' or
-    'non-linear', as the probes are. Each step takes a random crop of the padded images, half of them mirrored.
-    ``precision`` is 'fp32', 'bf16' for autocast, or 'auto': bf16 where the device multiplies it, fp32 elsewhere.
+    ``start`` is 'frozen' (only the classifier is trained), 'trained' (the backbone too, with the learning rate
+    ``backbone_lr``) or 'random' (all of it, from random weights: the supervised baseline). ``classifier`` is
+    'convolutional' or 'non-linear', as the probes. Each step takes random crops of the padded images, half of them
+    mirrored. ``precision`` is 'fp32', 'bf16' for autocast, or 'auto': bf16 if the device multiplies it, else fp32.
     """
 
     name: str
@@ -33,7 +33,7 @@ class TransferRecipe:
     precision: str = "fp32"
 
 
-PAPER_IMAGES = 100 * 50_000  # the authors draw 50,000 images an epoch however few are labelled
+PAPER_IMAGES = 100 * 50_000  # the authors draw 50,000 images an epoch, however few labels there are
 CPU_IMAGES = 600 * 128  # 5 to 12 minutes on 2 cores
 CONVOLUTIONAL_SCHEDULE = StepSchedule(milestones=(0.35, 0.7, 0.85), factor=0.2)
 NONLINEAR_SCHEDULE = StepSchedule(milestones=(0.2, 0.4, 0.45), factor=0.2)
@@ -49,7 +49,7 @@ FEW_LABELS_CPU = TransferRecipe(
     precision="auto",
 )
 SUPERVISED_CPU = dataclasses.replace(FEW_LABELS_CPU, name="supervised-cpu", protocol="supervised", start="random")
-# the paper prints no settings for its fine-tuned rows: the backbone at a tenth of the classifier's rate is ours
+# the paper gives no settings for its fine-tuned rows: a tenth of the classifier's rate for the backbone is our choice
 FINETUNE_CONVOLUTIONAL_CPU = dataclasses.replace(
     FEW_LABELS_CPU,
     name="finetune-conv-cpu",
@@ -80,14 +80,13 @@ TRANSFERS = {recipe.name: recipe for recipe in (*_CPU_TRANSFERS, *_PAPER_TRANSFE
 
 @dataclass(frozen=True)
 class LayerProbeRecipe:
-    """How classifiers on several layers of a frozen backbone are trained in one pass over fresh crops: SGD on each.
+    """How classifiers on several layers of a frozen backbone are trained by SGD, all on the same new crops.
 
     ``classifier`` is 'linear' (adaptive max-pooling to about 9,000 values, batch norm without scale and shift, a linear
-    layer) or 'non-linear' (the rest of the network after the layer, anew, with fc layers of ``fc_size``). Images are
-    squares of ``image_size`` pixels, of which random crops of 7/8 of the side are taken, half of them mirrored, and the
-    central ones to measure on. ``milestones`` are the epochs at which the rate is multiplied by ``factor``.
-    ``precision`` is 'fp32', 'bf16' for autocast of backbone and classifiers, or 'auto': bf16 where the device
-    multiplies it, fp32 elsewhere.
+    layer) or 'non-linear' (the retrained rest of the network after the layer, with fc layers of ``fc_size``). Images
+    are squares of ``image_size`` pixels. Training uses random crops of 7/8 of their side, half of them mirrored, tests
+    use the central crop. At the epochs ``milestones`` the learning rate is multiplied by ``factor``. ``precision`` is
+    'fp32', 'bf16' for autocast of backbone and classifiers, or 'auto': bf16 if the device multiplies it, else fp32.
     """
 
     name: str

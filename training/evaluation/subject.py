@@ -1,4 +1,4 @@
-"""What is measured: a backbone with its weights, named so that a row says which bytes it is of."""
+"""What is measured: a backbone and its weights, with the name and hash that identify them in result rows."""
 
 import dataclasses
 import hashlib
@@ -16,6 +16,8 @@ from torch import nn
 
 import rotation_ssl  # noqa: F401  registers the models with timm
 from rotation_ssl import zoo
+from rotation_ssl.backbones.about import network_facts
+from rotation_ssl.features import layer_modules
 from rotation_ssl.machine import device_name, library_versions
 from rotation_ssl.messages import first_line
 from training.reporting.rows import RESULTS_DIR, Row, current_commit, require_committed
@@ -23,9 +25,9 @@ from training.reporting.rows import RESULTS_DIR, Row, current_commit, require_co
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """A backbone in eval mode, its name in the rows, the sha256 of its weights, and the side of the images it takes.
+    """A backbone in eval mode, its name in rows, the sha256 of its weights, and its image size in pixels.
 
-    ``random`` says that the weights are as initialised.
+    ``random`` says that it has random weights.
     """
 
     name: str
@@ -48,22 +50,22 @@ def load_subject(
 
     Args:
         model: ``model.tag`` or ``model`` for its default tag; the part before the dot names the network.
-        random: take the network as initialised with ``seed``, with the layers and the input size of the weights of
-            that name, for ``model`` the bundled ones; it is called ``model.random`` (``model.random1`` for seed 1, and
-            so on), beside published weights that are not bundled ``model.tag-random``.
+        random: use random weights, with the layers and the input size of the published weights of that name (the
+            bundled ones if there is no tag). The name is ``model.random`` (``model.random1`` for seed 1, and so on), or
+            ``model.tag-random`` if the published weights are not bundled.
         seed: of the random weights.
-        weights: a safetensors file of the user's; called ``model@`` and the first 12 digits of its sha256.
-        size: side of the images in pixels; None: what the config.json beside the weights says, or the model's own.
+        weights: a safetensors file; the name is ``model@`` and the first 12 digits of its sha256.
+        size: image size in pixels; None: that of the config.json next to the weights, or the model's own.
 
     Raises:
-        ValueError: no such model or weights, or a file that does not fit.
+        ValueError: no such model or weights, or a file that does not fit the model.
     """
     architecture = model.split(".", 1)[0]
     if not timm.is_model(architecture):
         known = ", ".join(timm.list_models("rotnet_*"))
         raise ValueError(f"no model {architecture!r}; there are {known}, and all of timm's (timm.list_models())")
     if random and weights:
-        raise ValueError("random weights and a weights file exclude each other: give one of them")
+        raise ValueError("--random and --weights exclude each other: give one of them")
     torch.manual_seed(seed)
     try:
         if random:
@@ -74,11 +76,11 @@ def load_subject(
             backbone = timm.create_model(model, pretrained=True)
     except RuntimeError as error:
         reason = first_line(error)
-        raise ValueError(f"{model} cannot be had ({reason}); --random measures it with random weights") from error
+        raise ValueError(f"{model} could not be loaded ({reason}); --random measures it with random weights") from error
     digest = hashlib.sha256(save({k: v.contiguous() for k, v in backbone.state_dict().items()})).hexdigest()
     name = f"{architecture}@{digest[:12]}"
     if random:
-        # the rows of model.random are of the network of the bundled weights
+        # the name model.random is for the network of the bundled weights
         beside = model in zoo.manifest() and model not in zoo.bundled()
         name = f"{model}-random{seed or ''}" if beside else f"{architecture}.random{seed or ''}"
     elif weights:
@@ -98,24 +100,36 @@ def load_subject(
     return Subject(name, architecture, backbone, digest, size, random)
 
 
-def subject_of_row(weights: str, random_size: int | None = None) -> Subject:
-    """The subject that a reported row names: published weights, or ``model.random``, for images of ``random_size``.
+def recommended_layer(subject: Subject) -> str:
+    """The layer that the paper recommends for the network.
 
     Raises:
-        ValueError: neither.
+        ValueError: the network is none of the paper's.
+    """
+    if layer := network_facts(subject.architecture).recommended_layer:
+        return layer
+    layers = ", ".join(layer_modules(subject.backbone))
+    raise ValueError(f"no layer is recommended for {subject.architecture}: give --layer, one of {layers}")
+
+
+def subject_of_row(weights: str) -> Subject:
+    """The subject of a reported row: published weights, or ``model.random``.
+
+    Raises:
+        ValueError: the row is of other weights.
     """
     architecture, _, tag = weights.partition(".")
     if weights in zoo.bundled():
         return load_subject(weights)
     if tag.startswith("random") and tag[6:].isdigit() | (tag == "random"):
-        return load_subject(architecture, random=True, seed=int(tag[6:] or 0), size=random_size)
+        return load_subject(architecture, random=True, seed=int(tag[6:] or 0))
     raise ValueError(f"{weights} has no entry in the manifest: its numbers cannot be reported or checked")
 
 
 def measured_row(
     subject: Subject, counts: Sequence[int], n: int, data: str, settings: str, seconds: float, **fields: Any
 ) -> Row:
-    """The row of a number just measured: right answers by parts of ``n``, and how long it took."""
+    """The row of a measured number: correct predictions by parts of ``n``, and the seconds that it took."""
     return Row(
         weights=subject.name,
         value=sum(counts) / n,
@@ -136,23 +150,23 @@ def measured_row(
 
 
 def record_file(subject: Subject, own_settings: bool) -> Path:
-    """The project's own results file of a subject, for numbers that the card reports; nothing is written yet.
+    """The project's results file for a subject, whose numbers the card reports; nothing is written yet.
 
     Raises:
-        ValueError: the number is not one that the project reports: other weights, ``own_settings`` of the user (data,
-            image size, budget), or code that is not committed.
+        ValueError: the project does not report such numbers: weights without an entry in the manifest, ``own_settings``
+            of the user (data, image size, budget), or code that is not committed.
     """
     if not (subject.published or subject.name == f"{subject.architecture}.random"):
         raise ValueError(f"--record is for weights of the manifest and random ones: {subject.name} has no entry there")
     if own_settings:
-        raise ValueError("--record is for whole data sets and the recipes as they are: leave out what changes them")
+        raise ValueError("--record is for whole datasets and the recipes as they are: leave out what changes them")
     require_committed("--record")
     return RESULTS_DIR / f"{subject.name}.jsonl"
 
 
 def _published_args(model: str) -> dict[str, Any]:
-    """The arguments of the network whose weights are published as ``model.tag``, or of ``model``'s bundled ones, that
-    random ones may be compared with them.
+    """The arguments that the weights published as ``model.tag``, or the bundled ones of ``model``, were built with, so
+    that random weights can be compared with them.
     """
     if model in zoo.manifest():
         return dict(zoo.manifest()[model].get("model_args", {}))
@@ -161,14 +175,14 @@ def _published_args(model: str) -> dict[str, Any]:
 
 
 def _described_size(weights: Path) -> int | None:
-    """The side of the images that a run's weights, or converted ones, are for; None where nothing says it."""
+    """The image size in the config.json next to weights of a run or a conversion; None without one."""
     described = weights.with_name("config.json")
     if weights.name != "model.safetensors" or not described.is_file():
         return None
     try:
         return int(json.loads(described.read_text())["pretrained_cfg"]["input_size"][-1])
     except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise ValueError(f"{described} does not say the input_size of the weights beside it: give the size") from error
+        raise ValueError(f"{described} does not give the input_size of its weights: give --size") from error
 
 
 def _with_file(architecture: str, file: Path) -> nn.Module:
@@ -183,11 +197,11 @@ def _with_file(architecture: str, file: Path) -> nn.Module:
     backbone = timm.create_model(architecture, num_classes=0)
     broken = [key for key, value in state.items() if value.is_floating_point() and not value.float().isfinite().all()]
     if broken:
-        raise ValueError(f"{file} holds values that are not finite in {', '.join(broken[:3])}")
+        raise ValueError(f"{file} contains values that are not finite in {', '.join(broken[:3])}")
     expected = backbone.state_dict()
     wrong = [key for key, value in state.items() if key in expected and value.shape != expected[key].shape]
     if wrong:
-        raise ValueError(f"{file} does not fit {architecture}: it has other shapes of {', '.join(wrong[:3])}")
+        raise ValueError(f"{file} does not fit {architecture}: the shapes differ of {', '.join(wrong[:3])}")
     classifier = backbone.pretrained_cfg.get("classifier") or ()
     heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     missing, unknown = backbone.load_state_dict(state, strict=False)

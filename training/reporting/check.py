@@ -1,60 +1,61 @@
-"""Measure the reported numbers again and say, number by number, whether they hold.
+"""Reproduce the reported numbers: measure each one again and report whether it matches.
 
     python -m training check --quick --data DIR
     python -m training check --data DIR
     python -m training check --data DIR --only knn linear --weights rotnet_nin.cifar10
 
-DIR holds CIFAR-10. Numbers of Tiny-ImageNet are measured where --tinyimagenet says where it is; where it does not, they
-are named as not measured. The weights' sha256 and golden outputs, and the rows, are always checked first. --quick takes
-minutes: of the published weights, rotation accuracy and k-NN on the first fifth of the test images, whose counts the
-rows keep. The whole check measures every row of published and of random weights (training/results/*.jsonl) again; it
-prints first how long that took where it was reported. Exit status 1 when a number does not hold, when a row was edited
-or is missing, or when weights are not the bytes that were measured; 2 when data or device are not there.
+DIR is the folder of CIFAR-10. Numbers of other datasets are measured if their folder is given, and are otherwise
+listed as not measured. The sha256 and the golden outputs of the weights, and the rows, are always checked first.
+--quick takes minutes: it measures rotation accuracy and k-NN of the published weights on the first fifth of the test
+images. Without it every row of published and random weights (training/results/*.jsonl) is measured, and the command
+first prints how long that took where it was reported. The exit status is 1 if a number does not match, if a row was
+edited or is missing, or if the weights are not those that were measured; 2 if the data or the device is missing.
 
-What counts as holding: where nothing is trained, as many right answers but for one in a thousand images (other
-hardware flips a few); where a probe is trained, the same accuracy within three standard deviations over the reported
-seeds, and half a percentage point at least; where there is one seed, whose spread is not known, within three standard
-errors of the difference between two samples of as many test images. A linear probe, which no seed moves, is fitted with
-the penalty that the row says was chosen, and may be half a point away. Trainings compute in bf16 where the device
-multiplies it, else in fp32: one that was reported in the other precision may be half a point further away.
+A number matches if it is within its tolerance. If nothing is trained, one in a thousand images may
+differ, because of other hardware. If a probe is trained, the tolerance is three standard deviations over the reported
+seeds, and at least half a percentage point; with one seed, three standard errors of the difference between two samples
+of that many test images. A linear probe does not depend on a seed: it uses the L2 penalty of the row, and its tolerance
+is half a point. Training computes in bf16 if the hardware supports it, else in fp32; if the row was measured in the
+other precision, half a point is added.
 """
 
 import argparse
 import dataclasses
-import functools
 import math
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from rotation_ssl import zoo
 from rotation_ssl.evaluation.frozen import PARTS
-from rotation_ssl.evaluation.measure import Measurement, images_to_run
-from rotation_ssl.golden import GOLDEN_TOLERANCE, golden_difference
-from rotation_ssl.labelled import Images
-from rotation_ssl.machine import TURN_OFF, keep_large_blocks
+from rotation_ssl.evaluation.measure import images_to_run
+from rotation_ssl.machine import keep_large_blocks
 from rotation_ssl.messages import counted
 from rotation_ssl.progress import progress
-from training.datasets import DATASETS, dataset_of, load_images
-from training.evaluation.finetune import measure_transfer, transfer_subject
-from training.evaluation.layers import Labelled, measure_layers, square_size
-from training.evaluation.probes import measure_features, measure_rotation
-from training.evaluation.subject import Subject, subject_of_row
+from rotation_ssl.zoo.golden import GOLDEN_TOLERANCE, golden_difference
+from training.command import create_parser
+from training.datasets import DATASETS
 from training.protocols import FROZEN, PROTOCOLS
-from training.reporting.options import OPTIONS, add_data_arguments, data_folder
+from training.reporting.again import (
+    QUICK_PARTS,
+    TRANSFERS,
+    command_of,
+    measure_source,
+    measurement_of,
+    transfer_training,
+)
+from training.reporting.options import add_data_arguments, option_of, source_of
 from training.reporting.required import complaints
 from training.reporting.rows import RESULTS_DIR, Row, check_device, read_rows
 
-QUICK_PARTS = (0, 1)
 QUICK_PROTOCOLS = ("rotation", "knn")
 FLIPS = 1e-3
 TRAINED_TOLERANCE = 5e-3
+TRANSFER_TOLERANCE = 2e-2  # a mean of precisions or overlaps, whose spread is not known from one seed
 # A training in bf16 takes another path than in fp32, as with another seed, which is allowed for already; this is for a
 # shift that comes on top. bf16 rounds factors to 8 bits and sums in fp32: the convolutional probe of block2 (5,000
 # training images, seed 0) came to 79.90 % with every factor and result so rounded, and to 79.86 % in fp32.
@@ -103,98 +104,21 @@ def check_rows(rows: Sequence[Row]) -> Iterator[Verdict]:
         yield Verdict(complaint, "", "", "none", False)
 
 
-Load = Callable[[int, bool], Images]  # of a side in pixels, and whether test images alone are wanted
-Pairs = Iterator[tuple[Row, Row]]
-
-
-def measure_again(rows: Sequence[Row], load: Load, quick: bool = False, device: str = "cpu") -> Pairs:
-    """Each row and what is measured now: features of a network are taken once for all of its rows.
-
-    Args:
-        rows: all of one data set.
-        load: reads the data set, as squares of a side.
-        quick: on the first fifth of the test images.
-        device: where to work.
-
-    Raises:
-        ValueError: rows of weights that are not in the manifest, or of a protocol that cannot be measured again.
-    """
-    parts = QUICK_PARTS if quick else tuple(range(PARTS))
-    for weights in dict.fromkeys(row.weights for row in rows):
-        subject = subject_of_row(weights, DATASETS[dataset_of(rows[0].data)].network_size)
-        subject.backbone.to(device).to(memory_format=torch.channels_last)
-        own = [row for row in rows if row.weights == weights]
-        for command in dict.fromkeys(PROTOCOLS[row.protocol].command for row in own):
-            chosen = [row for row in own if PROTOCOLS[row.protocol].command == command]
-            if command not in AGAIN:
-                raise ValueError(f"{chosen[0].number} is measured again by `python -m training {command}` alone")
-            yield from AGAIN[command](chosen, subject, load, parts, device)
-
-
-def _evaluate_again(rows: Sequence[Row], subject: Subject, load: Load, parts: Sequence[int], device: str) -> Pairs:
-    probed = {_measurement(row): row for row in rows if row.protocol != "rotation"}
-    images = load(subject.size, not probed)
-    for row in rows:
-        if row.protocol == "rotation":
-            yield row, measure_rotation(subject, images.test, images.name, device, parts)
-    by_number = {dataclasses.replace(m, strength=None): row for m, row in probed.items()}
-    for new in measure_features(subject, images, list(probed), device, parts) if probed else ():
-        yield by_number[dataclasses.replace(_measurement(new), strength=None)], new
-
-
-def _probe_layers_again(rows: Sequence[Row], subject: Subject, load: Load, parts: Sequence[int], device: str) -> Pairs:
-    for key in dict.fromkeys((row.protocol, row.budget, row.seed) for row in rows):
-        by_layer = {row.layer: row for row in rows if (row.protocol, row.budget, row.seed) == key}
-        row = next(iter(by_layer.values()))
-        recipe = _recipe(row)
-        images = load(square_size(recipe, dataset_of(row.data)), False)
-        train, val = (Labelled(part.images, part.labels, len(part.classes)) for part in (images.train, images.test))
-        for new in measure_layers(recipe, subject, list(by_layer), train, val, images.name, seed=key[2] or 0):
-            yield by_layer[new.layer], new
-
-
-def _finetune_again(rows: Sequence[Row], subject: Subject, load: Load, parts: Sequence[int], device: str) -> Pairs:
-    images = load(subject.size, False)
-    for row in rows:
-        model, seed = subject.name if subject.published else subject.architecture, row.seed or 0
-        recipe = _recipe(row)
-        # a training uses its backbone up
-        fresh = transfer_subject(recipe, model, seed, random=not subject.published)
-        labels = row.labels_per_class, row.draw or "first"
-        yield row, measure_transfer(recipe, fresh, row.layer, images, *labels, seed, device)
-
-
-# by the command that measures a protocol
-AGAIN: dict[str, Callable[[Sequence[Row], Subject, Load, Sequence[int], str], Pairs]] = {
-    "evaluate": _evaluate_again,
-    "probe-layers": _probe_layers_again,
-    "finetune": _finetune_again,
-}
-
-
-def _recipe(row: Row) -> Any:
-    recipe = PROTOCOLS[row.protocol].recipes[row.budget]
-    if recipe is None:
-        raise ValueError(f"{row.number} has no recipe: it cannot be measured again")
-    return recipe
-
-
 def judge(row: Row, new: Row, rows: Sequence[Row]) -> Verdict:
     """Compare a reported row with what was measured now, on the tenths of the test images that were measured."""
-    assert new.n is not None and row.n is not None
     parts = len(new.counts) if new.counts else PARTS
-    reported_n = row.n if parts == PARTS else new.n
-    value = row.value if parts == PARTS else sum(row.counts[:parts]) / new.n
-    tolerance = max(2 / new.n, FLIPS) if row.budget == "" else trained_tolerance(row, rows)
+    part = parts < PARTS
+    value = sum(row.counts[:parts]) / (new.n or 1) if part else row.value
+    tolerance = max(2 / new.n, FLIPS) if row.budget == "" and new.n else trained_tolerance(row, rows)
     text = f"{100 * tolerance:.2f}"
     if (then := precision_of(row)) != (now := precision_of(new)):
         tolerance += PRECISION_TOLERANCE
         text = f"{100 * tolerance:.2f} ({then} then, {now} now)"
-    same = new.sha256 == row.sha256 and new.n == reported_n and new.data == row.data
+    same = new.sha256 == row.sha256 and (part or new.n == row.n) and new.data == row.data
     measured = f"{100 * new.value:.2f} %" if same else f"other {_difference(row, new)}"
     # a tolerance is inclusive: 40 of 40,000 are one in a thousand
     holds = same and abs(new.value - value) <= tolerance + 1e-9
-    name = row.number if parts == PARTS else f"{row.number}, {new.n:,} image{'s' * (new.n != 1)}"
+    name = f"{row.number}, {counted(new.n or 0, 'image')}" if part else row.number
     return Verdict(name, f"{100 * value:.2f} %", measured, text, holds)
 
 
@@ -211,7 +135,9 @@ def trained_tolerance(row: Row, rows: Sequence[Row]) -> float:
         return TRAINED_TOLERANCE
     if len(values) > 1:
         return max(TRAINED_TOLERANCE, 3 * statistics.stdev(values))
-    return max(TRAINED_TOLERANCE, 3 * math.sqrt(2 * row.value * (1 - row.value) / (row.n or 1)))
+    if row.n is None:
+        return TRANSFER_TOLERANCE
+    return max(TRAINED_TOLERANCE, 3 * math.sqrt(2 * row.value * (1 - row.value) / row.n))
 
 
 def expected_seconds(rows: Sequence[Row], every: Sequence[Row], quick: bool) -> float:
@@ -220,10 +146,12 @@ def expected_seconds(rows: Sequence[Row], every: Sequence[Row], quick: bool) -> 
     """
     part = len(QUICK_PARTS) / PARTS if quick else 1.0
     seconds = 0.0
+    # a training of a transfer gives several rows
+    rows = list({(transfer_training(row) if command_of(row) in TRANSFERS else row.key): row for row in rows}.values())
     counts = {dataset.name: dataset.counts for dataset in DATASETS.values()}
     for weights, data in {(row.weights, row.data) for row in rows}:
         own = [row for row in rows if (row.weights, row.data) == (weights, data)]
-        probed = [_measurement(row) for row in own if row.protocol in FROZEN and row.protocol != "rotation"]
+        probed = [measurement_of(row) for row in own if row.protocol in FROZEN and row.protocol != "rotation"]
         train, test = counts.get(data, (0, 0))
         passes = [row for row in every if (_model(row), row.data) == (_model(own[0]), data)]
         rates = [row.seconds / row.n for row in passes if row.protocol == "rotation" and row.seconds and row.n]
@@ -237,10 +165,6 @@ def _model(row: Row) -> str:
     return row.weights.split(".", 1)[0]
 
 
-def _measurement(row: Row) -> Measurement:
-    return Measurement(row.protocol, row.budget, row.layer, row.seed, row.strength)
-
-
 def _difference(row: Row, new: Row) -> str:
     if new.sha256 != row.sha256:
         return f"bytes ({new.sha256[:8]})"
@@ -249,18 +173,15 @@ def _difference(row: Row, new: Row) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's options."""
-    parser = argparse.ArgumentParser(
-        prog="python -m training check",
-        description=__doc__,
-        epilog=TURN_OFF,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = create_parser("check", __doc__)
+    parser.add_argument("--quick", action="store_true", help="check a part of the numbers, in minutes")
+    parser.add_argument(
+        "--only", nargs="+", choices=PROTOCOLS, metavar="ID", help=f"protocols: {', '.join(PROTOCOLS)} [all]"
     )
-    parser.add_argument("--quick", action="store_true", help="the part that takes minutes")
-    parser.add_argument("--only", nargs="+", choices=PROTOCOLS, metavar="ID", help=f"{', '.join(PROTOCOLS)} [all]")
-    parser.add_argument("--weights", nargs="+", metavar="NAME", help="numbers of these weights [all]")
+    parser.add_argument("--weights", nargs="+", metavar="NAME", help="check the numbers of these weights [all]")
     add_data_arguments(parser)
     parser.add_argument("--results", type=Path, default=RESULTS_DIR, help="folder of the rows [training/results]")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps [%(default)s]")
+    parser.add_argument("--device", default="cpu", help="device: cpu, cuda, cuda:1, mps [%(default)s]")
     return parser
 
 
@@ -287,28 +208,18 @@ def check_numbers(every: Sequence[Row], args: argparse.Namespace) -> Iterator[Ve
     """
     check_device(args.device)
     rows = chosen_rows(every, args)
-    named = dict.fromkeys(row.data for row in rows)
-    by_data = {dataset_of(data): [row for row in rows if row.data == data] for data in named}
-    folders = {dataset: data_folder(args, dataset) for dataset in by_data}
-    given = [row for dataset, own in by_data.items() for row in own if folders[dataset] is not None]
+    sources = {row.key: source_of(row, args) for row in rows}
+    given = [row for row in rows if sources[row.key]]
     minutes = counted(round(expected_seconds(given, every, args.quick) / 60), "minute")
     print(f"{counted(len(given), 'number')}; measuring took {minutes} where they were reported")
-    for dataset, own in by_data.items():
-        folder = folders[dataset]
-        if folder is None:
-            continue
-
-        @functools.cache
-        def load(size: int, test_only: bool, dataset: str = dataset, folder: Path = folder) -> Images:
-            return load_images(dataset, folder, size, args.download, test_only=test_only)
-
-        pairs = measure_again(own, load, args.quick, args.device)
-        for row, new in progress(DATASETS[dataset].name, len(own), "number", pairs):
+    for source in filter(None, dict.fromkeys(sources.values())):
+        own = [row for row in given if sources[row.key] == source]
+        for row, new in progress(own[0].data, len(own), "number", measure_source(own, source, args.quick, args.device)):
             yield judge(row, new, every)
-    for dataset, folder in folders.items():
-        if folder is None:
-            numbers = counted(len(by_data[dataset]), "number")
-            print(f"not measured: {numbers} of {DATASETS[dataset].name}: give --{OPTIONS[dataset]} DIR")
+    lacking = [(row.data, option_of(row)) for row in rows if not sources[row.key]]
+    for data, option in dict.fromkeys(lacking):
+        numbers = counted(lacking.count((data, option)), "number")
+        print(f"not measured: {numbers} of {data}: give --{option} DIR")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -25,8 +25,8 @@ import rotation_ssl
 from rotation_ssl import zoo
 from rotation_ssl.convert import write_config
 from rotation_ssl.features import layer_modules
-from rotation_ssl.golden import GOLDEN_TOLERANCE, golden_file, golden_outputs
 from rotation_ssl.messages import first_line
+from rotation_ssl.zoo.golden import GOLDEN_TOLERANCE, golden_file, golden_outputs
 from training.reporting.pages import FIGURES, REPOSITORY, ROOT
 from training.reporting.required import main_data
 from training.reporting.rows import RESULTS_DIR, Row
@@ -211,7 +211,9 @@ def publish(upload: Upload, namespace: str, version: str, rows: Sequence[Row]) -
         # the client lets its HTTP library's errors through
         if "httpx" not in type(error).__module__:
             raise
-        raise ConnectionError(f"publishing {repository} failed: no connection ({error}); run it again") from error
+        raise ConnectionError(
+            f"publishing {repository} failed: no connection ({first_line(error)}); run it again"
+        ) from error
     if tagged != revision:
         raise ValueError(
             f"{version} of {repository} is revision {tagged}, not {revision}: someone else set it meanwhile"
@@ -249,7 +251,7 @@ def _card_data(name: str, entry: dict[str, Any], rows: Sequence[Row]) -> str:
                 dataset_name=dataset,
                 dataset_split=split,
                 metric_type="accuracy",
-                # the Hub keeps one result of a task and data set for each name: protocol and layer belong into it
+                # the Hub keeps one result of a task and dataset for each name: protocol and layer belong into it
                 metric_name=metric,
                 metric_value=round(100 * value, 2),
             )

@@ -1,30 +1,27 @@
-"""Measure what the card has of published weights and has no row of yet, number by number.
+"""Measure the numbers of the model card that have no row yet.
 
     python -m training measure rotnet_nin.cifar10 --data DIR
     python -m training measure rotnet_nin.cifar10 --data DIR --list
     python -m training measure rotnet_alexnet.tinyimagenet --tinyimagenet DIR
     python -m training measure rotnet_nin.cifar10 --data DIR --only few-labels
 
-Rows are written to training/results/ as they are measured, those of random weights beside those of the published ones;
-a command that was stopped goes on where it was. Rows of other bytes than the published ones are measured again. The
-code must be committed, for a row names its commit. --list says what is missing and measures nothing.
+Rows of the published weights and of random ones are written to training/results/ as they are measured; run the same
+command again to continue after a stop. Rows of weights that have been replaced are measured again. The code must be
+committed, because a row names its commit. --list prints what is missing and measures nothing.
 """
 
 import argparse
-import functools
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from rotation_ssl import zoo
-from rotation_ssl.labelled import Images
-from rotation_ssl.machine import TURN_OFF, keep_large_blocks
+from rotation_ssl.machine import keep_large_blocks
 from rotation_ssl.messages import counted
 from rotation_ssl.progress import progress
-from training.datasets import check_whole, dataset_of, load_images
+from training.command import create_parser, run
 from training.protocols import PROTOCOLS
-from training.reporting.check import measure_again
-from training.reporting.options import OPTIONS, add_data_arguments, data_folder
+from training.reporting.again import Source, measure_source
+from training.reporting.options import add_data_arguments, option_of, source_of
 from training.reporting.report import keep_row
 from training.reporting.required import REQUIRED, missing_rows
 from training.reporting.rows import RESULTS_DIR, Row, check_device, read_rows, require_committed
@@ -42,57 +39,40 @@ def missing(weights: str, results: Path) -> list[Row]:
     return missing_rows([row for row in read_rows(results) if row.weights != weights or row.sha256 == sha256], weights)
 
 
-def _measure(wanted: Sequence[Row], args: argparse.Namespace) -> None:
-    dataset = dataset_of(wanted[0].data)
-    folder = data_folder(args, dataset)
-    if folder is None:
-        raise ValueError(f"{args.weights} is measured on {wanted[0].data}: give --{OPTIONS[dataset]} DIR")
-
-    @functools.cache
-    def load(size: int, test_only: bool) -> Images:
-        images = load_images(dataset, folder, size, args.download, test_only=test_only)
-        check_whole(dataset, len(images.train), len(images.test))
-        return images
-
-    pairs = measure_again(wanted, load, device=args.device)
-    for _, row in progress(wanted[0].data, len(wanted), "number", pairs):
+def _measure(wanted: Sequence[Row], source: Source, args: argparse.Namespace) -> None:
+    for _, row in progress(wanted[0].data, len(wanted), "number", measure_source(wanted, source, device=args.device)):
         keep_row(row, args.results / f"{row.weights}.jsonl")
+
+
+def _work(args: argparse.Namespace) -> None:
+    check_device(args.device)
+    wanted = missing(args.weights, args.results)
+    wanted = [row for row in wanted if not args.only or row.protocol in args.only]
+    if args.list or not wanted:
+        verb = "is" if len(wanted) == 1 else "are"
+        print(*(row.number for row in wanted), f"{counted(len(wanted), 'number')} {verb} missing", sep="\n")
+        return
+    require_committed("the card")
+    sources = {row.key: source_of(row, args, whole=True) for row in wanted}
+    for row in wanted:
+        if not sources[row.key]:
+            raise ValueError(f"{args.weights} is measured on {row.data}: give --{option_of(row)} DIR")
+    for source in filter(None, dict.fromkeys(sources.values())):
+        _measure([row for row in wanted if sources[row.key] == source], source, args)
+    print("next: python -m training publish figures, then python -m training publish render")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m training measure",
-        description=__doc__,
-        epilog=TURN_OFF,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("weights", metavar="MODEL.TAG", help="bundled weights")
+    parser = create_parser("measure", __doc__)
+    parser.add_argument("weights", metavar="MODEL.TAG", help="name of bundled weights")
     add_data_arguments(parser)
     parser.add_argument(
-        "--only", nargs="+", choices=PROTOCOLS, metavar="ID", help=f"numbers of: {', '.join(PROTOCOLS)} [all]"
+        "--only", nargs="+", choices=PROTOCOLS, metavar="ID", help=f"protocols: {', '.join(PROTOCOLS)} [all]"
     )
-    parser.add_argument("--list", action="store_true", help="say what is missing, and measure nothing")
+    parser.add_argument("--list", action="store_true", help="print what is missing, and measure nothing")
     parser.add_argument("--results", type=Path, default=RESULTS_DIR, help="folder of the rows [training/results]")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps [%(default)s]")
+    parser.add_argument("--device", default="cpu", help="device: cpu, cuda, cuda:1, mps [%(default)s]")
     args = parser.parse_args(arguments)
     keep_large_blocks()
-    try:
-        check_device(args.device)
-        wanted = missing(args.weights, args.results)
-        wanted = [row for row in wanted if not args.only or row.protocol in args.only]
-        if args.list or not wanted:
-            verb = "is" if len(wanted) == 1 else "are"
-            print(*(row.number for row in wanted), f"{counted(len(wanted), 'number')} {verb} missing", sep="\n")
-            return 0
-        require_committed("the card")
-        for data in dict.fromkeys(row.data for row in wanted):
-            _measure([row for row in wanted if row.data == data], args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
-        return 130
-    print("now: python -m training publish figures, and render")
-    return 0
+    return run(lambda: _work(args))

@@ -1,9 +1,13 @@
-"""Where the data sets of reported numbers are: the options of the commands that measure them."""
+"""Where the datasets of reported numbers are: the options of the commands that measure them."""
 
 import argparse
 from pathlib import Path
 
-# the option that names the folder of each data set
+from training.datasets import dataset_of
+from training.reporting.again import TRANSFERS, Source, command_of
+from training.reporting.rows import Row
+
+# the option that names the folder of each dataset
 OPTIONS = {
     "cifar10": "data",
     "tinyimagenet": "tinyimagenet",
@@ -12,17 +16,24 @@ OPTIONS = {
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that name folders of data sets."""
+    """Add the options that name folders of datasets."""
     parser.add_argument("--data", type=Path, default=Path("data/cifar10"), help="folder of CIFAR-10 [%(default)s]")
     parser.add_argument("--download", action="store_true", help="let torchvision download CIFAR-10 into --data")
-    parser.add_argument("--tinyimagenet", type=Path, metavar="DIR", help="folder tiny-imagenet-200 [not measured]")
+    parser.add_argument("--tinyimagenet", type=Path, metavar="DIR", help="folder tiny-imagenet-200 [do not measure]")
     parser.add_argument(
         "--photos", type=Path, metavar="DIR",
-        help="folder of imagenette2-320, imagewoof2-320, miniplaces, caltech101 and VOCdevkit [not measured]",
+        help="folder of imagenette2-320, imagewoof2-320, miniplaces, caltech101 and VOCdevkit [do not measure]",
     )  # fmt: skip
+    parser.add_argument("--voc", type=Path, metavar="DIR", help="folder VOCdevkit, for transfers [do not measure]")
+    parser.add_argument("--proposals", type=Path, metavar="FILE", help="proposals for Fast R-CNN, of VOCdevkit")
 
 
-def data_folder(args: argparse.Namespace, dataset: str) -> Path | None:
-    """The folder that the options name for a data set; None where they name none."""
-    folder: Path | None = getattr(args, OPTIONS[dataset])
-    return folder
+def option_of(row: Row) -> str:
+    """The option that names the folder of a row's data."""
+    return "voc" if command_of(row) in TRANSFERS else OPTIONS[dataset_of(row.data)]
+
+
+def source_of(row: Row, args: argparse.Namespace, whole: bool = False) -> Source | None:
+    """The data that the options name for a row, ``whole`` if a part is an error; None if they name none."""
+    folder: Path | None = getattr(args, option_of(row))
+    return None if folder is None else Source(dataset_of(row.data), folder, args.download, args.proposals, whole)

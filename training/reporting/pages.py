@@ -11,12 +11,13 @@ from typing import Any
 
 import timm
 
-from training.recipes import IMAGENET_IMAGES
+from rotation_ssl.backbones.about import network_facts
 from training.reporting.rows import RESULTS_DIR, Row, read_file
 from training.reporting.tables import (
     QUOTED,
     ablation_table,
     evaluation_lines,
+    headline_tables,
     markdown_table,
     model_of,
     percent,
@@ -27,16 +28,11 @@ from training.reporting.tables import (
 
 ROOT = Path(__file__).parent.parent.parent
 FIGURES = "docs/figures"
+FIGURES_DIR = ROOT / FIGURES
 ABLATION_FILE = RESULTS_DIR / "ablation" / "runs.jsonl"  # written by `training.studies.rotations`
 SPEED_FILE = RESULTS_DIR / "speed.json"  # written by `training.studies.benchmark speed --record`
 # the repository has no public address yet: this is the one place that names it
 REPOSITORY = "OWNER/rotation_ssl"
-# rotated images that the paper's networks saw, and what they are
-NIN_BUDGET = (100 * 4 * 50_000, "100 epochs of 4 x 50,000")
-PAPER_BUDGETS = {
-    **dict.fromkeys(("rotnet_nin", "rotnet_nin3", "rotnet_nin5"), NIN_BUDGET),
-    "rotnet_alexnet": (30 * 4 * IMAGENET_IMAGES, f"30 epochs of 4 x {IMAGENET_IMAGES:,}"),
-}
 
 
 def pages() -> list[Path]:
@@ -55,6 +51,7 @@ def render_page(page: Path, rows: Sequence[Row], entries: Mapping[str, Any]) -> 
     bundled = {name: entry for name, entry in entries.items() if entry["source"] == "bundled"}
     parts: dict[str, Callable[[], str]] = {
         "weights": lambda: weights_table(entries),
+        "headline": lambda: headline_tables(rows, entries),
         "results": lambda: results_tables(rows, entries),
         "defaults": lambda: default_weights(entries),
         "elsewhere": lambda: elsewhere(entries),
@@ -108,7 +105,8 @@ def elsewhere(entries: Mapping[str, Any]) -> str:
 
 def training(name: str, entry: Mapping[str, Any], figures: str) -> str:
     """How bundled weights were pretrained, and at what part of the paper's budget."""
-    budget, of = PAPER_BUDGETS[model_of(name)]
+    facts = network_facts(name)
+    budget = facts.paper_rotated_images
     run = json.loads((RESULTS_DIR / f"{name}.run.json").read_text())
     lines = [
         f"### `{name}`",
@@ -119,7 +117,8 @@ def training(name: str, entry: Mapping[str, Any], figures: str) -> str:
         f" {entry['rotated_images']:,} rotated images.",
         f"- Time: {_minutes(run['seconds'])} on {run['threads']} threads of {run['device']}.",
         f"- Budget: {entry['rotated_images'] / budget:.1%} of the paper's {budget / 1e6:.0f} million rotated images"
-        f" ({of}). These are small-budget weights: expect less from them than from the paper's.",
+        f" ({facts.paper_epochs} epochs of 4 x {facts.paper_images:,}). These are small-budget weights: expect less"
+        " from them than from the paper's.",
         "",
         *_figures(name, {"curve": "Training loss", "filters": "Filters of the first layer"}, figures),
     ]
@@ -149,7 +148,7 @@ def compute(bundled: Mapping[str, Any], rows: Sequence[Row]) -> str:
 
 
 def layer_table(rows: Sequence[Row]) -> str:
-    """Probes of AlexNet's layers in one table a data set: ours, and the paper's on ImageNet and Places205."""
+    """Probes of AlexNet's layers in one table a dataset: ours, and the paper's on ImageNet and Places205."""
     probes = [row for row in rows if row.protocol in ("linear-sgd", "nonlinear-sgd")]
     probes = [row for row in probes if row.source == "measured" or row.source.startswith("paper")]
     tables = []
@@ -196,23 +195,30 @@ def speed_tables(measured: Mapping[str, Any]) -> str:
     rows = (
         ("training, naive: one image at a time, fp32, NCHW", "naive", "naive", peak_fp32),
         ("training in fp32", "training in fp32", "naive", peak_fp32),
-        ("training in bf16, memory given back", "training without kept blocks", "naive", peak),
-        ("**training in bf16, as the commands do it**", "training", "naive", peak),
-        ("features in bf16, memory given back", "features without kept blocks", "features without kept blocks", peak),
-        ("**features in bf16, as the commands do it**", "features", "features without kept blocks", peak),
+        ("training in bf16, default memory settings", "training without kept blocks", "naive", peak),
+        ("**training in bf16, as in our commands**", "training", "naive", peak),
+        (
+            "features in bf16, default memory settings",
+            "features without kept blocks",
+            "features without kept blocks",
+            peak,
+        ),
+        ("**features in bf16, as in our commands**", "features", "features without kept blocks", peak),
     )
     lines = []
     for title, name, base, highest in rows:
         rate, memory = cases[name]["images_per_second"], cases[name]["peak_bytes"] / 2**30
         ratio = rate / cases[base]["images_per_second"]
         lines.append((title, f"{rate:.0f}", f"{ratio:.2f}", f"{flops[name] / highest:.0%}", f"{memory:.1f} GiB"))
-    header = ("", "images/s", "ratio", "share of matrix-product speed", "peak memory")
+    header = ("", "images/s", "ratio", "fraction of matmul speed", "peak memory")
     return (
-        f"On {measured['device']}, {measured['threads']} threads: medians of {measured['rounds']} fresh processes each,"
-        f" run in turns (commit `{measured['commit'][:7]}`). Training in bf16 ranged from {ours['slowest']:.0f} to"
-        f" {ours['fastest']:.0f} images/s. Images are 32 pixels, 512 rotated images a step, 128 a batch of features."
-        f" Square matrix products reach {peak / 1e9:.0f} GFLOP/s in bf16 and {peak_fp32 / 1e9:.0f} in fp32;"
-        f" convolutions may be faster than those.\n\n{markdown_table(header, lines)}"
+        f"On {measured['device']}, {measured['threads']} threads: medians of {measured['rounds']} runs, each in a new"
+        " process,"
+        f" interleaved (commit `{measured['commit'][:7]}`). Training in bf16 ranged from {ours['slowest']:.0f} to"
+        f" {ours['fastest']:.0f} images/s. Training uses 512 rotated 32-pixel images per"
+        " step, feature extraction batches of 128."
+        f" Square matrix multiplications reach {peak / 1e9:.0f} GFLOP/s in bf16 and {peak_fp32 / 1e9:.0f} in fp32;"
+        f" convolutions can be faster.\n\n{markdown_table(header, lines)}"
     )
 
 

@@ -1,7 +1,6 @@
 """What comes of measuring: rows as they are measured, and the report of a file of them."""
 
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from tqdm import tqdm
 
 from rotation_ssl.evaluation import report
 from rotation_ssl.machine import keep_large_blocks
+from training.command import run
 from training.reporting.rows import RESULTS_DIR, Row, check_device, read_file, write_rows
 
 
@@ -22,19 +22,15 @@ def run_measuring(measure: Callable[[], Path], device: str) -> int:
     Returns:
         The exit status.
     """
-    keep_large_blocks()
-    try:
+
+    def work() -> None:
         check_device(device)
         file = measure()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; numbers that were measured are kept", file=sys.stderr)
-        return 130
-    recorded = file.parent == RESULTS_DIR
-    print(f"rows are in {file}" + ("" if recorded else "; report.md, report.json and report.png beside it"))
-    return 0
+        recorded = file.parent == RESULTS_DIR
+        print(f"rows are in {file}" + ("" if recorded else "; report.md, report.json and report.png beside it"))
+
+    keep_large_blocks()
+    return run(work, "stopped; numbers that were measured are kept")
 
 
 def check_rows(file: Path) -> None:

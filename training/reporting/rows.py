@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from rotation_ssl.evaluation.protocols import find_protocol
-from rotation_ssl.files import replace_file
+from rotation_ssl.files import replace_bytes
 from rotation_ssl.messages import counted, first_line
 from training.protocols import PROTOCOLS
 
@@ -148,7 +148,7 @@ def write_rows(file: Path, new: list[Row]) -> None:
     rows = {row.key: row for row in (*old, *new)}
     file.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(dataclasses.asdict(row) | {"digest": row.digest}) + "\n" for row in rows.values()]
-    replace_file(file, lambda path: path.write_text("".join(lines)))
+    replace_bytes(file, "".join(lines).encode())
 
 
 def require_committed(what: str) -> None:

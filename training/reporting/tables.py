@@ -6,6 +6,7 @@ from typing import Any
 from rotation_ssl.evaluation.report import spread_text
 from training.protocols import PROTOCOLS
 from training.recipes import RECIPES
+from training.reporting.required import main_data
 from training.reporting.rows import Row
 
 # whose quoted numbers are, by the weights that the rows name
@@ -15,6 +16,7 @@ QUOTED = {
     "paper-rescaled": "paper, random weights rescaled",
     "paper-random": "paper, random weights",
 }
+HEADLINE = ("rotation", "nonlinear", "conv", "finetune-conv", "linear-sgd", "nonlinear-sgd")
 
 
 def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
@@ -51,7 +53,7 @@ def weights_table(entries: Mapping[str, Mapping[str, Any]]) -> str:
     """One line for each of the published weights: what they are and where they come from."""
     places = {"bundled": "in the package", "hub": "Hugging Face Hub", "release": "the authors' release"}
     return markdown_table(
-        ("weights", "pretrained on", "rotated images", "size", "use layer", "from"),
+        ("weights", "pretrained on", "rotated images", "size", "recommended layer", "source"),
         (
             (
                 f"`{name}`",
@@ -67,16 +69,28 @@ def weights_table(entries: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def results_tables(rows: Sequence[Row], entries: Mapping[str, Mapping[str, Any]]) -> str:
-    """A table for each data set: our weights, random ones and the paper's, a column for each protocol."""
+    """A table for each dataset: our weights, random ones and the paper's, a column for each protocol."""
     bundled = {name: entry for name, entry in entries.items() if entry["source"] == "bundled"}
     own = [row for row in rows if row.source == "measured" and row.weights in bundled]
     return "\n\n".join(
-        f"On {data_in_words(data)}:\n\n{_results_table([row for row in rows if row.data == data], bundled)}"
+        f"On {data_in_words(data)}:\n\n{_results_table([row for row in rows if row.data == data], bundled, PROTOCOLS)}"
         for data in dict.fromkeys(row.data for row in own)
     )
 
 
-def _results_table(rows: Sequence[Row], bundled: Mapping[str, Mapping[str, Any]]) -> str:
+def headline_tables(rows: Sequence[Row], entries: Mapping[str, Mapping[str, Any]]) -> str:
+    """The first tables of the README: of each network the data and the protocols that the paper has too."""
+    bundled = {name: entry for name, entry in entries.items() if entry["source"] == "bundled"}
+    tables = []
+    for data in dict.fromkeys(map(main_data, bundled)):
+        own = {name: entry for name, entry in bundled.items() if main_data(name) == data}
+        table = _results_table([row for row in rows if row.data == data], own, HEADLINE)
+        models = " and ".join(f"`{model}`" for model in dict.fromkeys(map(model_of, own)))
+        tables.append(f"{models} on {data_in_words(data)}:\n\n{table}")
+    return "\n\n".join(tables)
+
+
+def _results_table(rows: Sequence[Row], bundled: Mapping[str, Mapping[str, Any]], ids: Iterable[str]) -> str:
     lines: dict[tuple[str, ...], dict[str, list[Row]]] = {}
     for weights, entry in bundled.items():
         if not select(rows, weights):
@@ -84,13 +98,13 @@ def _results_table(rows: Sequence[Row], bundled: Mapping[str, Mapping[str, Any]]
         layer, model = entry["recommended_layer"], model_of(weights)
         groups = [(f"`{weights}`", select(rows, weights)), ("random weights", select(rows, f"{model}.random"))]
         paper = [row for row in select(rows, f"{model}.paper", measured=False) if row.source.startswith("paper")]
-        groups.append(("_paper, full budget_", paper))
+        groups.append(("_paper, paper budget_", paper))
         for label, group in groups:
             found = [row for row in group if row.layer in ("", layer) and row.labels_per_class is None]
             if found:
-                lines[label, f"`{layer}`"] = {id: [r for r in found if r.protocol == id] for id in PROTOCOLS}
+                lines[label, f"`{layer}`"] = {id: [r for r in found if r.protocol == id] for id in ids}
     ours = [cells for (label, _), cells in lines.items() if label.strip("`") in bundled]
-    columns = [id for id in PROTOCOLS if any(cells[id] for cells in ours)]
+    columns = [id for id in ids if any(cells[id] for cells in ours)]
     titles = [next(cells[id][0].title for cells in ours if cells[id]) for id in columns]
 
     def shown(label: str, found: Sequence[Row]) -> str:
@@ -104,7 +118,7 @@ def _results_table(rows: Sequence[Row], bundled: Mapping[str, Mapping[str, Any]]
 
 
 def probe_table(name: str, rows: Sequence[Row]) -> list[str]:
-    """Every probe of every layer of published weights, of random ones and the paper's; the rows are of one data set."""
+    """Every probe of every layer of published weights, of random ones and the paper's; the rows are of one dataset."""
     model = model_of(name)
     groups = {
         f"`{name}`": select(rows, name),
@@ -167,7 +181,7 @@ def few_labels_table(name: str, rows: Sequence[Row]) -> list[str]:
 
 
 def rotation_lines(name: str, rows: Sequence[Row]) -> list[str]:
-    """Rotation accuracy of published weights, of random ones and of others, on one data set; no lines where none is."""
+    """Rotation accuracy of published weights, of random ones and of others, on one dataset; no lines where none is."""
     model = model_of(name)
     found = [row for row in select(rows, name) if row.protocol == "rotation"]
     if not found:
@@ -184,7 +198,7 @@ def rotation_lines(name: str, rows: Sequence[Row]) -> list[str]:
 
 
 def evaluation_lines(name: str, rows: Sequence[Row]) -> list[str]:
-    """Rotation accuracy and every probe of published weights, on each data set that they were measured on."""
+    """Rotation accuracy and every probe of published weights, on each dataset that they were measured on."""
     lines = []
     for data in dict.fromkeys(row.data for row in select(rows, name)):
         there = [row for row in rows if row.data == data]

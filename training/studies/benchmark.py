@@ -1,19 +1,19 @@
-"""What things cost, as ratios measured in one run.
+"""Speed and memory, as ratios measured in one run.
 
     python -m training benchmark speed
     python -m training benchmark import
     python -m training benchmark load
 
-`speed`: training images a second against a naive pipeline that does what the authors' code does (one image at a time
-through PIL and numpy in loader processes, fp32, NCHW, torch's default allocator); training's and feature extraction's
-FLOP/s against this machine's own bf16 matrix products; peak memory; and how each grows with image size and batch.
-About 12 minutes on 2 cores; leave the machine alone meanwhile. --record keeps the figures that README.md shows.
+`speed` compares training with a naive pipeline that works like the authors' code (one image at a time through PIL and
+numpy in loader processes, fp32, NCHW, torch's default allocator), and the FLOP/s of training and feature extraction
+with this machine's bf16 matrix products; it also measures peak memory. It takes about 12 minutes on 2 cores, on which
+nothing else should run. --record writes the figures of docs/reproduce.md.
 
-`import`: wall time of `import timm, rotation_ssl` against `import timm`, each in fresh processes.
-`load`: wall time of `timm.create_model('rotnet_nin', pretrained=True)`, verification included, against timm loading the
-same file into the same network by itself, in one process.
+`import` compares the time of `import timm, rotation_ssl` with that of `import timm`, each in new processes. `load`
+compares `timm.create_model('rotnet_nin', pretrained=True)`, which verifies the weights, with timm loading the same file
+into the same network.
 
-The two are taken in turns, so that what else the machine does falls on both alike; medians are compared.
+The two sides alternate, so that other load on the machine affects both; medians are compared.
 """
 
 import argparse
@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from rotation_ssl import zoo
 from rotation_ssl.backbones.nin import RotNetNIN
+from training.command import create_parser, run
 from training.reporting.pages import SPEED_FILE, speed_tables
 from training.reporting.rows import require_committed
 from training.studies.speed import measure_speed
@@ -79,33 +80,32 @@ def _run(statement: str) -> None:
     subprocess.run([sys.executable, "-c", statement], check=True, cwd=ROOT)
 
 
+CALLS: dict[str, tuple[tuple[Callable[[], object], str], tuple[Callable[[], object], str]]] = {
+    "import": ((import_timm, "import timm"), (import_ours, "import timm and rotation_ssl")),
+    "load": ((load_by_timm, "timm by itself"), (load_ours, "verified by rotation_ssl")),
+}
+
+
+def _work(args: argparse.Namespace) -> None:
+    rounds = args.rounds or ROUNDS[args.what]
+    if args.what != "speed":
+        (base, first), (ours, second) = CALLS[args.what]
+        seconds, our_seconds = compare(base, ours, rounds)
+        print(f"{first} {seconds:.4f} s, {second} {our_seconds:.4f} s: ratio {our_seconds / seconds:.3f}")
+        return
+    if args.record:
+        require_committed("--record")
+    measured = measure_speed(rounds)
+    print(speed_tables(measured))
+    if args.record:
+        SPEED_FILE.write_text(json.dumps(measured, indent=1) + "\n")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m training benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = create_parser("benchmark", __doc__)
     parser.add_argument("what", choices=ROUNDS, help="what to measure")
-    parser.add_argument("--rounds", type=int, help="of each [import 15, load 100, speed 3]")
-    parser.add_argument("--record", action="store_true", help="of speed: keep the figures for README.md")
+    parser.add_argument("--rounds", type=int, metavar="N", help="measure each N times [import 15, load 100, speed 3]")
+    parser.add_argument("--record", action="store_true", help="keep the figures of speed for docs/reproduce.md")
     args = parser.parse_args(arguments)
-    if args.what == "speed":
-        try:
-            if args.record:
-                require_committed("--record")
-        except ValueError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-        measured = measure_speed(args.rounds or ROUNDS["speed"])
-        print(speed_tables(measured))
-        if args.record:
-            SPEED_FILE.write_text(json.dumps(measured, indent=1) + "\n")
-        return 0
-    calls = {"import": (import_timm, import_ours), "load": (load_by_timm, load_ours)}
-    titles = {
-        "import": ("import timm", "import timm and rotation_ssl"),
-        "load": ("timm by itself", "verified by rotation_ssl"),
-    }
-    base, ours = compare(*calls[args.what], args.rounds or ROUNDS[args.what])
-    first, second = titles[args.what]
-    print(f"{first} {base:.4f} s, {second} {ours:.4f} s: ratio {ours / base:.3f}")
-    return 0
+    return run(lambda: _work(args), "stopped; nothing is kept")

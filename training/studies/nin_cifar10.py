@@ -1,15 +1,15 @@
-"""The study behind the recipe `nin-cifar10-cpu`: one setting changed at a time, each run of as many rotated images.
+"""The study that chose the recipe `nin-cifar10-cpu`: one setting is changed at a time, at one number of rotated images.
 
     python -m training study run --data DIR
     python -m training study run --data DIR --only base muon-lr-0.2
     python -m training study render
     python -m training study render --check
 
-Every variant pretrains on the first 45,000 training images of CIFAR-10 (`--data DIR`) and is judged on the last
-5,000 by linear and non-linear probes of block2, trained on the first 10,000; the test images are not read. Numbers are
-result rows in training/results/study/, written as they are measured; a variant that has its rows is passed over, a
-stopped one goes on where it was. `render` writes them into training/studies/nin_cifar10.md and draws its figure; with
---check it writes nothing, and says what it would.
+Every variant pretrains on the first 45,000 training images of CIFAR-10 (`--data DIR`) and is compared on the last 5,000
+by linear and non-linear probes of block2, trained on the first 10,000; the test images are not read. Result rows are
+written to training/results/study/ as they are measured. A variant that has its rows is skipped, a stopped one
+continues. `render` writes the tables of training/studies/nin_cifar10.md and draws its figure; with --check it writes
+nothing, and lists what would change.
 """
 
 import argparse
@@ -26,10 +26,11 @@ from matplotlib.figure import Figure
 
 from rotation_ssl.evaluation.measure import plan
 from rotation_ssl.labelled import Images
-from rotation_ssl.machine import TURN_OFF, keep_large_blocks
+from rotation_ssl.machine import keep_large_blocks
 from rotation_ssl.precision import add_precision_argument, warn_if_emulated
 from rotation_ssl.pretraining.recipe import CosineSchedule, LinearSchedule, Muon, Recipe, Sgd, Stage
 from rotation_ssl.progress import progress
+from training.command import create_parser, run
 from training.datasets import load_images
 from training.evaluation.probes import measure_features
 from training.evaluation.subject import load_subject, measured_row
@@ -239,45 +240,40 @@ def render(check: bool = False) -> list[Path]:
     return changed
 
 
+def _run(args: argparse.Namespace) -> None:
+    images = load_images("cifar10", args.data, 32, holdout=HOLDOUT)
+    warn_if_emulated(args.precision, args.device)
+    done = measured(args.rows)
+    todo = [VARIANTS[name] for name in args.only or VARIANTS if name not in done]
+    for recipe in progress("variants", len(todo), "variant", todo):
+        asked = dataclasses.replace(recipe, precision=args.precision or recipe.precision)
+        try:
+            run_variant(asked, images, args.output / recipe.name, args.rows, args.device)
+        except ValueError as error:
+            # a rate that was too high is a result of the study, not its end
+            print(f"{recipe.name} has no numbers: {error}", file=sys.stderr)
+
+
+def _render(args: argparse.Namespace) -> int:
+    changed = render(args.check)
+    for path in changed:
+        print(f"{'differs' if args.check else 'wrote'} {path.name}")
+    return 1 if args.check and changed else 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m training study",
-        description=__doc__,
-        epilog=TURN_OFF,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = create_parser("study", __doc__)
     parser.add_argument("action", choices=("run", "render"), help="run the variants, or write the page")
-    parser.add_argument("--data", type=Path, default=Path("data/cifar10"), help="where CIFAR-10 is [%(default)s]")
+    parser.add_argument("--data", type=Path, default=Path("data/cifar10"), help="folder of CIFAR-10 [%(default)s]")
     parser.add_argument("--output", type=Path, default=Path("runs/study"), help="folder of the runs [%(default)s]")
     parser.add_argument("--rows", type=Path, default=ROWS, help="file of the rows [training/results/study/runs.jsonl]")
-    parser.add_argument("--only", nargs="+", choices=VARIANTS, metavar="VARIANT", help=", ".join(VARIANTS))
+    parser.add_argument(
+        "--only", nargs="+", choices=VARIANTS, metavar="VARIANT", help=f"variants: {', '.join(VARIANTS)} [all]"
+    )
     add_precision_argument(parser)
-    parser.add_argument("--device", default="cpu", help="[%(default)s]")
-    parser.add_argument("--check", action="store_true", help="of render: write nothing, fail where something differs")
+    parser.add_argument("--device", default="cpu", help="device: cpu, cuda, cuda:1, mps [%(default)s]")
+    parser.add_argument("--check", action="store_true", help="with render: write nothing; fail if something differs")
     args = parser.parse_args(arguments)
     keep_large_blocks()
-    try:
-        if args.action == "render":
-            changed = render(args.check)
-            for path in changed:
-                print(f"{'differs' if args.check else 'wrote'} {path.name}")
-            return 1 if args.check and changed else 0
-        images = load_images("cifar10", args.data, 32, holdout=HOLDOUT)
-        warn_if_emulated(args.precision, args.device)
-        done = measured(args.rows)
-        todo = [VARIANTS[name] for name in args.only or VARIANTS if name not in done]
-        for recipe in progress("variants", len(todo), "variant", todo):
-            asked = dataclasses.replace(recipe, precision=args.precision or recipe.precision)
-            try:
-                run_variant(asked, images, args.output / recipe.name, args.rows, args.device)
-            except ValueError as error:
-                # a rate that was too high is a result of the study, not its end
-                print(f"{recipe.name} has no numbers: {error}", file=sys.stderr)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+    return run(lambda: _render(args) if args.action == "render" else _run(args))

@@ -1,18 +1,16 @@
-"""The paper's table 2 at a small budget: which rotations to tell apart (with --only also table 1: how many blocks).
+"""Ablation of the rotations, the paper's table 2 at a small budget (with --only also the number of blocks, table 1).
 
     python -m training ablation --data DIR
     python -m training ablation --data DIR --only nin-cifar10-ablation-r8
 
-Every recipe `...-ablation...` of rotnet_nin, or those of --only, pretrains on the training images of CIFAR-10
-(`--data DIR`), on as many rotated images as the others, and is measured by the non-linear probe of block2 on the
-test images, with several seeds of the probe. Numbers are result rows in training/results/ablation/, written as they are
-measured, and rendered into the card by `python -m training publish render`. A recipe that has its rows is passed over,
-a stopped one goes on where it was.
+Every recipe `...-ablation...` of rotnet_nin, or those of --only, pretrains on the training images of CIFAR-10 (`--data
+DIR`), all on the same number of rotated images, and is measured by the non-linear probe of block2 on the test images,
+with several seeds of the probe. Result rows are written to training/results/ablation/ as they are measured; `python -m
+training publish render` renders them. A recipe that has its rows is skipped, a stopped one continues.
 """
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,10 +18,11 @@ import torch
 
 from rotation_ssl.evaluation.measure import plan
 from rotation_ssl.labelled import Images
-from rotation_ssl.machine import TURN_OFF, keep_large_blocks
+from rotation_ssl.machine import keep_large_blocks
 from rotation_ssl.precision import add_precision_argument, warn_if_emulated
 from rotation_ssl.pretraining.recipe import Recipe
 from rotation_ssl.progress import progress
+from training.command import create_parser, run
 from training.datasets import check_whole, load_images
 from training.evaluation.probes import measure_features
 from training.evaluation.subject import load_subject
@@ -71,40 +70,31 @@ def run_ablation(
         keep_row(dataclasses.replace(row, recipe=recipe.name), file)
 
 
+def _work(args: argparse.Namespace) -> None:
+    if args.rows == ROWS:
+        require_committed("the card")
+    images = load_images("cifar10", args.data, 32)
+    if args.rows == ROWS:
+        check_whole("cifar10", len(images.train), len(images.test))
+    warn_if_emulated(args.precision, args.device)
+    todo = [ABLATIONS[name] for name in args.only if not measured(args.rows, name)]
+    for recipe in progress("recipes", len(todo), "recipe", todo):
+        asked = dataclasses.replace(recipe, precision=args.precision or recipe.precision)
+        run_ablation(asked, images, args.output / recipe.name, args.rows, device=args.device)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m training ablation",
-        description=__doc__,
-        epilog=TURN_OFF,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--data", type=Path, default=Path("data/cifar10"), help="where CIFAR-10 is [%(default)s]")
+    parser = create_parser("ablation", __doc__)
+    parser.add_argument("--data", type=Path, default=Path("data/cifar10"), help="folder of CIFAR-10 [%(default)s]")
     parser.add_argument("--output", type=Path, default=Path("runs/ablation"), help="folder of the runs [%(default)s]")
     parser.add_argument("--rows", type=Path, default=ROWS, help="file of the rows [training/results/ablation/...]")
     parser.add_argument(
         "--only", nargs="+", choices=ABLATIONS, default=ROTATION_SETS, metavar="RECIPE",
-        help=f"{', '.join(ABLATIONS)} [those of rotnet_nin]",
+        help=f"recipes: {', '.join(ABLATIONS)} [those of rotnet_nin]",
     )  # fmt: skip
     add_precision_argument(parser)
-    parser.add_argument("--device", default="cpu", help="[%(default)s]")
+    parser.add_argument("--device", default="cpu", help="device: cpu, cuda, cuda:1, mps [%(default)s]")
     args = parser.parse_args(arguments)
     keep_large_blocks()
-    try:
-        if args.rows == ROWS:
-            require_committed("the card")
-        images = load_images("cifar10", args.data, 32)
-        if args.rows == ROWS:
-            check_whole("cifar10", len(images.train), len(images.test))
-        warn_if_emulated(args.precision, args.device)
-        todo = [ABLATIONS[name] for name in args.only if not measured(args.rows, name)]
-        for recipe in progress("recipes", len(todo), "recipe", todo):
-            asked = dataclasses.replace(recipe, precision=args.precision or recipe.precision)
-            run_ablation(asked, images, args.output / recipe.name, args.rows, device=args.device)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+    return run(lambda: _work(args))

@@ -1,22 +1,22 @@
-"""PASCAL VOC classification: which of 20 classes does an image show; mean average precision (table 7 of the paper).
+"""PASCAL VOC classification: which of the 20 classes appear in an image; mean average precision (table 7 of the paper).
 
     python -m training voc rotnet_alexnet.gidaris_in1k --data VOCdevkit --layers fc6-8
     python -m training voc rotnet_alexnet.gidaris_in1k --random --data VOCdevkit --layers all --device cuda
 
-MODEL is any model of timm or of this package, with its published weights, --random ones, or those of a file. Its batch
-norm is folded and its layers are rescaled; then a fresh classifier is trained, with fc6 and fc7 alone (--layers fc6-8)
-or with all layers. VOCdevkit is the standard folder, docs/transfer.md says how data of one's own goes into it. The mean
-of ten random crops of each test image is measured; objects marked difficult do not count.
+MODEL is any timm model whose batch norm can be folded, with its published weights, --random weights, or those of a file
+(--weights FILE); models that are not a chain of layers, such as ResNets, need --no-rescale. Batch norm is folded and
+the layers are rescaled; then a new classifier is trained, together with fc6 and fc7 (--layers fc6-8) or with all
+layers. VOCdevkit is the standard folder; docs/transfer.md explains how to use your own data. Scores are averaged over
+ten random crops of each test image. Objects marked difficult do not count.
 
-Three numbers are written, and printed for every class: VOC2007's 11-point average precision, the area under the best
-precision (VOC2010 and later), and the area in steps, which is what scikit-learn calls average precision and the code
-of Kraehenbuehl et al., whose settings are taken, prints. Settings are the recipe VOC_CLASSIFICATION in
-training/transfer/recipes.py. Numbers are in --output as rows.jsonl, report.md, report.json and report.png, those of
-every class as classes.json, and the trained network as network.safetensors.
+Three numbers are reported: VOC2007's 11-point average precision, the area under the interpolated precision-recall curve
+(VOC2010 and later), and scikit-learn's average precision, which the code of Kraehenbuehl et al., whose settings we use,
+reports. Settings are the recipes voc-classification-paper and voc-classification-cpu (--budget) in
+training/transfer/recipes.py. Results are written to --output: rows.jsonl, report.md, report.json and report.png,
+classes.json with the numbers of every class, and the trained network as network.safetensors.
 """
 
 import argparse
-import dataclasses
 import functools
 import random
 from collections.abc import Callable, Sequence
@@ -29,18 +29,19 @@ from torch import nn
 from torch.nn import functional as F
 
 from rotation_ssl.evaluation.frozen import preparation
-from rotation_ssl.machine import TURN_OFF
 from rotation_ssl.messages import counted
 from rotation_ssl.progress import progress
+from training.command import create_parser
 from training.evaluation.subject import Subject
 from training.reporting.report import run_measuring
+from training.transfer.checking import check_images
 from training.transfer.command import (
     add_arguments,
     averages,
     count_present,
     keep_numbers,
     prepare_transfer,
-    training_of,
+    recipe_of,
     transfer_row,
 )
 from training.transfer.data import (
@@ -52,10 +53,11 @@ from training.transfer.data import (
     read_annotations,
 )
 from training.transfer.metrics import KINDS, classification_precisions
-from training.transfer.network import Draws, InOrder, batches, read_once, train_network
-from training.transfer.recipes import VOC_CLASSIFICATION, VocClassification
+from training.transfer.network import Draws, InOrder, autocast_of, batches, train_network
+from training.transfer.recipes import CLASSIFICATIONS, VocClassification
 
 LAYERS = ("fc6-8", "all")
+TEST_IMAGES = 8  # whose crops are one batch
 
 
 def random_crop(image: Image.Image, size: int, scales: tuple[float, float], rng: random.Random) -> torch.Tensor:
@@ -134,7 +136,7 @@ def train_classifier(
     draws = Draws(load, len(images), training.steps * training.images_per_step, seed)
 
     def loss_of(batch: list[tuple[int, torch.Tensor]]) -> torch.Tensor:
-        logits = network(prepare(torch.stack([crop for _, crop in batch]).to(device)))
+        logits = network(prepare(torch.stack([crop for _, crop in batch]).to(device))).float()
         return multi_label_loss(logits, labels[[index for index, _ in batch]].to(device))
 
     samples = batches(draws, training.images_per_step, workers)
@@ -150,8 +152,11 @@ def classify(
     device: str = "cpu",
     seed: int = 0,
     workers: int = 0,
+    images_per_batch: int = TEST_IMAGES,
 ) -> torch.Tensor:
-    """Mean logits of an image's crops: (N, K) float32 on the CPU.
+    """Mean logits of each image's crops: (N, K) float32 on the CPU.
+
+    The crops of ``images_per_batch`` images are one batch; how many changes the logits by rounding alone.
 
     Raises:
         ValueError: logits that are not finite.
@@ -160,11 +165,12 @@ def classify(
         _crops, tuple(image.file for image in images), size, recipe.scales, recipe.test_crops, seed
     )
     logits = []
-    with torch.inference_mode(), progress("test", len(images)) as bar:
-        for (crops,) in batches(InOrder(load, len(images)), 1, workers):
-            logits.append(network(prepare(crops.to(device))).float().mean(0).cpu())
-            bar.update()
-    result = torch.stack(logits)
+    with torch.inference_mode(), autocast_of(recipe.training, network), progress("test", len(images)) as bar:
+        for batch in batches(InOrder(load, len(images)), images_per_batch, workers):
+            scores = network(prepare(torch.cat(batch).to(device))).float()
+            logits.append(scores.view(len(batch), recipe.test_crops, -1).mean(1).cpu())
+            bar.update(len(batch))
+    result = torch.cat(logits)
     if not result.isfinite().all():
         raise ValueError("the network's logits are not finite: lower --lr, or check the weights")
     return result
@@ -190,8 +196,7 @@ def measure_classification(
             :func:`train_classifier` and :func:`classify`.
     """
     check_countable(test)
-    files = tuple(image.file for image in (*train, *test))
-    read_once(functools.partial(_decode, files), len(files), workers)
+    check_images([image.file for image in (*train, *test)], workers)
     prepare = preparation(subject.backbone, subject.size)
     network.to(device)
     labels = class_labels(train, classes)
@@ -199,10 +204,6 @@ def measure_classification(
     scores = classify(recipe, network, test, prepare, subject.size, device, seed, workers)
     truth = class_labels(test, classes)
     return {kind: classification_precisions(scores, truth, kind) for kind in KINDS}
-
-
-def _decode(files: tuple[Path, ...], index: int) -> None:
-    open_pixels(files[index])
 
 
 def _crop(
@@ -219,34 +220,37 @@ def _crops(
     return torch.stack([random_crop(image, size, scales, rng) for _ in range(crops)])
 
 
+def measure(args: argparse.Namespace) -> Path:
+    """Train and measure what the options ask for; returns the file of the rows."""
+    recipe = recipe_of(CLASSIFICATIONS[args.budget], args)
+    transfer = prepare_transfer(
+        args, recipe, f"classification-{args.layers}",
+        lambda split: read_annotations(args.data, recipe.splits.year, split, args.classes), recipe.size,
+    )  # fmt: skip
+    size = transfer.subject.size
+    by_class = measure_classification(
+        recipe, transfer.subject, transfer.network, args.layers, transfer.train, transfer.test, len(args.classes),
+        args.device, args.seed, args.workers, transfer.output,
+    )  # fmt: skip
+    classes, crops = counted(count_present(by_class), "class", "classes"), counted(recipe.test_crops, "crop")
+    settings = f"{classes}, {crops} of {size} pixels"
+    rows = [
+        transfer_row(transfer, args, value, f"voc-classification-{kind}", settings, args.layers)
+        for kind, value in averages(by_class).items()
+    ]
+    return keep_numbers(transfer.output, rows, by_class, args.classes)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    parser = create_parser("voc", __doc__)
+    add_arguments(parser)
+    parser.add_argument("--layers", choices=LAYERS, default="all", help="layers to train [%(default)s]")
+    parser.add_argument("--size", type=int, help="side of the crops in pixels [the recipe's, or the model's own]")
+    return parser
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m training voc", description=__doc__, epilog=TURN_OFF,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    add_arguments(parser, "2007", "trainval", "test")
-    parser.add_argument("--layers", choices=LAYERS, default="all", help="which layers are trained [%(default)s]")
-    parser.add_argument("--size", type=int, help="side of the crops [the model's own]")
-    args = parser.parse_args(arguments)
-
-    def measure() -> Path:
-        recipe = dataclasses.replace(VOC_CLASSIFICATION, training=training_of(VOC_CLASSIFICATION.training, args))
-        transfer = prepare_transfer(
-            args, parser, recipe.training, f"classification-{args.layers}",
-            lambda split: read_annotations(args.data, args.year, split, args.classes), args.size,
-        )  # fmt: skip
-        size = transfer.subject.size
-        by_class = measure_classification(
-            recipe, transfer.subject, transfer.network, args.layers, transfer.train, transfer.test, len(args.classes),
-            args.device, args.seed, args.workers, transfer.output,
-        )  # fmt: skip
-        classes, crops = counted(count_present(by_class), "class", "classes"), counted(recipe.test_crops, "crop")
-        settings = f"{classes}, {crops} of {size} pixels"
-        rows = [
-            transfer_row(transfer, args, value, f"voc-classification-{kind}", settings, args.layers)
-            for kind, value in averages(by_class).items()
-        ]
-        return keep_numbers(transfer.output, rows, by_class, args.classes)
-
-    return run_measuring(measure, args.device)
+    args = build_parser().parse_args(arguments)
+    return run_measuring(lambda: measure(args), args.device)

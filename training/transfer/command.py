@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,30 +15,29 @@ import torchvision
 from torch import nn
 from tqdm import tqdm
 
+from rotation_ssl.cli.options import positive
 from rotation_ssl.machine import device_name, library_versions
 from rotation_ssl.messages import counted
+from rotation_ssl.precision import AnyRecipe, add_precision_argument, resolved, warn_if_emulated
 from training.evaluation.subject import Subject, load_subject
 from training.reporting.report import check_rows, keep_row, write_report
 from training.reporting.rows import Row, current_commit
 from training.transfer.data import CLASSES
 from training.transfer.metrics import mean_over_classes
 from training.transfer.network import NETWORK, check_apart, has_fresh_fc, transfer_network
-from training.transfer.recipes import Training
+from training.transfer.recipes import VocRecipe
 
-# options that leave the protocol as it is: what is transferred, and where and how it is worked on
-NOT_OF_THE_PROTOCOL = frozenset(
-    ("model", "weights", "random", "data", "layers", "proposals", "seed", "workers", "device", "output")
-)
-PAPER_SIZE = 224  # pixels that the paper's AlexNet is for
+RESCALED = "-rescaled"  # random weights whose layers are rescaled have it after their name
 
 
 @dataclasses.dataclass(frozen=True)
 class Transfer:
     """A transfer that is ready to be trained: the ``network`` of a ``subject``, and the images of two splits.
 
-    ``output`` is a new folder's path, ``settings`` and ``budget`` are parts of the rows, ``started`` is the time
-    (time.monotonic()).
+    ``output`` is a new folder's path, ``settings`` is a part of the rows, ``started`` is the time (time.monotonic()).
     """
+
+    recipe: VocRecipe
 
     subject: Subject
     network: nn.Module
@@ -45,58 +45,63 @@ class Transfer:
     test: Sequence[Any]
     output: Path
     settings: str
-    budget: str
     started: float
 
 
-def add_arguments(parser: argparse.ArgumentParser, year: str, train: str, test: str) -> None:
-    """The options that the three commands have in common; the data's defaults are the paper's."""
-    parser.add_argument("model", metavar="MODEL", help="any model or model.tag of timm, rotnet_alexnet among them")
-    parser.add_argument("--weights", type=Path, metavar="FILE", help="start from a safetensors file")
-    parser.add_argument("--random", action="store_true", help="start from random weights")
-    parser.add_argument("--data", type=Path, default=Path("data/VOCdevkit"), help="the VOCdevkit [%(default)s]")
-    parser.add_argument("--year", default=year, help="of VOCdevkit/VOC<year> [%(default)s]")
-    parser.add_argument("--train", default=train, metavar="SPLIT", help="what is trained on [%(default)s]")
-    parser.add_argument("--test", default=test, metavar="SPLIT", help="what is measured [%(default)s]")
-    parser.add_argument("--classes", nargs="+", default=list(CLASSES), metavar="CLASS", help="of the data [VOC's 20]")
-    parser.add_argument("--steps", type=int, help="of the training, instead of the recipe's")
-    parser.add_argument("--images-per-step", type=int, metavar="N", help="instead of the recipe's")
-    parser.add_argument("--lr", type=float, help="learning rate, instead of the recipe's")
-    parser.add_argument(
-        "--fc-size", type=int, metavar="N", help="width of AlexNet's fc6 and fc7 [the weights', or 4096]"
-    )
-    parser.add_argument("--no-rescale", action="store_true", help="leave the layers' scales as they are")
-    parser.add_argument("--seed", type=int, default=0, help="of all that is random [%(default)s]")
-    parser.add_argument("--workers", type=int, default=0, help="processes that read images [%(default)s]")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps [%(default)s]")
-    parser.add_argument(
-        "--output", type=Path, help="new folder of rows, report and network [runs/voc/<weights>/<what is trained>]"
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that the three commands have in common."""
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="any timm model or model.tag, including rotnet_*")
+    add("--weights", type=Path, metavar="FILE", help="start from the weights of a safetensors file")
+    add("--random", action="store_true", help="start from random weights")
+    add("--budget", choices=("paper", "cpu"), default="paper", help="budget of the recipe [%(default)s]")
+    add("--data", type=Path, default=Path("data/VOCdevkit"), help="the VOCdevkit folder [%(default)s]")
+    add("--year", help="year of VOCdevkit/VOC<year> [the recipe's]")
+    add("--train", metavar="SPLIT", help="image list to train on [the recipe's]")
+    add("--test", metavar="SPLIT", help="image list to test on [the recipe's]")
+    add("--classes", nargs="+", default=list(CLASSES), metavar="CLASS", help="class names of the data [VOC's 20]")
+    add("--steps", type=int, help="training steps [the recipe's]")
+    add("--images-per-step", type=int, metavar="N", help="images in a training step [the recipe's]")
+    add("--lr", type=float, help="learning rate [the recipe's]")
+    add("--weight-decay", type=float, metavar="RATE", help="weight decay [the recipe's]")
+    add("--clip", type=float, metavar="NORM", help="maximum gradient norm [the recipe's]")
+    add("--dropout", type=float, metavar="P", help="dropout after fc6 and fc7 [the recipe's]")
+    add("--fc-size", type=int, metavar="N", help="width of AlexNet's fc6 and fc7 [the weights', or the recipe's]")
+    add("--no-rescale", dest="rescale", action="store_false", help="do not rescale the layers")
+    add_precision_argument(parser)
+    add("--seed", type=int, default=0, help="random seed [%(default)s]")
+    add("--workers", type=int, default=os.cpu_count() or 1, help="data-loading worker processes [all cores]")
+    add("--device", default="cpu", help="cpu, cuda, cuda:1, mps [%(default)s]")
+    add("--output", type=Path, help="new folder for rows, report and network [runs/voc/<weights>/<what is trained>]")
 
 
-def training_of(training: Training, args: argparse.Namespace) -> Training:
-    """A recipe's training with what the command line changes.
+def add_pictures_argument(parser: argparse.ArgumentParser) -> None:
+    """The option of the commands whose results can be drawn."""
+    told = "draw the results on the first N test images, in the folder pictures of --output [%(default)s]"
+    parser.add_argument("--pictures", type=positive, default=0, metavar="N", help=told)
+
+
+def recipe_of(named: AnyRecipe, args: argparse.Namespace, **own: Any) -> AnyRecipe:
+    """A recipe with what the command line changes, on its device: with a setting or data of one's own it has no budget.
+
+    Args:
+        named: one of :data:`training.transfer.recipes.VOC_RECIPES`.
+        args: of the command line; options are named as the fields are.
+        own: fields that no option has the name of.
 
     Raises:
         ValueError: a value out of range.
     """
-    given = {"steps": args.steps, "images_per_step": args.images_per_step, "lr": args.lr}
-    return dataclasses.replace(training, **{name: value for name, value in given.items() if value is not None})
-
-
-def budget_of(args: argparse.Namespace, parser: argparse.ArgumentParser, size: int, fresh_fc: bool) -> str:
-    """The row's word for what the training costs: 'paper' for the recipe and the data as they are, '' for others.
-
-    Args:
-        args: of the command line.
-        parser: gives the defaults.
-        size: side of the images that the backbone is for.
-        fresh_fc: weights without fc6 and fc7 were given new ones.
-    """
-    as_it_is = all(
-        value == parser.get_default(name) for name, value in vars(args).items() if name not in NOT_OF_THE_PROTOCOL
-    )
-    return "paper" if as_it_is and size == PAPER_SIZE and (args.random or not fresh_fc) else ""
+    named = _changed(named, training=resolved(named.training, args.device))
+    given = _given(named.training, args)
+    if args.random:
+        # random weights are reported rescaled and as they are, by other names
+        named = _changed(named, training=_changed(named.training, rescale=given["rescale"]))
+    training = resolved(_changed(named.training, **given), args.device)
+    splits = _changed(named.splits, **_given(named.splits, args))
+    recipe = _changed(named, **_given(named, args) | own, training=training, splits=splits)
+    as_it_is = recipe == named and tuple(args.classes) == CLASSES
+    return recipe if as_it_is else _changed(recipe, budget="")
 
 
 def output_of(args: argparse.Namespace, subject: Subject, what: str) -> Path:
@@ -116,9 +121,9 @@ def output_of(args: argparse.Namespace, subject: Subject, what: str) -> Path:
     return output
 
 
-def data_name(args: argparse.Namespace) -> str:
+def data_name(recipe: VocRecipe, args: argparse.Namespace) -> str:
     """What the row calls the measured images: VOC's own name where the classes are VOC's, else the folder's as well."""
-    name = f"VOC{args.year} {args.test}"
+    name = f"VOC{recipe.splits.year} {recipe.splits.test}"
     return name if tuple(args.classes) == CLASSES else f"{args.data.resolve().name}, {name}"
 
 
@@ -132,8 +137,7 @@ def subject_of(args: argparse.Namespace, size: int | None = None) -> Subject:
 
 def prepare_transfer(
     args: argparse.Namespace,
-    parser: argparse.ArgumentParser,
-    training: Training,
+    recipe: VocRecipe,
     what: str,
     read: Callable[[str], Sequence[Any]],
     size: int | None = None,
@@ -142,8 +146,7 @@ def prepare_transfer(
 
     Args:
         args: of the command line.
-        parser: gives the defaults.
-        training: with what the command line changes.
+        recipe: with what the command line changes.
         what: is trained, in a word that is good as a folder's name.
         read: from a split's name to its images.
         size: side of the images the backbone gets; None: its own.
@@ -153,17 +156,20 @@ def prepare_transfer(
             network that cannot be rescaled.
     """
     started = time.monotonic()
+    warn_if_emulated(args.precision, args.device)
     subject = subject_of(args, size)
+    if args.random and recipe.training.rescale:
+        subject = dataclasses.replace(subject, name=f"{subject.name}{RESCALED}")
     output = output_of(args, subject, what)
-    train, test = read(args.train), read(args.test)
+    train, test = read(recipe.splits.train), read(recipe.splits.test)
     check_apart(train, test)
     files = [image.file for image in train]
-    network = transfer_network(subject, len(args.classes), files, args.fc_size, not args.no_rescale, args.seed)
-    budget = budget_of(args, parser, subject.size, has_fresh_fc(subject, network))
-    check_rows(output / "rows.jsonl")
-    return Transfer(
-        subject, network, train, test, output, settings_text(args, training, subject, network), budget, started
+    training = recipe.training
+    network = transfer_network(
+        subject, len(args.classes), files, training.fc_size, training.rescale, args.seed, training.fresh_fc_size
     )
+    check_rows(output / "rows.jsonl")
+    return Transfer(recipe, subject, network, train, test, output, settings_text(recipe, subject, network), started)
 
 
 def transfer_row(
@@ -185,8 +191,8 @@ def transfer_row(
         layer=layer,
         value=value,
         source="measured",
-        data=data_name(args),
-        budget=transfer.budget,
+        data=data_name(transfer.recipe, args),
+        budget=transfer.recipe.budget,
         settings=f"{settings}, {transfer.settings}",
         seed=args.seed,
         sha256=transfer.subject.sha256,
@@ -198,16 +204,18 @@ def transfer_row(
     )
 
 
-def settings_text(args: argparse.Namespace, training: Training, subject: Subject, network: nn.Module) -> str:
+def settings_text(recipe: VocRecipe, subject: Subject, network: nn.Module) -> str:
     """What a row says of its training, in a few words: data, steps, and what was done to the network before."""
+    training = recipe.training
     fc_size = getattr(getattr(network, "head", None), "fc_size", 0)
     parts = [
-        f"trained on {args.train}",
+        f"trained on {recipe.splits.train}",
         f"{training.steps:,} step{'s' * (training.steps != 1)} of {counted(training.images_per_step, 'image')}",
         f"rate {training.lr:g}",
         f"{'fresh ' if has_fresh_fc(subject, network) else ''}fc6 and fc7 of {fc_size:,}" if fc_size else "",
         "batch norm folded",
-        "" if args.no_rescale else "layers rescaled",
+        "layers rescaled" if training.rescale else "",
+        training.precision,
     ]
     return ", ".join(filter(None, parts))
 
@@ -251,3 +259,13 @@ def averages(by_class: Mapping[str, Sequence[float]]) -> dict[str, float]:
 def count_present(by_class: Mapping[str, Sequence[float]]) -> int:
     """How many classes have a number: those that the measured images show."""
     return sum(not math.isnan(value) for value in next(iter(by_class.values())))
+
+
+def _given(fields: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of a recipe, or of a part of it, that the command line has options for and gives."""
+    names = {field.name for field in dataclasses.fields(fields)}
+    return {name: value for name, value in vars(args).items() if name in names - {"budget"} and value is not None}
+
+
+def _changed(recipe: AnyRecipe, **changes: Any) -> AnyRecipe:
+    return dataclasses.replace(recipe, **changes)

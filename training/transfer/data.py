@@ -1,4 +1,4 @@
-"""PASCAL VOC in its standard layout, read through torchvision's data sets and checked before anything is trained.
+"""PASCAL VOC in its standard layout, read through torchvision's datasets and checked before anything is trained.
 
     VOCdevkit/VOC2007/ImageSets/Main/trainval.txt           names of images, one a line
                       ImageSets/Segmentation/train.txt      the same, of those that have masks

@@ -14,16 +14,16 @@ from torch.utils.data import DataLoader, Dataset
 
 from rotation_ssl.backbones.alexnet import FcHead, RotNetAlexNet
 from rotation_ssl.evaluation.frozen import preparation
+from rotation_ssl.fit import fit
 from rotation_ssl.images import square
 from rotation_ssl.messages import first_line
-from rotation_ssl.pretraining.optim import learning_rate_factor, set_learning_rates
-from rotation_ssl.progress import progress
+from rotation_ssl.precision import autocast_type, resolve_precision
+from rotation_ssl.pretraining.optim import create_scheduler
 from training.evaluation.subject import Subject
 from training.transfer.data import open_pixels
 from training.transfer.recipes import Training
 from training.transfer.rescale import centre, fold_batch_norms, rescale
 
-FC_SIZE = 4096  # of the paper's fc6 and fc7
 RESCALING_IMAGES = 32
 NETWORK = "network.safetensors"
 
@@ -74,6 +74,7 @@ def transfer_network(
     fc_size: int | None = None,
     scaled: bool = True,
     seed: int = 0,
+    fresh_fc_size: int = 4096,
 ) -> nn.Module:
     """The subject's network with a fresh classifier, batch norm folded and layers rescaled, in eval mode.
 
@@ -83,10 +84,11 @@ def transfer_network(
         subject: the backbone; it is not used up.
         num_classes: K of the classifier.
         files: training images, some of which the rescaling looks at.
-        fc_size: width of AlexNet's fc6 and fc7, 0 for none. None: those that the weights have, else the paper's 4096.
-            fc layers that the weights do not have are fresh.
+        fc_size: width of AlexNet's fc6 and fc7, 0 for none. None: those that the weights have. Layers that the weights
+            do not have are fresh.
         scaled: centre and rescale the layers (they must be a chain, as AlexNet's are).
         seed: of what is fresh.
+        fresh_fc_size: width where the weights have no fc6 and fc7; the paper's is 4096.
 
     Raises:
         ValueError: fc layers for a network that is no AlexNet or of a negative width, or what
@@ -99,7 +101,7 @@ def transfer_network(
     network: Any = fold_batch_norms(subject.backbone)
     learned = set() if subject.random else set(network.modules())
     if isinstance(network, RotNetAlexNet):
-        wanted = network.head.fc_size or FC_SIZE if fc_size is None else fc_size
+        wanted = network.head.fc_size or fresh_fc_size if fc_size is None else fc_size
         if network.head.fc_size != wanted:
             network.head = FcHead(network.num_features, num_classes, wanted)
     elif fc_size is not None:
@@ -153,10 +155,10 @@ class Backbone(nn.Module):
             ) from error
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """The last layer's map."""
+        """The last layer's map, in float32: boxes take the map's type, and bfloat16 has no pixels above 256."""
         images = nn.functional.pad(images, [self.padding] * 4)
         network: Any = self.network
-        return network.forward_intermediates(images, 1, stop_early=True, intermediates_only=True)[-1]
+        return network.forward_intermediates(images, 1, stop_early=True, intermediates_only=True)[-1].float()
 
 
 def smallest_side(network: nn.Module, most: int = 512) -> int:
@@ -176,8 +178,15 @@ def smallest_side(network: nn.Module, most: int = 512) -> int:
     raise ValueError(f"the network takes no images of up to {most} pixels")
 
 
+def autocast_of(training: Training, network: nn.Module) -> torch.autocast:
+    """The context that the network computes in, in training and test."""
+    device = next(network.parameters()).device
+    dtype = autocast_type(resolve_precision(training.precision, device))
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
 def batches(draws: Dataset, size: int, workers: int) -> Iterator[list[Any]]:
-    """The samples in lists of ``size``, loaded by ``workers`` processes (0: by this one).
+    """The samples in lists of ``size``, loaded by ``workers`` processes (0: in this process).
 
     Raises:
         ValueError: a sample cannot be loaded, in whichever process.
@@ -193,18 +202,6 @@ def batches(draws: Dataset, size: int, workers: int) -> Iterator[list[Any]]:
             if isinstance(sample, Exception):
                 raise sample
         yield batch
-
-
-def read_once(load: Callable[[int], Any], count: int, workers: int = 0) -> None:
-    """Load every one of ``count`` samples and drop it, so that one which does not read is found before the training.
-
-    Raises:
-        ValueError: as ``load``.
-        OSError: as ``load``.
-    """
-    with progress("checking", count, disable=count < 500) as bar:
-        for (_,) in batches(InOrder(load, count), 1, workers):
-            bar.update()
 
 
 def check_apart(train: Sequence[Any], test: Sequence[Any]) -> None:
@@ -240,32 +237,20 @@ def train_network(
         output: a folder that the trained network is written to, before anything is measured that may fail.
 
     Raises:
-        ValueError: a loss that is not finite.
+        ValueError: too few samples, or a loss that is not finite.
         OSError: the folder cannot be made or written to.
     """
     if output:
         output.mkdir(parents=True, exist_ok=True)
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(parameters, training.lr, momentum=training.momentum, weight_decay=training.weight_decay)
-    network.train()
-    losses: list[torch.Tensor] = []
-    with progress(name, training.steps * training.images_per_step) as bar:
-        for step, batch in zip(range(training.steps), samples, strict=False):
-            set_learning_rates([optimizer], learning_rate_factor(training.schedule, step, training.steps))
-            loss = loss_of(batch)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(parameters, training.clip)
-            optimizer.step()
-            losses.append(loss.detach())
-            bar.update(len(batch))
-            if step % 20 == 19 or step == training.steps - 1:
-                mean = torch.stack(losses).mean()
-                if not mean.isfinite():
-                    raise ValueError(f"the loss became {mean.item()} by step {step + 1} of {name}: lower --lr")
-                bar.set_postfix(loss=f"{mean.item():.3f}")
-                losses.clear()
-    network.eval()
+    optimizer = torch.optim.SGD(
+        parameters, training.lr, momentum=training.momentum, weight_decay=training.weight_decay, fused=True
+    )
+    fit(
+        network, samples, loss_of, optimizer, name=name, steps=training.steps, images_per_step=training.images_per_step,
+        scheduler=create_scheduler(training.schedule, optimizer, training.steps), clip=training.clip,
+        autocast=autocast_type(resolve_precision(training.precision, next(network.parameters()).device)),
+    )  # fmt: skip
     if output:
         save_model(network, str(output / NETWORK))
 

@@ -1,21 +1,21 @@
-"""PASCAL VOC segmentation: which class is every pixel of; mean intersection over union (table 7 of the paper).
+"""PASCAL VOC segmentation: the class of every pixel; mean intersection over union (table 7 of the paper).
 
     python -m training segment rotnet_alexnet.gidaris_in1k --data VOCdevkit --device cuda
 
-A fully convolutional network (Long, Shelhamer, Darrell 2015, https://arxiv.org/abs/1411.4038): AlexNet's fc6 and fc7
-as convolutions, a score for every class in every cell of 32 pixels, scaled up to the image's pixels. Other networks,
-and AlexNet with --fc-size 0, get their scores from the last feature layer. MODEL is any model of timm or of this
-package; its batch norm is folded and its layers are rescaled, then all are trained on whole images. Pixels that the
-masks give as 255 do not count. VOC2012's train and val are taken where nothing else is said: the paper does not name
-its splits.
+A fully convolutional network (Long, Shelhamer, Darrell 2015, https://arxiv.org/abs/1411.4038): AlexNet's fc6 and fc7 as
+convolutions, with scores for every class at stride 32, which are upsampled to the image. Other networks, and AlexNet
+with --fc-size 0, compute the scores from the last feature layer. MODEL is any timm model whose batch norm can be
+folded, with its published weights, --random weights, or those of a file (--weights FILE); models that are not a chain
+of layers, such as ResNets, need --no-rescale. Batch norm is folded and the layers are rescaled, then all layers are
+trained on whole images. Pixels labelled 255 are ignored. The paper does not name its splits: --budget paper uses
+VOC2012's train and val, --budget cpu VOC2007's trainval and test.
 
-Settings are the recipe VOC_SEGMENTATION in training/transfer/recipes.py. Numbers are in --output as rows.jsonl,
-report.md, report.json and report.png, those of every class as classes.json, and the trained network as
-network.safetensors.
+Settings are the recipes voc-segmentation-paper and voc-segmentation-cpu in training/transfer/recipes.py. Results are
+written to --output: rows.jsonl, report.md, report.json and report.png, classes.json with the numbers of every class,
+and the trained network as network.safetensors.
 """
 
 import argparse
-import dataclasses
 import functools
 import random
 from collections.abc import Sequence
@@ -23,28 +23,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from timm.data import resolve_model_data_config
 from torch import nn
 from torch.nn import functional as F
 
 from rotation_ssl.backbones.alexnet import POOL_SIZE, RotNetAlexNet
 from rotation_ssl.images import normalize
-from rotation_ssl.machine import TURN_OFF
 from rotation_ssl.messages import counted
 from rotation_ssl.progress import progress
+from training.command import create_parser
 from training.reporting.report import run_measuring
+from training.transfer.checking import check_images, check_masks
 from training.transfer.command import (
     add_arguments,
+    add_pictures_argument,
     count_present,
     keep_numbers,
     prepare_transfer,
-    training_of,
+    recipe_of,
     transfer_row,
 )
 from training.transfer.data import MaskedImage, check_large_enough, open_mask, open_pixels, pixels_tensor, read_masks
 from training.transfer.metrics import IGNORED, confusion_matrix, intersections_over_unions, mean_over_classes
-from training.transfer.network import Backbone, Draws, InOrder, batches, read_once, train_network
-from training.transfer.recipes import VOC_SEGMENTATION, VocSegmentation
+from training.transfer.network import Backbone, Draws, InOrder, autocast_of, batches, train_network
+from training.transfer.pictures import draw_segmentation
+from training.transfer.recipes import SEGMENTATIONS, VocSegmentation
 
 
 class Fcn(nn.Module):
@@ -92,7 +96,7 @@ class Fcn(nn.Module):
             normalize(images, self.mean, self.std),
             (self.padding, self.padding + right, self.padding, self.padding + below),
         )
-        scores = self.score(self.maps(padded))
+        scores = self.score(self.maps(padded)).float()
         size = (height + below, width + right)
         return F.interpolate(scores, size=size, mode="bilinear", align_corners=False)[..., :height, :width]
 
@@ -124,12 +128,12 @@ def train_segmenter(
     """
     torch.manual_seed(seed)
     training = recipe.training
-    load = functools.partial(_training_sample, tuple(images), network.score.out_channels - 1)
+    load = functools.partial(_training_sample, tuple(images), network.score.out_channels - 1, recipe.longest)
     draws = Draws(load, len(images), training.steps * training.images_per_step, seed)
 
     def loss_of(batch: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
         pixels, masks = together(batch, network.mean)
-        return pixel_loss(network(pixels.to(device)).float(), masks.to(device))
+        return pixel_loss(network(pixels.to(device)), masks.to(device))
 
     train_network(training, network, batches(draws, training.images_per_step, workers), loss_of, "segmentation", output)
 
@@ -156,8 +160,12 @@ def together(
     return pixels, masks
 
 
-def segment(network: Fcn, images: Sequence[MaskedImage], device: str = "cpu", workers: int = 0) -> torch.Tensor:
+def segment(
+    recipe: VocSegmentation, network: Fcn, images: Sequence[MaskedImage], device: str = "cpu", workers: int = 0
+) -> torch.Tensor:
     """Pixels of all images by true (rows) and predicted class: (K + 1, K + 1) int64.
+
+    Images are scaled down as in training; every pixel of the mask as it is stored is judged.
 
     Raises:
         ValueError: a mask with a class that there is not; the error names it.
@@ -165,13 +173,31 @@ def segment(network: Fcn, images: Sequence[MaskedImage], device: str = "cpu", wo
     network.eval()
     classes = network.score.out_channels
     confusion = torch.zeros(classes, classes, dtype=torch.int64)
-    load = functools.partial(_test_sample, tuple(images), classes - 1)
-    with torch.inference_mode(), progress("test", len(images)) as bar:
+    load = functools.partial(_test_sample, tuple(images), classes - 1, recipe.longest)
+    with torch.inference_mode(), autocast_of(recipe.training, network), progress("test", len(images)) as bar:
         for ((pixels, mask),) in batches(InOrder(load, len(images)), 1, workers):
-            predicted = network(pixels[None].to(device)).argmax(1)[0].cpu()
-            confusion += confusion_matrix(predicted, mask, classes)
+            confusion += confusion_matrix(predict(network, pixels.to(device), mask.shape).cpu(), mask, classes)
             bar.update()
     return confusion
+
+
+def predict(network: Fcn, pixels: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """The class of every pixel of an image (3, h, w) uint8, scaled up to ``size``: (H, W) int64."""
+    logits = network(pixels[None])
+    if logits.shape[-2:] != tuple(size):
+        logits = F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)
+    return logits.argmax(1)[0]
+
+
+def draw_pictures(
+    recipe: VocSegmentation, network: Fcn, images: Sequence[MaskedImage], output: Path, device: str = "cpu"
+) -> None:
+    """Write the predicted classes of images over them, into ``output``/pictures."""
+    classes = network.score.out_channels - 1
+    with torch.inference_mode(), autocast_of(recipe.training, network):
+        for index, image in enumerate(images):
+            pixels, mask = _test_sample(tuple(images), classes, recipe.longest, index)
+            draw_segmentation(output, image.file, predict(network, pixels.to(device), mask.shape).cpu(), classes)
 
 
 def measure_segmentation(
@@ -197,10 +223,13 @@ def measure_segmentation(
     torch.manual_seed(seed)
     fcn = Fcn(network, classes, recipe.dropout).to(device)
     for image in (*train, *test):
-        check_large_enough(image.file, image.width, image.height, fcn.stride)
-    read_once(functools.partial(_read, (*train, *test), classes), len(train) + len(test), workers)
+        width, height = scaled_size(image.width, image.height, recipe.longest)
+        scaled = " as it is scaled" if (width, height) != (image.width, image.height) else ""
+        check_large_enough(image.file, width, height, fcn.stride, scaled)
+    check_images([image.file for image in (*train, *test)], workers)
+    check_masks([image.mask for image in (*train, *test)], classes, workers)
     train_segmenter(recipe, fcn, train, device, seed, workers, output)
-    return fcn, intersections_over_unions(segment(fcn, test, device, workers))
+    return fcn, intersections_over_unions(segment(recipe, fcn, test, device, workers))
 
 
 def _as_convolution(layer: Any, side: int) -> nn.Conv2d:
@@ -212,45 +241,63 @@ def _as_convolution(layer: Any, side: int) -> nn.Conv2d:
     return convolution
 
 
+def scaled_size(width: int, height: int, longest: int | None) -> tuple[int, int]:
+    """Width and height of an image whose longer side is scaled down to ``longest`` pixels (None: as it is)."""
+    factor = min(1.0, longest / max(width, height)) if longest else 1.0
+    return max(1, round(width * factor)), max(1, round(height * factor))
+
+
 def _training_sample(
-    images: tuple[MaskedImage, ...], classes: int, index: int, rng: random.Random
+    images: tuple[MaskedImage, ...], classes: int, longest: int | None, index: int, rng: random.Random
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    pixels, mask = _test_sample(images, classes, index)
+    pixels, mask = _test_sample(images, classes, longest, index)
+    if mask.shape != pixels.shape[1:]:
+        # classes have no values in between
+        mask = F.interpolate(mask[None, None].float(), size=pixels.shape[1:], mode="nearest-exact")[0, 0].byte()
     return (pixels.flip(-1), mask.flip(-1)) if rng.random() < 0.5 else (pixels, mask)
 
 
-def _test_sample(images: tuple[MaskedImage, ...], classes: int, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _test_sample(
+    images: tuple[MaskedImage, ...], classes: int, longest: int | None, index: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     image = images[index]
-    return pixels_tensor(open_pixels(image.file)), open_mask(image.mask, classes)
+    pixels = open_pixels(image.file)
+    size = scaled_size(image.width, image.height, longest)
+    if size != pixels.size:
+        pixels = pixels.resize(size, Image.Resampling.BICUBIC)
+    return pixels_tensor(pixels), open_mask(image.mask, classes)
 
 
-def _read(images: tuple[MaskedImage, ...], classes: int, index: int) -> None:
-    _test_sample(images, classes, index)
+def measure(args: argparse.Namespace) -> Path:
+    """Train and measure what the options ask for; returns the file of the rows."""
+    recipe = recipe_of(SEGMENTATIONS[args.budget], args)
+    transfer = prepare_transfer(
+        args, recipe, "segmentation", lambda split: read_masks(args.data, recipe.splits.year, split)
+    )
+    network, values = measure_segmentation(
+        recipe, transfer.network, transfer.train, transfer.test, len(args.classes), args.device, args.seed,
+        args.workers, transfer.output,
+    )  # fmt: skip
+    draw_pictures(recipe, network, transfer.test[: args.pictures], transfer.output, args.device)
+    by_class = {"IoU": values}
+    row = transfer_row(
+        transfer, args, mean_over_classes(values), "voc-segmentation",
+        f"FCN, {counted(count_present(by_class), 'class', 'classes')} with the background"
+        + (f", longer side {recipe.longest} pixels" if recipe.longest else ""),
+    )  # fmt: skip
+    return keep_numbers(transfer.output, [row], by_class, ("background", *args.classes))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    parser = create_parser("segment", __doc__)
+    add_arguments(parser)
+    parser.add_argument("--longest", type=int, metavar="PIXELS", help="longer side images are scaled to [the recipe's]")
+    add_pictures_argument(parser)
+    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m training segment", description=__doc__, epilog=TURN_OFF,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    add_arguments(parser, "2012", "train", "val")
-    args = parser.parse_args(arguments)
-
-    def measure() -> Path:
-        recipe = dataclasses.replace(VOC_SEGMENTATION, training=training_of(VOC_SEGMENTATION.training, args))
-        transfer = prepare_transfer(
-            args, parser, recipe.training, "segmentation", lambda split: read_masks(args.data, args.year, split)
-        )
-        _, values = measure_segmentation(
-            recipe, transfer.network, transfer.train, transfer.test, len(args.classes), args.device, args.seed,
-            args.workers, transfer.output,
-        )  # fmt: skip
-        by_class = {"IoU": values}
-        row = transfer_row(
-            transfer, args, mean_over_classes(values), "voc-segmentation",
-            f"FCN, {counted(count_present(by_class), 'class', 'classes')} with the background",
-        )  # fmt: skip
-        return keep_numbers(transfer.output, [row], by_class, ("background", *args.classes))
-
-    return run_measuring(measure, args.device)
+    args = build_parser().parse_args(arguments)
+    return run_measuring(lambda: measure(args), args.device)

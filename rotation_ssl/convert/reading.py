@@ -87,7 +87,7 @@ def _read_pickle(content: bytes, max_bytes: int) -> Any:
         if unsafe := re.search(r"GLOBAL (\S+)", str(error)):
             raise _Refused(f"is not read: its pickle asks for {some([unsafe[1]])}, which could run code") from error
         # torch's own words advise to try again without safety
-        raise _Refused("is damaged, not a checkpoint, or holds more than tensors, dicts and lists") from error
+        raise _Refused("is damaged, not a checkpoint, or contains more than tensors, dicts and lists") from error
 
 
 def _rewrite_zip(content: bytes, max_bytes: int) -> io.BytesIO:
@@ -143,10 +143,10 @@ def _check_tensors(checkpoint: Any, max_bytes: int) -> None:
             left += value
         elif isinstance(value, torch.Tensor):
             if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
-                raise _Refused("holds a tensor that is sparse, quantized or without values")
+                raise _Refused("contains a tensor that is sparse, quantized or without values")
             total += value.numel() * value.element_size()
     if total > max_bytes:
-        raise _Refused(f"holds tensors of {total:,} bytes, more than the {max_bytes:,} allowed")
+        raise _Refused(f"contains tensors of {total:,} bytes, more than the {max_bytes:,} allowed")
 
 
 def _read_archive(file: IO[bytes], epoch: int | None, max_bytes: int) -> bytes:

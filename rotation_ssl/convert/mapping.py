@@ -4,25 +4,18 @@ Known are the authors' release (https://github.com/gidariss/FeatureLearningRotNe
 and AlexNet), VISSL (https://github.com/facebookresearch/vissl: AlexNet, and ResNets in torchvision's names), mmselfsup
 (https://github.com/open-mmlab/mmselfsup, rotation_pred) and ResNets in torchvision's names from elsewhere.
 
-Class k of a head means turned k x 90 degrees counter-clockwise, in all of them but mmselfsup, whose rotations run
-clockwise: its classes 1 and 3 change places.
+Class k of a head means rotated by k x 90 degrees counter-clockwise, except in mmselfsup, which rotates clockwise: its
+classes 1 and 3 are swapped.
 """
 
-import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from safetensors.torch import save
-from timm.models._hub import save_config_for_hf
-from torch import nn
 
-from rotation_ssl.files import replace_file
 from rotation_ssl.messages import some
 
 AUTHORS = "the authors' release"
@@ -71,14 +64,14 @@ def convert(checkpoint: Any) -> Converted:
     """Weights of a checkpoint, whoever made it.
 
     Args:
-        checkpoint: what :func:`rotation_ssl.checkpoints.read_checkpoint` gives: nested dicts with tensors.
+        checkpoint: what :func:`rotation_ssl.convert.read_checkpoint` gives: nested dicts with tensors.
 
     Raises:
         ValueError: none of the known forms, keys, shapes or types that do not fit the network that it seems to be (the
             error lists them), or values that are not finite.
     """
     if not isinstance(checkpoint, Mapping):
-        raise ValueError(f"the checkpoint holds {type(checkpoint).__name__}, not a dict of tensors")
+        raise ValueError(f"the checkpoint contains {type(checkpoint).__name__}, not a dict of tensors")
     if "classy_state_dict" in checkpoint:
         found = _from_vissl(checkpoint)
     else:
@@ -117,75 +110,6 @@ def convert_authors(network: Mapping[str, torch.Tensor]) -> dict[str, torch.Tens
     return _with_counters(converted)
 
 
-# what timm says of an architecture's default weights, and nobody of others
-NOT_OF_THESE_WEIGHTS: dict[str, Any] = dict.fromkeys(
-    ("license", "origin_url", "paper_name", "paper_ids", "description", "notes")
-)
-# what the authors trained at, whatever an architecture's default weights are for; NINs are all for 32 pixels
-AUTHORS_SIZES: dict[str, dict[str, Any]] = {"rotnet_alexnet": {"input_size": (3, 224, 224)}}
-
-
-def write_folder(converted: Converted, folder: Path, tag: str, provenance: Mapping[str, Any]) -> None:
-    """Write weights as the folder that ``timm.create_model('local-dir:FOLDER', pretrained=True)`` takes.
-
-    transformers takes it, too: ``TimmWrapperForImageClassification.from_pretrained(FOLDER)``.
-
-    It holds model.safetensors and config.json, timm's with three more entries: 'sha256' and 'size' of the weights,
-    which every load of a ``rotnet_*`` model compares, and 'provenance'.
-
-    Args:
-        converted: the weights.
-        folder: new, or empty.
-        tag: of the weights, as in ``model.tag``.
-        provenance: where they come from, as JSON.
-
-    Raises:
-        ValueError: a folder that has something in it.
-    """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is not an empty folder: give another")
-    content = save(converted.state_dict, metadata={"format": "pt"})
-    model = timm.create_model(converted.model, num_classes=converted.num_classes, device="meta", **converted.model_args)
-    cfg: dict[str, Any] = {"tag": tag}
-    if converted.origin == AUTHORS:
-        cfg |= AUTHORS_SIZES.get(converted.model, {})
-    else:
-        cfg |= {**NOT_OF_THESE_WEIGHTS, "crop_pct": 0.875, "test_crop_pct": None, "test_input_size": None}
-    folder.mkdir(parents=True, exist_ok=True)
-    # without config.json the folder is none that timm takes: it comes last, and whole
-    (folder / "model.safetensors").write_bytes(content)
-    write_config(model, content, folder / "config.json", cfg, {"origin": converted.origin, **provenance})
-
-
-def write_config(
-    model: nn.Module, content: bytes, file: Path, cfg: Mapping[str, Any], provenance: Mapping[str, Any]
-) -> None:
-    """Write the config.json that stands beside a file of weights: see :func:`write_folder`.
-
-    Args:
-        model: as it is to be made again: its own arguments are part of the description.
-        content: of the weights' file.
-        file: to write, whole or not at all.
-        cfg: what differs from the pretrained_cfg of the architecture's default weights.
-        provenance: where the weights come from, as JSON.
-    """
-    described = {
-        "pretrained_cfg": dict(cfg),
-        "sha256": hashlib.sha256(content).hexdigest(),
-        "size": len(content),
-        "provenance": dict(provenance),
-    }
-
-    def write(path: Path) -> None:
-        save_config_for_hf(model, str(path), model_config=described)
-        config = json.loads(path.read_text())
-        # both read it at the top level; transformers passes it beside model_args, where it would be given twice
-        config.get("model_args", {}).pop("num_classes", None)
-        path.write_text(json.dumps(config, indent=2))
-
-    replace_file(file, write)
-
-
 def _tensors(checkpoint: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """The state dict of a checkpoint, without the names that training code wraps around it."""
     for name in ("network", "state_dict", "model"):
@@ -195,7 +119,7 @@ def _tensors(checkpoint: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     if not state:
         # only keys of text are shown: others, nested tuples for example, may have no text
         keys = sorted(key if isinstance(key, str) else f"a key of type {type(key).__name__}" for key in checkpoint)
-        raise ValueError(f"the checkpoint holds no tensors; its keys are {some(keys)}")
+        raise ValueError(f"the checkpoint contains no tensors; its keys are {some(keys)}")
     while prefix := next((p for p in _PREFIXES if any(key.startswith(p) for key in state)), None):
         stripped = {key.removeprefix(prefix): value for key, value in state.items()}
         if len(stripped) < len(state):
@@ -289,7 +213,7 @@ def _from_resnet(state: dict[str, torch.Tensor], origin: str, left_out: tuple[st
     model = _RESNETS.get((tuple(depths), bottleneck))
     if model is None or "conv1.weight" not in state:
         raise ValueError(
-            f"a checkpoint of no form that is known here ({some(sorted(state))}): known are the authors' release,"
+            f"a checkpoint of an unknown form ({some(sorted(state))}): known are the authors' release,"
             " VISSL, mmselfsup's rotation_pred, and ResNets in torchvision's names"
         )
     return Converted(model, _classes(state, "fc"), _with_counters(state), origin, left_out=left_out)
@@ -317,13 +241,16 @@ def _classes(state: Mapping[str, torch.Tensor], classifier: str) -> int:
     return 0 if weight is None or weight.ndim == 0 or weight.numel() == 0 else len(weight)
 
 
-def _check(found: Converted) -> None:
-    model = timm.create_model(found.model, num_classes=found.num_classes, device="meta", **found.model_args)
-    expected = model.state_dict()
-    both = [(key, value, expected[key]) for key, value in found.state_dict.items() if key in expected]
+def misfits(tensors: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], most: int = 10) -> str:
+    """What keeps tensors from being a model's state dict, for an error that begins with 'it'; '' if they fit.
+
+    They must have its keys and shapes, any float type for a float and the same type for others, and finite values.
+    ``expected`` may be on the meta device; of each list of keys ``most`` are named.
+    """
+    both = [(key, value, expected[key]) for key, value in tensors.items() if key in expected]
     problems = {
-        "lacks": [key for key in expected if key not in found.state_dict],
-        "has unknown": [key for key in found.state_dict if key not in expected],
+        "lacks": [key for key in expected if key not in tensors],
+        "has unknown": [key for key in tensors if key not in expected],
         "has other shapes of": [
             f"{key} {tuple(value.shape)} for {tuple(wanted.shape)}"
             for key, value, wanted in both
@@ -335,15 +262,19 @@ def _check(found: Converted) -> None:
             if value.dtype not in (FLOATS if wanted.is_floating_point() else {wanted.dtype})
         ],
         "has values that are not finite in": [
-            # as float32, the type of the model: a larger double is none there
+            # in the model's type, which cannot represent a larger double
             key
             for key, value, wanted in both
-            if value.dtype in FLOATS and value.shape == wanted.shape and not value.float().isfinite().all()
+            if value.dtype in FLOATS and value.shape == wanted.shape and not value.to(wanted.dtype).isfinite().all()
         ],
     }
-    told = [f"{what} {some(keys)}" for what, keys in problems.items() if keys]
-    if told:
-        raise ValueError(f"the checkpoint, of {found.origin}, does not fit {found.model}: it {'; it '.join(told)}")
+    return "; it ".join(f"{what} {some(keys, most)}" for what, keys in problems.items() if keys)
+
+
+def _check(found: Converted) -> None:
+    model = timm.create_model(found.model, num_classes=found.num_classes, device="meta", **found.model_args)
+    if told := misfits(found.state_dict, model.state_dict()):
+        raise ValueError(f"the checkpoint, of {found.origin}, does not fit {found.model}: it {told}")
 
 
 def _authors_key(key: str) -> str | None:

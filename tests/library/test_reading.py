@@ -13,14 +13,13 @@ import zipfile
 
 import pytest
 import torch
-from conftest import DATA
+from conftest import ARCHIVE
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from rotation_ssl.checkpoints import MAX_MEMBERS, read_checkpoint
+from rotation_ssl.convert import MAX_MEMBERS, read_checkpoint
 
-ARCHIVE = DATA / "CIFAR10_RotNet_NIN4blocks.tar.gz"
 NETWORK = {"weight": torch.arange(6.0).view(2, 3), "bias": torch.tensor([0.5, -0.5]), "steps": torch.tensor(7)}
 ZEROS = 50_000_000
 ALLOWED = 10**6
@@ -323,7 +322,7 @@ def test_files_of_more_bytes_than_allowed(write, form):
     ("tensor", "match"),
     [
         # four bytes in the file, and 40 GB for whoever computes with it
-        (torch.zeros(1).expand(10**10), r"holds tensors of 40,000,000,000 bytes"),
+        (torch.zeros(1).expand(10**10), r"contains tensors of 40,000,000,000 bytes"),
         (torch.empty(10**10, device="meta"), "without values"),
     ],
     ids=["expanded", "meta"],

@@ -1,4 +1,4 @@
-"""A file from a URL, whole or not at all: servers that are busy, slow, cut off or no servers end in one line."""
+"""Download a file completely or not at all; whatever goes wrong is an error of one line."""
 
 import re
 import time
@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from rotation_ssl.checkpoints import MAX_BYTES
+from rotation_ssl.convert import MAX_BYTES
 from rotation_ssl.messages import printable
 
 # how often a busy server is asked, the wait before the second time (doubled before each further one), and the limit for
@@ -26,7 +26,7 @@ _BUSY = (429, 502, 503, 504)
 
 
 def download(url: str, file: Path, max_bytes: int = MAX_BYTES, what: str = "") -> None:
-    """Download a URL into a file, with a progress bar; the file is there whole, or an error is raised and it is not.
+    """Download a URL into a file, with a progress bar; where an error is raised, there is no file.
 
     A server that is busy (429, 502, 503 or 504) or that resets the connection before the first byte is asked again,
     ``ATTEMPTS`` times in all: after as many seconds as its Retry-After says, or else after 1, 2, 4 and 8. Attempts,

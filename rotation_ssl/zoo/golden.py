@@ -1,4 +1,4 @@
-"""What published weights give for a few sample images, kept beside them: whether a machine computes the same."""
+"""What published weights give for a few sample images, stored with them: does this machine compute the same?"""
 
 from pathlib import Path
 
@@ -9,18 +9,18 @@ from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
 from torch import nn
 
-from rotation_ssl import zoo
 from rotation_ssl.features import extract_features
 from rotation_ssl.images import normalize, read_images
 from rotation_ssl.messages import first_line
+from rotation_ssl.zoo import published
 
 GOLDEN_TOLERANCE = 1e-3  # of logits and pooled features, both of the order of 1
-SAMPLES_DIR = Path(__file__).parent / "samples"
+SAMPLES_DIR = Path(__file__).parent.parent / "samples"
 
 
 def golden_file(name: str) -> Path:
     """Where the golden outputs of ``model.tag`` are in the package."""
-    return zoo.WEIGHTS_DIR / f"{name}.golden.safetensors"
+    return published.WEIGHTS_DIR / f"{name}.golden.safetensors"
 
 
 def golden_outputs(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -32,9 +32,9 @@ def golden_outputs(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def golden_difference(name: str) -> float:
-    """How far the outputs of published weights, as loaded and computed here, are from the golden ones, at most.
+    """The largest difference between the outputs of published weights on this machine and the golden ones.
 
-    nan where any of them is not a number. Compare with :data:`GOLDEN_TOLERANCE`.
+    nan if any output is not a number. Compare with :data:`GOLDEN_TOLERANCE`.
 
     Raises:
         ValueError: no such weights, or they cannot be loaded, or their golden outputs are missing or corrupt.

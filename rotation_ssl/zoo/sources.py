@@ -1,8 +1,8 @@
 """Where weights come from when they are not in the wheel: the Hugging Face Hub, or the authors' release.
 
 Files of the Hub lie in its client's cache (HF_HUB_CACHE), weights converted from a release in ``rotation_ssl`` of
-torch.hub's (TORCH_HOME). Whatever is there is hashed at every load: neither client nor timm looks at the bytes of a
-file it has. Nothing half-written has a final name: a file is written beside its place and moved there whole.
+torch.hub's (TORCH_HOME). Cached files are hashed at every load: neither the client nor timm checks the bytes of a
+cached file. Files are written under a temporary name and then renamed: none is ever half-written.
 """
 
 import contextlib
@@ -29,11 +29,10 @@ from huggingface_hub.utils import (
 )
 from safetensors.torch import save
 
-from rotation_ssl.checkpoints import read_checkpoint
-from rotation_ssl.convert import convert
-from rotation_ssl.download import download
-from rotation_ssl.files import replace_file
+from rotation_ssl.convert import convert, read_checkpoint
+from rotation_ssl.files import replace_bytes
 from rotation_ssl.messages import first_line
+from rotation_ssl.zoo.download import download
 
 _SHA256 = re.compile("[0-9a-f]{64}")
 
@@ -115,7 +114,7 @@ def read_hub(name: str, entry: dict[str, Any], cache_dir: str | Path | None = No
 
 
 def cached_hub_file(repository: str, revision: str, file: str, cache_dir: str | Path | None = None) -> Path | None:
-    """A file of a Hub repository in the client's cache, not verified; None when there is none. No request is made."""
+    """A file of a Hub repository in the client's cache, not verified; None if it is not there. Makes no request."""
     try:
         return Path(hf_hub_download(repository, file, revision=revision, cache_dir=cache_dir, local_files_only=True))
     except OSError:
@@ -130,10 +129,10 @@ def download_from_hub(
     cache_dir: str | Path | None = None,
     force: bool = False,
 ) -> Path:
-    """A file of a Hub repository in the client's cache, as it is served; its bytes are not looked at.
+    """A file of a Hub repository in the client's cache, as the Hub serves it; its bytes are not checked.
 
     Raises:
-        OSError: it cannot be had; the error says which file of which repository and revision, and what to do.
+        OSError: it could not be downloaded; the error says which file of which repository and revision, and what to do.
     """
     where = f"{file} of {repository}@{revision}"
     try:
@@ -144,44 +143,45 @@ def download_from_hub(
         unread = isinstance(error, ValueError) and error.__cause__ is None and not constants.HF_HUB_OFFLINE
         if unread or isinstance(error.__cause__, (HfHubHTTPError, FileMetadataError)):
             reason = first_line(error.__cause__ or error)
-            raise ConnectionError(f"{name} cannot be fetched: {where}: {reason}") from error
+            raise ConnectionError(f"{name} could not be downloaded: {where}: {reason}") from error
         raise FileNotFoundError(_missing(name, where)) from error
     except RepositoryNotFoundError as error:
         raise FileNotFoundError(
-            f"{name} cannot be fetched: the Hub knows no repository {repository}, or it is private: log in with `hf"
+            f"{name} could not be downloaded: the Hub has no repository {repository}, or it is private: log in with `hf"
             " auth login`, or set HF_TOKEN"
         ) from error
     except (RevisionNotFoundError, EntryNotFoundError) as error:
-        raise FileNotFoundError(f"{name} cannot be fetched: the Hub has no {where}") from error
+        raise FileNotFoundError(f"{name} could not be downloaded: the Hub has no {where}") from error
     except HfHubHTTPError as error:
         if error.response is not None and error.response.status_code == 401:
             raise PermissionError(
-                f"{name} cannot be fetched: the Hub wants a login for {repository}: `hf auth login`, or set HF_TOKEN"
+                f"{name} could not be downloaded: the Hub requires a login for {repository}: `hf auth login`, or set"
+                " HF_TOKEN"
             ) from error
-        raise ConnectionError(f"{name} cannot be fetched: {where}: {first_line(error)}") from error
+        raise ConnectionError(f"{name} could not be downloaded: {where}: {first_line(error)}") from error
     except OSError as error:
         # the client says this of a temporary file that it has deleted
         if sizes := re.search(r"should be of size (\d+) but has size (\d+)", str(error)):
             expected, received = int(sizes[1]), int(sizes[2])
             raise ConnectionError(
-                f"{name} cannot be fetched: {where} broke off after {received:,} of {expected:,} bytes: try again"
+                f"{name} could not be downloaded: {where} broke off after {received:,} of {expected:,} bytes: try again"
             ) from error
         # of the system, so of this machine's disk: what the client says of the network has no number
         if error.errno is not None:
             raise OSError(
-                f"{name} cannot be fetched: the cache {cache_dir or constants.HF_HUB_CACHE} cannot be written"
+                f"{name} could not be downloaded: the cache {cache_dir or constants.HF_HUB_CACHE} cannot be written"
                 f" ({first_line(error)}): make room, or set HF_HUB_CACHE to another folder"
             ) from error
         if constants.HF_HUB_OFFLINE:
             raise FileNotFoundError(_missing(name, where)) from error
-        raise OSError(f"{name} cannot be fetched: {where}: {first_line(error)}") from error
+        raise OSError(f"{name} could not be downloaded: {where}: {first_line(error)}") from error
     except Exception as error:
         # the client lets errors of its HTTP library through (a cut connection, a timeout), and hf_xet's RuntimeErrors
         library = type(error).__module__
         if not isinstance(error, RuntimeError) and "httpx" not in library and "requests" not in library:
             raise
         reason = first_line(error)
-        raise ConnectionError(f"{name} cannot be fetched: {where}: the connection failed ({reason})") from error
+        raise ConnectionError(f"{name} could not be downloaded: {where}: the connection failed ({reason})") from error
 
 
 def read_release(
@@ -192,16 +192,16 @@ def read_release(
     It comes from the cache, or is downloaded and converted now.
 
     The authors publish no hash. Where the manifest has none either, the first download is trusted: a warning says so,
-    and its sha256 and that of the converted file are kept beside it. Later loads and downloads have to match them.
+    and its sha256 and that of the converted file are stored next to it. Later loads and downloads have to match them.
 
     Args:
         name: ``model.tag``.
         entry: of the manifest: 'url' of the archive, and its 'archive_sha256' where it is known.
         cache_dir: in place of :func:`release_cache`.
-        accept_new_hash: download again, and take and remember whatever hash the archive has now.
+        accept_new_hash: download again, and accept and record the hash that the archive has now.
 
     Raises:
-        OSError: not cached and not to be had: offline, a failing or cut connection, no space, a read-only cache.
+        OSError: not cached, and not downloaded: offline, a failing or cut connection, no space, a read-only cache.
         ValueError: an archive of another hash than before, one that is not safe to read, or other weights in it.
     """
     folder = Path(cache_dir) if cache_dir else release_cache()
@@ -219,7 +219,7 @@ def read_release(
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f"{name}.lock"):
             if not accept_new_hash:
-                # another process may have fetched it meanwhile
+                # another process may have downloaded it in the meantime
                 with contextlib.suppress(Mismatch):
                     return file, _read_recorded(file, record, entry)
             return file, _fetch_release(name, entry, file, record, accept_new_hash)
@@ -232,7 +232,7 @@ def read_release(
 
 
 def read_record(name: str, cache_dir: str | Path | None = None) -> dict[str, Any] | None:
-    """Where cached weights of a release came from, as recorded when they were fetched: None when they were not.
+    """Where cached weights of a release came from, as recorded at the download; None if there was none.
 
     'url', 'archive_sha256' and 'archive_size' of what was downloaded, 'sha256' and 'size' of the converted file.
     """
@@ -276,7 +276,7 @@ def _fetch_release(name: str, entry: dict[str, Any], file: Path, record: Path, a
             )
         converted = convert(read_checkpoint(archive, content=downloaded))
         if converted.model != name.split(".", 1)[0]:
-            raise ValueError(f"{entry['url']} holds a {converted.model}, not {name}; nothing was kept")
+            raise ValueError(f"{entry['url']} contains a {converted.model}, not {name}; nothing was kept")
         content = save({key: tensor.contiguous() for key, tensor in converted.state_dict.items()})
         provenance = {
             "name": name,
@@ -287,22 +287,22 @@ def _fetch_release(name: str, entry: dict[str, Any], file: Path, record: Path, a
             "size": len(content),
             "fetched": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         }
-        # the record last: a file without one counts as not fetched
-        replace_file(file, lambda path: path.write_bytes(content))
-        replace_file(record, lambda path: path.write_text(json.dumps(provenance, indent=1) + "\n"))
+        # the record last: a file without one counts as not downloaded
+        replace_bytes(file, content)
+        replace_bytes(record, (json.dumps(provenance, indent=1) + "\n").encode())
     finally:
         archive.unlink(missing_ok=True)
     if not pinned and digest != known:
         warnings.warn(
-            f"no published hash tells whether {name} is what the authors uploaded: the archive just fetched has sha256"
-            f" {digest}, remembered in {record}; later loads have to match it",
+            f"no published hash of {name} exists: the downloaded archive has sha256"
+            f" {digest}, recorded in {record}; later loads must match it",
             stacklevel=2,
         )
     return content
 
 
 def _read_recorded(file: Path, record: Path, entry: dict[str, Any]) -> bytes:
-    """The content of a converted file that is what was recorded when it was fetched; Mismatch where it is not."""
+    """The content of a converted file that is what was recorded at the download; Mismatch if it is not."""
     known = _read_record(record)
     if known is None:
         raise Mismatch(f"{record} does not exist")
@@ -324,6 +324,6 @@ def _read_record(record: Path) -> dict[str, Any] | None:
 
 def _missing(name: str, where: str) -> str:
     return (
-        f"weights of {name} are not cached, and there is no network or HF_HUB_OFFLINE is set: missing is {where}; fetch"
-        f" it with a network: rotation-ssl fetch {name}"
+        f"weights of {name} are not cached, and there is no network or HF_HUB_OFFLINE is set: {where} is missing;"
+        f" with a network, run: rotation-ssl fetch {name}"
     )

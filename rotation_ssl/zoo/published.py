@@ -1,0 +1,74 @@
+"""The manifest: which weights are published, where they are, and what timm is told of them.
+
+The manifest (``weights/manifest.json``) has one entry for every published ``model.tag``: where it comes from, its
+sha256 and size, its licence and what it was made of.
+"""
+
+import functools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+WEIGHTS_DIR = Path(__file__).parent.parent / "weights"
+_FIELDS = ("file", "sha256", "size", "license", "data", "input_size", "mean", "std", "recommended_layer", "metrics")
+
+
+@functools.cache
+def manifest() -> dict[str, dict[str, Any]]:
+    """The published weights: ``model.tag`` -> its entry in ``weights/manifest.json``. Not to be changed in place.
+
+    Every entry has 'source' ('bundled', 'hub' or 'release'), 'file', 'sha256' and 'size' (of a release None until they
+    are known), 'license', 'origin', 'recipe', 'data', 'input_size', 'mean', 'std', 'recommended_layer', 'metrics'; what
+    is on the Hub also 'hub' ('repository', 'revision', 'version', 'file'), a release 'url' and 'archive_sha256', a
+    network made with other arguments than the default ones 'model_args'.
+
+    Raises:
+        ValueError: the file is missing, not JSON, or lacks something.
+    """
+    file = WEIGHTS_DIR / "manifest.json"
+    try:
+        entries: dict[str, dict[str, Any]] = json.loads(file.read_bytes())
+        for name, entry in entries.items():
+            own = {"bundled": (), "hub": ("hub",), "release": ("url",)}[entry["source"]]
+            lacking = [field for field in (*_FIELDS, *own) if field not in entry]
+            if lacking:
+                raise ValueError(f"{name} lacks {', '.join(lacking)}")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{file} is not a manifest of weights ({error}): reinstall rotation-ssl") from error
+    return entries
+
+
+def bundled() -> dict[str, dict[str, Any]]:
+    """The entries of the weights that the wheel carries: this project's own, whose numbers are reported and checked."""
+    return {name: entry for name, entry in manifest().items() if entry["source"] == "bundled"}
+
+
+def published_cfgs(model: str) -> dict[str, dict[str, Any]]:
+    """What timm's configuration of each tag of a model takes from the manifest.
+
+    The default is the first of the bundled, or none ('model.*', timm's mark of a default, which it heeds when it comes
+    last) where none are, for a default needs no network. No tag is there before its weights are: timm would name it as
+    one that can be loaded.
+    """
+    own = {name: entry for name, entry in manifest().items() if name.split(".", 1)[0] == model}
+    bundled = [name for name, entry in own.items() if entry["source"] == "bundled"]
+    cfgs: dict[str, dict[str, Any]] = {}
+    for name in (*bundled, *(name for name in own if name not in bundled)):
+        entry = own[name]
+        images = {key: tuple(entry[key]) for key in ("input_size", "mean", "std")}
+        cfgs[name] = {**location(entry), **images, "license": entry["license"]}
+    return cfgs if bundled else {**cfgs, f"{model}.*": {}}
+
+
+def location(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """timm's keys for where an entry's weights are; neither opened nor checked."""
+    where: dict[str, Any] = {}
+    if entry["source"] == "bundled":
+        where["file"] = str(WEIGHTS_DIR / entry["file"])
+    if entry["source"] == "release":
+        where["url"] = entry["url"]
+    if "hub" in entry:
+        where["hf_hub_id"] = f"{entry['hub']['repository']}@{entry['hub']['revision']}"
+        where["hf_hub_filename"] = entry["hub"]["file"]
+    return where

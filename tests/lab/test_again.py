@@ -1,0 +1,67 @@
+"""Rows of a transfer to PASCAL VOC are measured again by the command that made them."""
+
+import dataclasses
+
+import pytest
+from small_voc import write_small_voc
+
+from training.reporting.again import Source, transfer_again, transfer_arguments, transfer_training
+from training.reporting.check import judge
+from training.reporting.rows import Row, read_file
+from training.transfer import classification, detection
+from training.transfer.recipes import CLASSIFICATIONS, VOC_CLASSIFICATION_CPU
+
+
+def row(weights="rotnet_alexnet.tinyimagenet", protocol="voc-classification-area", layer="all", **fields):
+    return Row(weights, protocol, layer, 0.5, "measured", "VOC2007 test", **{"budget": "cpu", "seed": 2} | fields)
+
+
+@pytest.fixture
+def source(tmp_path):
+    return Source("voc2007", write_small_voc(tmp_path, train=10, test=6))
+
+
+def test_a_training_gives_its_rows_again(source, tmp_path, monkeypatch):
+    training = dataclasses.replace(VOC_CLASSIFICATION_CPU.training, steps=2, images_per_step=4, fresh_fc_size=16)
+    recipe = dataclasses.replace(VOC_CLASSIFICATION_CPU, training=training, test_crops=2, size=64)
+    monkeypatch.setitem(CLASSIFICATIONS, "cpu", recipe)
+    words = ["rotnet_alexnet", "--random", "--budget", "cpu", "--data", str(source.folder), "--output", str(tmp_path)]
+    assert classification.main([*words, "--workers", "0"]) == 0
+    rows = read_file(tmp_path / "rows.jsonl")
+    assert {(r.weights, r.budget) for r in rows} == {("rotnet_alexnet.random-rescaled", "cpu")} and len(rows) == 3
+    parser = classification.build_parser
+    monkeypatch.setattr(classification, "build_parser", lambda: without_workers(parser()))
+    pairs = list(transfer_again(rows[:2], source))
+    assert [old for old, _ in pairs] == rows[:2] and all(old.value == new.value for old, new in pairs)
+    assert all(judge(old, new, rows).holds for old, new in pairs)
+    moved = dataclasses.replace(pairs[0][1], value=pairs[0][1].value + 0.021)
+    assert not judge(rows[0], moved, rows).holds
+
+
+def without_workers(parser):
+    parser.set_defaults(workers=0)
+    return parser
+
+
+def test_the_options_are_those_of_the_row(tmp_path):
+    source = Source("voc2007", tmp_path, proposals=tmp_path / "regions.safetensors")
+    module, args = transfer_arguments(row(layer="fc6-8"), source, tmp_path / "out")
+    assert module is classification
+    assert (args.model, args.random, args.layers, args.seed, args.budget) == (
+        "rotnet_alexnet.tinyimagenet", False, "fc6-8", 2, "cpu",
+    )  # fmt: skip
+    for tag, rescaled in (("random", False), ("random-rescaled", True)):
+        module, args = transfer_arguments(row(f"rotnet_alexnet.{tag}", "voc-fast-rcnn-11-point"), source, tmp_path)
+        assert module is detection and args.random and args.rescale is rescaled and args.proposals == source.proposals
+
+
+def test_what_cannot_be_measured_again_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"needs the regions to look at: give --proposals FILE"):
+        transfer_arguments(row(protocol="voc-fast-rcnn-area"), Source("voc2007", tmp_path), tmp_path)
+    with pytest.raises(ValueError, match="has no recipe: it cannot be measured again"):
+        transfer_arguments(row(budget=""), Source("voc2007", tmp_path), tmp_path)
+
+
+def test_average_precisions_of_one_training_are_one_training():
+    kinds = {transfer_training(row(protocol=f"voc-classification-{kind}")) for kind in ("area", "11-point", "steps")}
+    assert len(kinds) == 1 and transfer_training(row(layer="fc6-8")) not in kinds

@@ -1,0 +1,38 @@
+"""The frame of the lab's commands: their parser, and how they end."""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable
+
+from rotation_ssl.machine import TURN_OFF
+
+
+def create_parser(command: str, description: str | None, recipes: Iterable[str] = ()) -> argparse.ArgumentParser:
+    """The parser of ``python -m training COMMAND``, with a line of help for each recipe that it takes, if any."""
+    lines = "".join(f"  {line}\n" for line in recipes)
+    return argparse.ArgumentParser(
+        prog=f"python -m training {command}",
+        description=description,
+        epilog=f"recipes:\n{lines}\n{TURN_OFF}" if lines else TURN_OFF,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def run(work: Callable[[], int | None], stopped: str = "stopped; run the same command again to continue") -> int:
+    """Do a command's work: an error and an interruption are one line each.
+
+    Args:
+        work: returns the exit status, None for 0.
+        stopped: what to print after an interruption.
+
+    Returns:
+        The exit status: 2 after an error, 130 after an interruption.
+    """
+    try:
+        return work() or 0
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(stopped, file=sys.stderr)
+        return 130

@@ -1,0 +1,58 @@
+"""Options that several commands of this folder have: the same name and the same meaning everywhere."""
+
+import argparse
+from pathlib import Path
+
+from rotation_ssl.precision import add_precision_argument
+from training.datasets import DATASETS, FOLDER
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """The backbone and its weights."""
+    parser.add_argument("model", metavar="MODEL", help="any timm model or model.tag, including rotnet_*")
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="use the weights of a safetensors file")
+    parser.add_argument("--random", action="store_true", help="use random weights")
+
+
+def add_data(parser: argparse.ArgumentParser, torchvision: bool = False) -> None:
+    """The labelled images; with ``torchvision`` its datasets too, and no default."""
+    sets = (*DATASETS, FOLDER)
+    if torchvision:
+        known = f"{', '.join(sets)}, or torch/NAME of torchvision"
+        parser.add_argument("--dataset", default=FOLDER, metavar="SET", help=f"{known} [%(default)s]")
+        parser.add_argument("--data", type=Path, required=True, help="folder of the images")
+    else:
+        known = ", ".join(sets)
+        parser.add_argument("--dataset", choices=sets, default="cifar10", metavar="SET", help=f"{known} [%(default)s]")
+        parser.add_argument(
+            "--data", type=Path, default=Path("data/cifar10"), help="folder of the images [%(default)s]"
+        )
+    parser.add_argument("--download", action="store_true", help="let torchvision download the images to --data")
+    parser.add_argument("--holdout", type=int, default=0, metavar="N", help="hold N training images out, to test on")
+    parser.add_argument("--size", type=int, help="input size of the backbone in pixels [the model's own]")
+
+
+def add_run(parser: argparse.ArgumentParser, output: str, precision: str = "the recipe's") -> None:
+    """How it is computed and where the results go; ``output`` and ``precision`` say what the defaults are."""
+    parser.add_argument("--seed", type=int, default=0, help="random seed [%(default)s]")
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="number of seeds, starting at --seed [1]")
+    add_precision_argument(parser, precision)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps [%(default)s]")
+    parser.add_argument("--output", type=Path, help=f"folder of rows and report [{output}/<weights>]")
+    parser.add_argument("--record", action="store_true", help="write the rows to training/results/, for the model card")
+
+
+def seeds(args: argparse.Namespace) -> range:
+    """The seeds that ``--seed`` and ``--seeds`` ask for.
+
+    Raises:
+        ValueError: less than one.
+    """
+    if args.seeds < 1:
+        raise ValueError(f"--seeds must be at least 1, got {args.seeds}")
+    return range(args.seed, args.seed + args.seeds)
+
+
+def sized_name(data: str, args: argparse.Namespace) -> str:
+    """The data's name in result rows, which says an image size that is not the model's own."""
+    return f"{data} at {args.size} pixels" if args.size else data

@@ -1,0 +1,184 @@
+"""Measuring reported numbers again, and for the first time: from rows to rows, by the protocol that each one names."""
+
+import argparse
+import dataclasses
+import functools
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from rotation_ssl.evaluation.frozen import PARTS
+from rotation_ssl.evaluation.measure import Measurement
+from rotation_ssl.labelled import Images
+from training.datasets import check_whole, dataset_of, load_images
+from training.evaluation.finetune import measure_transfer, transfer_subject
+from training.evaluation.layers import measure_layers, square_size
+from training.evaluation.probes import measure_features, measure_rotation
+from training.evaluation.subject import Subject, subject_of_row
+from training.protocols import PROTOCOLS
+from training.reporting.rows import Row, read_file
+from training.transfer import classification, detection, segmentation
+from training.transfer.command import RESCALED
+
+QUICK_PARTS = (0, 1)
+Load = Callable[[int, bool], Images]  # of a side in pixels, and whether test images alone are wanted
+Pairs = Iterator[tuple[Row, Row]]
+TRANSFERS: dict[str, ModuleType] = {"voc": classification, "detect": detection, "segment": segmentation}
+
+
+@dataclass(frozen=True)
+class Source:
+    """One dataset: its id, its ``folder``, for detection the file of ``proposals``; ``whole``: a part is an error."""
+
+    dataset: str
+    folder: Path
+    download: bool = False
+    proposals: Path | None = None
+    whole: bool = False
+
+
+def command_of(row: Row) -> str:
+    """The command of the lab that measures the row's protocol."""
+    return PROTOCOLS[row.protocol].command
+
+
+def measure_source(rows: Sequence[Row], source: Source, quick: bool = False, device: str = "cpu") -> Pairs:
+    """Each row and what is measured now, of rows that all are of one dataset.
+
+    Raises:
+        ValueError: as :func:`measure_again` and :func:`transfer_again`.
+    """
+
+    @functools.cache
+    def load(size: int, test_only: bool) -> Images:
+        images = load_images(source.dataset, source.folder, size, source.download, test_only=test_only)
+        if source.whole:
+            check_whole(source.dataset, len(images.train), len(images.test))
+        return images
+
+    yield from measure_again([row for row in rows if command_of(row) not in TRANSFERS], load, quick, device)
+    yield from transfer_again([row for row in rows if command_of(row) in TRANSFERS], source, device)
+
+
+def measure_again(rows: Sequence[Row], load: Load, quick: bool = False, device: str = "cpu") -> Pairs:
+    """Each row and what is measured now: features of a network are taken once for all of its rows.
+
+    Args:
+        rows: all of one dataset.
+        load: reads the dataset, as squares of a side.
+        quick: on the first fifth of the test images.
+        device: where to work.
+
+    Raises:
+        ValueError: rows of weights that are not in the manifest, or that have no recipe.
+    """
+    parts = QUICK_PARTS if quick else tuple(range(PARTS))
+    for weights in dict.fromkeys(row.weights for row in rows):
+        subject = subject_of_row(weights)
+        subject.backbone.to(device).to(memory_format=torch.channels_last)
+        own = [row for row in rows if row.weights == weights]
+        for command in dict.fromkeys(map(command_of, own)):
+            yield from AGAIN[command]([row for row in own if command_of(row) == command], subject, load, parts, device)
+
+
+def _evaluate_again(rows: Sequence[Row], subject: Subject, load: Load, parts: Sequence[int], device: str) -> Pairs:
+    probed = {measurement_of(row): row for row in rows if row.protocol != "rotation"}
+    images = load(subject.size, not probed)
+    for row in rows:
+        if row.protocol == "rotation":
+            yield row, measure_rotation(subject, images.test, images.name, device, parts)
+    by_number = {dataclasses.replace(m, strength=None): row for m, row in probed.items()}
+    for new in measure_features(subject, images, list(probed), device, parts) if probed else ():
+        yield by_number[dataclasses.replace(measurement_of(new), strength=None)], new
+
+
+def _probe_layers_again(rows: Sequence[Row], subject: Subject, load: Load, parts: Sequence[int], device: str) -> Pairs:
+    for key in dict.fromkeys((row.protocol, row.budget, row.seed) for row in rows):
+        by_layer = {row.layer: row for row in rows if (row.protocol, row.budget, row.seed) == key}
+        row = next(iter(by_layer.values()))
+        recipe = _recipe(row)
+        images = load(square_size(recipe, dataset_of(row.data)), False)
+        train, val, layers = images.train, images.test, list(by_layer)
+        for new in measure_layers(recipe, subject, layers, train, val, images.name, seed=key[2] or 0):
+            yield by_layer[new.layer], new
+
+
+def _finetune_again(rows: Sequence[Row], subject: Subject, load: Load, parts: Sequence[int], device: str) -> Pairs:
+    images = load(subject.size, False)
+    for row in rows:
+        model, seed = subject.name if subject.published else subject.architecture, row.seed or 0
+        recipe = _recipe(row)
+        # a training uses its backbone up
+        fresh = transfer_subject(recipe, model, seed, random=not subject.published)
+        labels = row.labels_per_class, row.draw or "first"
+        yield row, measure_transfer(recipe, fresh, row.layer, images, *labels, seed, device)
+
+
+# by the command that measures a protocol
+AGAIN: dict[str, Callable[[Sequence[Row], Subject, Load, Sequence[int], str], Pairs]] = {
+    "evaluate": _evaluate_again,
+    "probe-layers": _probe_layers_again,
+    "finetune": _finetune_again,
+}
+
+
+def transfer_again(rows: Sequence[Row], source: Source, device: str = "cpu") -> Pairs:
+    """Each row of a transfer to PASCAL VOC and what is measured now; a training gives several rows.
+
+    Args:
+        rows: their budgets have recipes.
+        source: ``folder`` is the VOCdevkit.
+        device: where to work.
+
+    Raises:
+        ValueError: a row without a recipe, no proposals for Fast R-CNN, or what the command refuses.
+    """
+    for training in dict.fromkeys(map(transfer_training, rows)):
+        own = [row for row in rows if transfer_training(row) == training]
+        with tempfile.TemporaryDirectory() as output:
+            module, args = transfer_arguments(own[0], source, Path(output), device)
+            new = {row.key: row for row in read_file(module.measure(args))}
+        yield from ((row, new[row.key]) for row in own)
+
+
+def transfer_arguments(
+    row: Row, source: Source, output: Path, device: str = "cpu"
+) -> tuple[ModuleType, argparse.Namespace]:
+    """The module and the parsed options that measure a row of a transfer into a folder."""
+    _recipe(row)
+    module = TRANSFERS[command_of(row)]
+    model, _, tag = row.weights.partition(".")
+    random = tag in ("random", f"random{RESCALED}")
+    words = [model if random else row.weights, "--budget", row.budget, "--data", str(source.folder)]
+    words += ["--seed", str(row.seed or 0), "--device", device, "--output", str(output)]
+    words += ["--random"] * random + ["--no-rescale"] * (tag == "random")
+    if module is classification:
+        words += ["--layers", row.layer]
+    if row.protocol.startswith("voc-fast-rcnn"):
+        if source.proposals is None:
+            raise ValueError(f"{row.number} needs the regions to look at: give --proposals FILE")
+        words += ["--proposals", str(source.proposals)]
+    return module, module.build_parser().parse_args(words)
+
+
+def measurement_of(row: Row) -> Measurement:
+    """What the library calls a number of a frozen layer."""
+    return Measurement(row.protocol, row.budget, row.layer, row.seed, row.strength)
+
+
+def transfer_training(row: Row) -> tuple[object, ...]:
+    """One training of a transfer gives several average precisions."""
+    kind = row.protocol.removesuffix("-11-point").removesuffix("-area").removesuffix("-steps")
+    return row.weights, kind, row.budget, row.layer, row.data, row.seed
+
+
+def _recipe(row: Row) -> Any:
+    recipe = PROTOCOLS[row.protocol].recipes[row.budget]
+    if recipe is None:
+        raise ValueError(f"{row.number} has no recipe: it cannot be measured again")
+    return recipe

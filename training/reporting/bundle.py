@@ -1,0 +1,136 @@
+"""A finished run becomes published weights: its files are copied into the package and entered into the manifest."""
+
+import dataclasses
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import timm
+from safetensors.torch import save
+from timm.data import resolve_model_data_config
+
+from rotation_ssl import zoo
+from rotation_ssl.backbones.about import network_facts
+from rotation_ssl.files import replace_bytes
+from rotation_ssl.messages import counted
+from rotation_ssl.zoo.golden import golden_file, golden_outputs
+from training.recipes import RECIPES
+from training.reporting.pages import FIGURES_DIR
+from training.reporting.rows import RESULTS_DIR
+
+DATA_NAMES = {
+    "cifar10": "CIFAR-10, 50,000 training images without labels",
+    "tinyimagenet": "Tiny-ImageNet, 100,000 training images of 64 pixels without labels",
+    "photos": "114,334 photographs without labels: training images of Imagenette, Imagewoof, MiniPlaces and Caltech-101",
+}
+
+
+def bundle(run_dir: Path, name: str) -> None:
+    """Copy a run's weights into the package as ``model.tag`` and enter them into the manifest.
+
+    Everything is checked and computed before the first file is written, and the manifest is written last.
+
+    Raises:
+        ValueError: as :func:`checked_run`, or weights that do not fit the model.
+    """
+    run = checked_run(run_dir, name)
+    recipe = run["recipe"]
+    weights = run_dir / "model.safetensors"
+    content = weights.read_bytes()
+    # the size is the recipe's, not that of the weights that are bundled already or of the paper
+    input_size = (3, *[RECIPES[recipe["name"]].input_size] * 2)
+    overlay = {"file": str(weights), "input_size": input_size}
+    model = timm.create_model(recipe["model"], pretrained=True, pretrained_cfg_overlay=overlay)
+    cfg = resolve_model_data_config(model)
+    entry = {
+        "source": "bundled",
+        "file": f"{name}.safetensors",
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "size": len(content),
+        "license": "mit",
+        "origin": "trained by this project",
+        "recipe": recipe["name"],
+        "data": DATA_NAMES[recipe["data"]],
+        "rotated_images": run["rotated_images"],
+        "seed": recipe["seed"],
+        "commit": run["commit"],
+        "recommended_layer": network_facts(recipe["model"]).recommended_layer,
+        **{key: list(cfg[key]) for key in ("input_size", "mean", "std")},
+        **({"model_args": dict(recipe["model_args"])} if recipe.get("model_args") else {}),
+        "metrics": {},
+    }
+    FIGURES_DIR.mkdir(parents=True, exist_ok=True)
+    replace_bytes(FIGURES_DIR / f"{name}.curve.png", (run_dir / "curve.png").read_bytes())
+    replace_bytes(golden_file(name), save(golden_outputs(model)))
+    replace_bytes(RESULTS_DIR / f"{name}.run.json", (run_dir / "run.json").read_bytes())
+    replace_bytes(zoo.WEIGHTS_DIR / entry["file"], content)
+    enter_manifest(name, entry)
+
+
+def checked_run(run_dir: Path, name: str) -> dict[str, Any]:
+    """The run.json of a run whose weights may be published as ``model.tag``.
+
+    Raises:
+        ValueError: not a finished run, one of another model or of uncommitted code, one that held training images out
+            or departed from its recipe, or one of other rotations than the four.
+    """
+    lacking = [file for file in ("model.safetensors", "run.json", "curve.png") if not (run_dir / file).is_file()]
+    if lacking:
+        raise ValueError(f"{run_dir} is not a finished run: it lacks {', '.join(lacking)}")
+    run: dict[str, Any] = json.loads((run_dir / "run.json").read_text())
+    recipe = run["recipe"]
+    if recipe["model"] != name.split(".", 1)[0]:
+        raise ValueError(f"{run_dir} is a run of {recipe['model']}, not of {name.split('.', 1)[0]}")
+    if recipe["holdout"]:
+        raise ValueError(f"{run_dir} held {counted(recipe['holdout'], 'image')} out: it is for tuning, not publishing")
+    if recipe["data"] not in DATA_NAMES:
+        raise ValueError(f"{run_dir} is of {recipe['data']}: weights are bundled of {', '.join(DATA_NAMES)}")
+    if not network_facts(recipe["model"]).recommended_layer:
+        raise ValueError(f"{run_dir} is of {recipe['model']}, of which no layer is recommended: enter it in its FACTS")
+    departures = _departures(recipe)
+    if departures:
+        raise ValueError(f"{run_dir} departed from its recipe: {'; '.join(departures)}; only the seed may differ")
+    if recipe["rotations"] != [0, 1, 2, 3]:
+        raise ValueError(
+            f"{run_dir} knows the rotations {recipe['rotations']}; published weights have the head of four"
+        )
+    if not re.fullmatch("[0-9a-f]{40}", run["commit"]):
+        raise ValueError(f"{run_dir} was trained by commit {run['commit']!r}: commit, then train what is published")
+    return run
+
+
+def _departures(recipe: dict[str, Any]) -> list[str]:
+    """What of a run's recipe differs from the named one; a field that an older run.json lacks had its default."""
+    if recipe["name"] not in RECIPES:
+        return [f"there is no recipe {recipe['name']!r}"]
+    ours = RECIPES[recipe["name"]]
+    named = json.loads(json.dumps(dataclasses.asdict(ours)))
+    run = {**_defaults(ours), **recipe, "schedule": {**_defaults(ours.schedule), **recipe["schedule"]}}
+    run = json.loads(json.dumps(run))  # a default is a tuple, what was read a list
+    if isinstance(run["flip"], bool):
+        run["flip"] = "random" if run["flip"] else "none"
+    if named["precision"] == "auto" and run["precision"] in ("bf16", "fp32"):
+        named["precision"] = run["precision"]  # what 'auto' was there
+    run = {field: run[field] for field in named if field not in ("seed", "note")}
+    return [f"{field} {named[field]} -> {value}" for field, value in run.items() if value != named[field]]
+
+
+def _defaults(settings: Any) -> dict[str, Any]:
+    return {f.name: f.default for f in dataclasses.fields(settings) if f.default is not dataclasses.MISSING}
+
+
+def read_manifest() -> dict[str, Any]:
+    """The manifest as its file is now: the zoo's own may be of before this command wrote to it."""
+    return json.loads((zoo.WEIGHTS_DIR / "manifest.json").read_text())
+
+
+def enter_manifest(name: str, entry: dict[str, Any]) -> None:
+    """Write an entry of the manifest, a new one or in place of that of the same name."""
+    replace_bytes(zoo.WEIGHTS_DIR / "manifest.json", manifest_text({**read_manifest(), name: entry}).encode())
+
+
+def manifest_text(entries: dict[str, Any]) -> str:
+    """The manifest's file."""
+    return json.dumps(entries, indent=2) + "\n"

@@ -1,0 +1,58 @@
+"""Detections and segmentations drawn over their images, as PNG files."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+
+from training.transfer.data import open_pixels, pixels_tensor
+
+
+def draw_detections(
+    output: Path, file: Path, found: Mapping[str, torch.Tensor], classes: Sequence[str], least: float = 0.5
+) -> Path:
+    """Write an image with the detections that are sure by ``least`` or more; returns the picture's file.
+
+    Args:
+        output: the folder ``pictures`` is made in.
+        file: the image.
+        found: 'boxes' (n, 4) in pixels, 'labels' (n,) from 1, 'scores' (n,).
+        classes: the names of the K classes.
+        least: the lowest score that is drawn.
+    """
+    sure = found["scores"] >= least
+    names = [
+        f"{classes[label - 1]} {score:.2f}"
+        for label, score in zip(found["labels"][sure].tolist(), found["scores"][sure].tolist(), strict=True)
+    ]
+    image, colors = pixels_tensor(open_pixels(file)).contiguous(), palette(len(classes))
+    if names:
+        chosen = [colors[label] for label in found["labels"][sure].tolist()]
+        image = draw_bounding_boxes(image, found["boxes"][sure], names, chosen, width=3)
+    return _written(output, file, image)
+
+
+def draw_segmentation(output: Path, file: Path, predicted: torch.Tensor, classes: int) -> Path:
+    """Write an image with the predicted classes (H, W) of its pixels over it; returns the picture's file."""
+    image = pixels_tensor(open_pixels(file)).contiguous()
+    masks = torch.stack([predicted == label for label in range(1, classes + 1)])
+    return _written(output, file, draw_segmentation_masks(image, masks, alpha=0.6, colors=palette(classes)[1:]))
+
+
+def palette(classes: int) -> list[tuple[int, int, int]]:
+    """VOC's colours of the background and K classes: bit i of a class is bit 7 - i // 3 of the colour's i % 3."""
+    return [(_channel(label, 0), _channel(label, 1), _channel(label, 2)) for label in range(classes + 1)]
+
+
+def _channel(label: int, channel: int) -> int:
+    return sum(((label >> (3 * bit + channel)) & 1) << (7 - bit) for bit in range(8))
+
+
+def _written(output: Path, file: Path, image: torch.Tensor) -> Path:
+    folder = output / "pictures"
+    folder.mkdir(parents=True, exist_ok=True)
+    picture = folder / f"{file.stem}.png"
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(picture)
+    return picture
