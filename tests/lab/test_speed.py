@@ -70,14 +70,14 @@ def test_the_tables_by_hand():
             "cases": {name: case(*value) for name, value in zip(names, (*values, *products), strict=True)},
         }
     )  # fmt: skip
-    assert "Square matrix products reach 400 GFLOP/s in bf16 and 100 in fp32;" in text
+    assert "Square matrix multiplications reach 400 GFLOP/s in bf16 and 100 in fp32;" in text
     assert "Training in bf16 ranged from 190 to 210 images/s." in text
     assert "| training, naive: one image at a time, fp32, NCHW | 50 | 1.00 | 50% | 1.0 GiB |" in text
-    assert "| **training in bf16, as the commands do it** | 200 | 4.00 | 50% | 4.0 GiB |" in text
-    assert "| **features in bf16, as the commands do it** | 500 | 1.25 | 62% | 6.0 GiB |" in text
+    assert "| **training in bf16, as in our commands** | 200 | 4.00 | 50% | 4.0 GiB |" in text
+    assert "| **features in bf16, as in our commands** | 500 | 1.25 | 62% | 6.0 GiB |" in text
 
 
-def test_readme_shows_what_was_recorded():
+def test_the_page_shows_what_was_recorded():
     import json
 
     assert speed_tables(json.loads(SPEED_FILE.read_text())) in (ROOT / "docs" / "reproduce.md").read_text()
