@@ -72,7 +72,11 @@ def load_cifar10(data_dir: Path, split: str, download: bool = False) -> Labelled
     try:
         dataset = CIFAR10(str(data_dir), train=split == "train", download=download)
     except (RuntimeError, OSError) as error:
-        raise ValueError(f"CIFAR-10 in {data_dir} cannot be read ({error}); fetch it again with --download") from error
+        what = "cannot be downloaded to" if download else "cannot be read from"
+        again = (
+            "copy it there as train/<class>/*.png, or try again" if download else "download it again with --download"
+        )
+        raise ValueError(f"CIFAR-10 {what} {data_dir} ({error}): {again}") from error
     images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()
     return LabelledImages(images, torch.tensor(dataset.targets), CIFAR10_CLASSES)
 

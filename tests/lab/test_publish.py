@@ -53,8 +53,9 @@ def test_every_measured_number_is_in_the_results():
 
 
 PROBED = {
-    "rotnet_nin": ("knn", "linear", "nonlinear"),
-    "rotnet_alexnet": ("linear-sgd",),
+    "rotnet_nin.cifar10": ("knn", "linear", "nonlinear"),
+    "rotnet_alexnet.tinyimagenet": ("linear-sgd",),
+    "rotnet_alexnet.photos": (),
 }
 
 
@@ -63,10 +64,10 @@ def test_published_weights_have_their_numbers_and_random_weights_beside():
     for name in zoo.bundled():
         model = name.split(".", 1)[0]
         layers = layer_modules(timm.create_model(model, device="meta"))
+        assert (name, "rotation", "") in measured
+        probed = {(protocol, layer) for protocol in PROBED[name] for layer in layers}
         for weights in (name, f"{model}.random"):
-            assert (weights, "rotation", "") in measured
-            protocols = PROBED[model]
-            assert {(weights, protocol, layer) for protocol in protocols for layer in layers} <= measured
+            assert {(weights, *number) for number in probed} <= measured
 
 
 def test_quoted_numbers_are_the_papers():

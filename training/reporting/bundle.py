@@ -23,7 +23,7 @@ from training.reporting.rows import RESULTS_DIR
 DATA_NAMES = {
     "cifar10": "CIFAR-10, 50,000 training images without labels",
     "tinyimagenet": "Tiny-ImageNet, 100,000 training images of 64 pixels without labels",
-    "photos": "114,334 photographs without labels: training images of Imagenette, Imagewoof, MiniPlaces and Caltech-101",
+    "photos": "114,334 photographs without labels, training images of Imagenette, Imagewoof, MiniPlaces, Caltech-101",
 }
 
 

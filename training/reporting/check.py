@@ -37,7 +37,7 @@ from rotation_ssl.machine import keep_large_blocks
 from rotation_ssl.messages import counted
 from rotation_ssl.progress import progress
 from rotation_ssl.zoo.golden import GOLDEN_TOLERANCE, golden_difference
-from training.command import create_parser
+from training.command import create_parser, run
 from training.datasets import DATASETS
 from training.protocols import FROZEN, PROTOCOLS
 from training.reporting.again import (
@@ -222,10 +222,7 @@ def check_numbers(every: Sequence[Row], args: argparse.Namespace) -> Iterator[Ve
         print(f"not measured: {numbers} of {data}: give --{option} DIR")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
-    args = build_parser().parse_args(arguments)
-    keep_large_blocks()
+def _work(args: argparse.Namespace) -> int:
     try:
         every = [row for row in read_rows(args.results) if row.source == "measured"]
     except (ValueError, OSError) as error:
@@ -236,13 +233,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if any(not verdict.holds for verdict in verdicts):
         print("error: the weights or rows above are not what was reported: nothing was measured", file=sys.stderr)
         return 1
-    try:
-        for verdict in check_numbers(every, args):
-            verdicts.append(verdict)
-            tqdm.write(str(verdict))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    for verdict in check_numbers(every, args):
+        verdicts.append(verdict)
+        tqdm.write(str(verdict))
     broken = [verdict for verdict in verdicts if not verdict.holds]
     print(f"{len(verdicts) - len(broken)} of {len(verdicts)} hold" + (": something is broken" if broken else ""))
     return 1 if broken else 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    args = build_parser().parse_args(arguments)
+    keep_large_blocks()
+    return run(lambda: _work(args), "stopped; what was not measured is not known to hold")

@@ -247,7 +247,7 @@ def _card_data(name: str, entry: dict[str, Any], rows: Sequence[Row]) -> str:
         results.append(
             EvalResult(
                 task_type="image-classification",
-                dataset_type=HUB_DATASETS[dataset],
+                dataset_type=HUB_DATASETS.get(dataset, dataset),
                 dataset_name=dataset,
                 dataset_split=split,
                 metric_type="accuracy",

@@ -36,4 +36,7 @@ def option_of(row: Row) -> str:
 def source_of(row: Row, args: argparse.Namespace, whole: bool = False) -> Source | None:
     """The data that the options name for a row, ``whole`` if a part is an error; None if they name none."""
     folder: Path | None = getattr(args, option_of(row))
+    # where CIFAR-10 may come from is said by whoever reads it
+    if folder is not None and not folder.is_dir() and option_of(row) != "data":
+        raise ValueError(f"--{option_of(row)} {folder} is not a folder: give the one that holds {row.data}")
     return None if folder is None else Source(dataset_of(row.data), folder, args.download, args.proposals, whole)
