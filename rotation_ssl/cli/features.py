@@ -136,6 +136,9 @@ def load_model(name: str, device: str) -> Any:
         raise ValueError(f"device {device!r} cannot be used ({first_line(error)}); give another") from error
     if not timm.is_model(name.split(".", 1)[0]) and ":" not in name:
         raise ValueError(f"no model {name!r}; there are {', '.join(timm.list_models('rotnet_*'))}, and timm's")
+    folder = Path(name.removeprefix("local-dir:"))
+    if name.startswith("local-dir:") and not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json: it is neither a finished run nor a converted checkpoint")
     try:
         return timm.create_model(name, pretrained=True).to(device)
     except RuntimeError as error:

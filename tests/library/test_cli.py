@@ -217,7 +217,7 @@ def test_features_of_other_layers_and_pools(run, tmp_path):
         (("--model", "rotnet_nope"), "no model 'rotnet_nope'"),
         (("--model", ""), "no model ''"),
         (("--model",), "argument --model: expected one argument"),
-        (("--model", "local-dir:/nowhere"), "Config file not found"),
+        (("--model", "local-dir:/nowhere"), "nowhere has no config.json: it is neither a finished run"),
         (("--model", "rotnet_nin5"), "rotnet_nin5 has no pretrained weights"),
         (("--device", "nowhere"), "device 'nowhere' cannot be used"),
         (("--device", "meta"), "device 'meta' cannot be used (Cannot copy out of meta tensor; no data!)"),
