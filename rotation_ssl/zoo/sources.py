@@ -134,7 +134,7 @@ def download_from_hub(
     Raises:
         OSError: it could not be downloaded; the error says which file of which repository and revision, and what to do.
     """
-    where = f"{file} of {repository}@{revision}"
+    where, failed = f"{file} of {repository}@{revision}", f"{name} could not be downloaded"
     try:
         with _set_aside(repository, revision, file, cache_dir) if force else contextlib.nullcontext():
             return Path(hf_hub_download(repository, file, revision=revision, cache_dir=cache_dir, force_download=force))
@@ -143,45 +143,43 @@ def download_from_hub(
         unread = isinstance(error, ValueError) and error.__cause__ is None and not constants.HF_HUB_OFFLINE
         if unread or isinstance(error.__cause__, (HfHubHTTPError, FileMetadataError)):
             reason = first_line(error.__cause__ or error)
-            raise ConnectionError(f"{name} could not be downloaded: {where}: {reason}") from error
+            raise ConnectionError(f"{failed}: {where}: {reason}") from error
         raise FileNotFoundError(_missing(name, where)) from error
     except RepositoryNotFoundError as error:
         raise FileNotFoundError(
-            f"{name} could not be downloaded: the Hub has no repository {repository}, or it is private: log in with `hf"
+            f"{failed}: the Hub has no repository {repository}, or it is private: log in with `hf"
             " auth login`, or set HF_TOKEN"
         ) from error
     except (RevisionNotFoundError, EntryNotFoundError) as error:
-        raise FileNotFoundError(f"{name} could not be downloaded: the Hub has no {where}") from error
+        raise FileNotFoundError(f"{failed}: the Hub has no {where}") from error
     except HfHubHTTPError as error:
         if error.response is not None and error.response.status_code == 401:
-            raise PermissionError(
-                f"{name} could not be downloaded: the Hub requires a login for {repository}: `hf auth login`, or set"
-                " HF_TOKEN"
-            ) from error
-        raise ConnectionError(f"{name} could not be downloaded: {where}: {first_line(error)}") from error
+            login = f"the Hub requires a login for {repository}: `hf auth login`, or set HF_TOKEN"
+            raise PermissionError(f"{failed}: {login}") from error
+        raise ConnectionError(f"{failed}: {where}: {first_line(error)}") from error
     except OSError as error:
         # the client says this of a temporary file that it has deleted
         if sizes := re.search(r"should be of size (\d+) but has size (\d+)", str(error)):
             expected, received = int(sizes[1]), int(sizes[2])
             raise ConnectionError(
-                f"{name} could not be downloaded: {where} broke off after {received:,} of {expected:,} bytes: try again"
+                f"{failed}: {where} broke off after {received:,} of {expected:,} bytes: try again"
             ) from error
         # of the system, so of this machine's disk: what the client says of the network has no number
         if error.errno is not None:
             raise OSError(
-                f"{name} could not be downloaded: the cache {cache_dir or constants.HF_HUB_CACHE} cannot be written"
+                f"{failed}: the cache {cache_dir or constants.HF_HUB_CACHE} cannot be written"
                 f" ({first_line(error)}): make room, or set HF_HUB_CACHE to another folder"
             ) from error
         if constants.HF_HUB_OFFLINE:
             raise FileNotFoundError(_missing(name, where)) from error
-        raise OSError(f"{name} could not be downloaded: {where}: {first_line(error)}") from error
+        raise OSError(f"{failed}: {where}: {first_line(error)}") from error
     except Exception as error:
         # the client lets errors of its HTTP library through (a cut connection, a timeout), and hf_xet's RuntimeErrors
         library = type(error).__module__
         if not isinstance(error, RuntimeError) and "httpx" not in library and "requests" not in library:
             raise
         reason = first_line(error)
-        raise ConnectionError(f"{name} could not be downloaded: {where}: the connection failed ({reason})") from error
+        raise ConnectionError(f"{failed}: {where}: the connection failed ({reason})") from error
 
 
 def read_release(
