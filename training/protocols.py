@@ -1,7 +1,7 @@
 """Every protocol of the lab by its id: the one table that rows, card, figures, check, measure and commands look up.
 
-The protocols of frozen layers are the library's. A number is of a protocol at a budget; numbers of different protocols
-or budgets never share a column.
+The protocols of frozen layers are the library's. A number is of a protocol at a budget. Numbers of different protocols
+never share a column; the paper's, at its own budget, are in a row of their own, in italics.
 """
 
 import dataclasses
