@@ -1,6 +1,6 @@
 """Research code of rotation_ssl: train, evaluate, check and publish weights.
 
-python -m training COMMAND --help
+Run `python -m training COMMAND --help` for the options of a command.
 """
 
 import importlib
@@ -10,9 +10,9 @@ from collections.abc import Sequence
 # name: module whose main() it runs, and what it does
 COMMANDS = {
     "pretrain": ("training.pretrain", "pretrain a backbone with a recipe"),
-    "photos": ("training.photos", "write the dataset photos from four public ones"),
+    "photos": ("training.photos", "build the dataset `photos` from four public datasets"),
     "evaluate": ("training.evaluation.probes", "rotation accuracy, k-NN and probes of frozen layers"),
-    "finetune": ("training.evaluation.finetune", "fine-tune; few labels; the supervised baseline"),
+    "finetune": ("training.evaluation.finetune", "fine-tune, train on few labels, train the supervised baseline"),
     "probe-layers": ("training.evaluation.layers", "the paper's probes of all layers on ImageNet and Places"),
     "voc": ("training.transfer.classification", "PASCAL VOC classification"),
     "proposals": ("training.transfer.selective_search", "regions of PASCAL VOC's images, for detection"),

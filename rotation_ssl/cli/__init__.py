@@ -11,7 +11,7 @@
     rotation-ssl pretrain --data IMAGES        pretrain a backbone on your own images
 
 TAG is a name such as rotnet_nin.cifar10; rotnet_nin selects its default tag. Exit status: 0 for success, 1 if weights
-do not verify or images were skipped, 2 for invalid input or weights that could not be loaded, 130 if interrupted.
+fail verification or images were skipped, 2 for invalid input or weights that could not be loaded, 130 if interrupted.
 """
 
 import argparse

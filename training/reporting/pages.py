@@ -83,21 +83,23 @@ def replace_parts(text: str, parts: Mapping[str, Callable[[], str]], page: str) 
 
 
 def default_weights(entries: Mapping[str, Any]) -> str:
-    """Which networks have weights by default, the bundled ones, and which have none."""
-    bundled = {model_of(name) for name, entry in entries.items() if entry["source"] == "bundled"}
-    models = timm.list_models("rotnet_*")
-    with_weights = _and([f"`{model}`" for model in models if model in bundled])
-    without = _and([f"`{model}`" for model in models if model not in bundled])
+    """Which weights each network loads by default, the first bundled ones, and which networks have none."""
+    default: dict[str, str] = {}
+    for name, entry in entries.items():
+        if entry["source"] == "bundled":
+            default.setdefault(model_of(name), name)
+    with_weights = _and([f"`{name}` for `{model}`" for model, name in default.items()])
+    without = _and([f"`{model}`" for model in timm.list_models("rotnet_*") if model not in default])
     return (
-        f"{with_weights} have bundled weights, which `pretrained=True` loads. {without} have no default weights:"
-        " `pretrained=True` without a tag raises an error for them."
+        f"`pretrained=True` loads {with_weights}. {without} have no bundled weights: `pretrained=True` without a tag"
+        " raises an error for them."
     )
 
 
 def elsewhere(entries: Mapping[str, Any]) -> str:
     """One line for each of the weights that are not in the wheel."""
     return "\n".join(
-        f"- `{name}`: {entry['origin']}; {entry['data']}; {_address(entry)}; licence {entry['license']}."
+        f"- `{name}`: {entry['origin']}; {entry['data']}; {_address(entry)}; {entry['license'].upper()} licence."
         for name, entry in entries.items()
         if entry["source"] != "bundled"
     )
@@ -112,13 +114,13 @@ def training(name: str, entry: Mapping[str, Any], figures: str) -> str:
         f"### `{name}`",
         "",
         f"- sha256 `{entry['sha256']}`, {entry['size']:,} bytes, safetensors, fp32, {entry['source']} in the wheel;"
-        f" licence {entry['license']}.",
+        f" {entry['license'].upper()} licence.",
         f"- Recipe `{entry['recipe']}`, seed {entry['seed']}, commit `{entry['commit']}`, on {entry['data']}:"
         f" {entry['rotated_images']:,} rotated images.",
         f"- Time: {_minutes(run['seconds'])} on {run['threads']} threads of {run['device']}.",
         f"- Budget: {entry['rotated_images'] / budget:.1%} of the paper's {budget / 1e6:.0f} million rotated images"
-        f" ({facts.paper_epochs} epochs of 4 x {facts.paper_images:,}). These are small-budget weights: expect less"
-        " from them than from the paper's.",
+        f" ({facts.paper_epochs} epochs of 4 x {facts.paper_images:,}). Expect lower accuracy than with"
+        " the paper's weights.",
         "",
         *_figures(name, {"curve": "Training loss", "filters": "Filters of the first layer"}, figures),
     ]
