@@ -37,12 +37,11 @@ from training.reporting.report import run_measuring
 from training.transfer.checking import check_images
 from training.transfer.command import (
     add_arguments,
-    averages,
     count_present,
     keep_numbers,
     prepare_transfer,
     recipe_of,
-    transfer_row,
+    transfer_rows,
 )
 from training.transfer.data import (
     AnnotatedImage,
@@ -234,10 +233,7 @@ def measure(args: argparse.Namespace) -> Path:
     )  # fmt: skip
     classes, crops = counted(count_present(by_class), "class", "classes"), counted(recipe.test_crops, "crop")
     settings = f"{classes}, {crops} of {size} pixels"
-    rows = [
-        transfer_row(transfer, args, value, f"voc-classification-{kind}", settings, args.layers)
-        for kind, value in averages(by_class).items()
-    ]
+    rows = transfer_rows(transfer, args, by_class, recipe.protocol, settings, args.layers)
     return keep_numbers(transfer.output, rows, by_class, args.classes)
 
 

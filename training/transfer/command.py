@@ -204,6 +204,19 @@ def transfer_row(
     )
 
 
+def transfer_rows(
+    transfer: Transfer,
+    args: argparse.Namespace,
+    by_class: Mapping[str, Sequence[float]],
+    protocol: str,
+    settings: str,
+    layer: str = "all",
+) -> list[Row]:
+    """A row for each kind of average precision, the mean over classes; arguments as of :func:`transfer_row`."""
+    means = averages(by_class).items()
+    return [transfer_row(transfer, args, value, f"{protocol}-{kind}", settings, layer) for kind, value in means]
+
+
 def settings_text(recipe: VocRecipe, subject: Subject, network: nn.Module) -> str:
     """What a row says of its training, in a few words: data, steps, and what was done to the network before."""
     training = recipe.training

@@ -37,12 +37,11 @@ from training.transfer.checking import check_images
 from training.transfer.command import (
     add_arguments,
     add_pictures_argument,
-    averages,
     count_present,
     keep_numbers,
     prepare_transfer,
     recipe_of,
-    transfer_row,
+    transfer_rows,
 )
 from training.transfer.data import (
     AnnotatedImage,
@@ -231,10 +230,7 @@ def measure(args: argparse.Namespace) -> Path:
         f"{name}, {classes}, shorter side {', '.join(map(str, recipe.train_sides))} in training and"
         f" {recipe.test_side} in the test{given}"
     )
-    rows = [
-        transfer_row(transfer, args, value, f"{recipe.protocol}-{kind}", settings)
-        for kind, value in averages(by_class).items()
-    ]
+    rows = transfer_rows(transfer, args, by_class, recipe.protocol, settings)
     return keep_numbers(transfer.output, rows, by_class, args.classes)
 
 
