@@ -14,9 +14,10 @@ edited or is missing, or if the weights are not those that were measured; 2 if t
 A number matches if it is within its tolerance. If nothing is trained, the predictions may differ on one image in a
 thousand, to allow for different hardware. If a probe is trained, the tolerance is three standard deviations over the
 reported seeds, and at least half a percentage point; with one seed, it is three standard errors of the difference
-between two accuracies, each measured on a test set of the same size. A linear probe does not depend on a seed: it uses
-the L2 penalty of the row, and its tolerance is half a point. Training computes in bf16 if the hardware supports it,
-else in fp32; if the row was measured in the other precision, half a point is added.
+between two accuracies, each measured on a test set of the same size; for a mean of precisions or overlaps from one
+seed, two points. A linear probe does not depend on a seed: it uses the L2 penalty of the row, and its tolerance is half
+a point. Training computes in bf16 if the hardware supports it, else in fp32; if the row was measured in the other
+precision, half a point is added.
 """
 
 import argparse
