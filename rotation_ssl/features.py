@@ -81,7 +81,7 @@ def extract_features(
     if len(images) == 0:
         raise ValueError("no images to extract features from")
     device = next((parameter.device for parameter in backbone.parameters()), torch.device("cpu"))
-    forward = _pooled_layers(backbone, cells, pool, dtype)
+    forward = _pooled_layers(backbone, cells, pool, dtype, torch.device("cpu"))
     features: dict[str, torch.Tensor] = {}
     with torch.autocast(device.type, autocast, enabled=autocast is not None):
         for start in range(0, len(images), batch_size):
@@ -95,14 +95,36 @@ def extract_features(
     return {layer: features[layer] for layer in layers}
 
 
+def layer_maps(
+    backbone: nn.Module, layers: Sequence[str], dtype: torch.dtype = torch.float32
+) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:
+    """A function from prepared images (B, C, H, W) to each layer's output (B, channels, H', W') or (B, D).
+
+    It runs the frozen backbone in eval mode up to the last of the ``layers`` and leaves the outputs on the images'
+    device, in ``dtype``. Making it takes longer than one batch: make it once for many.
+
+    Raises:
+        ValueError: a layer that does not exist or, when called, one that gives no map or vector.
+    """
+    names = layer_modules(backbone)
+    if unknown := [layer for layer in layers if layer not in names]:
+        raise ValueError(f"no layer {', '.join(unknown)} in this backbone; it has {', '.join(names)}")
+    forward = _pooled_layers(backbone, dict.fromkeys(layers, 1), None, dtype, None)
+    return lambda images: dict(forward(images, None))
+
+
 class _Complete(Exception):
     """All layers asked for have run: the rest of the forward pass is not needed."""
 
 
 def _pooled_layers(
-    backbone: nn.Module, cells: Mapping[str, int], pool: str | None, dtype: torch.dtype
+    backbone: nn.Module,
+    cells: Mapping[str, int],
+    pool: str | None,
+    dtype: torch.dtype,
+    device: torch.device | None,
 ) -> Callable[[torch.Tensor, Prepare | None], dict[str, torch.Tensor]]:
-    """A function from a batch to the pooled output of each layer in ``cells``, on the CPU."""
+    """A function from a batch to the pooled output of each layer in ``cells``, on ``device``; None: where it is."""
     names, info = layer_modules(backbone), cast(Any, backbone).feature_info
     channels = {entry["module"]: entry["num_chs"] for entry in info if "num_chs" in entry}
     found: dict[str, torch.Tensor] = {}
@@ -110,7 +132,7 @@ def _pooled_layers(
     def keep(layer: str, output: torch.Tensor) -> None:
         pooled = _pool(_to_map(output, backbone, layer, channels.get(names.get(layer, layer))), pool, cells[layer])
         # copied at once: the network's next layer may overwrite its input in place
-        found.setdefault(layer, pooled.to("cpu", dtype, copy=True))
+        found.setdefault(layer, pooled.to(device or pooled.device, dtype, copy=True))
         if len(found) == len(cells):
             raise _Complete
 
@@ -119,7 +141,8 @@ def _pooled_layers(
         module = view.get_submodule(names.get(layer, layer))
         module.register_forward_hook(lambda _, __, output, layer=layer: keep(layer, output))
 
-    @torch.inference_mode()
+    # not in inference mode, whose outputs cannot be trained on
+    @torch.no_grad()
     def forward(batch: torch.Tensor, prepare: Prepare | None) -> dict[str, torch.Tensor]:
         prepared = batch if prepare is None else prepare(batch)
         if len(prepared) != len(batch):

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from rotation_ssl.features import extract_features
+from rotation_ssl.features import extract_features, layer_maps
 from rotation_ssl.images import normalize
 from rotation_ssl.precision import autocast_type
 
@@ -50,13 +50,19 @@ class Frozen:
         )
         return {layer: f.unflatten(1, (-1, grids[layer], grids[layer])) for layer, f in taken.items()}
 
-    def whole_map(self, images: torch.Tensor, layer: str) -> torch.Tensor:
-        """The unpooled map of one layer, (N, C, H', W') float32, on the device."""
+    def whole_maps(self, layers: Sequence[str]) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:
+        """A function from uint8 images (B, 3, H, H) to the unpooled maps of layers, (B, C, H', W') or, for vectors,
+        (B, D, 1, 1), on the device: float32, or bfloat16 where the features are.
+        """
+        outputs = layer_maps(self.backbone, layers, self.autocast or torch.float32)
         prepare = preparation(self.backbone, self.size)
-        maps = extract_features(
-            self.backbone, images, [layer], pool=None, prepare=prepare, batch_size=BATCH, autocast=self.autocast
-        )[layer]
-        return (maps[:, :, None, None] if maps.ndim == 2 else maps).to(self.device)
+
+        def maps(images: torch.Tensor) -> dict[str, torch.Tensor]:
+            with torch.autocast(torch.device(self.device).type, self.autocast, enabled=self.autocast is not None):
+                found = outputs(prepare(images.to(self.device)))
+            return {layer: output if output.ndim == 4 else output[:, :, None, None] for layer, output in found.items()}
+
+        return maps
 
 
 def map_grids(frozen: Frozen, image: torch.Tensor, layers: Sequence[str], grid: int) -> dict[str, int]:

@@ -8,10 +8,12 @@ images. Nothing is chosen on test images.
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
 
+from rotation_ssl.evaluation.fresh import Head, epoch_generator, shuffled, train_fresh
 from rotation_ssl.evaluation.frozen import BATCH, PARTS, Frozen, map_grids, preparation
 from rotation_ssl.evaluation.protocols import PROTOCOLS, ProbeRecipe, find_protocol
 from rotation_ssl.labelled import Images, LabelledImages
@@ -23,6 +25,8 @@ from rotation_ssl.probes import LINEAR_STRENGTHS, knn_predict, linear_predict, p
 from rotation_ssl.progress import progress
 from rotation_ssl.rotations import count_correct_rotations
 
+# a measurement, the classes it predicts for the test images, its settings, and its seconds
+Found = tuple["Measurement", torch.Tensor, str, float]
 LINEAR_GRID = 4
 NEIGHBOURS = 20
 
@@ -129,11 +133,13 @@ def measure_features(
     measurements: Sequence[Measurement],
     test_parts: Sequence[int] = range(PARTS),
     precision: str | None = None,
+    checkpoints: Path | None = None,
 ) -> Iterator[Number]:
     """The numbers that are measured on frozen features, layer by layer, each as soon as it is measured.
 
-    Features are stored as bfloat16. One pass serves all layers and all measurements on maps of the same size: k-NN,
-    linear and non-linear probe share one, the convolutional probe has its own.
+    Cached features are stored as bfloat16. One pass serves all layers and all measurements on maps of the same size:
+    k-NN, linear and non-linear probe share one, the convolutional probe has its own. Probes on new crops every epoch
+    (budget 'paper') are trained together, those of all layers in the same pass.
 
     Args:
         frozen: the backbone.
@@ -141,6 +147,7 @@ def measure_features(
         measurements: what to measure.
         test_parts: tenths of the test images to measure on.
         precision: of the trained probes; None: as in their recipes. The settings say what 'auto' became.
+        checkpoints: folder that trainings on new crops keep their state in, and go on from; None: nothing is kept.
 
     Raises:
         ValueError: a layer or protocol that does not exist, fewer training images than neighbours, features that do not
@@ -153,25 +160,36 @@ def measure_features(
     lengths = [len(tenths[part]) for part in test_parts]
     for grid in dict.fromkeys(m.inputs[1] for m in measurements):
         own = [m for m in measurements if m.inputs[1] == grid]
-        layers = list(dict.fromkeys(m.layer for m in own))
-        views: list[dict[str, torch.Tensor]] = []
-        test_maps: dict[str, torch.Tensor] = {}
-        if grid is not None:
-            views, test_maps = _cache(frozen, images.train, test, layers, grid, max(m.inputs[0] for m in own))
-        for layer in layers:
-            maps = [view.pop(layer) for view in views]
-            tested = test_maps.pop(layer, None)
-            for measurement in (m for m in own if m.layer == layer):
-                started = time.monotonic()
-                predictions, settings, measurement = _measure(
-                    frozen, measurement, images.train, test, maps, tested, precision
-                )
-                right = (predictions == test.labels).split(lengths)
-                counts = tuple(int(part.sum()) for part in right)
-                settings += "" if frozen.precision is None else f"; features in {frozen.precision}"
-                yield Number(measurement, counts, len(test), settings, time.monotonic() - started)
-            # gigabytes, which the next layers do not need
-            del maps, tested
+        found = (
+            _fresh_numbers(frozen, images.train, test, own, precision, checkpoints)
+            if grid is None
+            else _cached_numbers(frozen, images.train, test, own, grid, precision)
+        )
+        for measurement, predictions, settings, seconds in found:
+            counts = tuple(int(part.sum()) for part in (predictions == test.labels).split(lengths))
+            settings += "" if frozen.precision is None else f"; features in {frozen.precision}"
+            yield Number(measurement, counts, len(test), settings, seconds)
+
+
+def _cached_numbers(
+    frozen: Frozen,
+    train: LabelledImages,
+    test: LabelledImages,
+    measurements: Sequence[Measurement],
+    grid: int,
+    precision: str | None,
+) -> Iterator[Found]:
+    """Each measurement on the features of one pass, layer by layer."""
+    layers = list(dict.fromkeys(m.layer for m in measurements))
+    views, test_maps = _cache(frozen, train, test, layers, grid, max(m.inputs[0] for m in measurements))
+    for layer in layers:
+        maps, tested = [view.pop(layer) for view in views], test_maps.pop(layer)
+        for measurement in (m for m in measurements if m.layer == layer):
+            started = time.monotonic()
+            predictions, settings, measurement = _measure(frozen, measurement, train, test, maps, tested, precision)
+            yield measurement, predictions, settings, time.monotonic() - started
+        # gigabytes, which the next layers do not need
+        del maps, tested
 
 
 def _measure(
@@ -180,20 +198,18 @@ def _measure(
     train: LabelledImages,
     test: LabelledImages,
     maps: list[torch.Tensor],
-    test_maps: torch.Tensor | None,
+    test_maps: torch.Tensor,
     precision: str | None,
 ) -> tuple[torch.Tensor, str, Measurement]:
-    """Predictions, settings, and the measurement with the chosen strength; without cached maps it makes new ones."""
-    if measurement.protocol == "linear" and test_maps is not None:
+    """Predictions, settings, and the measurement with the chosen strength."""
+    if measurement.protocol == "linear":
         found = _linear_probe(train, maps[0], test_maps, measurement.strength)
         return found[0], found[1], dataclasses.replace(measurement, strength=found[2])
-    if measurement.protocol == "knn" and test_maps is not None:
+    if measurement.protocol == "knn":
         return (*_nearest(train, maps[0], test_maps), measurement)
     recipe = measurement.recipe
     assert recipe is not None
     recipe = resolved(dataclasses.replace(recipe, precision=precision or recipe.precision), frozen.device)
-    if test_maps is None:
-        return (*_fresh_probe(recipe, frozen, train, test, measurement), measurement)
     return (*_cached_probe(recipe, train, maps, test_maps, measurement, frozen.device), measurement)
 
 
@@ -270,8 +286,8 @@ def _cached_probe(
     with progress(f"{measurement.layer} {PROTOCOLS[measurement.protocol].title}", recipe.epochs * len(train)) as bar:
 
         def batches(epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-            generator = _epoch_generator(measurement.seed, epoch)
-            for chosen in _shuffled(len(train), recipe.batch_size, generator):
+            generator = epoch_generator(measurement.seed, epoch)
+            for chosen in shuffled(len(train), recipe.batch_size, generator):
                 picks = torch.randint(len(views), (len(chosen),), generator=generator)
                 features = torch.empty((len(chosen), *test.shape[1:]))
                 for number, view in enumerate(views):
@@ -284,28 +300,42 @@ def _cached_probe(
     return probe_predict(probe, test), f"{side} x {side} average pooling, {trained}"
 
 
-def _fresh_probe(
-    recipe: ProbeRecipe, frozen: Frozen, train: LabelledImages, test: LabelledImages, measurement: Measurement
-) -> tuple[torch.Tensor, str]:
-    def features(batch: torch.Tensor) -> torch.Tensor:
-        return frozen.whole_map(batch, measurement.layer)
+def _fresh_numbers(
+    frozen: Frozen,
+    train: LabelledImages,
+    test: LabelledImages,
+    measurements: Sequence[Measurement],
+    precision: str | None,
+    checkpoints: Path | None,
+) -> Iterator[Found]:
+    """Each measurement on new crops, an equal part of the time for each: one training of all of a seed."""
+    classes = len(train.classes)
+    for seed in dict.fromkeys(m.seed for m in measurements):
+        started, own = time.monotonic(), [m for m in measurements if m.seed == seed]
+        heads = [_head(m, classes, frozen.device, precision) for m in own]
+        # what is computed anew every epoch takes the precision of what it is for
+        backbone = dataclasses.replace(frozen, precision=frozen.precision or heads[0].recipe.precision)
+        checkpoint = checkpoints and checkpoints / f"probes-seed{seed or 0}.pt"
+        probes = train_fresh(backbone, train, heads, seed or 0, checkpoint)
+        maps = backbone.whole_maps(list(dict.fromkeys(m.layer for m in own)))
+        parts = test.images.split(1000)
+        predicted = []
+        for part in progress("measuring", len(parts), "batch", parts):
+            found = maps(part)
+            predicted.append([probe_predict(probe, found[m.layer]) for probe, m in zip(probes, own, strict=True)])
+        seconds = (time.monotonic() - started) / len(own)
+        for measurement, head, predictions in zip(own, heads, zip(*predicted, strict=True), strict=True):
+            trained = f"{counted(head.recipe.epochs, 'epoch')} of SGD, network and probe in {head.recipe.precision}"
+            settings = f"whole map, fresh crops and flips every epoch, {trained}"
+            yield measurement, torch.cat(predictions), settings, seconds
 
-    side, classes = train.images.shape[-1], len(train.classes)
-    probe = _new_probe(measurement, features(test.images[:1]), classes, frozen.device)
-    with progress(f"{measurement.layer} {PROTOCOLS[measurement.protocol].title}", recipe.epochs * len(train)) as bar:
 
-        def batches(epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-            generator = _epoch_generator(measurement.seed, epoch)
-            for chosen in _shuffled(len(train), recipe.batch_size, generator):
-                crops = crop_and_flip(train.images[chosen], side, recipe.padding, recipe.padding_mode, True, generator)
-                yield features(crops), train.labels[chosen].to(frozen.device)
-                bar.update(len(chosen))
-
-        _train(probe, recipe, batches)
-    parts = test.images.split(1000)
-    found = [probe_predict(probe, features(part)) for part in progress("measuring", len(parts), "batch", parts)]
-    trained = f"{counted(recipe.epochs, 'epoch')} of SGD in {recipe.precision}"
-    return torch.cat(found), f"whole map, fresh crops and flips every epoch, {trained}"
+def _head(measurement: Measurement, classes: int, device: str, precision: str | None) -> Head:
+    build, recipe = PROTOCOLS[measurement.protocol].build, measurement.recipe
+    assert build is not None and recipe is not None
+    recipe = resolved(dataclasses.replace(recipe, precision=precision or recipe.precision), device)
+    name = f"{measurement.protocol} of {measurement.layer}"
+    return Head(name, measurement.layer, recipe, lambda example: build(example, classes))
 
 
 def _new_probe(measurement: Measurement, features: torch.Tensor, classes: int, device: str) -> nn.Module:
@@ -321,13 +351,3 @@ def _train(
     names = ("epochs", "milestones", "factor", "lr", "momentum", "weight_decay")
     settings = {name: getattr(recipe, name) for name in names}
     train_probe(probe, batches, **settings, autocast=autocast_type(recipe.precision))
-
-
-def _shuffled(count: int, size: int, generator: torch.Generator) -> list[torch.Tensor]:
-    parts = torch.randperm(count, generator=generator).split(size)
-    # batch norm cannot normalise a batch of one image
-    return [part for part in parts if len(part) > 1]
-
-
-def _epoch_generator(seed: int | None, epoch: int) -> torch.Generator:
-    return torch.Generator().manual_seed(1000 * (seed or 0) + epoch)

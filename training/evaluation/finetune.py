@@ -194,13 +194,15 @@ def train_network(
     )
     steps = recipe.images // recipe.batch_size
     device = next(network.parameters()).device
+    images, labels = train.images.to(device), train.labels.to(device)
     # one generator for both: the order and the crops of a seed
     generator = torch.Generator().manual_seed(seed)
 
     def loss_of(chosen: torch.Tensor) -> torch.Tensor:
-        side = train.images.shape[-1]
-        crops = crop_and_flip(train.images[chosen], side, recipe.padding, recipe.padding_mode, True, generator)
-        return F.cross_entropy(network(prepare(crops.to(device))).float(), train.labels[chosen].to(device))
+        own = chosen.to(device)
+        side = images.shape[-1]
+        crops = crop_and_flip(images[own], side, recipe.padding, recipe.padding_mode, True, generator)
+        return F.cross_entropy(network(prepare(crops)).float(), labels[own])
 
     fit(
         network,

@@ -9,6 +9,9 @@ this package, with its published weights, --random weights, or the weights of a 
 all layers come from one pass over the images. Results are printed as they come and written to --output: rows.jsonl
 (after every number), report.md, report.json and report.png.
 
+--budget paper trains the probes of all layers together on new crops every epoch, for the authors' 100 epochs. Its state
+is kept in --output between epochs: run the same command again to go on after a stop.
+
 The settings of the probes are recipes (rotation_ssl/evaluation/protocols.py). The strength of the linear probe is
 chosen on the last tenth of the training images. Nothing is chosen on test images. To tune on other images, --holdout N
 tests on the last N training images and does not read the test images.
@@ -55,6 +58,7 @@ def measure_features(
     test_parts: Sequence[int] = range(PARTS),
     features: str | None = None,
     probes: str | None = None,
+    checkpoints: Path | None = None,
 ) -> Iterator[Row]:
     """The rows of :func:`rotation_ssl.evaluation.measure.measure_features`, each as soon as it is measured.
 
@@ -66,6 +70,7 @@ def measure_features(
         test_parts: tenths of the test images to measure on.
         features: precision of the features, which the rows then say; None: fp32.
         probes: precision of the trained probes; None: as in their recipes. The rows say what 'auto' became.
+        checkpoints: folder that trainings on new crops keep their state in, and go on from; None: nothing is kept.
 
     Raises:
         ValueError: as there.
@@ -73,7 +78,7 @@ def measure_features(
     if features is not None:
         features = resolve_precision(features, device)
     backbone = Frozen(subject.backbone, subject.size, device, features)
-    for number in frozen_measure.measure_features(backbone, images, measurements, test_parts, probes):
+    for number in frozen_measure.measure_features(backbone, images, measurements, test_parts, probes, checkpoints):
         yield _row(subject, number, images.name)
 
 
@@ -125,8 +130,9 @@ def _measure(args: argparse.Namespace) -> Path:
         keep_row(measure_rotation(subject, images.test, images.name, args.device), file)
     if measurements:
         rows = measure_features(
-            subject, images, measurements, args.device, features=args.precision, probes=args.precision
-        )
+            subject, images, measurements, args.device, features=args.precision, probes=args.precision,
+            checkpoints=output,
+        )  # fmt: skip
         for row in progress("numbers", len(measurements), "number", rows):
             keep_row(row, file)
     if not args.record:

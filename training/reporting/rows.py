@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -163,9 +164,10 @@ def require_committed(what: str) -> None:
 
 @functools.cache
 def current_commit() -> str:
-    """The commit of this clone as the process began, '-dirty' where tracked files differ; 'unknown' outside of one.
+    """The commit of this clone as the process began, '-dirty' where tracked files differ.
 
-    Result rows do not count: a command that measures several numbers writes them as it goes.
+    Result rows do not count: a command that measures several numbers writes them as it goes. Of a copy without its
+    history, as on a cluster, it is what ROTATION_SSL_COMMIT says, else 'unknown'.
     """
     git = ["git", "-C", str(Path(__file__).parent)]
     changes = ["status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)training/results"]
@@ -173,7 +175,7 @@ def current_commit() -> str:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
         changed = subprocess.run([*git, *changes], capture_output=True, text=True, check=True)
     except (FileNotFoundError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("ROTATION_SSL_COMMIT", "unknown")
     return commit.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")
 
 

@@ -1,0 +1,176 @@
+"""Probes trained as frozen features stream: every epoch draws new crops, and one pass of the backbone feeds them all.
+
+This is the paper's protocol. Nothing is stored but the probes: memory does not grow with images, layers or epochs.
+"""
+
+import dataclasses
+import io
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from rotation_ssl.evaluation.frozen import Frozen
+from rotation_ssl.evaluation.protocols import ProbeRecipe
+from rotation_ssl.files import replace_bytes
+from rotation_ssl.fit import fit
+from rotation_ssl.labelled import LabelledImages
+from rotation_ssl.messages import first_line
+from rotation_ssl.precision import autocast_type
+from rotation_ssl.pretraining.augment import crop_and_flip
+from rotation_ssl.progress import progress
+
+CHECKPOINT_SECONDS = 60.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """A probe to train: its name in messages, its layer, its recipe, and what builds it from one image's map."""
+
+    name: str
+    layer: str
+    recipe: ProbeRecipe
+    build: Callable[[torch.Tensor], nn.Module]
+
+
+def train_fresh(
+    frozen: Frozen, train: LabelledImages, heads: Sequence[Head], seed: int, checkpoint: Path | None = None
+) -> nn.ModuleList:
+    """Train probes on several layers together, each on its own loss; they are in eval mode afterwards.
+
+    Args:
+        frozen: the backbone.
+        train: the training images.
+        heads: their recipes, none of whose precision is 'auto', differ in milestones and learning rates alone.
+        seed: of the order and the crops.
+        checkpoint: file that the state is written to between epochs and read from if it exists.
+
+    Returns:
+        A probe for each head, on the backbone's device.
+
+    Raises:
+        ValueError: recipes that do not go together, a loss that is not finite, or a checkpoint of other probes, images
+            or weights.
+    """
+    shared = _shared(heads)
+    maps = frozen.whole_maps(list(dict.fromkeys(head.layer for head in heads)))
+    example = maps(train.images[:1])
+    probes = nn.ModuleList(_built(head, example[head.layer], seed) for head in heads).to(frozen.device)
+    optimizer = torch.optim.SGD(
+        [{"params": list(probe.parameters())} for probe in probes],
+        shared.lr, momentum=shared.momentum, weight_decay=shared.weight_decay, nesterov=shared.momentum > 0, fused=True,
+    )  # fmt: skip
+    state = _State(checkpoint, _identity(frozen, train, heads, seed), probes, optimizer)
+    images = LabelledImages(train.images.to(frozen.device), train.labels.to(frozen.device), train.classes)
+
+    def loss_of(batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        crops, labels = batch
+        found = maps(crops)
+        logits = [probe(found[head.layer]).float() for probe, head in zip(probes, heads, strict=True)]
+        return torch.stack([F.cross_entropy(each, labels) for each in logits])
+
+    done = state.load()
+    with progress(f"{len(heads)} probes", shared.epochs * len(train), initial=done * len(train)) as bar:
+        for epoch in range(done, shared.epochs):
+            for group, head in zip(optimizer.param_groups, heads, strict=True):
+                passed = sum(epoch >= milestone for milestone in head.recipe.milestones)
+                group["lr"] = head.recipe.lr * head.recipe.factor**passed
+            batches = _crops(images, shared, epoch_generator(seed, epoch), bar.update)
+            name = f"the probes in epoch {epoch + 1}"
+            fit(probes, batches, loss_of, optimizer, name=name, autocast=autocast_type(shared.precision), quiet=True)
+            state.save(epoch + 1)
+    return probes.eval()
+
+
+def shuffled(count: int, size: int, generator: torch.Generator) -> list[torch.Tensor]:
+    """The indices 0..count - 1 in random order, in batches of ``size``; a last batch of one is left out."""
+    parts = torch.randperm(count, generator=generator).split(size)
+    # batch norm cannot normalise a batch of one image
+    return [part for part in parts if len(part) > 1]
+
+
+def epoch_generator(seed: int | None, epoch: int) -> torch.Generator:
+    """The random numbers of an epoch, so that it can be trained without those before it."""
+    return torch.Generator().manual_seed(1000 * (seed or 0) + epoch)
+
+
+def _crops(
+    images: LabelledImages, recipe: ProbeRecipe, generator: torch.Generator, show: Callable[[int], object]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """An epoch's crops (B, 3, H, H) uint8 and labels (B,), on the images' device."""
+    side = images.images.shape[-1]
+    for chosen in shuffled(len(images), recipe.batch_size, generator):
+        own = chosen.to(images.images.device)
+        squares = images.images[own]
+        yield (
+            crop_and_flip(squares, side, recipe.padding, recipe.padding_mode, True, generator),
+            images.labels[own],
+        )
+        show(len(chosen))
+
+
+def _built(head: Head, example: torch.Tensor, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return head.build(example)
+
+
+def _shared(heads: Sequence[Head]) -> ProbeRecipe:
+    """What the recipes have in common, as the first of them."""
+    first, *others = (dataclasses.replace(head.recipe, milestones=(), lr=0.0) for head in heads)
+    if any(other != first for other in others):
+        names = ", ".join(head.name for head in heads)
+        raise ValueError(f"{names} cannot be trained together: their recipes differ in more than rates and milestones")
+    return dataclasses.replace(first, lr=heads[0].recipe.lr)
+
+
+def _identity(frozen: Frozen, train: LabelledImages, heads: Sequence[Head], seed: int) -> str:
+    """All that decides the probes but machine and library versions, in one line."""
+    first = next(frozen.backbone.parameters()).detach().double()
+    weights = f"{type(frozen.backbone).__name__} {first.sum().item()!r} {first.square().sum().item()!r}"
+    data = f"{tuple(train.images.shape)} {int(train.images.long().sum())} {int(train.labels.sum())}"
+    trained = "; ".join(f"{head.name} {head.recipe}" for head in heads)
+    return f"{weights}, {frozen.size} pixels, features in {frozen.precision}, images {data}, seed {seed}: {trained}"
+
+
+class _State:
+    """Probes and optimiser on the disk between epochs; without a file nothing is kept."""
+
+    def __init__(self, file: Path | None, identity: str, probes: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self.file, self.identity, self.probes, self.optimizer = file, identity, probes, optimizer
+        self.saved = time.monotonic()
+
+    def load(self) -> int:
+        """Restore what is there; returns the number of epochs that are done."""
+        if self.file is None or not self.file.exists():
+            return 0
+        try:
+            state = torch.load(self.file, map_location="cpu", weights_only=True)
+            identity, epoch = str(state["identity"]), int(state["epoch"])
+            if identity == self.identity:
+                self.probes.load_state_dict(state["probes"])
+                self.optimizer.load_state_dict(state["optimizer"])
+        except Exception as error:
+            # whatever torch raises for bytes that it did not write
+            raise ValueError(f"{self.file} is no checkpoint of probes ({first_line(error)}): remove it") from error
+        if identity != self.identity:
+            raise ValueError(f"{self.file} is of other probes, images or weights: remove it, or give another --output")
+        return epoch
+
+    def save(self, epoch: int) -> None:
+        """Write the state after so many epochs, at most once a minute."""
+        if self.file is None or time.monotonic() - self.saved < CHECKPOINT_SECONDS:
+            return
+        content = io.BytesIO()
+        state = {
+            "identity": self.identity,
+            "epoch": epoch,
+            "probes": self.probes.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        torch.save(state, content)
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        replace_bytes(self.file, content.getvalue())
+        self.saved = time.monotonic()
