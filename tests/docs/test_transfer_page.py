@@ -13,7 +13,7 @@ from scipy.io import savemat
 from small_voc import write_small_voc
 
 from training.__main__ import main
-from training.reporting.pages import voc_table
+from training.reporting.transfers import transfer_lines
 from training.reporting.rows import read_rows
 from training.transfer.data import CLASSES, read_annotations
 
@@ -85,7 +85,7 @@ def write_own_data(devkit, folder):
 
 
 def test_the_papers_numbers_are_those_of_the_rows():
-    assert voc_table(read_rows()) in PAGE, "again: python -m training publish render"
+    assert transfer_lines(read_rows()) in PAGE, "again: python -m training publish render"
     quoted = {(row.weights, row.layer): row.value for row in read_rows() if "voc-classification" in row.protocol}
     assert quoted["rotnet_alexnet.paper", "fc6-8"] == 0.7087 and quoted["rotnet_alexnet.paper", "all"] == 0.7297
     (boxes,) = [r.value for r in read_rows() if r.weights == "rotnet_alexnet.paper" and "voc-fast-rcnn" in r.protocol]

@@ -6,7 +6,7 @@ import pytest
 
 from training.datasets import DATASETS
 from training.reporting import again, measure
-from training.reporting.required import CIFAR10, REQUIRED, Required
+from training.reporting.required import CIFAR10, PUBLISHED, REQUIRED, Required
 from training.reporting.rows import read_file, write_rows
 
 NAME = "rotnet_nin.cifar10"
@@ -18,7 +18,7 @@ def small(small_cifar10, monkeypatch):
     numbers = (
         Required(CIFAR10, "rotation", layers=("",)),
         Required(CIFAR10, "knn", layers=("block1", "block2")),
-        Required(CIFAR10, "knn", layers=("block3",), random=False),
+        Required(CIFAR10, "knn", layers=("block3",), of=(PUBLISHED,)),
     )
     monkeypatch.setitem(REQUIRED, NAME, numbers)
     monkeypatch.setattr("training.reporting.rows.current_commit", lambda: "0" * 40)

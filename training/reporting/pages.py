@@ -12,6 +12,8 @@ from typing import Any
 import timm
 
 from rotation_ssl.backbones.about import network_facts
+from training.reporting.again import transfer_training
+from training.reporting.required import RANDOM, RESCALED
 from training.reporting.rows import RESULTS_DIR, Row, read_file
 from training.reporting.tables import (
     QUOTED,
@@ -25,6 +27,7 @@ from training.reporting.tables import (
     select,
     weights_table,
 )
+from training.reporting.transfers import is_transfer, transfer_lines, transfer_margin, transfer_table
 
 ROOT = Path(__file__).parent.parent.parent
 FIGURES = "docs/figures"
@@ -60,7 +63,9 @@ def render_page(page: Path, rows: Sequence[Row], entries: Mapping[str, Any]) -> 
         "compute": lambda: compute(bundled, rows),
         "ablation": lambda: ablation_table(read_file(ABLATION_FILE) if ABLATION_FILE.exists() else [], rows),
         "layers": lambda: layer_table(rows),
-        "voc": lambda: voc_table(rows),
+        "voc": lambda: transfer_lines(rows),
+        "transfers": lambda: transfer_table(rows),
+        "margins": lambda: transfer_margin(rows),
         "repository": hub_snippet,
         "speed": lambda: speed_tables(json.loads(SPEED_FILE.read_text())),
     }
@@ -140,9 +145,11 @@ def evaluation(name: str, entry: Mapping[str, Any], rows: Sequence[Row], figures
 
 def compute(bundled: Mapping[str, Any], rows: Sequence[Row]) -> str:
     """Minutes and machines of the measured rows."""
-    models = [*bundled, *(f"{model}.random" for model in dict.fromkeys(map(model_of, bundled)))]
+    random = [f"{model}.{tag}" for model in dict.fromkeys(map(model_of, bundled)) for tag in (RANDOM, RESCALED)]
+    own = [row for name in (*bundled, *random) for row in select(rows, name)]
     seconds: dict[tuple[Any, ...], float] = {}
-    for row in (row for name in models for row in select(rows, name)):
+    # one training gives several average precisions
+    for row in {(transfer_training(row) if is_transfer(row) else row.key): row for row in own}.values():
         key = f"`{row.weights}`", f"{row.threads} threads of {row.device}", row.versions["torch"], f"`{row.commit[:7]}`"
         seconds[key] = seconds.get(key, 0.0) + (row.seconds or 0.0)
     header = ("numbers of", "machine", "torch", "commit", "time, without passes to cache features")
@@ -163,21 +170,6 @@ def layer_table(rows: Sequence[Row]) -> str:
             lines.append((title, whose, *(found.get(layer, "") for layer in layers)))
         tables.append(f"{data}:\n\n{markdown_table(('protocol', 'weights', *layers), lines)}")
     return "\n\n".join(tables)
-
-
-def voc_table(rows: Sequence[Row]) -> str:
-    """PASCAL VOC: a table of ours, and one of the paper's."""
-    found = [row for row in rows if row.protocol.startswith("voc-")]
-    tables = []
-    for own in ([r for r in found if r.source == "measured"], [r for r in found if r.source != "measured"]):
-        columns = list(dict.fromkeys((row.title.removeprefix("PASCAL VOC "), row.layer) for row in own))
-        lines = []
-        for whose in dict.fromkeys(map(_whose, own)):
-            theirs = [row for row in own if _whose(row) == whose]
-            cells = {(row.title.removeprefix("PASCAL VOC "), row.layer): percent(row) for row in theirs}
-            lines.append((whose, *(cells.get(column, "") for column in columns)))
-        tables.append(markdown_table(("weights", *(", ".join(column) for column in columns)), lines) if own else "")
-    return "\n\n".join(filter(None, tables))
 
 
 def _whose(row: Row) -> str:

@@ -11,13 +11,16 @@ import timm
 from rotation_ssl.features import layer_modules
 from training.reporting.rows import Row
 
+PUBLISHED, RANDOM, RESCALED = "", "random", "random-rescaled"
+
 
 @dataclass(frozen=True)
 class Required:
     """The numbers of one protocol that the card has of some weights: of each layer, seed and number of labels.
 
     ``data`` is the name that the data have in the rows. ``layers`` is empty for all layers, and (``''``,) where the
-    protocol has none. ``published`` and ``random`` say of which weights. A card is written when all of them exist.
+    protocol has none. ``of`` says of which weights: the published ones, and random ones of the network by their tags. A
+    card is written when all of them exist.
     """
 
     data: str
@@ -26,8 +29,7 @@ class Required:
     layers: tuple[str, ...] = ()
     seeds: tuple[int | None, ...] = (None,)
     labels: tuple[int | None, ...] = (None,)
-    published: bool = True
-    random: bool = True
+    of: tuple[str, ...] = (PUBLISHED, RANDOM)
 
 
 THREE = (0, 1, 2)
@@ -39,10 +41,10 @@ NIN_ON_CIFAR10 = (
     Required(CIFAR10, "linear", "cached"),
     Required(CIFAR10, "nonlinear", "cached", seeds=THREE),
     Required(CIFAR10, "conv", "cached", ("block2",), THREE),
-    Required(CIFAR10, "finetune-conv", "cpu", ("block2",), (0,), random=False),
-    Required(CIFAR10, "finetune-nonlinear", "cpu", ("block2",), (0,), random=False),
-    Required(CIFAR10, "few-labels", "cpu", ("block2",), (0,), FEW, random=False),
-    Required(CIFAR10, "supervised", "cpu", ("block2",), (0,), FEW, published=False),
+    Required(CIFAR10, "finetune-conv", "cpu", ("block2",), (0,), of=(PUBLISHED,)),
+    Required(CIFAR10, "finetune-nonlinear", "cpu", ("block2",), (0,), of=(PUBLISHED,)),
+    Required(CIFAR10, "few-labels", "cpu", ("block2",), (0,), FEW, of=(PUBLISHED,)),
+    Required(CIFAR10, "supervised", "cpu", ("block2",), (0,), FEW, of=(RANDOM,)),
 )
 ALEXNET_ON_TINYIMAGENET = (
     Required(TINYIMAGENET, "rotation", layers=("",)),
@@ -50,7 +52,7 @@ ALEXNET_ON_TINYIMAGENET = (
     Required(TINYIMAGENET, "nonlinear-sgd", "cpu", ("conv4", "conv5"), (0,)),
 )
 ALEXNET_ON_HELD_OUT_PHOTOS = tuple(
-    Required(data, "rotation", layers=("",), random=False)
+    Required(data, "rotation", layers=("",), of=(PUBLISHED,))
     for data in ("Imagenette val", "Imagewoof val", "MiniPlaces val", "Caltech-101 test", "VOC2007 test")
 )
 # by model.tag; what each is measured on first is what its figures and the manifest's metrics are of
@@ -87,7 +89,7 @@ def missing_rows(rows: Sequence[Row], weights: str) -> list[Row]:
         Row(name, r.protocol, layer, float("nan"), "measured", r.data, r.budget,
             labels_per_class=labels, draw="" if labels is None else "first", seed=seed)
         for r in REQUIRED[weights]
-        for name, of in ((weights, r.published), (f"{weights.split('.', 1)[0]}.random", r.random)) if of
+        for name in (f"{weights.split('.', 1)[0]}.{tag}" if tag else weights for tag in r.of)
         for layer in r.layers or network_layers(weights)
         for labels in r.labels
         for seed in r.seeds

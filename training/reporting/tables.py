@@ -43,6 +43,11 @@ def select(rows: Iterable[Row], weights: str, measured: bool = True) -> list[Row
     return [row for row in rows if row.weights == weights and (row.source == "measured") == measured]
 
 
+def is_transfer(row: Row) -> bool:
+    """Whether a row is of a transfer to PASCAL VOC."""
+    return row.protocol.startswith("voc-")
+
+
 def data_in_words(data: str) -> str:
     """The data's name in a row, in words: 'the validation images of Tiny-ImageNet'."""
     name, _, split = data.rpartition(" ")
@@ -127,7 +132,8 @@ def probe_table(name: str, rows: Sequence[Row]) -> list[str]:
         **_quoted_groups(rows, f"{model}.paper-random", ", random weights"),
     }
     groups = {
-        label: [row for row in group if row.layer and row.labels_per_class is None] for label, group in groups.items()
+        label: [row for row in group if row.layer and row.labels_per_class is None and not is_transfer(row)]
+        for label, group in groups.items()
     }
     probed = [row for group in groups.values() for row in group]
     layers = sorted({row.layer for row in probed})
@@ -203,7 +209,7 @@ def evaluation_lines(name: str, rows: Sequence[Row]) -> list[str]:
     for data in dict.fromkeys(row.data for row in select(rows, name)):
         there = [row for row in rows if row.data == data]
         lines += rotation_lines(name, there)
-        if any(row.layer and row.labels_per_class is None for row in select(there, name)):
+        if any(row.layer and row.labels_per_class is None and not is_transfer(row) for row in select(there, name)):
             lines += probe_table(name, there)
         lines += few_labels_table(name, there)
     return lines

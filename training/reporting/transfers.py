@@ -1,0 +1,86 @@
+"""The transfers to PASCAL VOC as text: ours, those of random weights, and the paper's beside them."""
+
+import statistics
+from collections.abc import Sequence
+
+from rotation_ssl.evaluation.report import spread_text
+from training.reporting.required import RANDOM, RESCALED
+from training.reporting.rows import Row
+from training.reporting.tables import QUOTED, is_transfer, markdown_table, model_of
+
+# protocol without the kind of average precision, what is trained, and the column's title
+COLUMNS = (
+    ("voc-classification", "fc6-8", "classification, fc6-8"),
+    ("voc-classification", "all", "classification, all layers"),
+    ("voc-fast-rcnn", "all", "detection (Fast R-CNN)"),
+    ("voc-segmentation", "all", "segmentation"),
+)
+
+
+def transfer_table(rows: Sequence[Row], kind: str = "11-point") -> str:
+    """A line for each of the weights, a column for each transfer; the paper's are in italics, with its budget.
+
+    Args:
+        rows: all rows.
+        kind: of average precision, '11-point' or 'area'. The paper, which does not say which its own are, is shown
+            beside '11-point' alone; the overlaps of segmentation too.
+    """
+    lines = []
+    for weights in dict.fromkeys(row.weights for row in rows if is_transfer(row)):
+        own = [row for row in rows if row.weights == weights]
+        cells = [_cell(own, protocol, layer, kind) for protocol, layer, _ in COLUMNS]
+        if any(cells):
+            lines.append((_whose(own), *cells))
+    # ours first
+    lines.sort(key=lambda line: line[0].startswith("_"))
+    shown = [0, *(i for i in range(1, 1 + len(COLUMNS)) if any(line[i] for line in lines))]
+    header = ("weights", *(title for _, _, title in COLUMNS))
+    return markdown_table([header[i] for i in shown], [[line[i] for i in shown] for line in lines])
+
+
+def transfer_margin(rows: Sequence[Row]) -> str:
+    """A sentence for each of the published weights: how far above rescaled random weights they are, in points."""
+    sentences = []
+    names = dict.fromkeys(row.weights for row in rows if is_transfer(row) and row.source == "measured")
+    for name in (name for name in names if ".random" not in name):
+        base = f"{model_of(name)}.{RESCALED}"
+        gaps = []
+        for protocol, layer, title in COLUMNS:
+            ours, theirs = (_found(rows, weights, protocol, layer, "11-point") for weights in (name, base))
+            if ours and theirs:
+                gap = statistics.mean(row.value for row in ours) - statistics.mean(row.value for row in theirs)
+                gaps.append(f"{100 * gap:+.1f} in {title}")
+        if gaps:
+            sentences.append(f"`{name}` minus rescaled random weights, in points: {'; '.join(gaps)}.")
+    return "\n".join(sentences)
+
+
+def transfer_lines(rows: Sequence[Row]) -> str:
+    """Both tables and the margins."""
+    measured = [row for row in rows if is_transfer(row) and row.source == "measured"]
+    parts = [
+        "Mean average precision is VOC2007's 11-point one, segmentation is mean intersection over union. ± is the"
+        " standard deviation over seeds.",
+        transfer_table(rows),
+        transfer_margin(rows),
+        f"By the area under the curve:\n\n{transfer_table(measured, 'area')}" if measured else "",
+    ]
+    return "\n\n".join(filter(None, parts))
+
+
+def _found(rows: Sequence[Row], weights: str, protocol: str, layer: str, kind: str) -> list[Row]:
+    wanted = (protocol, f"{protocol}-{kind}") if kind == "11-point" else (f"{protocol}-{kind}",)
+    return [row for row in rows if row.weights == weights and row.protocol in wanted and row.layer == layer]
+
+
+def _cell(own: Sequence[Row], protocol: str, layer: str, kind: str) -> str:
+    text = spread_text(_found(own, own[0].weights, protocol, layer, kind))
+    return f"_{text}_" if text and own[0].source != "measured" else text
+
+
+def _whose(own: Sequence[Row]) -> str:
+    model, _, tag = own[0].weights.partition(".")
+    if own[0].source != "measured":
+        table = next(row.source for row in own if is_transfer(row)).rpartition(", ")[2]
+        return f"_{QUOTED[tag]}, {table}, paper budget_"
+    return {RANDOM: "random weights", RESCALED: "random weights, rescaled"}.get(tag, f"`{model}.{tag}`")
