@@ -13,8 +13,8 @@ from scipy.io import savemat
 from small_voc import write_small_voc
 
 from training.__main__ import main
-from training.reporting.transfers import transfer_lines
 from training.reporting.rows import read_rows
+from training.reporting.transfers import transfer_lines
 from training.transfer.data import CLASSES, read_annotations
 
 PAGE = (ROOT / "docs" / "transfer.md").read_text()

@@ -1,0 +1,227 @@
+"""rotation-ssl orient."""
+
+import argparse
+import contextlib
+import csv
+import dataclasses
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from timm.data import resolve_model_data_config
+from tqdm import tqdm
+
+from rotation_ssl import zoo
+from rotation_ssl.cli.features import load_model
+from rotation_ssl.cli.options import add_command, positive
+from rotation_ssl.files import replace_file
+from rotation_ssl.images import find_images
+from rotation_ssl.messages import counted, printable
+from rotation_ssl.orientation import predict_orientation
+from rotation_ssl.orientation.exif import turned
+from rotation_ssl.orientation.predict import check_head
+from rotation_ssl.orientation.turning import Picture, open_picture, turn_pixels, turn_tag, write_picture
+
+DEFAULT_MODEL = "rotnet_alexnet.photos"
+BATCH = 32  # pictures in memory at a time, twice as many while the next ones are read
+DETAILS = """
+
+PATHS are pictures and folders, which are searched recursively. For each picture the command prints k (its content is
+turned k x 90 degrees counter-clockwise), the degrees that turn it back, clockwise (cw) and counter-clockwise (ccw), its
+EXIF orientation now and fixed, and the confidence. Below the threshold it is undecided and never changed: to turn a
+picture the wrong way is worse than to leave it.
+
+Nothing is written without --apply. --apply exif writes the EXIF orientation of JPEG, PNG, WebP and TIFF files; all
+other bytes stay the same. --apply pixels turns the pixels and removes the orientation; this encodes JPEG files again.
+The pictures that need it are written to the folder -o DIR, or replaced with --in-place.
+
+Pictures that cannot be read or written are named and skipped, and the exit status is then 1.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What the command tells of a picture."""
+
+    path: str
+    rotation: int
+    fix_cw: int
+    fix_ccw: int
+    exif: int
+    exif_fixed: int
+    confidence: float
+    decided: bool
+
+
+def add(commands: Any) -> None:
+    """Add the command."""
+    added = add_command(commands, "orient", run, "find out which way up photos are, and turn them", DETAILS, False)
+    added.add_argument("paths", type=Path, nargs="+", metavar="PATHS", help="pictures and folders of pictures")
+    added.add_argument("--threshold", type=float, metavar="P", help="least confidence that decides [the model's]")
+    out = added.add_mutually_exclusive_group()
+    out.add_argument("--json", action="store_true", help="print a JSON object for each picture, one a line")
+    out.add_argument("--csv", type=Path, metavar="FILE", help="write the table to a CSV file")
+    added.add_argument("--apply", choices=("exif", "pixels"), help="fix the pictures that need it")
+    where = added.add_mutually_exclusive_group()
+    where.add_argument("-o", "--output", type=Path, metavar="DIR", help="folder of the fixed pictures")
+    where.add_argument("--in-place", action="store_true", help="replace the pictures")
+    added.add_argument("--keep-times", action="store_true", help="keep the modification times of fixed pictures")
+    added.add_argument(
+        "--model", default=DEFAULT_MODEL, help="timm model with four outputs: model.tag, local-dir:... [%(default)s]"
+    )
+    added.add_argument("--workers", type=positive, default=os.cpu_count() or 1, help="reading threads [all cores]")
+    added.add_argument("--device", default="cpu", help="device: cpu, cuda, cuda:1, mps [%(default)s]")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; returns the exit status."""
+    if bool(args.apply) != bool(args.output or args.in_place):
+        raise ValueError("--apply needs -o DIR or --in-place, and they need --apply")
+    model = load_model(args.model, args.device)
+    check_head(model)
+    temperature, threshold = calibration(model, args.model, args.threshold)
+    size = resolve_model_data_config(model)["input_size"][-1]
+    targets = find_targets(args.paths, args.output)
+    # the pixels of large photographs are only looked at
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    counts = {"upright": 0, "to turn": 0, "undecided": 0, "failed": 0}
+    with _table(args) as show, ThreadPoolExecutor(args.workers) as pool:
+        for pictures in read_pictures(list(targets), size, pool, counts):
+            found = predict_orientation(model, [picture.image for picture in pictures], temperature)
+            records = []
+            for picture, one in zip(pictures, found, strict=True):
+                exif = turned(picture.exif, one.rotation)
+                records.append(
+                    Record(
+                        str(picture.path), one.rotation, one.fix_cw, one.fix_ccw, picture.exif, exif,
+                        round(one.confidence, 4), one.confidence >= threshold,
+                    )
+                )  # fmt: skip
+            # all are looked at before one of them is changed
+            outcomes = pool.map(lambda record: _outcome(record, targets[Path(record.path)], args), records)
+            for record, outcome in zip(records, outcomes, strict=True):
+                counts[outcome] += 1
+                show(record)
+    if not args.json:
+        print(_summary(counts, args, threshold))
+    return 1 if counts["failed"] else 0
+
+
+def calibration(model: Any, name: str, threshold: float | None) -> tuple[float, float]:
+    """The temperature and the threshold of a model: those of the manifest, which were fitted on photographs, where it
+    has them.
+
+    Raises:
+        ValueError: no threshold is known and none is given, or one out of range.
+    """
+    cfg = model.pretrained_cfg
+    entry = zoo.manifest().get(f"{cfg.get('architecture')}.{cfg.get('tag')}", {}).get("orientation", {})
+    chosen = entry.get("threshold") if threshold is None else threshold
+    if chosen is None:
+        raise ValueError(f"no threshold is known for {name}: give --threshold, a confidence of 0.25 to 1")
+    if not 0 <= chosen <= 1:
+        raise ValueError(f"--threshold must be 0 to 1, got {chosen}")
+    return entry.get("temperature", 1.0), chosen
+
+
+def find_targets(paths: Sequence[Path], output: Path | None) -> dict[Path, Path]:
+    """Each picture and the file that it is written to if it is fixed, in the order of the paths.
+
+    Raises:
+        ValueError: no pictures, or two of them that would be written to one file.
+    """
+    targets: dict[Path, Path] = {}
+    for path in paths:
+        for picture in find_images(path) if path.is_dir() else [path]:
+            target = picture if output is None else output / picture.relative_to(path if path.is_dir() else path.parent)
+            if output is not None and target in targets.values() and picture not in targets:
+                raise ValueError(f"two pictures would be written to {target}: give one folder at a time")
+            targets.setdefault(picture, target)
+    return targets
+
+
+def read_pictures(
+    paths: Sequence[Path], size: int, pool: ThreadPoolExecutor, counts: dict[str, int]
+) -> Iterator[list[Picture]]:
+    """The pictures that can be read, some at a time, while the next ones are read; others are named and counted."""
+
+    def read(path: Path) -> Picture | ValueError:
+        try:
+            return open_picture(path, size)
+        except ValueError as error:
+            return error
+
+    parts = [paths[start : start + BATCH] for start in range(0, len(paths), BATCH)]
+    following = pool.map(read, parts[0])
+    with tqdm(total=len(paths), desc="pictures", unit="img", mininterval=0.5, disable=len(paths) < BATCH) as bar:
+        for number in range(len(parts)):
+            results = list(following)
+            if number + 1 < len(parts):
+                following = pool.map(read, parts[number + 1])
+            for result in results:
+                if isinstance(result, ValueError):
+                    counts["failed"] += 1
+                    tqdm.write(f"error: {printable(result)}", file=sys.stderr)
+            yield [result for result in results if isinstance(result, Picture)]
+            bar.update(len(results))
+
+
+def _outcome(record: Record, target: Path, args: argparse.Namespace) -> str:
+    """Write the picture if it is to be fixed; returns what it counts as."""
+    if not record.decided or record.rotation == 0 or not args.apply:
+        return "undecided" if not record.decided else "to turn" if record.rotation else "upright"
+    path = Path(record.path)
+    try:
+        if args.apply == "exif":
+            content = turn_tag(path, record.exif, record.rotation)
+        else:
+            content = turn_pixels(path, record.rotation)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_picture(path, target, content, args.keep_times)
+    except (ValueError, OSError) as error:
+        tqdm.write(f"error: {printable(error)}", file=sys.stderr)
+        return "failed"
+    return "to turn"
+
+
+@contextlib.contextmanager
+def _table(args: argparse.Namespace) -> Iterator[Callable[[Record], None]]:
+    """What shows a record, in the form that was asked for."""
+    names = [field.name for field in dataclasses.fields(Record)]
+    if args.json:
+        yield lambda record: tqdm.write(json.dumps(dataclasses.asdict(record)))
+    elif args.csv:
+        rows: list[Record] = []
+        yield rows.append
+
+        def write(file: Path) -> None:
+            with file.open("w", newline="", encoding="utf-8", errors="surrogateescape") as stream:
+                writer = csv.DictWriter(stream, names)
+                writer.writeheader()
+                writer.writerows(map(dataclasses.asdict, rows))
+
+        replace_file(args.csv, write)
+    else:
+        tqdm.write("k   cw  ccw  exif  confidence  picture")
+        yield lambda record: tqdm.write(_line(record))
+
+
+def _line(record: Record) -> str:
+    exif = f"{record.exif}" if record.exif == record.exif_fixed else f"{record.exif}->{record.exif_fixed}"
+    note = "" if record.decided else "  (undecided)"
+    numbers = f"{record.rotation} {record.fix_cw:4d} {record.fix_ccw:4d}  {exif:>4s}  {record.confidence:10.4f}"
+    return f"{numbers}  {printable(record.path)}{note}"
+
+
+def _summary(counts: dict[str, int], args: argparse.Namespace, threshold: float) -> str:
+    turned = "turned" if args.apply else "to turn (nothing is written without --apply)"
+    return (
+        f"{counted(sum(counts.values()), 'picture')}: {counts['upright']:,} upright, {counts['to turn']:,} {turned}, "
+        f"{counts['undecided']:,} undecided at a threshold of {threshold:.4g}, {counts['failed']:,} failed"
+    )

@@ -1,0 +1,143 @@
+"""Which way up: how a picture is turned, how sure that is, and whether it is sure enough to turn it back.
+
+A network that tells the four rotations apart is asked about all four turns of the picture, and its answers are
+averaged, so that turning a picture by k x 90 degrees moves the answer by k and changes nothing else.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from timm.data import resolve_model_data_config
+from torch import nn
+from torch.nn import functional as F
+
+from rotation_ssl.images import normalize
+from rotation_ssl.rotations import rotate_all
+
+ELONGATED = 1.1  # longer by this factor than wide, a picture is looked at in two squares
+
+
+@dataclass(frozen=True)
+class Orientation:
+    """How a picture is turned.
+
+    ``rotation`` is k: its content is turned k x 90 degrees counter-clockwise. ``probabilities`` are those of the four
+    k, ``confidence`` is the largest.
+    """
+
+    rotation: int
+    confidence: float
+    probabilities: tuple[float, ...]
+
+    @property
+    def fix_cw(self) -> int:
+        """Degrees to turn the picture clockwise, so that it is upright: 0, 90, 180 or 270."""
+        return 90 * self.rotation
+
+    @property
+    def fix_ccw(self) -> int:
+        """Degrees to turn the picture counter-clockwise, so that it is upright: 0, 90, 180 or 270."""
+        return (360 - self.fix_cw) % 360
+
+
+def predict_orientation(
+    model: nn.Module, images: Sequence[Image.Image], temperature: float = 1.0, batch_size: int = 64
+) -> list[Orientation]:
+    """How each picture is turned.
+
+    Args:
+        model: a timm model whose 4 outputs are the rotations, as those of this package; it is set to eval mode.
+        images: RGB, of any size and aspect, as :func:`rotation_ssl.images.read_image` gives them.
+        temperature: what the logits are divided by, positive; above 1 the network is less confident.
+        batch_size: squares that are looked at together, each in four turns.
+
+    Raises:
+        ValueError: a model with other outputs, logits that are not finite, or a temperature out of range.
+    """
+    check_head(model)
+    cfg = resolve_model_data_config(model)
+    device = next(model.parameters()).device
+    size = cfg["input_size"][-1]
+    views = [picture_squares(image, size) for image in images]
+    if not views:
+        return []
+    squares = torch.cat(views)
+    model.eval()
+    with torch.inference_mode():
+        parts = [
+            rotation_probabilities(model, normalize(part.to(device), cfg["mean"], cfg["std"]), temperature).cpu()
+            for part in squares.split(batch_size)
+        ]
+    found = torch.cat(parts).split([len(view) for view in views])
+    return [_orientation(probabilities.mean(0)) for probabilities in found]
+
+
+def rotation_probabilities(model: nn.Module, images: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """The probability of each rotation, averaged over the four turns of every image: (N, 4) float32.
+
+    Turning the images by one quarter counter-clockwise moves each row by one.
+
+    Args:
+        model: maps (4 N, C, H, H) to logits (4 N, 4), in eval mode.
+        images: (N, C, H, H), normalised.
+        temperature: what the logits are divided by, positive.
+
+    Raises:
+        ValueError: as :func:`rotation_logits`, or a temperature out of range.
+    """
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+    return F.softmax(rotation_logits(model, images) / temperature, -1).mean(1)
+
+
+def rotation_logits(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """What the network says of each image in each of its four turns, (N, 4, 4) float32: the last axis is the rotation
+    of the image itself, not of the turned copy.
+
+    Raises:
+        ValueError: logits of another shape or that are not finite.
+    """
+    logits = model(rotate_all(images)).float()
+    if logits.shape != (4 * len(images), 4):
+        raise ValueError(f"the model must give 4 logits for each turn of an image, got shape {tuple(logits.shape)}")
+    if not logits.isfinite().all():
+        raise ValueError("the model's logits are not finite: check its weights and the images")
+    # an image that is turned by k looks turned by k + turn in its copy that is turned once more
+    return torch.stack([part.roll(-turn, 1) for turn, part in enumerate(logits.unflatten(0, (4, len(images))))], 1)
+
+
+def picture_squares(image: Image.Image, size: int) -> torch.Tensor:
+    """The squares of a picture that are looked at: (V, 3, size, size) uint8.
+
+    One in the centre; of an elongated picture two, at both ends of its longer side. The shorter side is resized to
+    ``size`` (bicubic, antialiased) first.
+    """
+    if min(image.size) == 0:
+        raise ValueError(f"a picture of {image.width} x {image.height} pixels has nothing to look at")
+    short, long = sorted(image.size)
+    # of a panorama only what the squares show is resized
+    ends = [(long - short) // 2] if long < ELONGATED * short else [0, long - short]
+    squares = []
+    for start in ends:
+        left, top = (start, 0) if image.width == long else (0, start)
+        part = image.resize((size, size), Image.Resampling.BICUBIC, (left, top, left + short, top + short))
+        squares.append(torch.frombuffer(bytearray(part.tobytes()), dtype=torch.uint8).view(size, size, 3))
+    return torch.stack(squares).permute(0, 3, 1, 2).contiguous()
+
+
+def check_head(model: nn.Module) -> None:
+    """Refuse a model that does not tell the four rotations apart.
+
+    Raises:
+        ValueError: it has another number of outputs.
+    """
+    if (outputs := getattr(model, "num_classes", None)) != 4:
+        raise ValueError(f"orientation needs a model with 4 outputs, one for each rotation; this one has {outputs}")
+
+
+def _orientation(probabilities: torch.Tensor) -> Orientation:
+    confidence, rotation = probabilities.max(0)
+    return Orientation(int(rotation), float(confidence), tuple(probabilities.tolist()))

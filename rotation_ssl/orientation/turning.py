@@ -1,0 +1,132 @@
+"""Picture files: read as they are shown, and turned by their EXIF orientation or by their pixels."""
+
+import io
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps, JpegImagePlugin
+
+from rotation_ssl.files import replace_file
+from rotation_ssl.images import read_image
+from rotation_ssl.messages import first_line
+from rotation_ssl.orientation.exif import read_orientation, turned, write_orientation
+
+_CLOCKWISE = {1: Image.Transpose.ROTATE_270, 2: Image.Transpose.ROTATE_180, 3: Image.Transpose.ROTATE_90}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture file: its ``image`` as viewers show it, RGB, reduced to little more than is looked at, and its EXIF
+    orientation, 1 to 8.
+    """
+
+    path: Path
+    image: Image.Image
+    exif: int
+
+
+def open_picture(path: Path, size: int) -> Picture:
+    """Read a picture to look at squares of ``size`` pixels: large ones are decoded at a part of their size.
+
+    Raises:
+        ValueError: it does not exist or does not decode; the error names the file.
+    """
+    if not path.is_file():
+        raise ValueError(f"image {path} does not exist" if not path.exists() else f"image {path} is not a regular file")
+    try:
+        image = Image.open(path)
+        exif = read_orientation(image)
+    except Exception as error:
+        # what Pillow's readers raise on damaged files is not one family
+        raise ValueError(f"image {path} does not decode ({first_line(error)}); replace or remove it") from error
+    side = 2 * size
+    # JPEG alone decodes at 1/2, 1/4 or 1/8; it keeps the aspect
+    scale = max(1, min(image.size) // side)
+    image.draft("RGB", (image.width // scale, image.height // scale))
+    try:
+        shown = read_image(image)
+    except ValueError as error:
+        raise ValueError(str(error).replace(f"image {image}", f"image {path}")) from error
+    if (factor := min(shown.size) // side) > 1:
+        shown = shown.reduce(factor)
+    return Picture(path, shown, exif)
+
+
+def turn_tag(path: Path, exif: int, quarters: int) -> bytes:
+    """The file's bytes with the EXIF orientation that shows it turned clockwise by so many quarters.
+
+    Raises:
+        ValueError: as :func:`rotation_ssl.orientation.exif.write_orientation`; the error names the file.
+    """
+    try:
+        return write_orientation(path.read_bytes(), turned(exif, quarters))
+    except ValueError as error:
+        raise ValueError(f"{path} cannot get an EXIF orientation: {error}") from error
+
+
+def turn_pixels(path: Path, quarters: int) -> bytes:
+    """The file's bytes with its pixels as they are to be shown, turned clockwise by so many quarters, without the tag.
+
+    JPEG files are encoded again, with their own quantisation; WebP files become lossless. Colour profile, resolution
+    and the other EXIF tags are kept.
+
+    Raises:
+        ValueError: a file of several frames, of a format or colours that cannot be written as they were, or one that
+            does not decode; the error names the file.
+    """
+    try:
+        with Image.open(path) as image:
+            form = image.format or ""
+            if getattr(image, "n_frames", 1) > 1:
+                raise ValueError("it has several frames")
+            if form not in ("JPEG", "PNG", "WEBP", "TIFF", "BMP") or image.mode == "CMYK":
+                raise ValueError(f"{image.mode} pixels of a {form or 'nameless'} file are not written")
+            options: dict[str, Any] = {key: image.info[key] for key in ("icc_profile", "dpi") if key in image.info}
+            if form == "JPEG":
+                options |= {"qtables": image.quantization, "subsampling": JpegImagePlugin.get_sampling(image)}
+            if form == "WEBP":
+                options |= {"lossless": True}
+            if form == "TIFF":
+                options |= {"compression": image.info.get("compression")}
+            image.load()
+            shown = ImageOps.exif_transpose(image)
+            exif = shown.getexif()
+            result = shown.transpose(_CLOCKWISE[quarters % 4]) if quarters % 4 else shown
+            if len(exif) and form in ("JPEG", "PNG", "WEBP"):
+                options["exif"] = exif.tobytes()
+            content = io.BytesIO()
+            result.save(content, form, **options)
+    except Exception as error:
+        # what Pillow's readers and writers raise is not one family
+        raise ValueError(f"the pixels of {path} cannot be turned: {first_line(error)}") from error
+    return content.getvalue()
+
+
+def write_picture(source: Path, target: Path, content: bytes, keep_times: bool) -> None:
+    """Write a turned picture whole or not at all, with the permissions of its source.
+
+    Args:
+        source: the picture that was turned.
+        target: the file to write, the source itself or one in an existing folder.
+        content: the file's bytes.
+        keep_times: give it the times of its source as well.
+
+    Raises:
+        ValueError: the file is there and read-only.
+        OSError: it cannot be written.
+    """
+    before = source.stat()
+    if target.exists() and not target.stat().st_mode & 0o222:
+        raise ValueError(f"{target} is read-only: make it writable, or give -o DIR")
+
+    def write(unfinished: Path) -> None:
+        unfinished.write_bytes(content)
+        shutil.copymode(source, unfinished)
+        if keep_times:
+            os.utime(unfinished, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+    # a link stays one: what it leads to is replaced
+    replace_file(target.resolve(), write)

@@ -1,0 +1,343 @@
+"""Which way up: the laws of the prediction, the EXIF orientation byte by byte, and files that are turned."""
+
+import csv
+import io
+import json
+import os
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import SAMPLES
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+from torch import nn
+
+import rotation_ssl  # noqa: F401  registers the models with timm
+from rotation_ssl import cli
+from rotation_ssl.images import read_image
+from rotation_ssl.orientation import predict_orientation, rotation_probabilities
+from rotation_ssl.orientation.exif import read_orientation, turned, write_orientation
+from rotation_ssl.orientation.predict import picture_squares
+from rotation_ssl.orientation.turning import open_picture, turn_pixels
+
+PHOTOS = sorted((SAMPLES / "photos").glob("*.jpg"))
+THUMB = 160  # pixels: what tests look at
+
+
+@pytest.fixture(scope="module")
+def model():
+    return timm.create_model("rotnet_alexnet.photos", pretrained=True).eval()
+
+
+def photo(file=PHOTOS[0]):
+    image = read_image(file)
+    image.thumbnail((THUMB, THUMB))
+    return image
+
+
+def encoded(image, form, **options):
+    stream = io.BytesIO()
+    image.save(stream, form, **options)
+    return stream.getvalue()
+
+
+def tagged(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    exif[0x010F] = "maker of cameras"
+    return exif
+
+
+# the laws of the prediction
+
+
+@given(seed=st.integers(0, 1000), k=st.integers(0, 3), temperature=st.floats(0.2, 5))
+def test_turning_an_image_moves_the_answer_and_changes_nothing_else(seed, k, temperature):
+    torch.manual_seed(seed)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 4))
+    images = torch.randn(3, 3, 8, 8)
+    before = rotation_probabilities(network, images, temperature)
+    after = rotation_probabilities(network, torch.rot90(images, k, (-2, -1)), temperature)
+    assert torch.allclose(after, before.roll(k, 1), atol=1e-6)
+    assert torch.allclose(before.sum(1), torch.ones(3))
+
+
+def test_the_average_is_over_the_four_turns():
+    """A network that always says 'upright' says of each turn what it would have to be: all four are as likely."""
+
+    class Upright(nn.Module):
+        def forward(self, images):
+            return torch.tensor([[2.0, 0, 0, 0]]).expand(len(images), 4)
+
+    assert torch.allclose(rotation_probabilities(Upright(), torch.zeros(2, 3, 4, 4)), torch.full((2, 4), 0.25))
+
+
+@pytest.mark.parametrize("file", PHOTOS, ids=lambda file: file.stem)
+def test_of_a_turned_picture_it_says_so(model, file):
+    upright = photo(file)
+    (first,) = predict_orientation(model, [upright])
+    turns = [upright.transpose(t) for t in (Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180)]
+    for k, found in enumerate(predict_orientation(model, turns), 1):
+        assert found.rotation == (first.rotation + k) % 4
+        assert found.confidence == pytest.approx(first.confidence, abs=5e-3), "resizing rounds to whole grey values"
+        assert (found.fix_cw + found.fix_ccw) % 360 == 0 and found.fix_cw == 90 * found.rotation
+
+
+def test_sure_of_clear_pictures(model):
+    found = {file.stem: predict_orientation(model, [photo(file)])[0] for file in PHOTOS}
+    assert all(found[name].rotation == 0 and found[name].confidence > 0.8 for name in ("astronaut", "china", "rocket"))
+
+
+@pytest.mark.parametrize(("size", "views"), [((64, 64), 1), ((69, 64), 1), ((71, 64), 2), ((40, 800), 2), ((1, 20), 2)])
+def test_elongated_pictures_are_looked_at_at_both_ends(size, views):
+    width, height = size
+    ramp = np.broadcast_to(np.linspace(0, 255, max(size)).astype(np.uint8), (min(size), max(size)))
+    image = Image.fromarray(ramp if width > height else ramp.T.copy()).convert("RGB").resize(size)
+    squares = picture_squares(image, 16)
+    assert squares.shape == (views, 3, 16, 16) and squares.dtype == torch.uint8
+    if views == 2:
+        assert squares[0].float().mean() < squares[1].float().mean(), "the dark end first"
+
+
+def test_other_heads_and_temperatures_are_refused(model):
+    with pytest.raises(ValueError, match="4 outputs, one for each rotation; this one has 1000"):
+        predict_orientation(timm.create_model("test_resnet"), [photo()])
+    for wrong in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="temperature must be positive and finite"):
+            predict_orientation(model, [photo()], wrong)
+    assert predict_orientation(model, []) == []
+
+
+# the EXIF orientation
+
+
+def shown(content):
+    with Image.open(io.BytesIO(content)) as image:
+        return np.asarray(ImageOps.exif_transpose(image))
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("before", [None, *range(1, 9)])
+def test_what_is_written_is_what_viewers_show(form, before):
+    image = Image.fromarray(np.arange(16 * 24 * 3, dtype=np.uint8).reshape(16, 24, 3))
+    lossless = {"lossless": True} if form == "WEBP" else {}
+    content = encoded(image, form, **lossless, **({} if before is None else {"exif": tagged(before)}))
+    with Image.open(io.BytesIO(content)) as opened:
+        exif = read_orientation(opened)
+    assert exif == (before or 1)
+    for quarters in range(4):
+        written = write_orientation(content, turned(exif, quarters))
+        assert np.array_equal(shown(written), np.rot90(shown(content), -quarters))
+        with Image.open(io.BytesIO(written)) as opened:
+            assert before is None or opened.getexif()[0x010F] == "maker of cameras"
+        if before is not None:
+            changed = sum(a != b for a, b in zip(content, written, strict=True))
+            assert changed <= (5 if form == "PNG" else 1), "the tag's byte, and a chunk's four of checksum"
+        assert write_orientation(written, exif) == write_orientation(content, exif)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_only_the_tags_bytes_change(order):
+    """A block with a value far away, which a writer that moves things would lose."""
+    mark = b"II*\0" if order == "<" else b"MM\0*"
+    entries = [(0x010F, 2, 8, 60), (0x0112, 3, 1, 6 if order == "<" else 6 << 16), (0x8769, 4, 1, 40)]
+    block = mark + struct.pack(f"{order}IH", 8, 3) + b"".join(struct.pack(f"{order}HHII", *e) for e in entries)
+    block = (block + bytes(4)).ljust(60, b".") + b"makers!\0" + b"unknown bytes at the end"
+    content = b"\xff\xd8\xff\xe1" + struct.pack(">H", len(block) + 8) + b"Exif\0\0" + block + b"\xff\xda scan \xff\xd9"
+    written = write_orientation(content, 3)
+    assert len(written) == len(content)
+    assert [i for i, (a, b) in enumerate(zip(content, written, strict=True)) if a != b] == [
+        12 + 8 + 2 + 12 + 8 + (order == ">")
+    ]
+    untagged = content.replace(struct.pack(f"{order}HH", 0x0112, 3), struct.pack(f"{order}HH", 0x0113, 3))
+    grown = write_orientation(untagged, 8)
+    assert block[8:60].replace(b"\x12\x01", b"\x13\x01").replace(b"\x01\x12", b"\x01\x13") in grown
+    assert b"unknown bytes at the end" in grown and grown.endswith(b"\xff\xda scan \xff\xd9")
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"BM" + bytes(60), "has no EXIF orientation"),
+        (b"\xff\xd8\xff\xe1\x00\x10Exif\0\0II*\0\xff\xff\xff\xff\xff\xda", "damaged"),
+        (b"\xff\xd8\xff\xe1\x00\x12Exif\0\0XX*\0\x08\0\0\0\0\0\xff\xda", "damaged"),
+        (b"\xff\xd8\xff\xe1", "damaged"),
+        (b"\x89PNG\r\n\x1a\n", "damaged"),
+        (b"RIFF\x10\0\0\0WEBPVP8L\xff\0\0\0", "damaged"),
+        (b"II*\0\xff\0\0\0", "damaged"),
+    ],
+)
+def test_damaged_files_are_refused(content, why):
+    with pytest.raises(ValueError, match=why):
+        write_orientation(content, 3)
+
+
+@pytest.mark.skipif(shutil.which("exiftool") is None, reason="needs exiftool (Debian: libimage-exiftool-perl)")
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_exiftool_reads_what_is_written(tmp_path, form):
+    for exif in ({}, {"exif": tagged(6)}):
+        file = tmp_path / f"picture.{form.lower()}"
+        file.write_bytes(write_orientation(encoded(photo(), form, **exif), 8))
+        told = subprocess.run(
+            ["exiftool", "-n", "-json", "-Orientation", "-Make", "-Warning", file], capture_output=True, check=True
+        )
+        (tags,) = json.loads(told.stdout)
+        assert tags["Orientation"] == 8 and "Warning" not in tags
+        assert not exif or tags["Make"] == "maker of cameras"
+
+
+# the command
+
+
+@pytest.fixture
+def album(tmp_path):
+    """Three clear photographs, turned by their pixels, by their tag, and not at all; and one of noise."""
+    folder = tmp_path / "album"
+    (folder / "deep").mkdir(parents=True)
+    astronaut, china, rocket = (photo(SAMPLES / "photos" / f"{name}.jpg") for name in ("astronaut", "china", "rocket"))
+    (folder / "pixels.jpg").write_bytes(encoded(astronaut.transpose(Image.Transpose.ROTATE_90), "JPEG", quality=95))
+    (folder / "deep" / "tag.jpg").write_bytes(encoded(china, "JPEG", quality=95, exif=tagged(3)))
+    (folder / "upright.png").write_bytes(encoded(rocket, "PNG"))
+    noise = np.random.default_rng(0).integers(0, 255, (THUMB, THUMB, 3)).astype(np.uint8)
+    (folder / "noise.png").write_bytes(encoded(Image.fromarray(noise), "PNG"))
+    return folder
+
+
+def orient(*arguments):
+    return cli.main(["orient", *map(str, arguments), "--threshold", "0.6"])
+
+
+def contents(folder):
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def records(capsys):
+    return {Path(r["path"]).name: r for r in map(json.loads, capsys.readouterr().out.splitlines())}
+
+
+def test_a_dry_run_tells_and_changes_nothing(album, capsys):
+    before = contents(album)
+    assert orient(album, "--json") == 0
+    found = records(capsys)
+    fields = ["path", "rotation", "fix_cw", "fix_ccw", "exif", "exif_fixed", "confidence", "decided"]
+    assert all(list(record) == fields for record in found.values())
+    assert [found["pixels.jpg"][key] for key in fields[1:6]] == [1, 90, 270, 1, 6] and found["pixels.jpg"]["decided"]
+    assert [found["tag.jpg"][key] for key in fields[1:6]] == [2, 180, 180, 3, 1] and found["tag.jpg"]["decided"]
+    assert [found["upright.png"][key] for key in fields[1:6]] == [0, 0, 0, 1, 1]
+    assert not found["noise.png"]["decided"]
+    assert contents(album) == before
+    assert orient(album) == 0
+    told = capsys.readouterr().out
+    assert "4 pictures: 1 upright, 2 to turn (nothing is written without --apply), 1 undecided" in told
+
+
+@pytest.mark.parametrize("how", ["exif", "pixels"])
+def test_what_is_fixed_is_shown_upright_and_a_second_run_changes_nothing(album, capsys, how):
+    before = contents(album)
+    assert orient(album, "--apply", how, "--in-place") == 0
+    after = contents(album)
+    assert {name for name in before if before[name] != after[name]} == {"pixels.jpg", "deep/tag.jpg"}
+    for name in ("pixels.jpg", "deep/tag.jpg"):
+        with Image.open(album / name) as image:
+            stored = np.asarray(image)
+        with Image.open(io.BytesIO(before[name])) as image:
+            if how == "exif":
+                assert np.array_equal(stored, np.asarray(image)) and len(after[name]) - len(before[name]) in (0, 36)
+            else:
+                close = np.abs(stored.astype(int) - np.rot90(np.asarray(image), -1 if name == "pixels.jpg" else 0))
+                assert close.mean() < 3
+    capsys.readouterr()
+    assert orient(album, "--json") == 0
+    assert all(record["rotation"] == 0 for record in records(capsys).values() if record["decided"])
+    assert orient(album, "--apply", how, "--in-place") == 0
+    assert contents(album) == after
+
+
+def test_fixed_pictures_go_to_a_folder_and_keep_permissions_and_times(album, tmp_path, capsys):
+    before, source = contents(album), album / "pixels.jpg"
+    source.chmod(0o640)
+    os.utime(source, ns=(1_500_000_000_000_000_000, 1_500_000_000_000_000_000))
+    assert orient(album, "--apply", "exif", "-o", tmp_path / "fixed", "--keep-times", "--csv", tmp_path / "t.csv") == 0
+    assert set(contents(tmp_path / "fixed")) == {"pixels.jpg", "deep/tag.jpg"} and contents(album) == before
+    state = (tmp_path / "fixed" / "pixels.jpg").stat()
+    assert state.st_mode & 0o777 == 0o640 and state.st_mtime_ns == 1_500_000_000_000_000_000
+    with (tmp_path / "t.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert len(rows) == 4 and {row["fix_ccw"] for row in rows if row["path"].endswith("pixels.jpg")} == {"270"}
+
+
+def test_broken_and_odd_pictures_are_named_and_the_others_go_on(album, capsys):
+    (album / "cut.jpg").write_bytes((album / "pixels.jpg").read_bytes()[:400])
+    (album / "empty.png").write_bytes(b"")
+    Image.new("CMYK", (40, 30)).save(album / "cmyk.jpg")
+    Image.new("RGB", (1, 1)).save(album / "pixel.png")
+    Image.new("RGB", (2000, 100)).save(album / "panorama.png")
+    Image.fromarray(np.full((30, 40), 40000, np.uint16)).save(album / "deep.png")
+    frames = [Image.new("RGB", (20, 20), color) for color in ("red", "blue")]
+    frames[0].save(album / "moving.webp", save_all=True, append_images=frames[1:])
+    assert orient(album, album / "gone.jpg", "--json") == 1
+    told = capsys.readouterr()
+    failed = [line for line in told.err.splitlines() if line.startswith("error: ")]
+    assert len(failed) == 3 and all(name in told.err for name in ("cut.jpg", "empty.png", "gone.jpg"))
+    assert len(told.out.splitlines()) == 9
+
+
+def test_what_cannot_be_written_is_named_and_left(album, capsys):
+    (album / "pixels.jpg").chmod(0o444)
+    (album / "deep" / "tag.jpg").rename(album / "deep" / "tag.tmp.jpg")
+    before = contents(album)
+    assert orient(album, "--apply", "exif", "--in-place") == 1
+    told = capsys.readouterr()
+    assert "pixels.jpg is read-only: make it writable, or give -o DIR" in told.err
+    assert "1 upright, 1 turned, 1 undecided at a threshold of 0.6, 1 failed" in told.out
+    assert contents(album)["pixels.jpg"] == before["pixels.jpg"]
+    frames = [photo(PHOTOS[i]).resize((90, 90)).transpose(Image.Transpose.ROTATE_90) for i in (0, 2)]
+    frames[0].save(album / "moving.webp", save_all=True, append_images=frames[1:])
+    assert orient(album / "moving.webp", "--apply", "pixels", "--in-place") == 1
+    assert "the pixels of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["--apply", "exif"], "--apply needs -o DIR or --in-place"),
+        (["--in-place"], "they need --apply"),
+        (["--threshold", "1.5"], "--threshold must be 0 to 1, got 1.5"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(album, capsys, arguments, why):
+    assert cli.main(["orient", str(album), *arguments]) == 2
+    assert why in capsys.readouterr().err
+
+
+def test_a_model_without_a_fitted_threshold_needs_one(album, capsys):
+    assert cli.main(["orient", str(album), "--model", "rotnet_nin"]) == 2
+    assert "no threshold is known for rotnet_nin: give --threshold" in capsys.readouterr().err
+
+
+def test_two_pictures_for_one_file_are_refused(album, tmp_path, capsys):
+    (tmp_path / "other").mkdir()
+    shutil.copy(album / "pixels.jpg", tmp_path / "other")
+    assert orient(album, tmp_path / "other", "--apply", "exif", "-o", tmp_path / "fixed") == 2
+    assert "two pictures would be written to" in capsys.readouterr().err
+    assert not (tmp_path / "fixed").exists()
+
+
+def test_large_jpegs_are_decoded_at_a_part_of_their_size(tmp_path):
+    file = tmp_path / "large.jpg"
+    Image.new("RGB", (4000, 3000), "green").save(file)
+    assert min(open_picture(file, 128).image.size) < 600
+
+
+def test_pixels_of_a_png_lose_nothing(tmp_path):
+    file, values = tmp_path / "grey.png", np.arange(12 * 20, dtype=np.uint16).reshape(12, 20) * 200
+    Image.fromarray(values).save(file, dpi=(300, 300))
+    with Image.open(io.BytesIO(turn_pixels(file, 1))) as image:
+        assert np.array_equal(np.asarray(image), np.rot90(values, -1)) and round(image.info["dpi"][0]) == 300
