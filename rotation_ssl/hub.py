@@ -28,7 +28,7 @@ def rotnet_nin(*, pretrained: bool = True, weights: str | None = None, **kwargs:
         ValueError: no such weights, or a file that is corrupt or does not fit.
 
     Weights:
-        cifar10 (default): CIFAR-10, 50,000 training images without labels; rotation accuracy 92.24 %.
+        cifar10 (default): CIFAR-10, 50,000 training images, labels not used; rotation accuracy 92.24 %.
         gidaris_cifar10: the authors' release, CIFAR-10; not measured.
     """
     return _load("rotnet_nin", pretrained, weights, kwargs)
@@ -100,8 +100,8 @@ def rotnet_alexnet(*, pretrained: bool = True, weights: str | None = None, **kwa
         ValueError: no such weights, or a file that is corrupt or does not fit.
 
     Weights:
-        tinyimagenet (default): Tiny-ImageNet, 100,000 training images without labels; rotation accuracy 69.55 %.
-        photos: 114,334 photographs of four public datasets without labels; rotation accuracy 76.43 %.
+        tinyimagenet (default): Tiny-ImageNet, 100,000 training images, labels not used; rotation accuracy 69.55 %.
+        photos: 114,334 photographs of four public datasets, labels not used; rotation accuracy 76.43 %.
         gidaris_in1k: the authors' release, ImageNet-1k, for images of 224 pixels; not measured.
     """
     return _load("rotnet_alexnet", pretrained, weights, kwargs)

@@ -21,9 +21,10 @@ from rotation_ssl.precision import add_precision_argument, resolve_precision, wa
 
 DETAILS = """
 
-FOLDER holds train/<class>/* and test/<class>/* (or val/). k-NN and the probes use features of one frozen pass over the
-images. The linear probe's L2 penalty is chosen on the last tenth of the training images; test images choose nothing.
-Each number is printed and written to report.md, report.json and report.png in --output when it is measured.
+FOLDER holds train/<class>/* and test/<class>/* (or val/). k-NN and the probes use features that are extracted in one
+pass through the frozen backbone. The linear probe's L2 penalty is chosen on the last tenth of the training images;
+nothing is chosen on the test images. Each number is printed and written to report.md, report.json and report.png in
+--output when it is measured.
 """
 
 

@@ -28,7 +28,9 @@ def add_data(parser: argparse.ArgumentParser, torchvision: bool = False) -> None
             "--data", type=Path, default=Path("data/cifar10"), help="folder of the images [%(default)s]"
         )
     parser.add_argument("--download", action="store_true", help="let torchvision download the images to --data")
-    parser.add_argument("--holdout", type=int, default=0, metavar="N", help="hold N training images out, to test on")
+    parser.add_argument(
+        "--holdout", type=int, default=0, metavar="N", help="hold out the last N training images and test on them"
+    )
     parser.add_argument("--size", type=int, help="input size of the backbone in pixels [the model's own]")
 
 

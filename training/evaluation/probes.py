@@ -10,9 +10,9 @@ all layers come from one pass over the images. Results are printed as they come 
 (after every number), report.md, report.json and report.png.
 
 --budget paper trains the probes of all layers together on new crops every epoch, for the authors' 100 epochs. Its state
-is kept in --output between epochs: run the same command again to go on after a stop.
+is kept in --output between epochs: run the same command again to resume after a stop.
 
-The settings of the probes are recipes (rotation_ssl/evaluation/protocols.py). The strength of the linear probe is
+The settings of the probes are recipes (rotation_ssl/evaluation/protocols.py). The linear probe's L2 penalty is
 chosen on the last tenth of the training images. Nothing is chosen on test images. To tune on other images, --holdout N
 tests on the last N training images and does not read the test images.
 """
@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("--layers", nargs="+", metavar="LAYER", help="layers to probe [all]")
     parser.add_argument(
-        "--budget", choices=("cached", "paper"), default="cached", help="of the trained probes [%(default)s]"
+        "--budget", choices=("cached", "paper"), default="cached", help="training budget of the probes [%(default)s]"
     )
     options.add_data(parser)
     options.add_run(parser, "runs/evaluate", "features in fp32, probes as in their recipes")

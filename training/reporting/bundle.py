@@ -21,9 +21,9 @@ from training.reporting.pages import FIGURES_DIR
 from training.reporting.rows import RESULTS_DIR
 
 DATA_NAMES = {
-    "cifar10": "CIFAR-10, 50,000 training images without labels",
-    "tinyimagenet": "Tiny-ImageNet, 100,000 training images of 64 pixels without labels",
-    "photos": "114,334 photographs without labels, training images of Imagenette, Imagewoof, MiniPlaces, Caltech-101",
+    "cifar10": "CIFAR-10, 50,000 training images (labels not used)",
+    "tinyimagenet": "Tiny-ImageNet, 100,000 training images, 64 x 64 pixels (labels not used)",
+    "photos": "114,334 training photographs of Imagenette, Imagewoof, MiniPlaces and Caltech-101 (labels not used)",
 }
 
 

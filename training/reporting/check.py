@@ -6,18 +6,19 @@
 
 DIR is the folder of CIFAR-10. Numbers of other datasets are measured if their folder is given, and are otherwise listed
 as not measured. The sha256 and the golden outputs of the weights, and the rows, are always checked first. --quick takes
-minutes: it measures rotation accuracy and k-NN of the published weights on the first fifth of the test images. Without
-it every row of published and random weights (training/results/*.jsonl) is measured, and the command first prints how
-long this took on the machine that reported the numbers. The exit status is 1 if a number does not match, if a row was
-edited or is missing, or if the weights are not those that were measured; 2 if the data or the device is missing.
+minutes: it measures rotation accuracy and k-NN accuracy of the bundled weights on the first fifth of the test images.
+Without it every row of bundled and random weights (training/results/*.jsonl) on the given data is measured, and the
+command first prints how long this took on the machine where the reported numbers were measured. The exit status is 1 if
+a number does not match, if a row was edited or is missing, or if the weights are not those that were measured; 2 if the
+data or the device is missing.
 
-A number matches if it is within its tolerance. If nothing is trained, the predictions may differ on one image in a
-thousand, to allow for different hardware. If a probe is trained, the tolerance is three standard deviations over the
-reported seeds, and at least half a percentage point; with one seed, it is three standard errors of the difference
-between two accuracies, each measured on a test set of the same size; for a mean of precisions or overlaps from one
-seed, two points. A linear probe does not depend on a seed: it uses the L2 penalty of the row, and its tolerance is half
-a point. Training computes in bf16 if the hardware supports it, else in fp32; if the row was measured in the other
-precision, half a point is added.
+A number matches if it is within its tolerance. If nothing is trained, the predictions may differ on at most one image
+in a thousand, to allow for different hardware. If a probe is trained, the tolerance is three standard deviations over
+the reported seeds, and at least half a percentage point; with one seed, it is three standard errors of the difference
+between two accuracies, each measured on a test set of the same size; for mean average precision or mean IoU from one
+seed, it is two percentage points. A linear probe does not depend on a seed: it uses the L2 penalty of the row, and its
+tolerance is half a point. Training computes in bf16 if the hardware supports it, else in fp32; if the row was measured
+in the other precision, half a point is added.
 """
 
 import argparse

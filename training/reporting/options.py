@@ -22,10 +22,10 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tinyimagenet", type=Path, metavar="DIR", help="folder tiny-imagenet-200 [do not measure]")
     parser.add_argument(
         "--photos", type=Path, metavar="DIR",
-        help="folder of imagenette2-320, imagewoof2-320, miniplaces, caltech101 and VOCdevkit [do not measure]",
+        help="folder that contains imagenette2-320, imagewoof2-320, miniplaces, caltech101, VOCdevkit [do not measure]",
     )  # fmt: skip
-    parser.add_argument("--voc", type=Path, metavar="DIR", help="folder VOCdevkit, for transfers [do not measure]")
-    parser.add_argument("--proposals", type=Path, metavar="FILE", help="proposals for Fast R-CNN, of VOCdevkit")
+    parser.add_argument("--voc", type=Path, metavar="DIR", help="folder VOCdevkit, for PASCAL VOC [do not measure]")
+    parser.add_argument("--proposals", type=Path, metavar="FILE", help="region proposals for VOCdevkit, for Fast R-CNN")
 
 
 def option_of(row: Row) -> str:

@@ -122,7 +122,7 @@ def training(name: str, entry: Mapping[str, Any], figures: str) -> str:
         f" {entry['license'].upper()} licence.",
         f"- Recipe `{entry['recipe']}`, seed {entry['seed']}, commit `{entry['commit']}`, on {entry['data']}:"
         f" {entry['rotated_images']:,} rotated images.",
-        f"- Time: {_minutes(run['seconds'])} on {run['threads']} threads of {run['device']}.",
+        f"- Time: {_minutes(run['seconds'])} on {run['threads']} threads ({run['device']}).",
         f"- Budget: {entry['rotated_images'] / budget:.1%} of the paper's {budget / 1e6:.0f} million rotated images"
         f" ({facts.paper_epochs} epochs of 4 x {facts.paper_images:,}). Expect lower accuracy than with"
         " the paper's weights.",
@@ -150,7 +150,7 @@ def compute(bundled: Mapping[str, Any], rows: Sequence[Row]) -> str:
     seconds: dict[tuple[Any, ...], float] = {}
     # one training gives several average precisions
     for row in {(transfer_training(row) if is_transfer(row) else row.key): row for row in own}.values():
-        key = f"`{row.weights}`", f"{row.threads} threads of {row.device}", row.versions["torch"], f"`{row.commit[:7]}`"
+        key = f"`{row.weights}`", f"{row.threads} threads ({row.device})", row.versions["torch"], f"`{row.commit[:7]}`"
         seconds[key] = seconds.get(key, 0.0) + (row.seconds or 0.0)
     header = ("numbers of", "machine", "torch", "commit", "time, without passes to cache features")
     return markdown_table(header, ((*key, _minutes(value)) for key, value in sorted(seconds.items())))
@@ -206,11 +206,10 @@ def speed_tables(measured: Mapping[str, Any]) -> str:
         lines.append((title, f"{rate:.0f}", f"{ratio:.2f}", f"{flops[name] / highest:.0%}", f"{memory:.1f} GiB"))
     header = ("", "images/s", "ratio", "fraction of matmul speed", "peak memory")
     return (
-        f"On {measured['device']}, {measured['threads']} threads: medians of {measured['rounds']} runs, each in a new"
-        " process,"
-        f" interleaved (commit `{measured['commit'][:7]}`). Training in bf16 ranged from {ours['slowest']:.0f} to"
-        f" {ours['fastest']:.0f} images/s. Training uses 512 rotated 32-pixel images per"
-        " step, feature extraction batches of 128."
+        f"Measured on {measured['threads']} threads ({measured['device']}, commit `{measured['commit'][:7]}`): each"
+        f" number is the median of {measured['rounds']} interleaved runs, each in a new process. Training in bf16 ranged"
+        f" from {ours['slowest']:.0f} to {ours['fastest']:.0f} images/s. Training uses 512 rotated 32-pixel images per"
+        " step, feature extraction uses batches of 128."
         f" Square matrix multiplications reach {peak / 1e9:.0f} GFLOP/s in bf16 and {peak_fp32 / 1e9:.0f} in fp32;"
         f" convolutions can be faster.\n\n{markdown_table(header, lines)}"
     )

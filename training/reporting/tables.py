@@ -76,11 +76,13 @@ def weights_table(entries: Mapping[str, Mapping[str, Any]]) -> str:
 def results_tables(rows: Sequence[Row], entries: Mapping[str, Mapping[str, Any]]) -> str:
     """A table for each dataset: our weights, random ones and the paper's, a column for each protocol."""
     bundled = {name: entry for name, entry in entries.items() if entry["source"] == "bundled"}
-    own = [row for row in rows if row.source == "measured" and row.weights in bundled]
-    return "\n\n".join(
+    own = [row for row in rows if row.source == "measured" and row.weights in bundled and not is_transfer(row)]
+    probed = dict.fromkeys(row.data for row in own if row.protocol != "rotation")
+    tables = [
         f"On {data_in_words(data)}:\n\n{_results_table([row for row in rows if row.data == data], bundled, PROTOCOLS)}"
-        for data in dict.fromkeys(row.data for row in own)
-    )
+        for data in probed
+    ]
+    return "\n\n".join([*tables, *_rotation_tables([row for row in own if row.data not in probed])])
 
 
 def headline_tables(rows: Sequence[Row], entries: Mapping[str, Mapping[str, Any]]) -> str:
@@ -89,10 +91,25 @@ def headline_tables(rows: Sequence[Row], entries: Mapping[str, Mapping[str, Any]
     tables = []
     for data in dict.fromkeys(map(main_data, bundled)):
         own = {name: entry for name, entry in bundled.items() if main_data(name) == data}
+        measured = [row for name in own for row in select(rows, name) if not is_transfer(row)]
+        if all(row.protocol == "rotation" for row in measured):
+            tables += _rotation_tables(measured)
+            continue
         table = _results_table([row for row in rows if row.data == data], own, HEADLINE)
         models = " and ".join(f"`{model}`" for model in dict.fromkeys(map(model_of, own)))
         tables.append(f"{models} on {data_in_words(data)}:\n\n{table}")
     return "\n\n".join(tables)
+
+
+def _rotation_tables(rows: Sequence[Row]) -> list[str]:
+    """One table of rotation accuracies, a column for each dataset; no table without rows."""
+    if not rows:
+        return []
+    data = list(dict.fromkeys(row.data for row in rows))
+    names = dict.fromkeys(row.weights for row in rows)
+    cells = {(row.weights, row.data): percent(row) for row in rows}
+    lines = [(f"`{name}`", *(cells.get((name, one), "") for one in data)) for name in names]
+    return [f"Rotation accuracy on held-out photographs:\n\n{markdown_table(('weights', *data), lines)}"]
 
 
 def _results_table(rows: Sequence[Row], bundled: Mapping[str, Mapping[str, Any]], ids: Iterable[str]) -> str:

@@ -58,10 +58,13 @@ def transfer_margin(rows: Sequence[Row]) -> str:
 def transfer_lines(rows: Sequence[Row]) -> str:
     """Both tables and the margins."""
     measured = [row for row in rows if is_transfer(row) and row.source == "measured"]
+    table = transfer_table(rows)
+    spread = " ± is the standard deviation over seeds." if "±" in table else ""
     parts = [
-        "Mean average precision is VOC2007's 11-point one, segmentation is mean intersection over union. ± is the"
-        " standard deviation over seeds.",
-        transfer_table(rows),
+        "Classification and detection are mean average precision, segmentation is mean intersection over union. Our"
+        " average precisions are VOC2007's 11-point ones; the paper does not say which ones its classification numbers"
+        f" use.{spread}",
+        table,
         transfer_margin(rows),
         f"By the area under the curve:\n\n{transfer_table(measured, 'area')}" if measured else "",
     ]
