@@ -51,15 +51,24 @@ ALEXNET_ON_TINYIMAGENET = (
     Required(TINYIMAGENET, "linear-sgd", "cpu", seeds=(0,)),
     Required(TINYIMAGENET, "nonlinear-sgd", "cpu", ("conv4", "conv5"), (0,)),
 )
+VOC2007 = "VOC2007 test"
 ALEXNET_ON_HELD_OUT_PHOTOS = tuple(
     Required(data, "rotation", layers=("",), of=(PUBLISHED,))
-    for data in ("Imagenette val", "Imagewoof val", "MiniPlaces val", "Caltech-101 test", "VOC2007 test")
+    for data in ("Imagenette val", "Imagewoof val", "MiniPlaces val", "Caltech-101 test", VOC2007)
+)
+ALEXNET_ON_VOC = tuple(
+    Required(VOC2007, protocol, "cpu", layers, (0,), of=(PUBLISHED, RESCALED))
+    for protocol, layers in (
+        ("voc-classification-11-point", ("all", "fc6-8")),
+        ("voc-classification-area", ("all", "fc6-8")),
+        ("voc-segmentation", ("all",)),
+    )
 )
 # by model.tag; what each is measured on first is what its figures and the manifest's metrics are of
 REQUIRED = {
     "rotnet_nin.cifar10": NIN_ON_CIFAR10,
     "rotnet_alexnet.tinyimagenet": ALEXNET_ON_TINYIMAGENET,
-    "rotnet_alexnet.photos": ALEXNET_ON_HELD_OUT_PHOTOS,
+    "rotnet_alexnet.photos": ALEXNET_ON_HELD_OUT_PHOTOS + ALEXNET_ON_VOC,
 }
 
 
