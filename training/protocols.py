@@ -35,6 +35,12 @@ PROTOCOLS = FROZEN | {
         _protocol("finetune", TRANSFERS, "finetune-nonlinear", "fine-tuned, non-linear head"),
         _protocol("finetune", TRANSFERS, "few-labels", "few labels, convolutional probe", "#0072B2"),
         _protocol("finetune", TRANSFERS, "supervised", "supervised", "#D55E00"),
+        _protocol("orientation", {}, "orientation", "orientation of photographs"),
+        *(
+            _protocol("orientation", {}, f"orientation-{what}-{percent}", f"{title}, fitted for {percent} % right")
+            for percent in ("99", "99.5")
+            for what, title in (("decided", "photographs decided"), ("wrong", "photographs decided wrongly"))
+        ),
         *(_voc("voc", "voc-classification", "classification", kind) for kind in ("", "11-point", "area", "steps")),
         *(_voc("detect", "voc-fast-rcnn", "detection (Fast R-CNN)", kind) for kind in ("", "11-point", "area")),
         *(_voc("detect", "voc-faster-rcnn", "detection (Faster R-CNN)", kind) for kind in ("11-point", "area")),

@@ -15,9 +15,10 @@ import torch
 from rotation_ssl.evaluation.frozen import PARTS
 from rotation_ssl.evaluation.measure import Measurement
 from rotation_ssl.labelled import Images
-from training.datasets import check_whole, dataset_of, load_images
+from training.datasets import DATASETS, check_whole, dataset_of, load_images
 from training.evaluation.finetune import measure_transfer, transfer_subject
 from training.evaluation.layers import measure_layers, square_size
+from training.evaluation.orientation import calibration_of, measure_orientation, photo_list
 from training.evaluation.probes import measure_features, measure_rotation
 from training.evaluation.subject import Subject, subject_of_row
 from training.protocols import PROTOCOLS
@@ -61,8 +62,9 @@ def measure_source(rows: Sequence[Row], source: Source, quick: bool = False, dev
             check_whole(source.dataset, len(images.train), len(images.test))
         return images
 
-    yield from measure_again([row for row in rows if command_of(row) not in TRANSFERS], load, quick, device)
+    yield from measure_again([row for row in rows if command_of(row) in AGAIN], load, quick, device)
     yield from transfer_again([row for row in rows if command_of(row) in TRANSFERS], source, device)
+    yield from orientation_again([row for row in rows if command_of(row) == "orientation"], source, device)
 
 
 def measure_again(rows: Sequence[Row], load: Load, quick: bool = False, device: str = "cpu") -> Pairs:
@@ -125,6 +127,21 @@ AGAIN: dict[str, Callable[[Sequence[Row], Subject, Load, Sequence[int], str], Pa
     "probe-layers": _probe_layers_again,
     "finetune": _finetune_again,
 }
+
+
+def orientation_again(rows: Sequence[Row], source: Source, device: str = "cpu") -> Pairs:
+    """Each row of which way up photographs are and what is measured now, on whole photographs.
+
+    Raises:
+        ValueError: rows of weights without a temperature, or photographs that are not all there.
+    """
+    for weights in dict.fromkeys(row.weights for row in rows):
+        subject = subject_of_row(weights)
+        subject.backbone.to(device).to(memory_format=torch.channels_last)
+        files = photo_list(source.dataset, source.folder)
+        new = measure_orientation(subject, files, DATASETS[source.dataset].name, calibration_of(subject))
+        by_key = {row.key: row for row in new}
+        yield from ((row, by_key[row.key]) for row in rows if row.weights == weights)
 
 
 def transfer_again(rows: Sequence[Row], source: Source, device: str = "cpu") -> Pairs:

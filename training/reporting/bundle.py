@@ -17,6 +17,7 @@ from rotation_ssl.files import replace_bytes
 from rotation_ssl.messages import counted
 from rotation_ssl.zoo.golden import golden_file, golden_outputs
 from training.recipes import RECIPES
+from training.reporting.manifest import enter_manifest
 from training.reporting.pages import FIGURES_DIR
 from training.reporting.rows import RESULTS_DIR
 
@@ -119,18 +120,3 @@ def _departures(recipe: dict[str, Any]) -> list[str]:
 
 def _defaults(settings: Any) -> dict[str, Any]:
     return {f.name: f.default for f in dataclasses.fields(settings) if f.default is not dataclasses.MISSING}
-
-
-def read_manifest() -> dict[str, Any]:
-    """The manifest as its file is now: the zoo's own may be of before this command wrote to it."""
-    return json.loads((zoo.WEIGHTS_DIR / "manifest.json").read_text())
-
-
-def enter_manifest(name: str, entry: dict[str, Any]) -> None:
-    """Write an entry of the manifest, a new one or in place of that of the same name."""
-    replace_bytes(zoo.WEIGHTS_DIR / "manifest.json", manifest_text({**read_manifest(), name: entry}).encode())
-
-
-def manifest_text(entries: dict[str, Any]) -> str:
-    """The manifest's file."""
-    return json.dumps(entries, indent=2) + "\n"

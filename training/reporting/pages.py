@@ -208,8 +208,8 @@ def speed_tables(measured: Mapping[str, Any]) -> str:
     return (
         f"Measured on {measured['threads']} threads ({measured['device']}, commit `{measured['commit'][:7]}`): each"
         f" number is the median of {measured['rounds']} interleaved runs, each in a new process. Training in bf16"
-        f" ranged from {ours['slowest']:.0f} to {ours['fastest']:.0f} images/s. Training uses 512 rotated 32-pixel images per"
-        " step, feature extraction uses batches of 128."
+        f" ranged from {ours['slowest']:.0f} to {ours['fastest']:.0f} images/s. Training uses 512 rotated 32-pixel"
+        " images per step, feature extraction uses batches of 128."
         f" Square matrix multiplications reach {peak / 1e9:.0f} GFLOP/s in bf16 and {peak_fp32 / 1e9:.0f} in fp32;"
         f" convolutions can be faster.\n\n{markdown_table(header, lines)}"
     )

@@ -30,7 +30,7 @@ from rotation_ssl.images import read_images
 from training.command import create_parser, run
 from training.datasets import load_cifar10
 from training.protocols import PROTOCOLS
-from training.reporting.bundle import bundle, enter_manifest, manifest_text, read_manifest
+from training.reporting.bundle import bundle
 from training.reporting.figures import (
     draw_accuracy_by_layer,
     draw_few_labels,
@@ -40,6 +40,7 @@ from training.reporting.figures import (
     stamp_of,
 )
 from training.reporting.hub import Upload, current_version, hub_files, publish, upload_of, upload_of_folder
+from training.reporting.manifest import enter_manifest, manifest_text, read_manifest
 from training.reporting.pages import FIGURES_DIR, ROOT, pages, render_page
 from training.reporting.pictures import draw_attention, draw_filters, draw_neighbours
 from training.reporting.required import complaints, main_data

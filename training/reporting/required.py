@@ -56,6 +56,14 @@ ALEXNET_ON_HELD_OUT_PHOTOS = tuple(
     Required(data, "rotation", layers=("",), of=(PUBLISHED,))
     for data in ("Imagenette val", "Imagewoof val", "MiniPlaces val", "Caltech-101 test", VOC2007)
 )
+ORIENTATION = tuple(
+    Required(data, protocol, layers=("",), of=(PUBLISHED,))
+    for data in ("Imagenette val", VOC2007)
+    for protocol in (
+        "orientation",
+        *(f"orientation-{what}-{p}" for p in ("99", "99.5") for what in ("decided", "wrong")),
+    )
+)
 ALEXNET_ON_VOC = tuple(
     Required(VOC2007, protocol, "cpu", layers, (0,), of=(PUBLISHED, RESCALED))
     for protocol, layers in (
@@ -68,7 +76,7 @@ ALEXNET_ON_VOC = tuple(
 REQUIRED = {
     "rotnet_nin.cifar10": NIN_ON_CIFAR10,
     "rotnet_alexnet.tinyimagenet": ALEXNET_ON_TINYIMAGENET,
-    "rotnet_alexnet.photos": ALEXNET_ON_HELD_OUT_PHOTOS + ALEXNET_ON_VOC,
+    "rotnet_alexnet.photos": ALEXNET_ON_HELD_OUT_PHOTOS + ORIENTATION + ALEXNET_ON_VOC,
 }
 
 

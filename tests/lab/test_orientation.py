@@ -1,0 +1,107 @@
+"""Which way up photographs are, measured: temperature and threshold on answers that can be worked out by hand."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from conftest import SAMPLES
+from PIL import Image
+
+from rotation_ssl import zoo
+from training import datasets
+from training.evaluation import orientation
+from training.evaluation.orientation import Answers, answers, fit_temperature, fit_threshold, measure_orientation
+from training.evaluation.subject import load_subject
+from training.reporting import again, manifest
+from training.reporting.rows import read_file
+
+CALIBRATION = {"temperature": 1.0, "threshold": 0.6, "sure_threshold": 0.9}
+PHOTOS = sorted((SAMPLES / "photos").glob("*.jpg"))
+
+
+@pytest.fixture(scope="module")
+def subject():
+    return load_subject("rotnet_alexnet.photos")
+
+
+def says(*pairs):
+    rotation, confidence = zip(*pairs, strict=True)
+    return Answers(torch.tensor(rotation), torch.tensor(confidence))
+
+
+def test_the_threshold_is_the_least_confidence_that_is_right_often_enough():
+    found = says((0, 0.9), (0, 0.8), (1, 0.7), (0, 0.6), (0, 0.5), (2, 0.4))
+    assert fit_threshold(found, 1.0) == pytest.approx(0.8, abs=2e-6)
+    assert fit_threshold(found, 0.8) == pytest.approx(0.5, abs=2e-6), "four of five"
+    assert fit_threshold(found, 0.5) == pytest.approx(0.4, abs=2e-6)
+    assert fit_threshold(says((0, 0.9), (1, 0.7), (0, 0.7)), 1.0) == pytest.approx(0.9, abs=2e-6), "decided together"
+    with pytest.raises(ValueError, match=r"no confidence at which 99\.0% of the decisions are right"):
+        fit_threshold(says((1, 0.9), (0, 0.8)), 0.99)
+
+
+def test_the_temperature_makes_confidences_true():
+    """A network that is three times too sure of answers that are right in three of four cases."""
+    logits = [torch.zeros(1, 4, 4) for _ in range(400)]
+    for number, each in enumerate(logits):
+        each[..., 0 if number % 4 else 1] = 3 * torch.tensor(9.0).log()
+    found = answers(logits, fit_temperature(logits))
+    # 0.75 for the answer given leaves 0.25 for the three others
+    assert found.confidence.mean() == pytest.approx(0.75, abs=0.01)
+    assert torch.equal(found.rotation == 0, torch.arange(400) % 4 != 0)
+
+
+def test_rows_count_what_is_decided_and_what_is_wrong(subject, tmp_path):
+    turned = tmp_path / "turned.jpg"
+    with Image.open(PHOTOS[0]) as image:
+        image.transpose(Image.Transpose.ROTATE_180).save(turned)
+    rows = {row.protocol: row for row in measure_orientation(subject, [*PHOTOS, turned], "five", CALIBRATION)}
+    found = [row.correct for row in rows.values()]
+    right, decided, wrong, sure, surely_wrong = found
+    assert list(rows)[0] == "orientation" and all(
+        row.n == 6 and sum(row.counts) == row.correct for row in rows.values()
+    )
+    assert right >= 3 and decided >= sure >= surely_wrong and wrong >= 1, "a picture upside down is decided wrongly"
+    assert "temperature 1" in rows["orientation"].settings
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    """The samples as all four datasets, and a manifest of its own."""
+    for name in (*orientation.FITTED_ON, *orientation.MEASURED_ON):
+        entry = dataclasses.replace(
+            datasets.DATASETS[name], counts=(0, len(PHOTOS)), files=lambda *_: (PHOTOS, [0] * len(PHOTOS), ("photo",))
+        )
+        monkeypatch.setitem(datasets.DATASETS, name, entry)
+    monkeypatch.setattr(zoo, "WEIGHTS_DIR", tmp_path / "weights")
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "manifest.json").write_text(manifest.manifest_text(zoo.manifest()))
+    return tmp_path
+
+
+def test_the_command_fits_measures_and_what_it_measured_is_measured_again(small, capsys, monkeypatch):
+    monkeypatch.setattr(orientation, "fit_threshold", lambda found, precision: precision - 0.3)
+    arguments = ["rotnet_alexnet.photos", "--photos", str(small), "--output", str(small / "out")]
+    before = manifest.read_manifest()["rotnet_alexnet.photos"]
+    assert orientation.main([*arguments, "--fit"]) == 0
+    entry = manifest.read_manifest()["rotnet_alexnet.photos"]
+    assert set(entry["orientation"]) == set(CALIBRATION) and entry["orientation"]["threshold"] == pytest.approx(0.69)
+    assert {**entry, "orientation": 0} == {**before, "orientation": 0}, "nothing else"
+    rows = read_file(small / "out" / "rows.jsonl")
+    assert {row.data for row in rows} == {"Imagenette val", "VOC2007 test"} and len(rows) == 10
+    monkeypatch.setattr(zoo, "manifest", manifest.read_manifest)
+    own = [row for row in rows if row.data == "Imagenette val"]
+    pairs = list(again.measure_source(own, again.Source("imagenette", small)))
+    assert len(pairs) == 5 and all((old.key, old.counts) == (new.key, new.counts) for old, new in pairs)
+    assert json.loads((small / "out" / "report.json").read_text())
+
+
+def test_what_cannot_be_measured_is_refused(small, capsys, monkeypatch):
+    for model, why in (("rotnet_nin.cifar10", "no temperature is known for rotnet_nin.cifar10: give --fit first"),):
+        assert orientation.main([model, "--photos", str(small), "--output", str(small / "out")]) == 2
+        assert why in capsys.readouterr().err
+    monkeypatch.setitem(
+        datasets.DATASETS, "imagenette", dataclasses.replace(datasets.DATASETS["imagenette"], counts=(0, 9))
+    )
+    assert orientation.main(["rotnet_alexnet.photos", "--photos", str(small), "--output", str(small / "out")]) == 2
+    assert f"Imagenette val has 9 photographs, {small} holds 5: fetch it again" in capsys.readouterr().err

@@ -1,0 +1,207 @@
+"""How well a rotation head tells which way up photographs are, and how many of them it can be sure of.
+
+    python -m training orientation rotnet_alexnet.photos --photos DIR
+    python -m training orientation rotnet_alexnet.photos --photos DIR --fit
+
+DIR contains imagenette2-320, imagewoof2-320, caltech101 and VOCdevkit. Whole photographs are looked at as
+`rotation-ssl orient` does. --fit chooses the temperature, which makes the confidences those of the photographs of
+Imagewoof val and Caltech-101 test, and the least confidences at which 99 % and 99.5 % of the decisions on them are
+right, and writes them into the manifest. Numbers are measured on Imagenette val and VOC2007 test, which chose nothing.
+The answer turns with the picture, so that upright photographs alone are measured.
+"""
+
+import argparse
+import math
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from timm.data import resolve_model_data_config
+
+from rotation_ssl import zoo
+from rotation_ssl.evaluation.frozen import PARTS
+from rotation_ssl.images import normalize
+from rotation_ssl.orientation.predict import check_head, picture_squares, rotation_logits
+from rotation_ssl.orientation.turning import open_picture
+from rotation_ssl.progress import progress
+from training.command import create_parser
+from training.datasets import DATASETS
+from training.evaluation.subject import Subject, load_subject, measured_row, record_file
+from training.reporting.manifest import enter_manifest, read_manifest
+from training.reporting.report import check_rows, keep_row, run_measuring, write_report
+from training.reporting.rows import Row
+
+FITTED_ON, MEASURED_ON = ("imagewoof", "caltech101"), ("imagenette", "voc2007")
+TEMPERATURES = [1.02**step for step in range(-80, 81)]
+# the share of right decisions that each of the manifest's thresholds was fitted for, and its name in protocols
+PRECISIONS = {"threshold": (0.99, "99"), "sure_threshold": (0.995, "99.5")}
+UPRIGHT = 0
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What the network says of N upright pictures: ``rotation`` (N,) and ``confidence`` (N,)."""
+
+    rotation: torch.Tensor
+    confidence: torch.Tensor
+
+
+def picture_logits(subject: Subject, files: Sequence[Path], workers: int = 4) -> list[torch.Tensor]:
+    """What the network says of each picture: (squares, 4 turns, 4 rotations).
+
+    Raises:
+        ValueError: a model with other outputs, or a picture that does not decode.
+    """
+    check_head(subject.backbone)
+    cfg = resolve_model_data_config(subject.backbone)
+    device = next(subject.backbone.parameters()).device
+    parts = [files[start : start + 32] for start in range(0, len(files), 32)]
+    found: list[torch.Tensor] = []
+
+    def squares_of(file: Path) -> torch.Tensor:
+        return picture_squares(open_picture(file, subject.size).image, subject.size)
+
+    with ThreadPoolExecutor(workers) as pool, torch.inference_mode(), progress("pictures", len(files)) as bar:
+        for part in parts:
+            views = list(pool.map(squares_of, part))
+            squares = normalize(torch.cat(views).to(device), cfg["mean"], cfg["std"])
+            found += rotation_logits(subject.backbone, squares).cpu().split(list(map(len, views)))
+            bar.update(len(part))
+    return found
+
+
+def answers(logits: Sequence[torch.Tensor], temperature: float) -> Answers:
+    """The network's answers from what :func:`picture_logits` gives, at a temperature."""
+    confidence, rotation = _probabilities(logits, temperature).max(1)
+    return Answers(rotation, confidence)
+
+
+def fit_temperature(logits: Sequence[torch.Tensor]) -> float:
+    """The temperature at which the upright answer is likeliest, on the whole, over the pictures."""
+    likelihood = [float(_probabilities(logits, t)[:, UPRIGHT].clamp_min(1e-12).log().mean()) for t in TEMPERATURES]
+    return TEMPERATURES[likelihood.index(max(likelihood))]
+
+
+def fit_threshold(found: Answers, precision: float) -> float:
+    """The least confidence such that of all answers that are at least as confident ``precision`` are right.
+
+    Raises:
+        ValueError: there is none.
+    """
+    confidence, order = found.confidence.sort(descending=True)
+    right = (found.rotation[order] == UPRIGHT).double().cumsum(0) / torch.arange(1, len(order) + 1)
+    # answers of equal confidence are decided together
+    last = torch.cat([confidence[1:] < confidence[:-1], torch.tensor([True])])
+    good = ((right >= precision) & last).nonzero()
+    if not len(good):
+        raise ValueError(f"no confidence at which {precision:.1%} of the decisions are right")
+    return math.floor(float(confidence[good[-1]]) * 1e6) / 1e6
+
+
+def measure_orientation(subject: Subject, files: Sequence[Path], name: str, calibration: dict[str, float]) -> list[Row]:
+    """The rows of one dataset: how many pictures are right, how many are decided, and how many of all wrongly.
+
+    Args:
+        subject: the backbone, with 4 outputs.
+        files: of upright photographs.
+        name: of the data in the rows.
+        calibration: 'temperature' and the thresholds of :data:`PRECISIONS`, as the manifest has them.
+
+    Raises:
+        ValueError: as :func:`picture_logits`.
+    """
+    started = time.monotonic()
+    found = answers(picture_logits(subject, files), calibration["temperature"])
+    right = found.rotation == UPRIGHT
+    counted = {"orientation": right}
+    for field, (_, percent) in PRECISIONS.items():
+        decided = found.confidence >= calibration[field]
+        counted[f"orientation-decided-{percent}"] = decided
+        counted[f"orientation-wrong-{percent}"] = decided & ~right
+    seconds = (time.monotonic() - started) / len(counted)
+    settings = f"both ends of elongated pictures, 4 turns, temperature {calibration['temperature']:.4g}"
+    return [
+        measured_row(
+            subject, [int(part.sum()) for part in which.tensor_split(PARTS)], len(files), name, settings, seconds,
+            protocol=protocol, layer="",
+        )
+        for protocol, which in counted.items()
+    ]  # fmt: skip
+
+
+def photo_list(dataset: str, root: Path) -> list[Path]:
+    """The held-out photographs of a dataset.
+
+    Raises:
+        ValueError: ``root`` lacks it, or a part of it.
+    """
+    own = DATASETS[dataset]
+    assert own.files is not None
+    files = own.files(root, "test")[0]
+    if len(files) != own.counts[1]:
+        raise ValueError(f"{own.name} has {own.counts[1]:,} photographs, {root} holds {len(files):,}: fetch it again")
+    return files
+
+
+def calibration_of(subject: Subject) -> dict[str, float]:
+    """The temperature and the thresholds of published weights.
+
+    Raises:
+        ValueError: they have none.
+    """
+    found = zoo.manifest().get(subject.name, {}).get("orientation")
+    if not found:
+        raise ValueError(f"no temperature is known for {subject.name}: give --fit first")
+    return {name: float(value) for name, value in found.items()}
+
+
+def fit_calibration(subject: Subject, root: Path) -> dict[str, float]:
+    """Temperature and thresholds, fitted on :data:`FITTED_ON`."""
+    logits = [each for dataset in FITTED_ON for each in picture_logits(subject, photo_list(dataset, root))]
+    temperature = fit_temperature(logits)
+    found = answers(logits, temperature)
+    thresholds = {field: fit_threshold(found, precision) for field, (precision, _) in PRECISIONS.items()}
+    return {"temperature": round(temperature, 6), **thresholds}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    parser = create_parser("orientation", __doc__)
+    parser.add_argument("model", metavar="MODEL.TAG", help="name of bundled weights with four outputs")
+    parser.add_argument("--photos", type=Path, required=True, metavar="DIR", help="folder of the datasets")
+    parser.add_argument("--fit", action="store_true", help="choose temperature and thresholds, write the manifest")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps [%(default)s]")
+    parser.add_argument("--output", type=Path, help="folder of rows and report [runs/orientation/<weights>]")
+    parser.add_argument("--record", action="store_true", help="write the rows to training/results/, for the model card")
+    args = parser.parse_args(arguments)
+    return run_measuring(lambda: _work(args), args.device)
+
+
+def _work(args: argparse.Namespace) -> Path:
+    subject = load_subject(args.model)
+    subject.backbone.to(args.device).to(memory_format=torch.channels_last)
+    output = args.output or Path("runs") / "orientation" / subject.name
+    file = record_file(subject, False) if args.record else output / "rows.jsonl"
+    calibration = fit_calibration(subject, args.photos) if args.fit else calibration_of(subject)
+    if args.fit and subject.published:
+        enter_manifest(subject.name, {**read_manifest()[subject.name], "orientation": calibration})
+    print(", ".join(f"{name} {value:g}" for name, value in calibration.items()))
+    check_rows(file)
+    for row in _rows(subject, args.photos, calibration):
+        keep_row(row, file)
+    if not args.record:
+        write_report(output, file)
+    return file
+
+
+def _rows(subject: Subject, root: Path, calibration: dict[str, float]) -> Iterator[Row]:
+    for dataset in MEASURED_ON:
+        yield from measure_orientation(subject, photo_list(dataset, root), DATASETS[dataset].name, calibration)
+
+
+def _probabilities(logits: Sequence[torch.Tensor], temperature: float) -> torch.Tensor:
+    """(N, 4): the mean over squares and turns."""
+    return torch.stack([torch.softmax(each / temperature, -1).mean((0, 1)) for each in logits])
