@@ -58,9 +58,8 @@ def test_rows_count_what_is_decided_and_what_is_wrong(subject, tmp_path):
     rows = {row.protocol: row for row in measure_orientation(subject, [*PHOTOS, turned], "five", CALIBRATION)}
     found = [row.correct for row in rows.values()]
     right, decided, wrong, sure, surely_wrong = found
-    assert list(rows)[0] == "orientation" and all(
-        row.n == 6 and sum(row.counts) == row.correct for row in rows.values()
-    )
+    assert next(iter(rows)) == "orientation"
+    assert all(row.n == 6 and sum(row.counts) == row.correct for row in rows.values())
     assert right >= 3 and decided >= sure >= surely_wrong and wrong >= 1, "a picture upside down is decided wrongly"
     assert "temperature 1" in rows["orientation"].settings
 
