@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from rotation_ssl import cli
 
 
-@pytest.mark.parametrize("page", ["README.md", "MODEL_CARD.md", "docs/loading.md", "docs/features.md"])
+@pytest.mark.parametrize("page", ["README.md", "MODEL_CARD.md", "docs/loading.md", "docs/features.md", "docs/orientation.md"])
 def test_every_snippet_runs(page, monkeypatch, tmp_path):
     snippets = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     assert snippets and not (page == "README.md" and "OWNER" in "".join(snippets))
@@ -19,7 +19,11 @@ def test_every_snippet_runs(page, monkeypatch, tmp_path):
         cli.main(["features", str(ROOT / "rotation_ssl" / "samples" / "photos"), "-o", str(tmp_path / "f.safetensors")])
         == 0
     )
-    files = {"mine.safetensors": tmp_path / "mine.safetensors", "features.safetensors": tmp_path / "f.safetensors"}
+    files = {
+        "mine.safetensors": tmp_path / "mine.safetensors",
+        "features.safetensors": tmp_path / "f.safetensors",
+        "photo.jpg": ROOT / "rotation_ssl" / "samples" / "photos" / "china.jpg",
+    }
     # torch.hub loads "." from a clone
     monkeypatch.chdir(ROOT)
     for snippet in (snippet for snippet in snippets if "OWNER" not in snippet):

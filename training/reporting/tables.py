@@ -48,6 +48,11 @@ def is_transfer(row: Row) -> bool:
     return row.protocol.startswith("voc-")
 
 
+def is_application(row: Row) -> bool:
+    """Whether a row is of neither the pretext task nor a probe: it has a table of its own."""
+    return is_transfer(row) or row.protocol.startswith("orientation")
+
+
 def data_in_words(data: str) -> str:
     """The data's name in a row, in words: 'the validation images of Tiny-ImageNet'."""
     name, _, split = data.rpartition(" ")
@@ -76,7 +81,7 @@ def weights_table(entries: Mapping[str, Mapping[str, Any]]) -> str:
 def results_tables(rows: Sequence[Row], entries: Mapping[str, Mapping[str, Any]]) -> str:
     """A table for each dataset: our weights, random ones and the paper's, a column for each protocol."""
     bundled = {name: entry for name, entry in entries.items() if entry["source"] == "bundled"}
-    own = [row for row in rows if row.source == "measured" and row.weights in bundled and not is_transfer(row)]
+    own = [row for row in rows if row.source == "measured" and row.weights in bundled and not is_application(row)]
     probed = dict.fromkeys(row.data for row in own if row.protocol != "rotation")
     tables = [
         f"On {data_in_words(data)}:\n\n{_results_table([row for row in rows if row.data == data], bundled, PROTOCOLS)}"
@@ -91,7 +96,7 @@ def headline_tables(rows: Sequence[Row], entries: Mapping[str, Mapping[str, Any]
     tables = []
     for data in dict.fromkeys(map(main_data, bundled)):
         own = {name: entry for name, entry in bundled.items() if main_data(name) == data}
-        measured = [row for name in own for row in select(rows, name) if not is_transfer(row)]
+        measured = [row for name in own for row in select(rows, name) if not is_application(row)]
         if all(row.protocol == "rotation" for row in measured):
             tables += _rotation_tables(measured)
             continue
@@ -218,6 +223,29 @@ def rotation_lines(name: str, rows: Sequence[Row]) -> list[str]:
         ]
     quoted = [row for row in select(rows, f"{model}.paper", measured=False) if row.protocol == "rotation"]
     return [*lines, *(f"- {row.settings}: {percent(row)} ({row.source})" for row in quoted), ""]
+
+
+def orientation_table(rows: Sequence[Row]) -> str:
+    """Which way up photographs are: how many answers are right, and how many of those that are decided."""
+    found = [row for row in rows if row.protocol.startswith("orientation") and row.source == "measured"]
+    lines = []
+    for weights, data in dict.fromkeys((row.weights, row.data) for row in found):
+        own = {row.protocol: row for row in found if (row.weights, row.data) == (weights, data)}
+        cells = [percent(own["orientation"])]
+        for fitted in ("99", "99.5"):
+            decided, wrong = (own[f"orientation-{what}-{fitted}"] for what in ("decided", "wrong"))
+            right = 1 - (wrong.correct or 0) / (decided.correct or 1)
+            cells += [percent(decided), f"{100 * right:.2f} %"]
+        lines.append((f"`{weights}`, {data}", *cells))
+    header = (
+        "photographs",
+        "all: right",
+        "default threshold: decided",
+        "of these right",
+        "99.5 %: decided",
+        "of these right",
+    )
+    return markdown_table(header, lines) if lines else ""
 
 
 def evaluation_lines(name: str, rows: Sequence[Row]) -> list[str]:
