@@ -10,7 +10,9 @@ from safetensors.torch import save_file
 from rotation_ssl import cli
 
 
-@pytest.mark.parametrize("page", ["README.md", "MODEL_CARD.md", "docs/loading.md", "docs/features.md", "docs/orientation.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "MODEL_CARD.md", "docs/loading.md", "docs/features.md", "docs/orientation.md"]
+)
 def test_every_snippet_runs(page, monkeypatch, tmp_path):
     snippets = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     assert snippets and not (page == "README.md" and "OWNER" in "".join(snippets))

@@ -1,0 +1,116 @@
+"""Outlier scores: hand-worked values, laws, the interface of pytorch-ood, and images that do not belong."""
+
+import pytest
+import timm
+import torch
+from conftest import SAMPLES
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
+from timm.data import resolve_model_data_config
+from torch import nn
+
+import rotation_ssl  # noqa: F401  registers the models with timm
+from rotation_ssl.images import normalize, read_images
+from rotation_ssl.outliers import RotationOutlierDetector, auroc, false_positive_rate
+
+SCORES = st.lists(st.integers(-5, 5).map(float), min_size=1, max_size=30)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return timm.create_model("rotnet_nin.cifar10", pretrained=True).eval()
+
+
+@pytest.fixture(scope="module")
+def images(model):
+    cfg = resolve_model_data_config(model)
+    return normalize(read_images(sorted((SAMPLES / "cifar10").glob("*.png")), 32), cfg["mean"], cfg["std"])
+
+
+class Says(nn.Module):
+    """Gives the logits that it was made with, turn by turn."""
+
+    num_classes = 4
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = nn.Parameter(torch.tensor(logits))
+
+    def forward(self, images):
+        return self.logits.repeat_interleave(len(images) // 4, 0)
+
+
+def test_the_rotation_score_is_the_mean_surprise_at_the_true_turns():
+    half = torch.tensor(3.0).log().item()  # 3 : 1 : 1 : 1 is one half
+    right = [[half if column == row else 0.0 for column in range(4)] for row in range(4)]
+    detector = RotationOutlierDetector(Says(right))
+    assert torch.allclose(detector.predict(torch.zeros(2, 3, 8, 8)), torch.tensor(2.0).log().expand(2))
+    flat = RotationOutlierDetector(Says([[0.0] * 4] * 4))
+    assert torch.allclose(flat.fit([]).predict(torch.zeros(3, 3, 8, 8)), torch.tensor(4.0).log().expand(3))
+
+
+def test_the_distance_is_to_the_kth_nearest():
+    model = timm.create_model("rotnet_nin")
+    detector = RotationOutlierDetector(model, "knn", "block2", neighbours=2)
+    detector.fit_features(torch.tensor([[1.0, 0], [3.0, 0], [0, 2.0]]))
+    found = detector.predict_features(torch.tensor([[5.0, 0], [0, 1.0], [-1.0, 0]]))
+    assert torch.allclose(found, torch.tensor([0.0, 1.0, 2.0]))
+
+
+@pytest.mark.parametrize("score", ["rotation", "knn"])
+def test_noise_does_not_belong(model, images, score):
+    detector = RotationOutlierDetector(model, score, "block2" if score == "knn" else "", neighbours=1)
+    shown = images[::2] if score == "knn" else images
+    assert detector.fit([(images[1::2], torch.zeros(len(images[1::2])))]) is detector
+    noise = torch.randn(40, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert auroc(detector.predict(shown), detector.predict(noise)) > 0.9
+
+
+def test_batches_and_modes_do_not_matter(model, images):
+    detector = RotationOutlierDetector(model.train())
+    whole = detector.predict(images)
+    assert torch.allclose(whole, torch.cat([detector.predict(part) for part in images.split(7)]), atol=1e-5)
+    assert not model.training and detector.predict(images[:0]).shape == (0,)
+
+
+@given(SCORES, SCORES)
+def test_auroc_is_scikit_learns(normal, outlying):
+    labels = [0] * len(normal) + [1] * len(outlying)
+    found = auroc(torch.tensor(normal), torch.tensor(outlying))
+    assert found == pytest.approx(roc_auc_score(labels, normal + outlying))
+    assert found + auroc(torch.tensor(outlying), torch.tensor(normal)) == pytest.approx(1)
+
+
+@given(SCORES, SCORES, st.sampled_from([0.5, 0.95, 1.0]))
+def test_enough_normal_images_pass(normal, outlying, kept):
+    normal, outlying = torch.tensor(normal), torch.tensor(outlying)
+    found = false_positive_rate(normal, outlying, kept)
+    passing = [t for t in normal if (normal <= t).double().mean() >= kept - 1e-12]
+    assert found == pytest.approx(float((outlying <= min(passing)).double().mean()))
+
+
+def test_false_positives_by_hand():
+    normal = torch.arange(1.0, 21.0)  # 19 of 20 are at most 19
+    assert false_positive_rate(normal, torch.tensor([18.0, 19.0, 19.5, 30.0])) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("call", "why"),
+    [
+        (lambda m: RotationOutlierDetector(m, "energy"), "score must be one of rotation, knn, got 'energy'"),
+        (lambda m: RotationOutlierDetector(m, "knn"), "needs a layer, one of block1, block2, block3, block4, got ''"),
+        (lambda m: RotationOutlierDetector(m, "knn", "block2", 0), "neighbours must be at least 1"),
+        (lambda m: RotationOutlierDetector(timm.create_model("test_resnet")), "4 outputs"),
+        (lambda m: RotationOutlierDetector(m).fit_features(torch.ones(2, 2)), "has no features"),
+        (lambda m: RotationOutlierDetector(m, "knn", "block2").predict_features(torch.ones(2, 2)), "call fit first"),
+        (lambda m: RotationOutlierDetector(m, "knn", "block2").fit_features(torch.ones(2, 2)), "at least 10 images"),
+        (lambda m: RotationOutlierDetector(m, "knn", "block2").fit([]), "no normal images"),
+        (lambda m: RotationOutlierDetector(m).predict(torch.zeros(1, 3, 8, 9)), "must be square"),
+        (lambda m: auroc(torch.ones(0), torch.ones(2)), "give finite scores"),
+        (lambda m: false_positive_rate(torch.ones(1), torch.ones(2), 0.0), "kept must be above 0"),
+    ],
+)
+def test_what_does_not_fit_is_refused(model, call, why):
+    with pytest.raises(ValueError, match=why):
+        call(model)
