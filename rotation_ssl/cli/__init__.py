@@ -7,6 +7,7 @@
     rotation-ssl convert FILE -o FOLDER        convert another project's checkpoint
     rotation-ssl features IMAGES -o FILE       extract features of a folder of images
     rotation-ssl orient PICTURES               find out which way up photos are, and turn them
+    rotation-ssl outliers IMAGES -o FILE       rank images by how little they belong
     rotation-ssl evaluate MODEL --data FOLDER --output DIR
                                                evaluate every layer with k-NN and probes on labelled images
     rotation-ssl pretrain --data IMAGES        pretrain a backbone on your own images
@@ -20,10 +21,10 @@ import sys
 from collections.abc import Sequence
 
 import rotation_ssl
-from rotation_ssl.cli import convert, evaluate, features, fetch, info, list, orient, pretrain, verify
+from rotation_ssl.cli import convert, evaluate, features, fetch, info, list, orient, outliers, pretrain, verify
 from rotation_ssl.cli.options import Parser
 
-COMMANDS = (list, info, fetch, verify, convert, features, orient, evaluate, pretrain)
+COMMANDS = (list, info, fetch, verify, convert, features, orient, outliers, evaluate, pretrain)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,16 +1,22 @@
 """Outlier scores: hand-worked values, laws, the interface of pytorch-ood, and images that do not belong."""
 
+import csv
+import shutil
+
+import numpy as np
 import pytest
 import timm
 import torch
 from conftest import SAMPLES
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from sklearn.metrics import roc_auc_score
 from timm.data import resolve_model_data_config
 from torch import nn
 
 import rotation_ssl  # noqa: F401  registers the models with timm
+from rotation_ssl import cli
 from rotation_ssl.images import normalize, read_images
 from rotation_ssl.outliers import RotationOutlierDetector, auroc, false_positive_rate
 
@@ -114,3 +120,71 @@ def test_false_positives_by_hand():
 def test_what_does_not_fit_is_refused(model, call, why):
     with pytest.raises(ValueError, match=why):
         call(model)
+
+
+# the command
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """The CIFAR-10 samples as normal images; among others of them two that do not belong, and one that is broken."""
+    mixed, normal = tmp_path / "mixed", tmp_path / "normal"
+    for folder in (mixed, normal):
+        folder.mkdir()
+    for number, file in enumerate(sorted((SAMPLES / "cifar10").glob("*.png"))):
+        shutil.copy(file, (mixed, normal)[number % 2])
+    noise = np.random.default_rng(0).integers(0, 255, (2, 32, 32, 3)).astype(np.uint8)
+    for number, pixels in enumerate(noise):
+        Image.fromarray(pixels).save(mixed / f"noise{number}.png")
+    return mixed, normal
+
+
+def outliers(*arguments):
+    return cli.main(["outliers", *map(str, arguments), "--model", "rotnet_nin"])
+
+
+@pytest.mark.parametrize("compared", [False, True])
+def test_what_does_not_belong_comes_first(folders, tmp_path, capsys, compared):
+    mixed, normal = folders
+    more = ["--normal", normal, "--neighbours", "3"] if compared else []
+    assert outliers(mixed, "-o", tmp_path / "s.csv", "--sheet", tmp_path / "s.png", *more) == 0
+    with (tmp_path / "s.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    scores = [float(row["score"]) for row in rows]
+    assert {row["file"] for row in rows[:2]} == {"noise0.png", "noise1.png"} and scores == sorted(scores)[::-1]
+    assert len(rows) == len(list(mixed.iterdir()))
+    with Image.open(tmp_path / "s.png") as sheet:
+        assert sheet.size == (6 * 160, -(-len(rows) // 6) * 176)
+        first = np.asarray(sheet)[2:158, 2:158]
+    assert first.std() > 40, "noise is drawn first"
+    told = capsys.readouterr().out
+    assert ("distance in block2 to 20 normal images" if compared else "by rotation") in told
+
+
+def test_broken_images_are_named(folders, tmp_path, capsys):
+    mixed, normal = folders
+    (mixed / "cut.png").write_bytes(b"\x89PNG")
+    assert outliers(mixed, "-o", tmp_path / "s.csv", "--normal", normal) == 1
+    assert "skipped 1 broken image: " in capsys.readouterr().out
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "cut.png").write_bytes(b"\x89PNG")
+    assert outliers(tmp_path / "bad", "-o", tmp_path / "t.csv") == 2
+    assert "none of the 1 images can be read" in capsys.readouterr().err and not (tmp_path / "t.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        (["--layer", "block2"], "--layer is of the comparison with --normal"),
+        (["--normal", "nowhere"], "image folder nowhere does not exist"),
+        (["--sheet", "there.png"], "there.png exists; give another name, or --force"),
+        (["--sheet", "nowhere/s.png"], "cannot be written: nowhere is not a folder"),
+        (["--normal", ".", "--layer", "block9"], "got 'block9'"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(folders, tmp_path, capsys, monkeypatch, more, why):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there.png").write_bytes(b"mine")
+    assert outliers(folders[0], "-o", tmp_path / "s.csv", *more) == 2
+    assert why in capsys.readouterr().err
+    assert (tmp_path / "there.png").read_bytes() == b"mine" and not (tmp_path / "s.csv").exists()

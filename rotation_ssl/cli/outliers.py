@@ -1,0 +1,107 @@
+"""rotation-ssl outliers."""
+
+import argparse
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw
+
+from rotation_ssl.cli.features import load_model, read_batches, recommended_layer
+from rotation_ssl.cli.options import add_command, positive
+from rotation_ssl.features import extract_features
+from rotation_ssl.files import replace_file
+from rotation_ssl.images import find_images, read_image, square
+from rotation_ssl.messages import counted, printable, some
+from rotation_ssl.outliers import RotationOutlierDetector
+
+DEFAULT_MODEL = "rotnet_alexnet.photos"
+BATCH = 64
+SHEET = (6, 5)  # columns and rows
+CELL, CAPTION = 160, 16  # pixels
+DETAILS = """
+
+With --normal the score is the cosine distance to the normal images in a middle layer (k-NN); without, it is how unsure
+the network is which way up the image is, which needs a network of four outputs. Higher means more outlying. FILE gets a
+row for each image, the most outlying first; --sheet draws the first 30.
+
+Images that cannot be read are named and skipped, and the exit status is then 1.
+"""
+
+
+def add(commands: Any) -> None:
+    """Add the command."""
+    added = add_command(commands, "outliers", run, "rank images by how little they belong", DETAILS, as_json=False)
+    added.add_argument("images", type=Path, metavar="IMAGES", help="folder of images, searched recursively")
+    added.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="CSV file of the scores")
+    added.add_argument("--normal", type=Path, metavar="FOLDER", help="folder of normal images to compare with")
+    added.add_argument("--sheet", type=Path, metavar="PNG", help="picture of the most outlying images")
+    added.add_argument("--model", default=DEFAULT_MODEL, help="timm model: model.tag, local-dir:... [%(default)s]")
+    added.add_argument("--layer", help="layer to compare in, with --normal [the recommended one]")
+    added.add_argument("--neighbours", type=positive, default=10, help="distance to the Nth nearest [%(default)s]")
+    added.add_argument("--force", action="store_true", help="replace FILE and PNG if they exist")
+    added.add_argument("--device", default="cpu", help="device: cpu, cuda, cuda:1, mps [%(default)s]")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; returns the exit status."""
+    if args.layer and not args.normal:
+        raise ValueError("--layer is of the comparison with --normal: give both, or neither")
+    for file in filter(None, (args.output, args.sheet)):
+        if file.exists() and not args.force:
+            raise ValueError(f"{file} exists; give another name, or --force to replace it")
+        if not file.absolute().parent.is_dir():
+            raise ValueError(f"{file} cannot be written: {file.parent} is not a folder")
+    images = find_images(args.images)
+    normal = find_images(args.normal) if args.normal else []
+    model = load_model(args.model, args.device)
+    layer = (args.layer or recommended_layer(model, args.model)) if normal else ""
+    score = "knn" if normal else "rotation"
+    detector = RotationOutlierDetector(model, score, layer, args.neighbours)
+    broken: dict[Path, str] = {}
+    if normal:
+        batches = read_batches(model, normal, BATCH, broken)
+        detector.fit_features(torch.cat([extract_features(model, batch, [layer])[layer] for batch in batches]))
+    scores = [detector.predict(batch.to(args.device)) for batch in read_batches(model, images, BATCH, broken)]
+    read = [file for file in images if file not in broken]
+    if not read:
+        raise ValueError(f"none of the {len(images):,} images can be read: {broken[images[0]]}")
+    ranked = sorted(zip(torch.cat(scores).tolist(), read, strict=True), key=lambda pair: -pair[0])
+    replace_file(args.output, lambda path: write_scores(path, ranked, args.images))
+    if args.sheet:
+        replace_file(args.sheet, lambda path: draw_sheet(ranked[: SHEET[0] * SHEET[1]], args.images).save(path, "PNG"))
+    by = f"distance in {layer} to {counted(len(normal), 'normal image')}" if normal else "rotation"
+    print(f"{args.output}: {counted(len(read), 'image')} by {by}, with {args.model}")
+    for value, file in ranked[:5]:
+        print(f"{value:9.4f}  {printable(_name(file, args.images))}")
+    if broken:
+        print(f"skipped {counted(len(broken), 'broken image')}: {some([printable(file) for file in broken])}")
+    return 1 if broken else 0
+
+
+def write_scores(path: Path, ranked: Sequence[tuple[float, Path]], folder: Path) -> None:
+    """Write the file of scores, the most outlying first."""
+    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["file", "score"])
+        writer.writerows([_name(file, folder), f"{value:.6g}"] for value, file in ranked)
+
+
+def draw_sheet(ranked: Sequence[tuple[float, Path]], folder: Path) -> Image.Image:
+    """Images in their order, row by row, each with its score and the end of its name."""
+    columns = SHEET[0]
+    rows = -(-len(ranked) // columns)
+    sheet = Image.new("RGB", (columns * CELL, rows * (CELL + CAPTION)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, (value, file) in enumerate(ranked):
+        left, top = number % columns * CELL, number // columns * (CELL + CAPTION)
+        sheet.paste(square(read_image(file), CELL - 4), (left + 2, top + 2))
+        name = printable(_name(file, folder)).encode("ascii", "replace").decode()
+        draw.text((left + 4, top + CELL), f"{value:.3f}  {name[-16:]}", fill="black")
+    return sheet
+
+
+def _name(file: Path, folder: Path) -> str:
+    return file.relative_to(folder).as_posix()
