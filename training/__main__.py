@@ -14,6 +14,7 @@ COMMANDS = {
     "evaluate": ("training.evaluation.probes", "rotation accuracy, k-NN and probes of frozen layers"),
     "finetune": ("training.evaluation.finetune", "fine-tune, train on few labels, train the supervised baseline"),
     "orientation": ("training.evaluation.orientation", "which way up photographs are, and how sure that is"),
+    "outliers": ("training.evaluation.outliers", "how well images that do not belong are told from CIFAR-10's"),
     "probe-layers": ("training.evaluation.layers", "the paper's probes of all layers on ImageNet and Places"),
     "voc": ("training.transfer.classification", "PASCAL VOC classification"),
     "proposals": ("training.transfer.selective_search", "regions of PASCAL VOC's images, for detection"),

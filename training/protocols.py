@@ -41,6 +41,12 @@ PROTOCOLS = FROZEN | {
             for percent in ("99", "99.5")
             for what, title in (("decided", "photographs decided"), ("wrong", "photographs decided wrongly"))
         ),
+        *(
+            _protocol("outliers", {}, f"outliers-{score}{id}", f"outliers by {title}{kind}")
+            for score, title in (("rotation", "rotation"), ("knn", "k-NN"))
+            for id, kind in (("", ", AUROC"), ("-fpr95", ", FPR at 95 %"))
+        ),
+        _protocol("outliers", {}, "one-class-knn", "one-class detection by k-NN, AUROC"),
         *(_voc("voc", "voc-classification", "classification", kind) for kind in ("", "11-point", "area", "steps")),
         *(_voc("detect", "voc-fast-rcnn", "detection (Fast R-CNN)", kind) for kind in ("", "11-point", "area")),
         *(_voc("detect", "voc-faster-rcnn", "detection (Faster R-CNN)", kind) for kind in ("11-point", "area")),

@@ -19,8 +19,9 @@ from training.datasets import DATASETS, check_whole, dataset_of, load_images
 from training.evaluation.finetune import measure_transfer, transfer_subject
 from training.evaluation.layers import measure_layers, square_size
 from training.evaluation.orientation import calibration_of, measure_orientation, photo_list
+from training.evaluation.outliers import measure_outliers, outlier_data
 from training.evaluation.probes import measure_features, measure_rotation
-from training.evaluation.subject import Subject, subject_of_row
+from training.evaluation.subject import Subject, recommended_layer, subject_of_row
 from training.protocols import PROTOCOLS
 from training.reporting.rows import Row, read_file
 from training.transfer import classification, detection, segmentation
@@ -34,13 +35,16 @@ TRANSFERS: dict[str, ModuleType] = {"voc": classification, "detect": detection, 
 
 @dataclass(frozen=True)
 class Source:
-    """One dataset: its id, its ``folder``, for detection the file of ``proposals``; ``whole``: a part is an error."""
+    """One dataset: its id, its ``folder``, for detection the file of ``proposals``, for outliers the
+    folder ``cifar100``; ``whole``: a part is an error.
+    """
 
     dataset: str
     folder: Path
     download: bool = False
     proposals: Path | None = None
     whole: bool = False
+    cifar100: Path | None = None
 
 
 def command_of(row: Row) -> str:
@@ -64,6 +68,7 @@ def measure_source(rows: Sequence[Row], source: Source, quick: bool = False, dev
 
     yield from measure_again([row for row in rows if command_of(row) in AGAIN], load, quick, device)
     yield from transfer_again([row for row in rows if command_of(row) in TRANSFERS], source, device)
+    yield from outliers_again([row for row in rows if command_of(row) == "outliers"], source, device)
     yield from orientation_again([row for row in rows if command_of(row) == "orientation"], source, device)
 
 
@@ -127,6 +132,23 @@ AGAIN: dict[str, Callable[[Sequence[Row], Subject, Load, Sequence[int], str], Pa
     "probe-layers": _probe_layers_again,
     "finetune": _finetune_again,
 }
+
+
+def outliers_again(rows: Sequence[Row], source: Source, device: str = "cpu") -> Pairs:
+    """Each row of images that do not belong and what is measured now; all rows of one network in one run.
+
+    Raises:
+        ValueError: CIFAR-10 or CIFAR-100 is not there, or a part of it.
+    """
+    for weights in dict.fromkeys(row.weights for row in rows):
+        subject = subject_of_row(weights)
+        subject.backbone.to(device).to(memory_format=torch.channels_last)
+        assert source.cifar100 is not None
+        normal, outlying = outlier_data(source.folder, source.cifar100, subject.size, source.download)
+        own = [row for row in rows if row.weights == weights]
+        layer = next((row.layer for row in own if row.layer), recommended_layer(subject))
+        new = {row.key: row for row in measure_outliers(subject, normal, outlying, layer)}
+        yield from ((row, new[row.key]) for row in own)
 
 
 def orientation_again(rows: Sequence[Row], source: Source, device: str = "cpu") -> Pairs:

@@ -10,6 +10,7 @@ from training.reporting.rows import Row
 # the option that names the folder of each dataset
 OPTIONS = {
     "cifar10": "data",
+    "cifar100": "cifar100",
     "tinyimagenet": "tinyimagenet",
     **dict.fromkeys(("miniplaces", "imagenet20", "imagenette", "imagewoof", "caltech101", "voc2007"), "photos"),
 }
@@ -24,12 +25,15 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         "--photos", type=Path, metavar="DIR",
         help="folder that contains imagenette2-320, imagewoof2-320, miniplaces, caltech101, VOCdevkit [do not measure]",
     )  # fmt: skip
+    parser.add_argument("--cifar100", type=Path, metavar="DIR", help="folder of CIFAR-100, outliers [do not measure]")
     parser.add_argument("--voc", type=Path, metavar="DIR", help="folder VOCdevkit, for PASCAL VOC [do not measure]")
     parser.add_argument("--proposals", type=Path, metavar="FILE", help="region proposals for VOCdevkit, for Fast R-CNN")
 
 
 def option_of(row: Row) -> str:
     """The option that names the folder of a row's data."""
+    if command_of(row) == "outliers":
+        return "cifar100"  # some of them are noise; CIFAR-10, which they are told from, is in --data
     return "voc" if command_of(row) in TRANSFERS else OPTIONS[dataset_of(row.data)]
 
 
@@ -39,4 +43,6 @@ def source_of(row: Row, args: argparse.Namespace, whole: bool = False) -> Source
     # where CIFAR-10 may come from is said by whoever reads it
     if folder is not None and not folder.is_dir() and option_of(row) != "data":
         raise ValueError(f"--{option_of(row)} {folder} is not a folder: give the one that holds {row.data}")
+    if folder is not None and command_of(row) == "outliers":
+        return Source("cifar10", args.data, args.download, whole=True, cifar100=folder)
     return None if folder is None else Source(dataset_of(row.data), folder, args.download, args.proposals, whole)

@@ -46,6 +46,15 @@ NIN_ON_CIFAR10 = (
     Required(CIFAR10, "few-labels", "cpu", ("block2",), (0,), FEW, of=(PUBLISHED,)),
     Required(CIFAR10, "supervised", "cpu", ("block2",), (0,), FEW, of=(RANDOM,)),
 )
+NIN_ON_OUTLIERS = (
+    Required(CIFAR10, "one-class-knn", layers=("block2",), of=(PUBLISHED,)),
+    *(
+        Required(data, f"outliers-{score}{kind}", layers=layers, of=(PUBLISHED,))
+        for data in ("CIFAR-100 test", "Gaussian noise", "uniform noise")
+        for score, layers in (("rotation", ("",)), ("knn", ("block2",)))
+        for kind in ("", "-fpr95")
+    ),
+)
 ALEXNET_ON_TINYIMAGENET = (
     Required(TINYIMAGENET, "rotation", layers=("",)),
     Required(TINYIMAGENET, "linear-sgd", "cpu", seeds=(0,)),
@@ -74,7 +83,7 @@ ALEXNET_ON_VOC = tuple(
 )
 # by model.tag; what each is measured on first is what its figures and the manifest's metrics are of
 REQUIRED = {
-    "rotnet_nin.cifar10": NIN_ON_CIFAR10,
+    "rotnet_nin.cifar10": NIN_ON_CIFAR10 + NIN_ON_OUTLIERS,
     "rotnet_alexnet.tinyimagenet": ALEXNET_ON_TINYIMAGENET,
     "rotnet_alexnet.photos": ALEXNET_ON_HELD_OUT_PHOTOS + ORIENTATION + ALEXNET_ON_VOC,
 }

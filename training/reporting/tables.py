@@ -50,7 +50,7 @@ def is_transfer(row: Row) -> bool:
 
 def is_application(row: Row) -> bool:
     """Whether a row is of neither the pretext task nor a probe: it has a table of its own."""
-    return is_transfer(row) or row.protocol.startswith("orientation")
+    return is_transfer(row) or row.protocol.startswith(("orientation", "outliers", "one-class"))
 
 
 def data_in_words(data: str) -> str:
@@ -81,7 +81,8 @@ def weights_table(entries: Mapping[str, Mapping[str, Any]]) -> str:
 def results_tables(rows: Sequence[Row], entries: Mapping[str, Mapping[str, Any]]) -> str:
     """A table for each dataset: our weights, random ones and the paper's, a column for each protocol."""
     bundled = {name: entry for name, entry in entries.items() if entry["source"] == "bundled"}
-    own = [row for row in rows if row.source == "measured" and row.weights in bundled and not is_application(row)]
+    rows = [row for row in rows if not is_application(row)]
+    own = [row for row in rows if row.source == "measured" and row.weights in bundled]
     probed = dict.fromkeys(row.data for row in own if row.protocol != "rotation")
     tables = [
         f"On {data_in_words(data)}:\n\n{_results_table([row for row in rows if row.data == data], bundled, PROTOCOLS)}"
@@ -154,7 +155,7 @@ def probe_table(name: str, rows: Sequence[Row]) -> list[str]:
         **_quoted_groups(rows, f"{model}.paper-random", ", random weights"),
     }
     groups = {
-        label: [row for row in group if row.layer and row.labels_per_class is None and not is_transfer(row)]
+        label: [row for row in group if row.layer and row.labels_per_class is None and not is_application(row)]
         for label, group in groups.items()
     }
     probed = [row for group in groups.values() for row in group]
@@ -248,13 +249,26 @@ def orientation_table(rows: Sequence[Row]) -> str:
     return markdown_table(header, lines) if lines else ""
 
 
+def outliers_table(rows: Sequence[Row]) -> str:
+    """How well images that do not belong are told from the normal ones: both scores on every kind of outlier."""
+    found = [row for row in rows if row.protocol.startswith("outliers-")]
+    columns = list(dict.fromkeys(row.protocol for row in found))
+    lines = []
+    for weights, data, source in dict.fromkeys((row.weights, row.data, row.source) for row in found):
+        own = {r.protocol: percent(r) for r in found if (r.weights, r.data, r.source) == (weights, data, source)}
+        label = f"`{weights}`, {data}" if source == "measured" else f"_{source}, {data}_"
+        lines.append((label, *(own.get(column, "") for column in columns)))
+    titles = (PROTOCOLS[column].title.removeprefix("outliers by ") for column in columns)
+    return markdown_table(("outliers", *titles), lines) if lines else ""
+
+
 def evaluation_lines(name: str, rows: Sequence[Row]) -> list[str]:
     """Rotation accuracy and every probe of published weights, on each dataset that they were measured on."""
     lines = []
     for data in dict.fromkeys(row.data for row in select(rows, name)):
         there = [row for row in rows if row.data == data]
         lines += rotation_lines(name, there)
-        if any(row.layer and row.labels_per_class is None and not is_transfer(row) for row in select(there, name)):
+        if any(row.layer and row.labels_per_class is None and not is_application(row) for row in select(there, name)):
             lines += probe_table(name, there)
         lines += few_labels_table(name, there)
     return lines

@@ -1,0 +1,68 @@
+"""Outliers of CIFAR-10, measured: the rows, the command, and measuring them again."""
+
+import dataclasses
+import shutil
+
+import pytest
+import torch
+from conftest import SAMPLES
+
+from training import datasets
+from training.evaluation import outliers
+from training.evaluation.subject import load_subject
+from training.reporting import again
+from training.reporting.rows import read_file
+from training.reporting.tables import outliers_table
+
+
+@pytest.fixture
+def small(small_cifar10, tmp_path, monkeypatch):
+    """Some images as CIFAR-10, and the photographs as CIFAR-100."""
+    for split in ("train", "test"):
+        (tmp_path / "cifar100" / split / "photos").mkdir(parents=True)
+        for file in (SAMPLES / "photos").glob("*.jpg"):
+            shutil.copy(file, tmp_path / "cifar100" / split / "photos")
+    for name, counts in (("cifar10", (40, 40)), ("cifar100", (5, 5))):
+        monkeypatch.setitem(datasets.DATASETS, name, dataclasses.replace(datasets.DATASETS[name], counts=counts))
+    monkeypatch.setattr(outliers, "NEIGHBOURS", 2)
+    return small_cifar10, tmp_path / "cifar100"
+
+
+def test_the_command_and_measuring_again(small, tmp_path, capsys):
+    data, cifar100 = small
+    arguments = ["rotnet_nin.cifar10", "--data", str(data), "--output", str(tmp_path / "out")]
+    assert outliers.main([*arguments, "--cifar100", str(cifar100)]) == 0
+    rows = read_file(tmp_path / "out" / "rows.jsonl")
+    names = {"CIFAR-100 test", "Gaussian noise", "uniform noise"}
+    assert {(r.protocol, r.data) for r in rows if r.protocol != "one-class-knn"} == {
+        (f"outliers-{score}{kind}", name) for score in ("rotation", "knn") for kind in ("", "-fpr95") for name in names
+    }
+    values = {(r.protocol, r.data): r.value for r in rows}
+    assert values["outliers-rotation", "uniform noise"] > 0.9 and values["outliers-knn", "uniform noise"] > 0.9
+    assert all((r.layer == ("block2" if "knn" in r.protocol else "") and "CIFAR-10 test" in r.settings) or
+               r.protocol == "one-class-knn" for r in rows)  # fmt: skip
+    source = again.Source("cifar10", data, cifar100=cifar100)
+    pairs = list(again.measure_source(rows, source))
+    assert len(pairs) == len(rows) == 13 and all(abs(old.value - new.value) < 1e-6 for old, new in pairs)
+    table = outliers_table(rows)
+    assert table.startswith("| outliers | rotation, AUROC | rotation, FPR at 95 % | k-NN, AUROC | k-NN, FPR at 95 % |")
+    assert len(table.splitlines()) == 5
+    assert outliers.main([*arguments, "--cifar100", str(tmp_path)]) == 2
+    assert f"no CIFAR-100 in {tmp_path}: expected test/<class>/*.png" in capsys.readouterr().err
+
+
+def test_one_class_is_the_mean_over_classes():
+    """Features that tell two classes apart, and two others not at all."""
+    model = load_subject("rotnet_nin.cifar10").backbone
+    labels = torch.arange(4).repeat(30)
+    features = torch.eye(3)[torch.tensor([0, 1, 2, 2])[labels]]
+    split = features, outliers.LabelledImages(torch.zeros(120, 3, 1, 1), labels, tuple("abcd"))
+    # the first two are told from all, the others from two of three and by a tie from the third
+    assert outliers.one_class(model, "block2", split, split) == pytest.approx((1 + 1 + 2 * (2 + 0.5) / 3) / 4)
+
+
+def test_noise_is_always_the_same_and_of_its_kind():
+    first, second = (outliers.noise((50, 3, 8, 8)) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert first["Gaussian noise"].float().std() == pytest.approx(64, abs=3)
+    assert first["uniform noise"].float().std() == pytest.approx(73.9, abs=2)

@@ -1,0 +1,160 @@
+"""How well images that do not belong are told from CIFAR-10's: by the rotation head, and by k-NN in a middle layer.
+
+    python -m training outliers rotnet_nin.cifar10 --data DIR --cifar100 DIR
+
+Normal are the test images of CIFAR-10; the training images are those that k-NN compares with. Outlying are the test
+images of CIFAR-100, Gaussian and uniform noise. Two numbers of each: AUROC, and the share of outliers that pass where
+95 % of the normal images pass (FPR at 95 %). One-class: of each class of CIFAR-10 the training images are normal, its
+test images are told from those of the other nine, and the mean AUROC is reported. The network was trained on all ten
+classes, which the methods that are trained on one do not see.
+"""
+
+import argparse
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from rotation_ssl.evaluation.frozen import preparation
+from rotation_ssl.features import extract_features
+from rotation_ssl.labelled import Images, LabelledImages
+from rotation_ssl.machine import device_name, library_versions
+from rotation_ssl.outliers import RotationOutlierDetector, auroc, false_positive_rate
+from rotation_ssl.progress import progress
+from training.command import create_parser
+from training.datasets import check_whole, load_images, load_split
+from training.evaluation.subject import Subject, load_subject, recommended_layer, record_file
+from training.reporting.report import check_rows, keep_row, run_measuring, write_report
+from training.reporting.rows import Row, current_commit
+
+NORMAL, OUTLYING = "CIFAR-10 test", "CIFAR-100 test"
+NEIGHBOURS = 10
+BATCH = 250
+
+
+def measure_outliers(subject: Subject, normal: Images, outlying: torch.Tensor, layer: str) -> Iterator[Row]:
+    """The rows of both scores against every kind of outlier, and of one-class detection.
+
+    Args:
+        subject: the backbone, with 4 outputs, on its device.
+        normal: training and test images of the normal data.
+        outlying: (N, 3, H, H) uint8, images that do not belong; noise of their number and size is made.
+        layer: that k-NN compares in.
+
+    Raises:
+        ValueError: no such layer, or another number of outputs.
+    """
+    started = time.monotonic()
+    sets = {OUTLYING: outlying, **noise(outlying.shape)}
+    rotation = RotationOutlierDetector(subject.backbone)
+    knn = RotationOutlierDetector(subject.backbone, "knn", layer, NEIGHBOURS)
+    train = _features(subject, normal.train.images, layer)
+    knn.fit_features(train)
+    test = _features(subject, normal.test.images, layer)
+    found = {"rotation": _surprise(subject, rotation, normal.test.images), "knn": knn.predict_features(test)}
+    for name, images in sets.items():
+        theirs = {
+            "rotation": _surprise(subject, rotation, images),
+            "knn": knn.predict_features(_features(subject, images, layer)),
+        }
+        for score, values in theirs.items():
+            where = layer if score == "knn" else ""
+            of = f"against {len(normal.test):,} images of {normal.name}"
+            seconds = time.monotonic() - started
+            yield _row(subject, auroc(found[score], values), f"outliers-{score}", name, where, of, seconds)
+            rate = false_positive_rate(found[score], values)
+            yield _row(subject, rate, f"outliers-{score}-fpr95", name, where, of, seconds)
+            started = time.monotonic()
+    value = one_class(subject.backbone, layer, (train, normal.train), (test, normal.test))
+    settings = f"mean over {len(normal.test.classes)} classes, {NEIGHBOURS} neighbours"
+    yield _row(subject, value, "one-class-knn", normal.name, layer, settings, time.monotonic() - started)
+
+
+def one_class(
+    model: nn.Module,
+    layer: str,
+    train: tuple[torch.Tensor, LabelledImages],
+    test: tuple[torch.Tensor, LabelledImages],
+) -> float:
+    """The mean AUROC over classes: features and labelled images of the two splits."""
+    values = []
+    for label in range(len(test[1].classes)):
+        detector = RotationOutlierDetector(model, "knn", layer, NEIGHBOURS)
+        scores = detector.fit_features(train[0][train[1].labels == label]).predict_features(test[0])
+        own = test[1].labels == label
+        values.append(auroc(scores[own], scores[~own]))
+    return sum(values) / len(values)
+
+
+def noise(shape: Sequence[int]) -> dict[str, torch.Tensor]:
+    """Images of noise, uint8, by their name: Gaussian around grey with a deviation of a quarter, and uniform."""
+    generator = torch.Generator().manual_seed(0)
+    gaussian = (torch.randn(tuple(shape), generator=generator) * 64 + 127.5).round().clamp(0, 255)
+    uniform = torch.randint(0, 256, tuple(shape), generator=generator)
+    return {"Gaussian noise": gaussian.to(torch.uint8), "uniform noise": uniform.to(torch.uint8)}
+
+
+def outlier_data(data: Path, cifar100: Path, size: int, download: bool = False) -> tuple[Images, torch.Tensor]:
+    """CIFAR-10, whole, and the test images of CIFAR-100.
+
+    Raises:
+        ValueError: one of them is not there, or a part of it.
+    """
+    normal = load_images("cifar10", data, size, download)
+    check_whole("cifar10", len(normal.train), len(normal.test))
+    outlying = load_split("cifar100", cifar100, "test", size)
+    check_whole("cifar100", 0, len(outlying))
+    return normal, outlying.images
+
+
+def _features(subject: Subject, images: torch.Tensor, layer: str) -> torch.Tensor:
+    with progress("features", len(images)) as bar:
+        prepare = preparation(subject.backbone, subject.size, bar)
+        return extract_features(subject.backbone, images, [layer], prepare=prepare, batch_size=BATCH)[layer]
+
+
+def _surprise(subject: Subject, detector: RotationOutlierDetector, images: torch.Tensor) -> torch.Tensor:
+    with progress("rotation scores", len(images)) as bar:
+        prepare = preparation(subject.backbone, subject.size, bar)
+        device = next(subject.backbone.parameters()).device
+        return torch.cat([detector.predict(prepare(part.to(device))) for part in images.split(BATCH)])
+
+
+def _row(subject: Subject, value: float, protocol: str, data: str, layer: str, settings: str, seconds: float) -> Row:
+    return Row(
+        subject.name, protocol, layer, value, "measured", data, settings=settings, sha256=subject.sha256,
+        commit=current_commit(), versions=library_versions(),
+        device=device_name(next(subject.backbone.parameters()).device), threads=torch.get_num_threads(),
+        seconds=round(seconds, 1),
+    )  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    parser = create_parser("outliers", __doc__)
+    parser.add_argument("model", metavar="MODEL.TAG", help="weights with four outputs, for images of 32 pixels")
+    parser.add_argument("--data", type=Path, default=Path("data/cifar10"), help="folder of CIFAR-10 [%(default)s]")
+    parser.add_argument("--download", action="store_true", help="let torchvision download CIFAR-10 into --data")
+    parser.add_argument("--cifar100", type=Path, required=True, metavar="DIR", help="folder of CIFAR-100")
+    parser.add_argument("--layer", help="layer that k-NN compares in [the recommended one]")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps [%(default)s]")
+    parser.add_argument("--output", type=Path, help="folder of rows and report [runs/outliers/<weights>]")
+    parser.add_argument("--record", action="store_true", help="write the rows to training/results/, for the model card")
+    args = parser.parse_args(arguments)
+    return run_measuring(lambda: _work(args), args.device)
+
+
+def _work(args: argparse.Namespace) -> Path:
+    subject = load_subject(args.model)
+    subject.backbone.to(args.device).to(memory_format=torch.channels_last)
+    output = args.output or Path("runs") / "outliers" / subject.name
+    file = record_file(subject, bool(args.layer)) if args.record else output / "rows.jsonl"
+    check_rows(file)
+    normal, outlying = outlier_data(args.data, args.cifar100, subject.size, args.download)
+    for row in measure_outliers(subject, normal, outlying, args.layer or recommended_layer(subject)):
+        keep_row(row, file)
+    if not args.record:
+        write_report(output, file)
+    return file
