@@ -24,6 +24,7 @@ def test_every_snippet_runs(page, monkeypatch, tmp_path):
     files = {
         "mine.safetensors": tmp_path / "mine.safetensors",
         "features.safetensors": tmp_path / "f.safetensors",
+        "MY_IMAGES": ROOT / "rotation_ssl" / "samples" / "photos",
         "photo.jpg": ROOT / "rotation_ssl" / "samples" / "photos" / "china.jpg",
     }
     # torch.hub loads "." from a clone

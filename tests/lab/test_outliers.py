@@ -11,8 +11,8 @@ from training import datasets
 from training.evaluation import outliers
 from training.evaluation.subject import load_subject
 from training.reporting import again
+from training.reporting.applications import outliers_table
 from training.reporting.rows import read_file
-from training.reporting.tables import outliers_table
 
 
 @pytest.fixture

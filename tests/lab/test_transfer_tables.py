@@ -1,11 +1,13 @@
 """The transfers to PASCAL VOC as text: what stands in which column, and how far ours are above random weights."""
 
+import dataclasses
+
 import pytest
 
 from training.reporting.required import PUBLISHED, RANDOM, REQUIRED, RESCALED, Required, missing_rows
 from training.reporting.rows import Row
 from training.reporting.tables import evaluation_lines
-from training.reporting.transfers import transfer_lines, transfer_margin, transfer_table
+from training.reporting.transfers import transfer_lines, transfer_margin, transfer_table, transfer_times
 
 OURS = "rotnet_alexnet.photos"
 
@@ -49,6 +51,15 @@ def test_the_other_average_precision_has_a_table_without_the_papers():
     first, second = transfer_lines(ROWS).split("By the area under the curve:")
     assert "72.97" in first and "49.00 %" in second and "72.97" not in second and "20.00" not in second
     assert "By the area" not in transfer_lines(ROWS[:1])
+
+
+def test_times_are_the_longest_of_a_kind():
+    timed = [dataclasses.replace(r, seconds=60.0 * i, threads=1, device="a CPU") for i, r in enumerate(ROWS[1:], 10)]
+    assert transfer_times(timed) == (
+        "- classification, all layers: at most 16 minutes on 1 thread (a CPU)\n"
+        "- segmentation: at most 17 minutes on 1 thread (a CPU)"
+    )
+    assert transfer_times(ROWS) == ""
 
 
 def test_transfers_are_in_no_table_of_probes():

@@ -13,6 +13,13 @@ import timm
 
 from rotation_ssl.backbones.about import network_facts
 from training.reporting.again import transfer_training
+from training.reporting.applications import (
+    one_class_line,
+    orientation_line,
+    orientation_table,
+    outliers_line,
+    outliers_table,
+)
 from training.reporting.required import RANDOM, RESCALED
 from training.reporting.rows import RESULTS_DIR, Row, read_file
 from training.reporting.tables import (
@@ -22,14 +29,18 @@ from training.reporting.tables import (
     headline_tables,
     markdown_table,
     model_of,
-    orientation_table,
-    outliers_table,
     percent,
     results_tables,
     select,
     weights_table,
 )
-from training.reporting.transfers import is_transfer, transfer_lines, transfer_margin, transfer_table
+from training.reporting.transfers import (
+    is_transfer,
+    transfer_lines,
+    transfer_margin,
+    transfer_table,
+    transfer_times,
+)
 
 ROOT = Path(__file__).parent.parent.parent
 FIGURES = "docs/figures"
@@ -69,6 +80,10 @@ def render_page(page: Path, rows: Sequence[Row], entries: Mapping[str, Any]) -> 
         "transfers": lambda: transfer_table(rows),
         "orientation": lambda: orientation_table(rows),
         "outliers": lambda: outliers_table(rows),
+        "oneclass": lambda: one_class_line(rows),
+        "upright": lambda: orientation_line(rows),
+        "belonging": lambda: outliers_line(rows),
+        "voctimes": lambda: transfer_times(rows),
         "margins": lambda: transfer_margin(rows),
         "repository": hub_snippet,
         "speed": lambda: speed_tables(json.loads(SPEED_FILE.read_text())),

@@ -226,42 +226,6 @@ def rotation_lines(name: str, rows: Sequence[Row]) -> list[str]:
     return [*lines, *(f"- {row.settings}: {percent(row)} ({row.source})" for row in quoted), ""]
 
 
-def orientation_table(rows: Sequence[Row]) -> str:
-    """Which way up photographs are: how many answers are right, and how many of those that are decided."""
-    found = [row for row in rows if row.protocol.startswith("orientation") and row.source == "measured"]
-    lines = []
-    for weights, data in dict.fromkeys((row.weights, row.data) for row in found):
-        own = {row.protocol: row for row in found if (row.weights, row.data) == (weights, data)}
-        cells = [percent(own["orientation"])]
-        for fitted in ("99", "99.5"):
-            decided, wrong = (own[f"orientation-{what}-{fitted}"] for what in ("decided", "wrong"))
-            right = 1 - (wrong.correct or 0) / (decided.correct or 1)
-            cells += [percent(decided), f"{100 * right:.2f} %"]
-        lines.append((f"`{weights}`, {data}", *cells))
-    header = (
-        "photographs",
-        "all: right",
-        "default threshold: decided",
-        "of these right",
-        "99.5 %: decided",
-        "of these right",
-    )
-    return markdown_table(header, lines) if lines else ""
-
-
-def outliers_table(rows: Sequence[Row]) -> str:
-    """How well images that do not belong are told from the normal ones: both scores on every kind of outlier."""
-    found = [row for row in rows if row.protocol.startswith("outliers-")]
-    columns = list(dict.fromkeys(row.protocol for row in found))
-    lines = []
-    for weights, data, source in dict.fromkeys((row.weights, row.data, row.source) for row in found):
-        own = {r.protocol: percent(r) for r in found if (r.weights, r.data, r.source) == (weights, data, source)}
-        label = f"`{weights}`, {data}" if source == "measured" else f"_{source}, {data}_"
-        lines.append((label, *(own.get(column, "") for column in columns)))
-    titles = (PROTOCOLS[column].title.removeprefix("outliers by ") for column in columns)
-    return markdown_table(("outliers", *titles), lines) if lines else ""
-
-
 def evaluation_lines(name: str, rows: Sequence[Row]) -> list[str]:
     """Rotation accuracy and every probe of published weights, on each dataset that they were measured on."""
     lines = []

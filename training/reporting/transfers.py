@@ -55,6 +55,19 @@ def transfer_margin(rows: Sequence[Row]) -> str:
     return "\n".join(sentences)
 
 
+def transfer_times(rows: Sequence[Row]) -> str:
+    """A line for each kind of training: its longest time, the test among it, and on how many threads of what."""
+    lines = []
+    for protocol, layer, title in COLUMNS:
+        own = [row for row in rows if row.protocol.startswith(protocol) and row.layer == layer and row.seconds]
+        if own:
+            slowest = max(own, key=lambda row: row.seconds or 0.0)
+            minutes = round((slowest.seconds or 0.0) / 60)
+            on = f"{slowest.threads} thread{'s' * (slowest.threads != 1)} ({slowest.device})"
+            lines.append(f"- {title}: at most {minutes} minutes on {on}")
+    return "\n".join(lines)
+
+
 def transfer_lines(rows: Sequence[Row]) -> str:
     """Both tables and the margins."""
     measured = [row for row in rows if is_transfer(row) and row.source == "measured"]

@@ -1,0 +1,70 @@
+"""What the rotation head is good for, as text."""
+
+from training.reporting.applications import (
+    one_class_line,
+    orientation_line,
+    orientation_table,
+    outliers_line,
+    outliers_table,
+)
+from training.reporting.required import REQUIRED
+from training.reporting.rows import Row
+from training.reporting.tables import evaluation_lines, results_tables
+
+ALEXNET, NIN = "rotnet_alexnet.photos", "rotnet_nin.cifar10"
+
+
+def row(weights, protocol, data, value=None, correct=None, n=None, layer="", source="measured"):
+    return Row(weights, protocol, layer, correct / n if n else value, source, data, correct=correct, n=n)
+
+
+ORIENTATION = [
+    row(ALEXNET, "orientation", "VOC2007 test", correct=160, n=200),
+    row(ALEXNET, "orientation-decided-99", "VOC2007 test", correct=80, n=200),
+    row(ALEXNET, "orientation-wrong-99", "VOC2007 test", correct=2, n=200),
+    row(ALEXNET, "orientation-decided-99.5", "VOC2007 test", correct=50, n=200),
+    row(ALEXNET, "orientation-wrong-99.5", "VOC2007 test", correct=0, n=200),
+]
+OUTLIERS = [
+    row(NIN, "outliers-rotation", "CIFAR-100 test", 0.7),
+    row(NIN, "outliers-rotation-fpr95", "CIFAR-100 test", 0.9),
+    row(NIN, "outliers-knn", "CIFAR-100 test", 0.8, layer="block2"),
+    row(NIN, "outliers-rotation", "uniform noise", 1.0),
+    row(NIN, "one-class-knn", "CIFAR-10 test", 0.75, layer="block2"),
+]
+
+
+def test_precision_is_of_what_was_decided():
+    assert orientation_table(ORIENTATION).splitlines()[2] == (
+        "| `rotnet_alexnet.photos`, VOC2007 test | 80.00 % | 40.00 % | 97.50 % | 25.00 % | 100.00 % |"
+    )
+    told = "At the default threshold it decides on 40.00 % of VOC2007 test, 97.50 % of these rightly."
+    assert orientation_line(ORIENTATION) == told
+
+
+def test_outliers_by_both_scores():
+    assert outliers_table(OUTLIERS).splitlines() == [
+        "| outliers | rotation, AUROC | rotation, FPR at 95 % | k-NN, AUROC |",
+        "|---|---|---|---|",
+        "| `rotnet_nin.cifar10`, CIFAR-100 test | 70.00 % | 90.00 % | 80.00 % |",
+        "| `rotnet_nin.cifar10`, uniform noise | 100.00 % |  |  |",
+    ]
+    told = "tells CIFAR-100 test from CIFAR-10 test with an AUROC of 70.00 % by rotation and 80.00 % by k-NN."
+    assert outliers_line(OUTLIERS) == f"`rotnet_nin.cifar10` {told}"
+    assert "75.00 % (`rotnet_nin.cifar10`)" in one_class_line(OUTLIERS)
+
+
+def test_without_rows_nothing_is_told():
+    texts = (orientation_table([]), orientation_line([]), outliers_table([]), outliers_line([]), one_class_line([]))
+    assert set(texts) == {""}
+
+
+def test_they_are_in_no_table_of_probes():
+    entries = {NIN: {"source": "bundled", "recommended_layer": "block2"}}
+    assert results_tables(OUTLIERS, entries) == ""
+    assert evaluation_lines(NIN, OUTLIERS) == evaluation_lines(ALEXNET, ORIENTATION) == []
+
+
+def test_all_of_them_are_required():
+    wanted = {required.protocol for weights in (ALEXNET, NIN) for required in REQUIRED[weights]}
+    assert {own.protocol for own in (*ORIENTATION, *OUTLIERS)} <= wanted

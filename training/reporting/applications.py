@@ -1,0 +1,71 @@
+"""What the rotation head is good for, as text: which way up photographs are, and which images do not belong."""
+
+from collections.abc import Sequence
+
+from training.protocols import PROTOCOLS
+from training.reporting.rows import Row
+from training.reporting.tables import markdown_table, percent
+
+
+def orientation_table(rows: Sequence[Row]) -> str:
+    """Which way up photographs are: how many answers are right, and how many of those that are decided."""
+    found = [row for row in rows if row.protocol.startswith("orientation") and row.source == "measured"]
+    lines = []
+    for weights, data in dict.fromkeys((row.weights, row.data) for row in found):
+        own = {row.protocol: row for row in found if (row.weights, row.data) == (weights, data)}
+        cells = [percent(own["orientation"])]
+        for fitted in ("99", "99.5"):
+            decided, wrong = (own[f"orientation-{what}-{fitted}"] for what in ("decided", "wrong"))
+            right = 1 - (wrong.correct or 0) / (decided.correct or 1)
+            cells += [percent(decided), f"{100 * right:.2f} %"]
+        lines.append((f"`{weights}`, {data}", *cells))
+    header = (
+        "photographs",
+        "all: right",
+        "default threshold: decided",
+        "of these right",
+        "99.5 %: decided",
+        "of these right",
+    )
+    return markdown_table(header, lines) if lines else ""
+
+
+def outliers_table(rows: Sequence[Row]) -> str:
+    """How well images that do not belong are told from the normal ones: both scores on every kind of outlier."""
+    found = [row for row in rows if row.protocol.startswith("outliers-")]
+    columns = list(dict.fromkeys(row.protocol for row in found))
+    lines = []
+    for weights, data, source in dict.fromkeys((row.weights, row.data, row.source) for row in found):
+        own = {r.protocol: percent(r) for r in found if (r.weights, r.data, r.source) == (weights, data, source)}
+        label = f"`{weights}`, {data}" if source == "measured" else f"_{source}, {data}_"
+        lines.append((label, *(own.get(column, "") for column in columns)))
+    titles = (PROTOCOLS[column].title.removeprefix("outliers by ") for column in columns)
+    return markdown_table(("outliers", *titles), lines) if lines else ""
+
+
+def one_class_line(rows: Sequence[Row]) -> str:
+    """The mean AUROC of one-class detection, ours and the quoted ones."""
+    found = [row for row in rows if row.protocol == "one-class-knn"]
+    names = [f"`{row.weights}`" if row.source == "measured" else row.source for row in found]
+    numbers = [f"{percent(row)} ({name})" for row, name in zip(found, names, strict=True)]
+    told = "One class of CIFAR-10 against the other nine, by k-NN, mean AUROC over the classes"
+    return f"{told}: {'; '.join(numbers)}. The network was trained on all ten classes." if found else ""
+
+
+def orientation_line(rows: Sequence[Row]) -> str:
+    """Coverage and precision at the default threshold in a sentence."""
+    decided = [row for row in rows if row.protocol == "orientation-decided-99"]
+    wrong = {(row.weights, row.data): row for row in rows if row.protocol == "orientation-wrong-99"}
+    parts = []
+    for row in decided:
+        right = 1 - (wrong[row.weights, row.data].correct or 0) / (row.correct or 1)
+        parts.append(f"{percent(row)} of {row.data}, {100 * right:.2f} % of these rightly")
+    return f"At the default threshold it decides on {' and on '.join(parts)}." if parts else ""
+
+
+def outliers_line(rows: Sequence[Row]) -> str:
+    """AUROC of both scores against the first kind of outliers in a sentence."""
+    found = [row for row in rows if row.protocol in ("outliers-rotation", "outliers-knn") and row.source == "measured"]
+    own = [row for row in found if row.data == found[0].data]
+    numbers = " and ".join(f"{percent(r)} by {PROTOCOLS[r.protocol].title.split()[2].strip(',')}" for r in own)
+    return f"`{own[0].weights}` tells {own[0].data} from CIFAR-10 test with an AUROC of {numbers}." if own else ""
