@@ -7,7 +7,7 @@ images. Nothing is chosen on test images.
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -295,7 +295,9 @@ def _cached_probe(
                 yield features.to(device), train.labels[chosen].to(device)
                 bar.update(len(chosen))
 
-        _train(probe, recipe, batches)
+        names = ("epochs", "milestones", "factor", "lr", "momentum", "weight_decay")
+        settings = {name: getattr(recipe, name) for name in names}
+        train_probe(probe, batches, **settings, autocast=autocast_type(recipe.precision))
     trained = f"{counted(len(views), 'view')}, {counted(recipe.epochs, 'epoch')} of SGD in {recipe.precision}"
     return probe_predict(probe, test), f"{side} x {side} average pooling, {trained}"
 
@@ -343,11 +345,3 @@ def _new_probe(measurement: Measurement, features: torch.Tensor, classes: int, d
     assert build is not None
     torch.manual_seed(measurement.seed or 0)
     return build(features, classes).to(device)
-
-
-def _train(
-    probe: nn.Module, recipe: ProbeRecipe, batches: Callable[[int], Iterable[tuple[torch.Tensor, torch.Tensor]]]
-) -> None:
-    names = ("epochs", "milestones", "factor", "lr", "momentum", "weight_decay")
-    settings = {name: getattr(recipe, name) for name in names}
-    train_probe(probe, batches, **settings, autocast=autocast_type(recipe.precision))
