@@ -13,8 +13,11 @@ COMMANDS = {
     "photos": ("training.photos", "build the dataset `photos` from four public datasets"),
     "evaluate": ("training.evaluation.probes", "rotation accuracy, k-NN and probes of frozen layers"),
     "finetune": ("training.evaluation.finetune", "fine-tune, train on few labels, train the supervised baseline"),
-    "orientation": ("training.evaluation.orientation", "which way up photographs are, and how sure that is"),
-    "outliers": ("training.evaluation.outliers", "how well images that do not belong are told from CIFAR-10's"),
+    "orientation": (
+        "training.evaluation.orientation",
+        "how accurately the orientation of photographs is predicted",
+    ),
+    "outliers": ("training.evaluation.outliers", "how well outliers are distinguished from CIFAR-10's images"),
     "probe-layers": ("training.evaluation.layers", "the paper's probes of all layers on ImageNet and Places"),
     "voc": ("training.transfer.classification", "PASCAL VOC classification"),
     "proposals": ("training.transfer.selective_search", "regions of PASCAL VOC's images, for detection"),

@@ -7,7 +7,7 @@
     rotation-ssl convert FILE -o FOLDER        convert another project's checkpoint
     rotation-ssl features IMAGES -o FILE       extract features of a folder of images
     rotation-ssl orient PICTURES               find out which way up photos are, and turn them
-    rotation-ssl outliers IMAGES -o FILE       rank images by how little they belong
+    rotation-ssl outliers IMAGES -o FILE       rank images by how little they resemble normal ones
     rotation-ssl evaluate MODEL --data FOLDER --output DIR
                                                evaluate every layer with k-NN and probes on labelled images
     rotation-ssl pretrain --data IMAGES        pretrain a backbone on your own images

@@ -32,14 +32,14 @@ DEFAULT_MODEL = "rotnet_alexnet.photos"
 BATCH = 32  # pictures in memory at a time, twice as many while the next ones are read
 DETAILS = """
 
-PATHS are pictures and folders, which are searched recursively. For each picture the command prints k (its content is
-turned k x 90 degrees counter-clockwise), the degrees that turn it back, clockwise (cw) and counter-clockwise (ccw), its
-EXIF orientation now and fixed, and the confidence. Below the threshold it is undecided and never changed: to turn a
-picture the wrong way is worse than to leave it.
+PATHS are pictures and folders, which are searched recursively. For each picture the command prints k (as viewers show
+it, the picture is rotated by k x 90 degrees counter-clockwise), the degrees that turn it back, clockwise (cw) and
+counter-clockwise (ccw), its EXIF orientation now and fixed, and the confidence. A picture whose confidence is below the
+threshold is undecided and is never changed: turning a picture the wrong way is worse than leaving it alone.
 
 Nothing is written without --apply. --apply exif writes the EXIF orientation of JPEG, PNG, WebP and TIFF files; all
 other bytes stay the same. --apply pixels turns the pixels and removes the orientation; this encodes JPEG files again.
-The pictures that need it are written to the folder -o DIR, or replaced with --in-place.
+The pictures that need turning are written to the folder -o DIR, or replaced with --in-place.
 
 Pictures that cannot be read or written are named and skipped, and the exit status is then 1.
 """
@@ -63,9 +63,9 @@ def add(commands: Any) -> None:
     """Add the command."""
     added = add_command(commands, "orient", run, "find out which way up photos are, and turn them", DETAILS, False)
     added.add_argument("paths", type=Path, nargs="+", metavar="PATHS", help="pictures and folders of pictures")
-    added.add_argument("--threshold", type=float, metavar="P", help="least confidence that decides [the model's]")
+    added.add_argument("--threshold", type=float, metavar="P", help="minimum confidence [fitted for the model]")
     out = added.add_mutually_exclusive_group()
-    out.add_argument("--json", action="store_true", help="print a JSON object for each picture, one a line")
+    out.add_argument("--json", action="store_true", help="print a JSON object for each picture, one per line")
     out.add_argument("--csv", type=Path, metavar="FILE", help="write the table to a CSV file")
     added.add_argument("--apply", choices=("exif", "pixels"), help="fix the pictures that need it")
     where = added.add_mutually_exclusive_group()

@@ -23,9 +23,9 @@ SHEET = (6, 5)  # columns and rows
 CELL, CAPTION = 160, 16  # pixels
 DETAILS = """
 
-With --normal the score is the cosine distance to the normal images in a middle layer (k-NN); without, it is how unsure
-the network is which way up the image is, which needs a network of four outputs. Higher means more outlying. FILE gets a
-row for each image, the most outlying first; --sheet draws the first 30.
+With --normal the score is the cosine distance to the Nth nearest normal image in a middle layer (k-NN); without, it is
+how unsure the network is which way up the image is, which needs a network with four outputs. Higher means more
+outlying. FILE gets a row for each image, the most outlying first; --sheet draws the first 30.
 
 Images that cannot be read are named and skipped, and the exit status is then 1.
 """
@@ -33,14 +33,22 @@ Images that cannot be read are named and skipped, and the exit status is then 1.
 
 def add(commands: Any) -> None:
     """Add the command."""
-    added = add_command(commands, "outliers", run, "rank images by how little they belong", DETAILS, as_json=False)
+    added = add_command(
+        commands, "outliers", run, "rank images by how little they resemble normal ones", DETAILS, as_json=False
+    )
     added.add_argument("images", type=Path, metavar="IMAGES", help="folder of images, searched recursively")
     added.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="CSV file of the scores")
     added.add_argument("--normal", type=Path, metavar="FOLDER", help="folder of normal images to compare with")
     added.add_argument("--sheet", type=Path, metavar="PNG", help="picture of the most outlying images")
     added.add_argument("--model", default=DEFAULT_MODEL, help="timm model: model.tag, local-dir:... [%(default)s]")
     added.add_argument("--layer", help="layer to compare in, with --normal [the recommended one]")
-    added.add_argument("--neighbours", type=positive, default=10, help="distance to the Nth nearest [%(default)s]")
+    added.add_argument(
+        "--neighbours",
+        type=positive,
+        default=10,
+        metavar="N",
+        help="use the distance to the Nth nearest normal image [%(default)s]",
+    )
     added.add_argument("--force", action="store_true", help="replace FILE and PNG if they exist")
     added.add_argument("--device", default="cpu", help="device: cpu, cuda, cuda:1, mps [%(default)s]")
 

@@ -6,6 +6,7 @@ from training.reporting.applications import (
     orientation_table,
     outliers_line,
     outliers_table,
+    thresholds_line,
 )
 from training.reporting.required import REQUIRED
 from training.reporting.rows import Row
@@ -38,8 +39,14 @@ def test_precision_is_of_what_was_decided():
     assert orientation_table(ORIENTATION).splitlines()[2] == (
         "| `rotnet_alexnet.photos`, VOC2007 test | 80.00 % | 40.00 % | 97.50 % | 25.00 % | 100.00 % |"
     )
-    told = "At the default threshold it decides on 40.00 % of VOC2007 test, 97.50 % of these rightly."
+    told = "At the default threshold it decides on 40.00 % of VOC2007 test (97.50 % of these correctly)."
     assert orientation_line(ORIENTATION) == told
+
+
+def test_the_thresholds_are_the_manifests():
+    entries = {NIN: {}, ALEXNET: {"orientation": {"threshold": 0.92691, "sure_threshold": 0.97358}}}
+    told = "- `rotnet_alexnet.photos`: 0.9269, the default; `--threshold 0.9736` for 99.5 %."
+    assert thresholds_line(entries) == told
 
 
 def test_outliers_by_both_scores():

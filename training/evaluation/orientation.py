@@ -1,13 +1,13 @@
-"""How well a rotation head tells which way up photographs are, and how many of them it can be sure of.
+"""Measure how accurately a rotation head predicts which way up photographs are, and for how many it is confident.
 
     python -m training orientation rotnet_alexnet.photos --photos DIR
     python -m training orientation rotnet_alexnet.photos --photos DIR --fit
 
-DIR contains imagenette2-320, imagewoof2-320, caltech101 and VOCdevkit. Whole photographs are looked at as
-`rotation-ssl orient` does. --fit chooses the temperature, which makes the confidences those of the photographs of
-Imagewoof val and Caltech-101 test, and the least confidences at which 99 % and 99.5 % of the decisions on them are
-right, and writes them into the manifest. Numbers are measured on Imagenette val and VOC2007 test, which chose nothing.
-The answer turns with the picture, so that upright photographs alone are measured.
+DIR contains imagenette2-320, imagewoof2-320, caltech101 and VOCdevkit. Whole photographs are processed as in
+`rotation-ssl orient`. --fit fits, on Imagewoof val and Caltech-101 test, the temperature that calibrates the
+confidences and the lowest thresholds at which 99 % and 99.5 % of the decisions are correct, and writes them into the
+manifest. The results are measured on Imagenette val and VOC2007 test, which were not used for fitting. Rotating a
+picture rotates the prediction with it, so measuring upright photographs is enough.
 """
 
 import argparse

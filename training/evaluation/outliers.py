@@ -1,12 +1,13 @@
-"""How well images that do not belong are told from CIFAR-10's: by the rotation head, and by k-NN in a middle layer.
+"""Measure how well outliers are distinguished from the images of CIFAR-10, by the rotation head and by k-NN.
 
     python -m training outliers rotnet_nin.cifar10 --data DIR --cifar100 DIR
 
-Normal are the test images of CIFAR-10; the training images are those that k-NN compares with. Outlying are the test
-images of CIFAR-100, Gaussian and uniform noise. Two numbers of each: AUROC, and the share of outliers that pass where
-95 % of the normal images pass (FPR at 95 %). One-class: of each class of CIFAR-10 the training images are normal, its
-test images are told from those of the other nine, and the mean AUROC is reported. The network was trained on all ten
-classes, which the methods that are trained on one do not see.
+The normal images are the test images of CIFAR-10; k-NN compares with the training images, in a middle layer. The
+outliers are the test images of CIFAR-100, Gaussian noise and uniform noise. Two numbers are reported for each: AUROC,
+and the share of outliers that are accepted at the threshold that accepts 95 % of the normal images (FPR at 95 %).
+One-class: for each class of CIFAR-10, its training images are the normal ones and its test images are distinguished
+from those of the other nine classes; the mean AUROC is reported. The network was trained on all ten classes, whereas
+one-class methods are trained on a single class.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """What the rotation head is good for, as text: which way up photographs are, and which images do not belong."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from training.protocols import PROTOCOLS
 from training.reporting.rows import Row
@@ -21,13 +22,22 @@ def orientation_table(rows: Sequence[Row]) -> str:
         lines.append((f"`{weights}`, {data}", *cells))
     header = (
         "photographs",
-        "all: right",
+        "all: correct",
         "default threshold: decided",
-        "of these right",
+        "of these correct",
         "99.5 %: decided",
-        "of these right",
+        "of these correct",
     )
     return markdown_table(header, lines) if lines else ""
+
+
+def thresholds_line(entries: Mapping[str, Mapping[str, Any]]) -> str:
+    """The thresholds of the weights that have some."""
+    fitted = {name: entry["orientation"] for name, entry in entries.items() if "orientation" in entry}
+    return "\n".join(
+        f"- `{name}`: {own['threshold']:.4f}, the default; `--threshold {own['sure_threshold']:.4f}` for 99.5 %."
+        for name, own in fitted.items()
+    )
 
 
 def outliers_table(rows: Sequence[Row]) -> str:
@@ -59,7 +69,7 @@ def orientation_line(rows: Sequence[Row]) -> str:
     parts = []
     for row in decided:
         right = 1 - (wrong[row.weights, row.data].correct or 0) / (row.correct or 1)
-        parts.append(f"{percent(row)} of {row.data}, {100 * right:.2f} % of these rightly")
+        parts.append(f"{percent(row)} of {row.data} ({100 * right:.2f} % of these correctly)")
     return f"At the default threshold it decides on {' and on '.join(parts)}." if parts else ""
 
 

@@ -19,6 +19,7 @@ from training.reporting.applications import (
     orientation_table,
     outliers_line,
     outliers_table,
+    thresholds_line,
 )
 from training.reporting.required import RANDOM, RESCALED
 from training.reporting.rows import RESULTS_DIR, Row, read_file
@@ -81,6 +82,7 @@ def render_page(page: Path, rows: Sequence[Row], entries: Mapping[str, Any]) -> 
         "orientation": lambda: orientation_table(rows),
         "outliers": lambda: outliers_table(rows),
         "oneclass": lambda: one_class_line(rows),
+        "thresholds": lambda: thresholds_line(entries),
         "upright": lambda: orientation_line(rows),
         "belonging": lambda: outliers_line(rows),
         "voctimes": lambda: transfer_times(rows),
