@@ -43,7 +43,7 @@ def test_options_are_those_of_the_command(command, capsys):
         head = importlib.import_module(COMMANDS[command][0]).__doc__.strip()
         told += capsys.readouterr().out.replace(head, "")
     for page, rest in [(page, rest) for page, other, rest in TYPED if other == command]:
-        for option in re.findall(r"--[a-z][a-z-]*", rest):
+        for option in re.findall(r"--[a-z][a-z0-9-]*", rest):
             assert re.search(rf"{option}\b", told), f"{page}: {command} has no {option}"
 
 
