@@ -10,6 +10,7 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+HEIF_SUFFIXES = (".heic", ".heif")  # read where register_heif was called
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 _BITS_PER_SAMPLE = 258  # a tag of TIFF
 _PHOTOMETRIC = 262  # tag of TIFF: 0 where white is zero
@@ -50,6 +51,19 @@ def read_image(file: Path | IO[bytes] | Image.Image) -> Image.Image:
     raise ValueError(f"image {file} holds {kind} (mode {upright.mode}), whose range is not known; convert it to 8 bits")
 
 
+def register_heif() -> bool:
+    """Have Pillow read HEIC and HEIF files if pillow-heif is installed (extra `heif`); returns whether it is.
+
+    pillow-heif shows them upright, and says that they have no EXIF orientation.
+    """
+    try:
+        import pillow_heif
+    except ImportError:
+        return False
+    pillow_heif.register_heif_opener()
+    return True
+
+
 def find_images(folder: Path) -> list[Path]:
     """The image files below a folder, sorted by path; files whose name begins with a dot are skipped.
 
@@ -72,11 +86,12 @@ def find_files(folder: Path) -> tuple[list[Path], list[Path]]:
         raise ValueError(f"{folder} is not a folder; give the folder that holds the images")
     if not folder.exists():
         raise ValueError(f"image folder {folder} does not exist")
+    suffixes = {*IMAGE_SUFFIXES, *(suffix for suffix in HEIF_SUFFIXES if suffix in Image.registered_extensions())}
     images, others = [], []
     for file in sorted(folder.rglob("*")):
         if file.name.startswith("."):
             continue
-        if file.suffix.lower() in IMAGE_SUFFIXES and (file.is_file() or not file.exists()):
+        if file.suffix.lower() in suffixes and (file.is_file() or not file.exists()):
             images.append(file)
         elif not file.is_dir():
             others.append(file)

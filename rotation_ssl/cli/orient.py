@@ -21,7 +21,7 @@ from rotation_ssl import zoo
 from rotation_ssl.cli.features import load_model
 from rotation_ssl.cli.options import add_command, positive
 from rotation_ssl.files import replace_file
-from rotation_ssl.images import find_images
+from rotation_ssl.images import HEIF_SUFFIXES, find_images, register_heif
 from rotation_ssl.messages import counted, printable
 from rotation_ssl.orientation import predict_orientation
 from rotation_ssl.orientation.exif import turned
@@ -39,7 +39,8 @@ threshold is undecided and is never changed: turning a picture the wrong way is 
 
 Nothing is written without --apply. --apply exif writes the EXIF orientation of JPEG, PNG, WebP and TIFF files; all
 other bytes stay the same. --apply pixels turns the pixels and removes the orientation; this encodes JPEG files again.
-The pictures that need turning are written to the folder -o DIR, or replaced with --in-place.
+HEIC files are listed if pillow-heif is installed, and not written. The pictures that need turning are written to the
+folder -o DIR, or replaced with --in-place.
 
 Pictures that cannot be read or written are named and skipped, and the exit status is then 1.
 """
@@ -87,7 +88,10 @@ def run(args: argparse.Namespace) -> int:
     check_head(model)
     temperature, threshold = calibration(model, args.model, args.threshold)
     size = resolve_model_data_config(model)["input_size"][-1]
+    has_heif = register_heif()
     targets = find_targets(args.paths, args.output)
+    if not has_heif and any(path.suffix.lower() in HEIF_SUFFIXES for path in targets):
+        raise ValueError("HEIC and HEIF pictures need pillow-heif: pip install 'rotation-ssl[heif]'")
     # the pixels of large photographs are only looked at
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     counts = {"upright": 0, "to turn": 0, "undecided": 0, "failed": 0}

@@ -341,3 +341,24 @@ def test_pixels_of_a_png_lose_nothing(tmp_path):
     Image.fromarray(values).save(file, dpi=(300, 300))
     with Image.open(io.BytesIO(turn_pixels(file, 1))) as image:
         assert np.array_equal(np.asarray(image), np.rot90(values, -1)) and round(image.info["dpi"][0]) == 300
+
+
+def test_heic_pictures_are_listed_and_not_turned_twice(album, capsys, monkeypatch):
+    pillow_heif = pytest.importorskip("pillow_heif")
+    pillow_heif.register_heif_opener()
+    upright = photo(SAMPLES / "photos" / "astronaut.jpg")
+    (album / "phone.heic").write_bytes(encoded(upright, "HEIF", exif=tagged(1)))
+    (album / "turned.heic").write_bytes(encoded(upright.transpose(Image.Transpose.ROTATE_90), "HEIF"))
+    before = contents(album)
+    assert orient(album, "--json") == 0
+    found = records(capsys)
+    assert [(found[f"{name}.heic"]["rotation"], found[f"{name}.heic"]["exif"]) for name in ("phone", "turned")] == [
+        (0, 1),
+        (1, 1),
+    ]
+    assert orient(album / "turned.heic", "--apply", "exif", "--in-place") == 1
+    assert "its format has no EXIF orientation that can be written" in capsys.readouterr().err
+    assert contents(album) == before
+    monkeypatch.setattr("rotation_ssl.cli.orient.register_heif", lambda: False)
+    assert orient(album / "phone.heic") == 2
+    assert "need pillow-heif: pip install 'rotation-ssl[heif]'" in capsys.readouterr().err
