@@ -68,7 +68,7 @@ def add(commands: Any) -> None:
     out = added.add_mutually_exclusive_group()
     out.add_argument("--json", action="store_true", help="print a JSON object for each picture, one per line")
     out.add_argument("--csv", type=Path, metavar="FILE", help="write the table to a CSV file")
-    added.add_argument("--apply", choices=("exif", "pixels"), help="fix the pictures that need it")
+    added.add_argument("--apply", choices=("exif", "pixels"), help="how to turn the pictures that need turning")
     where = added.add_mutually_exclusive_group()
     where.add_argument("-o", "--output", type=Path, metavar="DIR", help="folder of the fixed pictures")
     where.add_argument("--in-place", action="store_true", help="replace the pictures")
