@@ -196,8 +196,9 @@ def test_a_missing_row_is_caught(results, small_cifar10, capsys):
 def test_nothing_reported_is_not_nothing_broken(tmp_path, small_cifar10, capsys, monkeypatch):
     one_bundled(monkeypatch)
     assert run(tmp_path, small_cifar10, "--only", "knn") == 1
-    # rotation, k-NN and linear probes, three seeds of two other probes, two fine-tuned, two of five numbers of labels
-    assert capsys.readouterr().out.count("has no row") == 2 * (1 + 2 * 4 + 3 * 4 + 3) + 2 + 2 * 5
+    # rotation, k-NN and linear probes, three seeds of two other probes, two fine-tuned, two of five numbers of labels,
+    # and outliers
+    assert capsys.readouterr().out.count("has no row") == 2 * (1 + 2 * 4 + 3 * 4 + 3) + 2 + 2 * 5 + 13
 
 
 def test_what_is_not_there_is_bad_input(results, tmp_path, capsys):
@@ -294,6 +295,7 @@ def test_rows_without_a_precision_are_of_fp32():
         ("linear", "fp32"), ("nonlinear", "fp32"), ("conv", "bf16"),
         ("finetune-conv", "bf16"), ("finetune-nonlinear", "bf16"),
         ("few-labels", "bf16"), ("supervised", "bf16"),
+        ("voc-classification-11-point", "bf16"), ("voc-classification-area", "bf16"), ("voc-segmentation", "bf16"),
         ("linear-sgd", "bf16"), ("nonlinear-sgd", "bf16"),
     }  # fmt: skip
 
@@ -365,7 +367,8 @@ def test_missing_rows_by_hand():
     ]
     missing = [r.number for r in missing_rows(rows, NAME)]
     assert "rotnet_nin.cifar10 rotation accuracy" in missing and "rotnet_nin.random rotation accuracy" in missing
-    assert len(missing) == 2 * (1 + 2 + 4 + 3 * 4 + 3) + 2 + 2 * 5
+    outliers = 3 * 2 * 2 + 1
+    assert len(missing) == 2 * (1 + 2 + 4 + 3 * 4 + 3) + 2 + 2 * 5 + outliers
     assert not [number for number in missing if "k-NN block1" in number]
     # AlexNet's numbers are of Tiny-ImageNet: those of other data do not count
     name = "rotnet_alexnet.tinyimagenet"

@@ -126,10 +126,11 @@ def test_rows_of_probes_say_it(images, set_flags, monkeypatch, flags, computed):
 
     assert settings("conv").endswith(f"2 views, 2 epochs of SGD in {computed}")
     assert settings("nonlinear").endswith("4 views, 2 epochs of SGD in fp32"), "its recipe's"
-    assert settings("nonlinear", "paper").endswith("every epoch, 2 epochs of SGD in fp32")
+    fresh = f"every epoch, 2 epochs of SGD, network and probe in {computed}"
+    assert settings("nonlinear", "paper").endswith(fresh)
     assert settings("nonlinear", features="auto").endswith(f"SGD in fp32; features in {computed}")
     both = settings("nonlinear", "paper", features="auto", probes="auto")
-    assert both.endswith(f"SGD in {computed}; features in {computed}")
+    assert both.endswith(f"{fresh}; features in {computed}")
     assert settings("conv", probes="fp32").endswith("SGD in fp32"), "what is asked for is obeyed"
 
 
