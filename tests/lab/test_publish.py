@@ -38,6 +38,12 @@ def test_every_number_of_a_table_is_a_row_or_made_of_rows(page):
         groups.setdefault(dataclasses.replace(row, seed=None).key, []).append(100 * row.value)
     possible = {f"{statistics.mean(values):.2f}" for values in groups.values()}
     possible |= {f"{statistics.stdev(values):.2f}" for values in groups.values() if len(values) > 1}
+    # of the decisions that were made, how many are right
+    measured = {(row.protocol, row.data): row.correct for row in read_rows() if "orientation-" in row.protocol}
+    for (protocol, data), decided in measured.items():
+        if "decided" in protocol:
+            wrong = measured[protocol.replace("decided", "wrong"), data]
+            possible.add(f"{100 * (1 - wrong / decided):.2f}")
     shown = re.findall(r"(?<![+\-\d.])(\d+\.\d\d)(?= %| ±)", "".join(parts))
     assert len(shown) > 10 and set(shown) <= possible
 

@@ -45,7 +45,7 @@ from training.reporting.pages import FIGURES_DIR, ROOT, pages, render_page
 from training.reporting.pictures import draw_attention, draw_filters, draw_neighbours
 from training.reporting.required import complaints, main_data
 from training.reporting.rows import Row, read_rows
-from training.reporting.tables import select
+from training.reporting.tables import is_application, select
 
 
 def render(check: bool = False) -> list[Path]:
@@ -148,13 +148,13 @@ def publish_to_hub(uploads: list[Upload], namespace: str, version: str) -> Itera
 
 
 def metrics(rows: list[Row]) -> dict[str, float]:
-    """Accuracy of each protocol, budget and layer of one published weight, the mean over seeds, for the manifest.
+    """Rotation and probe accuracies of one published weight, the mean over seeds, for the manifest and the Hub.
 
     Numbers on other data than those its network is reported on name them.
     """
     values: dict[str, list[float]] = {}
     for row in rows:
-        if row.labels_per_class is None:
+        if row.labels_per_class is None and not is_application(row):
             data = "" if row.data == main_data(row.weights) else f"on {row.data}"
             what = (PROTOCOLS[row.protocol].title, row.budget, row.layer, data)
             values.setdefault(" ".join(filter(None, what)), []).append(row.value)
