@@ -39,6 +39,11 @@ def add_run(parser: argparse.ArgumentParser, output: str, precision: str = "the 
     parser.add_argument("--seed", type=int, default=0, help="random seed [%(default)s]")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="number of seeds, starting at --seed [1]")
     add_precision_argument(parser, precision)
+    add_output(parser, output)
+
+
+def add_output(parser: argparse.ArgumentParser, output: str) -> None:
+    """Where it is computed and where the results go; ``output`` is the default folder."""
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps [%(default)s]")
     parser.add_argument("--output", type=Path, help=f"folder of rows and report [{output}/<weights>]")
     parser.add_argument("--record", action="store_true", help="write the rows to training/results/, for the model card")

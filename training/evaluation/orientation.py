@@ -29,6 +29,7 @@ from rotation_ssl.orientation.turning import open_picture
 from rotation_ssl.progress import progress
 from training.command import create_parser
 from training.datasets import DATASETS
+from training.evaluation import options
 from training.evaluation.subject import Subject, load_subject, measured_row, record_file
 from training.reporting.manifest import enter_manifest, read_manifest
 from training.reporting.report import check_rows, keep_row, run_measuring, write_report
@@ -173,9 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("model", metavar="MODEL.TAG", help="name of bundled weights with four outputs")
     parser.add_argument("--photos", type=Path, required=True, metavar="DIR", help="folder of the datasets")
     parser.add_argument("--fit", action="store_true", help="choose temperature and thresholds, write the manifest")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps [%(default)s]")
-    parser.add_argument("--output", type=Path, help="folder of rows and report [runs/orientation/<weights>]")
-    parser.add_argument("--record", action="store_true", help="write the rows to training/results/, for the model card")
+    options.add_output(parser, "runs/orientation")
     args = parser.parse_args(arguments)
     return run_measuring(lambda: _work(args), args.device)
 

@@ -26,6 +26,7 @@ from rotation_ssl.outliers import RotationOutlierDetector, auroc, false_positive
 from rotation_ssl.progress import progress
 from training.command import create_parser
 from training.datasets import check_whole, load_images, load_split
+from training.evaluation import options
 from training.evaluation.subject import Subject, load_subject, recommended_layer, record_file
 from training.reporting.report import check_rows, keep_row, run_measuring, write_report
 from training.reporting.rows import Row, current_commit
@@ -140,9 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--download", action="store_true", help="let torchvision download CIFAR-10 into --data")
     parser.add_argument("--cifar100", type=Path, required=True, metavar="DIR", help="folder of CIFAR-100")
     parser.add_argument("--layer", help="layer that k-NN compares in [the recommended one]")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps [%(default)s]")
-    parser.add_argument("--output", type=Path, help="folder of rows and report [runs/outliers/<weights>]")
-    parser.add_argument("--record", action="store_true", help="write the rows to training/results/, for the model card")
+    options.add_output(parser, "runs/outliers")
     args = parser.parse_args(arguments)
     return run_measuring(lambda: _work(args), args.device)
 
