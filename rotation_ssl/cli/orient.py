@@ -141,12 +141,13 @@ def find_targets(paths: Sequence[Path], output: Path | None) -> dict[Path, Path]
         ValueError: no pictures, or two of them that would be written to one file.
     """
     targets: dict[Path, Path] = {}
+    taken: set[Path] = set()
     for path in paths:
         for picture in find_images(path) if path.is_dir() else [path]:
             target = picture if output is None else output / picture.relative_to(path if path.is_dir() else path.parent)
-            if output is not None and target in targets.values() and picture not in targets:
+            if output is not None and target in taken and picture not in targets:
                 raise ValueError(f"two pictures would be written to {target}: give one folder at a time")
-            targets.setdefault(picture, target)
+            taken.add(targets.setdefault(picture, target))
     return targets
 
 
