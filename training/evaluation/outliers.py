@@ -21,15 +21,14 @@ from torch import nn
 from rotation_ssl.evaluation.frozen import preparation
 from rotation_ssl.features import extract_features
 from rotation_ssl.labelled import Images, LabelledImages
-from rotation_ssl.machine import device_name, library_versions
 from rotation_ssl.outliers import RotationOutlierDetector, auroc, false_positive_rate
 from rotation_ssl.progress import progress
 from training.command import create_parser
 from training.datasets import check_whole, load_images, load_split
 from training.evaluation import options
-from training.evaluation.subject import Subject, load_subject, recommended_layer, record_file
+from training.evaluation.subject import Subject, load_subject, measured_value, recommended_layer, record_file
 from training.reporting.report import check_rows, keep_row, run_measuring, write_report
-from training.reporting.rows import Row, current_commit
+from training.reporting.rows import Row
 
 NORMAL, OUTLYING = "CIFAR-10 test", "CIFAR-100 test"
 NEIGHBOURS = 10
@@ -125,12 +124,7 @@ def _surprise(subject: Subject, detector: RotationOutlierDetector, images: torch
 
 
 def _row(subject: Subject, value: float, protocol: str, data: str, layer: str, settings: str, seconds: float) -> Row:
-    return Row(
-        subject.name, protocol, layer, value, "measured", data, settings=settings, sha256=subject.sha256,
-        commit=current_commit(), versions=library_versions(),
-        device=device_name(next(subject.backbone.parameters()).device), threads=torch.get_num_threads(),
-        seconds=round(seconds, 1),
-    )  # fmt: skip
+    return measured_value(subject, value, data, settings, seconds, protocol=protocol, layer=layer)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -130,12 +130,15 @@ def measured_row(
     subject: Subject, counts: Sequence[int], n: int, data: str, settings: str, seconds: float, **fields: Any
 ) -> Row:
     """The row of a measured number: correct predictions by parts of ``n``, and the seconds that it took."""
+    counted = {"correct": sum(counts), "n": n, "counts": tuple(counts)}
+    return measured_value(subject, sum(counts) / n, data, settings, seconds, **counted, **fields)
+
+
+def measured_value(subject: Subject, value: float, data: str, settings: str, seconds: float, **fields: Any) -> Row:
+    """The row of a measured number that is no count of right answers, or whose counts are among the ``fields``."""
     return Row(
         weights=subject.name,
-        value=sum(counts) / n,
-        correct=sum(counts),
-        n=n,
-        counts=tuple(counts),
+        value=value,
         source="measured",
         data=data,
         settings=settings,
