@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 ROTATIONS = (0, 1, 2, 3)
+ROTATION_NAMES = ("upright", "90° ccw", "180°", "90° cw")
 
 
 def rotate_all(images: torch.Tensor, rotations: Sequence[int] = ROTATIONS) -> torch.Tensor:

@@ -147,6 +147,15 @@ def hub(monkeypatch, tmp_path):
 
 
 @pytest.fixture
+def public_address(monkeypatch):
+    """The project as it is once it has a public address, for the cards to point to."""
+    from training.reporting.hub import card, upload
+
+    for module in (card, upload):
+        monkeypatch.setattr(module, "REPOSITORY", "ORG/rotation_ssl")
+
+
+@pytest.fixture
 def weights_dir(monkeypatch, tmp_path):
     """A copy of the package's weights, in their place, that a test may change."""
     folder = shutil.copytree(zoo.WEIGHTS_DIR, tmp_path / "weights")

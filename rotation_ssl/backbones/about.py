@@ -10,6 +10,7 @@ from timm.models import is_model, model_entrypoint
 class NetworkFacts:
     """What the paper and the authors' code say of a network; '' and 0 where they say nothing.
 
+    ``timm_name`` is the network's name in timm, where timm has it too, with the same keys.
     ``recommended_layer`` has the best features by the paper's tables 1 and 4. The paper pretrains for ``paper_epochs``
     on ``paper_images`` images, each in four rotations. The authors' weights are for images of ``authors_size`` pixels.
     """
@@ -18,6 +19,7 @@ class NetworkFacts:
     paper_epochs: int = 0
     paper_images: int = 0
     authors_size: int = 0
+    timm_name: str = ""
 
     @property
     def paper_rotated_images(self) -> int:

@@ -13,6 +13,7 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from rotation_ssl import zoo
+from rotation_ssl.backbones.about import NetworkFacts
 
 __all__ = ["rotnet_resnet18", "rotnet_resnet50"]
 
@@ -41,6 +42,11 @@ default_cfgs = generate_default_cfgs(
         for name, published in zoo.published_cfgs(model).items()
     }
 )
+
+FACTS = {
+    "rotnet_resnet18": NetworkFacts(timm_name="resnet18"),
+    "rotnet_resnet50": NetworkFacts(timm_name="resnet50"),
+}
 
 
 @register_model

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import nn
 from rotation_ssl.backbones.about import network_facts
 from rotation_ssl.convert.mapping import AUTHORS, Converted
 from rotation_ssl.files import replace_bytes, replace_file
+from rotation_ssl.rotations import ROTATION_NAMES
 
 # what timm says of an architecture's default weights, and nobody of others
 NOT_OF_THESE_WEIGHTS: dict[str, Any] = dict.fromkeys(
@@ -52,11 +53,17 @@ def write_folder(converted: Converted, folder: Path, tag: str, provenance: Mappi
     folder.mkdir(parents=True, exist_ok=True)
     # without config.json the folder is none that timm takes: it comes last, and whole
     replace_bytes(folder / "model.safetensors", content)
-    write_config(model, content, folder / "config.json", cfg, {"origin": converted.origin, **provenance})
+    labels = ROTATION_NAMES if converted.origin == AUTHORS else ()
+    write_config(model, content, folder / "config.json", cfg, {"origin": converted.origin, **provenance}, labels)
 
 
 def write_config(
-    model: nn.Module, content: bytes, file: Path, cfg: Mapping[str, Any], provenance: Mapping[str, Any]
+    model: nn.Module,
+    content: bytes,
+    file: Path,
+    cfg: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+    label_names: Sequence[str] = (),
 ) -> None:
     """Write the config.json that describes a file of weights: see :func:`write_folder`.
 
@@ -66,12 +73,14 @@ def write_config(
         file: where to write it, completely or not at all.
         cfg: what differs from the pretrained_cfg of the architecture's default weights.
         provenance: where the weights come from, as JSON.
+        label_names: of the classes, which transformers shows; none if empty.
     """
     described = {
         "pretrained_cfg": dict(cfg),
         "sha256": hashlib.sha256(content).hexdigest(),
         "size": len(content),
         "provenance": dict(provenance),
+        "label_names": list(label_names),
     }
 
     def write(path: Path) -> None:

@@ -22,6 +22,7 @@ from rotation_ssl.machine import device_name, library_versions
 from rotation_ssl.messages import first_line
 from rotation_ssl.pretraining.recipe import Recipe
 from rotation_ssl.pretraining.state import Progress
+from rotation_ssl.rotations import ROTATION_NAMES, ROTATIONS
 
 
 @contextlib.contextmanager
@@ -160,7 +161,9 @@ def write_run(output: Path, recipe: Recipe, run: dict[str, Any], model: nn.Modul
         "crop_pct": 1.0,
         "test_input_size": None,
     }
-    write_config(model, content, output / "config.json", cfg, {"recipe": run["recipe"], "commit": run["commit"]})
+    labels = ROTATION_NAMES if (recipe.rotations, recipe.rotation_unit) == (ROTATIONS, 90) else ()
+    provenance = {"recipe": run["recipe"], "commit": run["commit"]}
+    write_config(model, content, output / "config.json", cfg, provenance, labels)
     replace_bytes(output / "model.safetensors", content)
     sync(output)
 

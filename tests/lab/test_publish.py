@@ -1,6 +1,7 @@
 """The card is what the rows render to, and bundling refuses what is no finished run."""
 
 import dataclasses
+import hashlib
 import json
 import re
 import shutil
@@ -8,7 +9,9 @@ import statistics
 
 import pytest
 import timm
+import torch
 from conftest import ROOT, SAMPLES
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from rotation_ssl import zoo
@@ -130,8 +133,22 @@ def test_bundling_makes_the_manifest_again(copied, run_dir):
     (copied / "weights" / "manifest.json").write_text(json.dumps(others))
     bundle.bundle(run_dir, NAME)
     made = json.loads((copied / "weights" / "manifest.json").read_text())
-    assert made[NAME] == wanted[NAME] | {"metrics": {}}
+    bytes_of = {key: made[NAME][key] for key in ("sha256", "size")}
+    assert made[NAME] == wanted[NAME] | {"metrics": {}} | bytes_of
     assert (copied / "weights" / f"{NAME}.golden.safetensors").exists()
+    weights, before = copied / "weights" / f"{NAME}.safetensors", load_file(run_dir / "model.safetensors")
+    assert bytes_of == {"sha256": hashlib.sha256(weights.read_bytes()).hexdigest(), "size": weights.stat().st_size}
+    assert all(torch.equal(tensor, before[key]) for key, tensor in load_file(weights).items())
+    with safe_open(weights, "pt") as file:
+        assert file.metadata() == {
+            "format": "pt",
+            "tag": NAME,
+            "layer": "block2",
+            **{key: wanted[NAME][key] for key in ("commit", "license", "recipe")},
+        }
+    # the file in the package is older than these metadata
+    made[NAME] |= {key: wanted[NAME][key] for key in bytes_of}
+    (copied / "weights" / "manifest.json").write_text(json.dumps(made))
     assert copied / "weights" / "manifest.json" in publish.render()
     assert json.loads((copied / "weights" / "manifest.json").read_text()) == wanted
     assert publish.render(check=True) == []

@@ -12,23 +12,23 @@ import torch
 from conftest import DATA, HUB_ENVIRONMENT, ROOT, published_manifest
 from safetensors.torch import load, load_file, save_file
 
+import rotation_ssl
 from rotation_ssl import zoo
 from rotation_ssl.convert import convert, read_checkpoint, write_folder
-from training.reporting import hub as upload
 from training.reporting import publish
+from training.reporting.hub import card, upload
+from training.reporting.hub.files import hub_files
+from training.reporting.hub.weights import Upload
 from training.reporting.rows import read_rows
 
-# the Hub's client, with its own HTTP library
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+pytestmark = [
+    pytest.mark.usefixtures("public_address"),
+    # the Hub's client, with its own HTTP library
+    pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),
+]
 
 NAME = "rotnet_nin.cifar10"
 REPOSITORY = f"ORG/{NAME}"
-
-
-@pytest.fixture(autouse=True)
-def public_address(monkeypatch):
-    """The project as it is once it has one, for the cards to point to."""
-    monkeypatch.setattr(upload, "REPOSITORY", "ORG/rotation_ssl")
 
 
 def run(*arguments):
@@ -75,7 +75,7 @@ def test_what_a_repository_holds(hub, weights_dir, tmp_path):
     assert run("--namespace", "ORG", "--weights", NAME) == 0
     files = hub.repositories[REPOSITORY]["commits"][hub.repositories[REPOSITORY]["main"]]
     names = {".gitattributes", "README.md", "config.json", "model.safetensors", "backbone.safetensors"}
-    assert set(files) == names | {"golden.safetensors", "training.json", "curve.png"}
+    assert set(files) == names | {"golden.safetensors", "training.json", "curve.png", "onnx/model.onnx"}
     assert files["model.safetensors"] == (weights_dir / f"{NAME}.safetensors").read_bytes()
     backbone = load(files["backbone.safetensors"])
     assert not [key for key in backbone if key.startswith("head.")] and len(backbone) == len(
@@ -88,14 +88,19 @@ def test_what_a_repository_holds(hub, weights_dir, tmp_path):
     run_record = json.loads(files["training.json"])
     assert run_record["recipe"]["name"] == zoo.manifest()[NAME]["recipe"]
     (tmp_path / "README.md").write_bytes(files["README.md"])
-    card = huggingface_hub.ModelCard.load(tmp_path / "README.md")
-    assert (card.data.license, card.data.library_name, card.data.model_name) == ("mit", "timm", NAME)
-    published = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    read = huggingface_hub.ModelCard.load(tmp_path / "README.md")
+    assert (read.data.license, read.data.library_name, read.data.model_name) == ("mit", "timm", NAME)
+    assert "timm" in read.data.tags
+    results = read.data.eval_results
+    assert {result.source_url for result in results} == {
+        f"https://github.com/ORG/rotation_ssl/blob/v{rotation_ssl.__version__}/MODEL_CARD.md"
+    }
+    published = {result.metric_name: result.metric_value for result in results}
     assert published == {key: round(100 * value, 2) for key, value in zoo.manifest()[NAME]["metrics"].items()}
     assert len(published) > 10
     for snippet in ('create_model("rotnet_nin.cifar10"', f'"hf-hub:{REPOSITORY}@v0.1"', "torch.hub.load("):
-        assert snippet in card.text
-    assert f"{100 * published_manifest()[NAME]['metrics']['rotation accuracy']:.2f} %" in card.text
+        assert snippet in read.text
+    assert f"{100 * published_manifest()[NAME]['metrics']['rotation accuracy']:.2f} %" in read.text
 
 
 def test_config_is_enough_without_the_registrys_help(hub, weights_dir, monkeypatch):
@@ -143,9 +148,10 @@ def test_killed_after_the_upload_and_run_again(hub, weights_dir, tmp_path):
         "import os, pathlib, signal, sys\n"
         "from rotation_ssl import zoo\n"
         "zoo.WEIGHTS_DIR = pathlib.Path(sys.argv[1])\n"
-        "from training.reporting import hub, publish\n"
-        "hub.REPOSITORY = 'ORG/rotation_ssl'\n"
-        "hub._differing = lambda *args: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "from training.reporting import publish\n"
+        "from training.reporting.hub import card, upload\n"
+        "card.REPOSITORY = upload.REPOSITORY = 'ORG/rotation_ssl'\n"
+        "upload._differing = lambda *args: os.kill(os.getpid(), signal.SIGKILL)\n"
         "publish.main(['--namespace', 'ORG', '--weights', sys.argv[2]])\n"
     )
     environment = {**os.environ, **HUB_ENVIRONMENT, "HF_HOME": str(tmp_path / "home")}
@@ -178,13 +184,13 @@ def test_refused_by_the_hub(hub, weights_dir, status, message, capsys):
 
 
 def test_a_commit_in_between_is_noticed(hub, weights_dir, monkeypatch, capsys):
-    keep = upload._keep_golden
+    keep = upload._keep_equal
 
     def commit_meanwhile(*args):
         keep(*args)
         hub.commit(REPOSITORY, {"note.txt": b"meanwhile"})
 
-    monkeypatch.setattr(upload, "_keep_golden", commit_meanwhile)
+    monkeypatch.setattr(upload, "_keep_equal", commit_meanwhile)
     assert publish_one() == 2
     assert "someone else committed meanwhile" in capsys.readouterr().err
 
@@ -200,15 +206,15 @@ def test_a_version_never_moves(hub, weights_dir, monkeypatch, capsys, tmp_path):
     assert publish_one() == 0
     first, uploaded = hub.repositories[REPOSITORY]["main"], list(hub.uploads)
     other = tmp_path / "card.md"
-    other.write_text(upload.CARD_TEMPLATE.read_text() + "one more line\n")
-    monkeypatch.setattr(upload, "CARD_TEMPLATE", other)
+    other.write_text(card.CARD_TEMPLATE.read_text() + "one more line\n")
+    monkeypatch.setattr(card, "CARD_TEMPLATE", other)
     assert publish_one() == 2
     assert "v0.1 of ORG/rotnet_nin.cifar10 has other README.md, and a version never moves" in capsys.readouterr().err
     assert hub.repositories[REPOSITORY] | {"commits": 0} == {"commits": 0, "main": first, "tags": {"v0.1": first}}
     assert hub.uploads == uploaded
     assert publish_one("--version", "v0.2") == 0
     assert manifest_of(weights_dir)[NAME]["hub"]["version"] == "v0.2"
-    assert hub.uploads == [*uploaded, "README.md"]
+    assert hub.uploads[:-1] == uploaded, "the card alone"
 
 
 def test_what_others_do_to_main_does_not_matter_to_a_version(hub, weights_dir):
@@ -299,6 +305,6 @@ def test_a_folder_that_does_not_say_enough_is_refused(hub, weights_dir, converte
 
 def test_rows_decide_what_the_card_says(weights_dir):
     name, entry = "rotnet_nin.unmeasured", zoo.manifest()[NAME] | {"metrics": {}}
-    unmeasured = upload.Upload(name, entry, (weights_dir / f"{NAME}.safetensors").read_bytes())
-    text = upload.hub_files(unmeasured, "ORG/x", "v0.1", read_rows())["README.md"].decode()
+    unmeasured = Upload(name, entry, (weights_dir / f"{NAME}.safetensors").read_bytes())
+    text = hub_files(unmeasured, "ORG/x", "v0.1", read_rows())["README.md"].decode()
     assert "Not measured by this project." in text and "model-index" not in text

@@ -13,7 +13,8 @@ from timm.models._hub import save_for_hf
 from rotation_ssl.convert import Converted, convert, read_checkpoint, write_folder
 from rotation_ssl.pretraining.outputs import write_run
 from training.recipes import NIN_CIFAR10_CPU
-from training.reporting.hub import hub_files, upload_of
+from training.reporting.hub.files import hub_files
+from training.reporting.hub.weights import upload_of
 from training.reporting.rows import read_rows
 
 
@@ -33,6 +34,7 @@ def publish(folder):
     """What a repository of the Hub holds."""
     folder.mkdir()
     for name, content in hub_files(upload_of("rotnet_nin.cifar10"), "ORG/x", "v0.1", read_rows()).items():
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
 
 
@@ -61,7 +63,8 @@ def test_config_is_timms_own_but_for_the_argument_given_twice(folder, tmp_path):
     ours = json.loads((folder / "config.json").read_text())
     save_for_hf(timm.create_model(f"local-dir:{folder}", pretrained=True), tmp_path / "timm")
     timms = json.loads((tmp_path / "timm" / "config.json").read_text())
-    assert ours.keys() - timms.keys() == {"sha256", "size", "provenance"} and timms.keys() <= ours.keys()
+    added = {"sha256", "size", "provenance"} | ({"label_names"} & ours.keys())
+    assert ours.keys() - timms.keys() == added and timms.keys() <= ours.keys()
     assert timms["model_args"] == {**ours["model_args"], "num_classes": ours["num_classes"]}
     for key in ("architecture", "num_classes", "num_features", "global_pool"):
         assert ours[key] == timms[key]

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,6 @@ def bundle(run_dir: Path, name: str) -> None:
     run = checked_run(run_dir, name)
     recipe = run["recipe"]
     weights = run_dir / "model.safetensors"
-    content = weights.read_bytes()
     # the size is the recipe's, not that of the weights that are bundled already or of the paper
     input_size = (3, *[RECIPES[recipe["name"]].input_size] * 2)
     overlay = {"file": str(weights), "input_size": input_size}
@@ -48,8 +48,6 @@ def bundle(run_dir: Path, name: str) -> None:
     entry = {
         "source": "bundled",
         "file": f"{name}.safetensors",
-        "sha256": hashlib.sha256(content).hexdigest(),
-        "size": len(content),
         "license": "mit",
         "origin": "trained by this project",
         "recipe": recipe["name"],
@@ -62,12 +60,28 @@ def bundle(run_dir: Path, name: str) -> None:
         **({"model_args": dict(recipe["model_args"])} if recipe.get("model_args") else {}),
         "metrics": {},
     }
+    content = add_metadata(weights.read_bytes(), name, entry)
+    entry |= {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
     FIGURES_DIR.mkdir(parents=True, exist_ok=True)
     replace_bytes(FIGURES_DIR / f"{name}.curve.png", (run_dir / "curve.png").read_bytes())
     replace_bytes(golden_file(name), save(golden_outputs(model)))
     replace_bytes(RESULTS_DIR / f"{name}.run.json", (run_dir / "run.json").read_bytes())
     replace_bytes(zoo.WEIGHTS_DIR / entry["file"], content)
     enter_manifest(name, entry)
+
+
+def add_metadata(content: bytes, name: str, entry: Mapping[str, Any]) -> bytes:
+    """A safetensors file that says which published weights it has, in the metadata of its header.
+
+    safetensors itself writes several of them in an order that changes from run to run.
+    """
+    told = {key: str(entry.get(key, "")) for key in ("commit", "license", "recipe")}
+    metadata = {"format": "pt", "layer": entry["recommended_layer"], "tag": name, **told}
+    length = int.from_bytes(content[:8], "little")
+    header = {**json.loads(content[8 : 8 + length]), "__metadata__": metadata}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors stay aligned
+    return len(text).to_bytes(8, "little") + text + content[8 + length :]
 
 
 def checked_run(run_dir: Path, name: str) -> dict[str, Any]:

@@ -39,7 +39,9 @@ from training.reporting.figures import (
     rows_stamp,
     stamp_of,
 )
-from training.reporting.hub import Upload, current_version, hub_files, publish, upload_of, upload_of_folder
+from training.reporting.hub.files import hub_files
+from training.reporting.hub.upload import current_version, publish
+from training.reporting.hub.weights import Upload, upload_of, upload_of_folder
 from training.reporting.manifest import enter_manifest, manifest_text, read_manifest
 from training.reporting.pages import FIGURES_DIR, ROOT, pages, render_page
 from training.reporting.pictures import draw_attention, draw_filters, draw_neighbours
