@@ -47,6 +47,8 @@ PROTOCOLS = FROZEN | {
             for id, kind in (("", ", AUROC"), ("-fpr95", ", FPR at 95 %"))
         ),
         _protocol("outliers", {}, "one-class-knn", "one-class detection by k-NN, AUROC"),
+        # quoted only: a network is trained for each class
+        _protocol("outliers", {}, "one-class-rotation", "one-class detection by rotation, AUROC"),
         *(_voc("voc", "voc-classification", "classification", kind) for kind in ("", "11-point", "area", "steps")),
         *(_voc("detect", "voc-fast-rcnn", "detection (Fast R-CNN)", kind) for kind in ("", "11-point", "area")),
         *(_voc("detect", "voc-faster-rcnn", "detection (Faster R-CNN)", kind) for kind in ("11-point", "area")),

@@ -88,4 +88,4 @@ def less_workers(words):
 
 def test_the_papers_numbers_are_those_of_the_rows():
     assert layer_table(read_rows()) in PAGE, "again: python -m training publish render"
-    assert "_50.00 %_" in PAGE and "_36.50 %_" in PAGE
+    assert "_50.0 %_" in PAGE and "_36.5 %_" in PAGE

@@ -206,7 +206,7 @@ def test_an_alexnet_is_bundled_and_reported_on_its_own_data(copied, tmp_path):
     (headline,) = [line for line in text.splitlines() if line.startswith(f"| `{name}` | `conv4` | 8")]
     assert headline == f"| `{name}` | `conv4` | 81.23 % | 14.00 % | 30.00 % |"
     text = (copied / "docs" / "imagenet.md").read_text()
-    assert "_50.00 %_" in text and "_31.70 %_ (unchecked)" in text and "Places205 val" in text
+    assert "_50.0 %_" in text and "_31.7 %_ (unchecked)" in text and "Places205 val" in text
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -375,5 +375,5 @@ def test_gap_and_spread_are_written_out():
     )
     table = "\n".join(tables.probe_table(name, [*ours, theirs]))
     assert f"| non-linear probe (cached) | `{name}` | 51.00 ± 1.41 % |" in table
-    assert "| _non-linear probe (paper)_ | _paper_ | _60.00 %_ |" in table
+    assert "| _non-linear probe (paper)_ | _paper_ | _60.0 %_ |" in table
     assert "| gap | paper | -9.00 |" in table

@@ -42,24 +42,26 @@ def thresholds_line(entries: Mapping[str, Mapping[str, Any]]) -> str:
 
 def outliers_table(rows: Sequence[Row]) -> str:
     """How well images that do not belong are told from the normal ones: both scores on every kind of outlier."""
-    found = [row for row in rows if row.protocol.startswith("outliers-")]
+    found = sorted((r for r in rows if r.protocol.startswith("outliers-")), key=lambda row: row.source != "measured")
     columns = list(dict.fromkeys(row.protocol for row in found))
     lines = []
     for weights, data, source in dict.fromkeys((row.weights, row.data, row.source) for row in found):
         own = {r.protocol: percent(r) for r in found if (r.weights, r.data, r.source) == (weights, data, source)}
-        label = f"`{weights}`, {data}" if source == "measured" else f"_{source}, {data}_"
+        label = f"`{weights}`, {data}" if source == "measured" else f"_{source.split(' (')[0]}, {data}_"
         lines.append((label, *(own.get(column, "") for column in columns)))
     titles = (PROTOCOLS[column].title.removeprefix("outliers by ") for column in columns)
     return markdown_table(("outliers", *titles), lines) if lines else ""
 
 
 def one_class_line(rows: Sequence[Row]) -> str:
-    """The mean AUROC of one-class detection, ours and the quoted ones."""
-    found = [row for row in rows if row.protocol == "one-class-knn"]
-    names = [f"`{row.weights}`" if row.source == "measured" else row.source for row in found]
-    numbers = [f"{percent(row)} ({name})" for row, name in zip(found, names, strict=True)]
-    told = "One class of CIFAR-10 against the other nine, by k-NN, mean AUROC over the classes"
-    return f"{told}: {'; '.join(numbers)}. The network was trained on all ten classes." if found else ""
+    """The mean AUROC of one-class detection: ours, then those of networks that were trained for it."""
+    told = "One class of CIFAR-10 against the other nine, mean AUROC over the classes"
+    own = [f"{percent(row)} by k-NN (`{row.weights}`)" for row in rows if row.protocol == "one-class-knn"]
+    quoted = [f"{percent(row)} ({row.source.split(' (')[0]})" for row in rows if row.protocol == "one-class-rotation"]
+    if not own:
+        return ""
+    beside = f" Rotation networks trained for each class: {'; '.join(quoted)}." if quoted else ""
+    return f"{told}: {'; '.join(own)}. This network was trained on all ten classes.{beside}"
 
 
 def orientation_line(rows: Sequence[Row]) -> str:

@@ -31,11 +31,12 @@ def model_of(name: str) -> str:
 
 
 def percent(row: Row) -> str:
-    """A row's value, in italics where it is quoted, with a mark where no printed copy was at hand."""
-    text = f"{100 * row.value:.2f} %"
+    """A row's value. A quoted one is in italics, with a mark where no printed copy was at hand."""
+    text = f"{100 * row.value:.2f}"
     if row.source == "measured":
-        return text
-    return f"_{text}_{' (unchecked)' if 'unchecked' in row.source else ''}"
+        return f"{text} %"
+    # the paper's tables of AlexNet have one digit
+    return f"_{text.removesuffix('0')} %_{' (unchecked)' if 'unchecked' in row.source else ''}"
 
 
 def select(rows: Iterable[Row], weights: str, measured: bool = True) -> list[Row]:
