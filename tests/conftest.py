@@ -200,6 +200,27 @@ def set_manifest(monkeypatch):
 
 
 @pytest.fixture
+def copied(monkeypatch, tmp_path, weights_dir):
+    """The files that publishing writes, in a folder of the test's own."""
+    from training.reporting import bundle, pages, publish
+    from training.reporting.rows import RESULTS_DIR, read_rows
+
+    shutil.copytree(publish.FIGURES_DIR, tmp_path / "docs" / "figures")
+    shutil.copytree(SAMPLES, tmp_path / "samples")
+    shutil.copytree(RESULTS_DIR, tmp_path / "results")
+    for page in pages.pages():
+        shutil.copyfile(page, tmp_path / page.relative_to(ROOT))
+    for module in (bundle, publish):
+        monkeypatch.setattr(module, "FIGURES_DIR", tmp_path / "docs" / "figures")
+    monkeypatch.setattr(bundle, "RESULTS_DIR", tmp_path / "results")
+    monkeypatch.setattr(pages, "RESULTS_DIR", tmp_path / "results")
+    monkeypatch.setattr(pages, "ROOT", tmp_path)
+    monkeypatch.setattr(publish, "ROOT", tmp_path)
+    monkeypatch.setattr(publish, "read_rows", lambda: read_rows(tmp_path / "results"))
+    return tmp_path
+
+
+@pytest.fixture
 def go_offline(monkeypatch):
     """A function that makes the Hub's client refuse requests, as HF_HUB_OFFLINE=1 does."""
     return lambda: monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)

@@ -304,7 +304,7 @@ def open_unlabelled(data: str, root: Path, size: int, download: bool = False) ->
     """The training images of a dataset of the recipes, without their labels.
 
     Args:
-        data: 'cifar10', 'tinyimagenet', 'photos', or what :func:`rotation_ssl.pretraining.images.open_images` takes.
+        data: a name of :data:`DATASETS`, 'photos', or what :func:`rotation_ssl.pretraining.images.open_images` takes.
         root: where it is.
         size: side of the squares.
         download: let torchvision fetch it.
@@ -319,8 +319,8 @@ def open_unlabelled(data: str, root: Path, size: int, download: bool = False) ->
         if size != 32:
             raise ValueError(f"CIFAR-10's images are of 32 pixels, not {size}: for another size give --dataset folder")
         return load_cifar10(root, "train", download).images
-    if data == "tinyimagenet":
-        return open_files(tinyimagenet_files(root, "train")[0], size)
     if data == "photos":
         return open_files(photo_files(root), size)
+    if data in DATASETS and (list_files := DATASETS[data].files):
+        return open_files(list_files(root, "train")[0], size)
     return open_images(data, root, size, download)

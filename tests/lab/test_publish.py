@@ -10,7 +10,7 @@ import statistics
 import pytest
 import timm
 import torch
-from conftest import ROOT, SAMPLES
+from conftest import ROOT
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -94,24 +94,6 @@ def test_quoted_numbers_are_the_papers():
     }
     assert quoted["rotnet_alexnet.paper", "nonlinear-sgd", "conv4"] == 0.5
     assert quoted["rotnet_alexnet.paper", "linear-sgd", "conv3"] == 0.387
-
-
-@pytest.fixture
-def copied(monkeypatch, tmp_path, weights_dir):
-    """The files that publishing writes, in a folder of the test's own."""
-    shutil.copytree(publish.FIGURES_DIR, tmp_path / "docs" / "figures")
-    shutil.copytree(SAMPLES, tmp_path / "samples")
-    shutil.copytree(RESULTS_DIR, tmp_path / "results")
-    for page in pages.pages():
-        shutil.copyfile(page, tmp_path / page.relative_to(ROOT))
-    for module in (bundle, publish):
-        monkeypatch.setattr(module, "FIGURES_DIR", tmp_path / "docs" / "figures")
-    monkeypatch.setattr(bundle, "RESULTS_DIR", tmp_path / "results")
-    monkeypatch.setattr(pages, "RESULTS_DIR", tmp_path / "results")
-    monkeypatch.setattr(pages, "ROOT", tmp_path)
-    monkeypatch.setattr(publish, "ROOT", tmp_path)
-    monkeypatch.setattr(publish, "read_rows", lambda: read_rows(tmp_path / "results"))
-    return tmp_path
 
 
 @pytest.fixture

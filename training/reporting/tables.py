@@ -32,11 +32,15 @@ def model_of(name: str) -> str:
 
 def percent(row: Row) -> str:
     """A row's value. A quoted one is in italics, with a mark where no printed copy was at hand."""
-    text = f"{100 * row.value:.2f}"
+    text = f"{100 * row.value:.2f} %"
     if row.source == "measured":
-        return f"{text} %"
-    # the paper's tables of AlexNet have one digit
-    return f"_{text.removesuffix('0')} %_{' (unchecked)' if 'unchecked' in row.source else ''}"
+        return text
+    return f"{quoted_text(text)}{' (unchecked)' if 'unchecked' in row.source else ''}"
+
+
+def quoted_text(percentage: str) -> str:
+    """A quoted percentage, in italics; the paper's tables of AlexNet have one digit. '' stays ''."""
+    return f"_{percentage.replace('0 %', ' %')}_" if percentage else ""
 
 
 def select(rows: Iterable[Row], weights: str, measured: bool = True) -> list[Row]:
@@ -138,7 +142,7 @@ def _results_table(rows: Sequence[Row], bundled: Mapping[str, Mapping[str, Any]]
 
     def shown(label: str, found: Sequence[Row]) -> str:
         text = spread_text(found)
-        return f"_{text}_" if text and label.startswith("_") else text
+        return quoted_text(text) if label.startswith("_") else text
 
     return markdown_table(
         ("weights", "layer", *titles),
@@ -203,7 +207,7 @@ def few_labels_table(name: str, rows: Sequence[Row]) -> list[str]:
         texts = [spread_text([row for row in chosen if row.labels_per_class == count]) for count in labels]
         what, label = f"{title} on {layer}, {draw} images", f"`{weights}`"
         if source != "measured":
-            what, label, texts = f"_{what}_", f"_{source}_", [f"_{text}_" if text else "" for text in texts]
+            what, label, texts = f"_{what}_", f"_{source}_", [quoted_text(text) for text in texts]
         lines.append((what, label, *texts))
     everything = " (5,000 are all of CIFAR-10)" if 5000 in labels else ""
     header = ("protocol", "weights", *(f"{count:,}" for count in labels))
@@ -280,7 +284,7 @@ def _probe_line(first: Row, label: str, cells: Mapping[str, Sequence[Row]]) -> t
     texts = [spread_text(group) for group in cells.values()]
     if first.source == "measured":
         return first.title, label, *texts
-    return f"_{first.title}_", label, *(f"_{text}_" if text else "" for text in texts)
+    return f"_{first.title}_", label, *map(quoted_text, texts)
 
 
 def _settings_lines(own: Sequence[Row], random: Sequence[Row]) -> list[str]:

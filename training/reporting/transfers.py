@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from rotation_ssl.evaluation.report import spread_text
 from training.reporting.required import RANDOM, RESCALED
 from training.reporting.rows import Row
-from training.reporting.tables import QUOTED, is_transfer, markdown_table, model_of
+from training.reporting.tables import QUOTED, is_transfer, markdown_table, model_of, quoted_text
 
 # protocol without the kind of average precision, what is trained, and the column's title
 COLUMNS = (
@@ -91,7 +91,7 @@ def _found(rows: Sequence[Row], weights: str, protocol: str, layer: str, kind: s
 
 def _cell(own: Sequence[Row], protocol: str, layer: str, kind: str) -> str:
     text = spread_text(_found(own, own[0].weights, protocol, layer, kind))
-    return f"_{text}_" if text and own[0].source != "measured" else text
+    return quoted_text(text) if own[0].source != "measured" else text
 
 
 def _whose(own: Sequence[Row]) -> str:
