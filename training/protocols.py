@@ -13,6 +13,8 @@ from rotation_ssl.evaluation.protocols import Protocol
 from training.evaluation.recipes import LAYER_PROBES, TRANSFERS
 from training.transfer.recipes import VOC_RECIPES
 
+COVERAGES = range(10, 100, 10)  # percent of photographs, the most confident ones, that accuracy is measured on
+
 
 def _protocol(command: str, named: Mapping[str, Any], id: str, title: str, color: str = "") -> Protocol:
     recipes = {recipe.budget: recipe for recipe in named.values() if recipe.protocol == id}
@@ -45,6 +47,10 @@ PROTOCOLS = FROZEN | {
             _protocol("outliers", {}, f"outliers-{score}{id}", f"outliers by {title}{kind}")
             for score, title in (("rotation", "rotation"), ("knn", "k-NN"))
             for id, kind in (("", ", AUROC"), ("-fpr95", ", FPR at 95 %"))
+        ),
+        *(
+            _protocol("orientation", {}, f"orientation-top-{share}", f"orientation of the most confident {share} %")
+            for share in COVERAGES
         ),
         _protocol("outliers", {}, "one-class-knn", "one-class detection by k-NN, AUROC"),
         # quoted only: a network is trained for each class

@@ -1,6 +1,7 @@
 """What the rotation head is good for, as text."""
 
 from training.reporting.applications import (
+    coverage_table,
     one_class_line,
     orientation_line,
     orientation_table,
@@ -41,6 +42,18 @@ def test_precision_is_of_what_was_decided():
     )
     told = "At the default threshold it decides on 40.00 % of VOC2007 test (97.50 % of these correctly)."
     assert orientation_line(ORIENTATION) == told
+
+
+def test_accuracy_over_coverage():
+    shares = range(10, 100, 10)
+    top = [row(ALEXNET, f"orientation-top-{s}", "VOC2007 test", correct=s * 2 - s // 10, n=s * 2) for s in shares]
+    table = coverage_table([*ORIENTATION, *top]).splitlines()
+    assert (
+        table[0]
+        == "| most confident photographs | 10 % | 20 % | 30 % | 40 % | 50 % | 60 % | 70 % | 80 % | 90 % | all |"
+    )
+    assert table[2] == f"| `{ALEXNET}`, VOC2007 test |{' 95.00 % |' * 9} 80.00 % |"
+    assert coverage_table(ORIENTATION) == ""
 
 
 def test_the_thresholds_are_the_manifests():

@@ -11,7 +11,14 @@ from PIL import Image
 from rotation_ssl import zoo
 from training import datasets
 from training.evaluation import orientation
-from training.evaluation.orientation import Answers, answers, fit_temperature, fit_threshold, measure_orientation
+from training.evaluation.orientation import (
+    Answers,
+    answers,
+    fit_temperature,
+    fit_threshold,
+    measure_orientation,
+    most_confident,
+)
 from training.evaluation.subject import load_subject
 from training.reporting import again, manifest
 from training.reporting.rows import read_file
@@ -51,15 +58,22 @@ def test_the_temperature_makes_confidences_true():
     assert torch.equal(found.rotation == 0, torch.arange(400) % 4 != 0)
 
 
+def test_the_most_confident_are_chosen():
+    found = says((0, 0.3), (1, 0.9), (0, 0.9), (0, 0.5), (2, 0.4))
+    chosen = {share: mask.nonzero().flatten().tolist() for share, mask in most_confident(found).items()}
+    assert list(chosen) == list(range(10, 100, 10))
+    assert chosen[20] == [1] and chosen[40] == [1, 2] and chosen[80] == [1, 2, 3, 4]
+
+
 def test_rows_count_what_is_decided_and_what_is_wrong(subject, tmp_path):
     turned = tmp_path / "turned.jpg"
     with Image.open(PHOTOS[0]) as image:
         image.transpose(Image.Transpose.ROTATE_180).save(turned)
     rows = {row.protocol: row for row in measure_orientation(subject, [*PHOTOS, turned], "five", CALIBRATION)}
-    found = [row.correct for row in rows.values()]
-    right, decided, wrong, sure, surely_wrong = found
+    right, decided, wrong, sure, surely_wrong = (row.correct for row in list(rows.values())[:5])
     assert next(iter(rows)) == "orientation"
-    assert all(row.n == 6 and sum(row.counts) == row.correct for row in rows.values())
+    assert all(sum(row.counts) == row.correct for row in rows.values())
+    assert [row.n for row in rows.values()] == [6] * 5 + [1, 2, 2, 3, 3, 4, 5, 5, 6]
     assert right >= 3 and decided >= sure >= surely_wrong and wrong >= 1, "a picture upside down is decided wrongly"
     assert "temperature 1" in rows["orientation"].settings
 

@@ -31,6 +31,7 @@ from training.command import create_parser
 from training.datasets import DATASETS
 from training.evaluation import options
 from training.evaluation.subject import Subject, load_subject, measured_row, record_file
+from training.protocols import COVERAGES
 from training.reporting.manifest import enter_manifest, read_manifest
 from training.reporting.report import check_rows, keep_row, run_measuring, write_report
 from training.reporting.rows import Row
@@ -102,8 +103,17 @@ def fit_threshold(found: Answers, precision: float) -> float:
     return math.floor(float(confidence[good[-1]]) * 1e6) / 1e6
 
 
+def most_confident(found: Answers) -> dict[int, torch.Tensor]:
+    """Which pictures are among the most confident 10, 20, ... 90 %: a mask (N,) for each share in percent."""
+    order = found.confidence.argsort(descending=True, stable=True)
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order))
+    return {share: rank < math.ceil(len(order) * share / 100) for share in COVERAGES}
+
+
 def measure_orientation(subject: Subject, files: Sequence[Path], name: str, calibration: dict[str, float]) -> list[Row]:
-    """The rows of one dataset: how many pictures are right, how many are decided, and how many of all wrongly.
+    """The rows of one dataset: how many pictures are right, how many are decided, and how many of all wrongly; and how
+    many of the most confident ones are right.
 
     Args:
         subject: the backbone, with 4 outputs.
@@ -122,11 +132,15 @@ def measure_orientation(subject: Subject, files: Sequence[Path], name: str, cali
         decided = found.confidence >= calibration[field]
         counted[f"orientation-decided-{percent}"] = decided
         counted[f"orientation-wrong-{percent}"] = decided & ~right
+    totals = dict.fromkeys(counted, len(files))
+    for share, chosen in most_confident(found).items():
+        counted[f"orientation-top-{share}"] = chosen & right
+        totals[f"orientation-top-{share}"] = int(chosen.sum())
     seconds = (time.monotonic() - started) / len(counted)
     settings = f"both ends of elongated pictures, 4 turns, temperature {calibration['temperature']:.4g}"
     return [
         measured_row(
-            subject, [int(part.sum()) for part in which.tensor_split(PARTS)], len(files), name, settings, seconds,
+            subject, [int(part.sum()) for part in which.tensor_split(PARTS)], totals[protocol], name, settings, seconds,
             protocol=protocol, layer="",
         )
         for protocol, which in counted.items()

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from training.protocols import PROTOCOLS
+from training.protocols import COVERAGES, PROTOCOLS
 from training.reporting.rows import Row
 from training.reporting.tables import markdown_table, percent
 
@@ -28,6 +28,18 @@ def orientation_table(rows: Sequence[Row]) -> str:
         "99.5 %: decided",
         "of these correct",
     )
+    return markdown_table(header, lines) if lines else ""
+
+
+def coverage_table(rows: Sequence[Row]) -> str:
+    """The accuracy on the most confident photographs, over their share."""
+    columns = [*(f"orientation-top-{share}" for share in COVERAGES), "orientation"]
+    found = [row for row in rows if row.protocol in columns]
+    lines = []
+    for weights, data in dict.fromkeys((row.weights, row.data) for row in found if row.protocol in columns[:-1]):
+        own = {row.protocol: percent(row) for row in found if (row.weights, row.data) == (weights, data)}
+        lines.append((f"`{weights}`, {data}", *(own[column] for column in columns)))
+    header = ("most confident photographs", *(f"{share} %" for share in COVERAGES), "all")
     return markdown_table(header, lines) if lines else ""
 
 

@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 from PIL import Image, UnidentifiedImageError
 
 from rotation_ssl.files import replace_file
-from training.protocols import PROTOCOLS
+from training.protocols import COVERAGES, PROTOCOLS
 from training.reporting.required import main_data
 from training.reporting.rows import Row
 
@@ -190,6 +190,34 @@ def draw_few_labels(rows: Iterable[Row], name: str, file: Path, data: str = "CIF
     axes.set_xlabel("labels per class (log scale)")
     axes.set_ylabel(f"accuracy on {data} (%)")
     figure.legend(loc="outside lower center", ncols=1, frameon=False, fontsize=9)
+    save_figure(figure, file, rows_stamp(shown))
+    return True
+
+
+def rows_coverage(rows: Iterable[Row], name: str) -> list[Row]:
+    """The rows that :func:`draw_coverage` shows of weights ``name``: orientation, of all and of the most confident."""
+    wanted = ("orientation", *(f"orientation-top-{share}" for share in COVERAGES))
+    shown = [row for row in rows if row.weights == name and row.protocol in wanted]
+    return shown if any(row.protocol != "orientation" for row in shown) else []
+
+
+def draw_coverage(rows: Iterable[Row], name: str, file: Path) -> bool:
+    """Accuracy of the orientation of photographs over the share of them that is decided, a line a dataset.
+
+    Returns:
+        False, and nothing is drawn, where nothing was measured of ``name``.
+    """
+    shown = rows_coverage(rows, name)
+    if not shown:
+        return False
+    figure, axes = _plot((6.4, 4.0))
+    for (data,), group in _grouped(shown, lambda row: (row.data,)).items():
+        points = curve_points(group, lambda row: 100 if row.protocol == "orientation" else int(row.protocol[-2:]))
+        shares, values = [share for share, _, _ in points], [100 * value for _, value, _ in points]
+        axes.plot(shares, values, marker="o", markersize=5, label=data)
+    axes.set_xlabel("most confident photographs (%)")
+    axes.set_ylabel("correct (%)")
+    axes.legend(frameon=False)
     save_figure(figure, file, rows_stamp(shown))
     return True
 

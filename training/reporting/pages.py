@@ -14,6 +14,7 @@ import timm
 from rotation_ssl.backbones.about import network_facts
 from training.reporting.again import transfer_training
 from training.reporting.applications import (
+    coverage_table,
     one_class_line,
     orientation_line,
     orientation_table,
@@ -80,6 +81,7 @@ def render_page(page: Path, rows: Sequence[Row], entries: Mapping[str, Any]) -> 
         "voc": lambda: transfer_lines(rows),
         "transfers": lambda: transfer_table(rows),
         "orientation": lambda: orientation_table(rows),
+        "coverage": lambda: coverage_table(rows),
         "outliers": lambda: outliers_table(rows),
         "oneclass": lambda: one_class_line(rows),
         "thresholds": lambda: thresholds_line(entries),

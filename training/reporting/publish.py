@@ -33,8 +33,10 @@ from training.protocols import PROTOCOLS
 from training.reporting.bundle import bundle
 from training.reporting.figures import (
     draw_accuracy_by_layer,
+    draw_coverage,
     draw_few_labels,
     rows_by_layer,
+    rows_coverage,
     rows_few_labels,
     rows_stamp,
     stamp_of,
@@ -88,7 +90,7 @@ def draw_figures(data_dir: Path, download: bool = False) -> list[Path]:
     show([file for file in photos if file.stem in ("chelsea", "rocket")], [1, 3], written[0])
     for name, entry in zoo.bundled().items():
         backbone, stamp = timm.create_model(name, pretrained=True).eval(), entry["sha256"]
-        kinds = ("layers", "few-labels", "filters", "attention", "neighbours")
+        kinds = ("layers", "few-labels", "coverage", "filters", "attention", "neighbours")
         files = {kind: FIGURES_DIR / f"{name}.{kind}.png" for kind in kinds}
         if rows_by_layer(rows, name):
             draw_accuracy_by_layer(rows, name, files["layers"])
@@ -96,6 +98,8 @@ def draw_figures(data_dir: Path, download: bool = False) -> list[Path]:
             files.pop("layers").unlink(missing_ok=True)
         if not draw_few_labels(rows, name, files["few-labels"]):
             files.pop("few-labels").unlink(missing_ok=True)
+        if not draw_coverage(rows, name, files["coverage"]):
+            files.pop("coverage").unlink(missing_ok=True)
         draw_filters(backbone, files["filters"], stamp)
         # enlarged small images would show little of a network for larger ones
         side = entry["input_size"][-1]
@@ -124,8 +128,9 @@ def stale_figures(rows: list[Row], entries: dict[str, Any]) -> list[Path]:
     stale = []
     for name, entry in entries.items():
         wanted = {kind: entry["sha256"] for kind in ("filters", "attention", "neighbours")}
-        for kind, shown in (("layers", rows_by_layer(rows, name)), ("few-labels", rows_few_labels(rows, name))):
-            if shown:
+        of_rows = {"layers": rows_by_layer, "few-labels": rows_few_labels, "coverage": rows_coverage}
+        for kind, select_rows in of_rows.items():
+            if shown := select_rows(rows, name):
                 wanted[kind] = rows_stamp(shown)
         for kind, stamp in wanted.items():
             file = FIGURES_DIR / f"{name}.{kind}.png"
