@@ -9,6 +9,7 @@ from typing import Any
 import timm
 
 from rotation_ssl.features import layer_modules
+from training.protocols import COVERAGES
 from training.reporting.rows import Row
 
 PUBLISHED, RANDOM, RESCALED = "", "random", "random-rescaled"
@@ -71,6 +72,7 @@ ORIENTATION = tuple(
     for protocol in (
         "orientation",
         *(f"orientation-{what}-{p}" for p in ("99", "99.5") for what in ("decided", "wrong")),
+        *(f"orientation-top-{share}" for share in COVERAGES),
     )
 )
 ALEXNET_ON_VOC = tuple(
