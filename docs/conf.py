@@ -6,13 +6,15 @@ The source directory is the root of the repository, so that links between pages 
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 from sphinx.application import Sphinx
 
-import rotation_ssl
-
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+import rotation_ssl  # noqa: E402  of this clone, wherever another one is installed
+
 TRY_PAGE = ROOT / "build" / "page"  # built by `make page`
 
 # README.md is the first page; the groups of the other pages, and what they are called in the sidebar
