@@ -69,6 +69,8 @@ nitpicky = True
 # names of other projects, whose pages are not downloaded
 nitpick_ignore_regex = [("py:class", r"(torch|timm|PIL|pathlib|collections)\..*")]
 
+highlight_language = "none"
+
 html_theme = "furo"
 html_title = f"{project} {release}"
 html_static_path = ["site/static"]
@@ -84,8 +86,8 @@ html_sidebars = {
         "sidebar/brand.html",
         "sidebar/search.html",
         "sidebar/scroll-start.html",
-        "sidebar/navigation.html",
         "try.html",
+        "sidebar/navigation.html",
         "sidebar/scroll-end.html",
     ]
 }

@@ -215,15 +215,31 @@ def test_the_first_page_is_where_the_address_leads(site):
     assert 'url=README.html"' in (site / "index.html").read_text() and (site / "README.html").is_file()
 
 
-def test_a_dead_link_or_a_page_outside_of_the_navigation_fails_the_build(tmp_path):
+@pytest.fixture(scope="module")
+def spoilt(tmp_path_factory):
+    """The build of a copy with dead links, a page outside of the navigation, and the page that runs in a browser."""
+    copy = tmp_path_factory.mktemp("spoilt")
     for file in (*ROOT.glob("*.md"), *ROOT.glob("LICENSE"), *ROOT.glob("*.cff")):
-        shutil.copy(file, tmp_path)
+        shutil.copy(file, copy)
     for folder in ("docs", "rotation_ssl/samples", "training/studies"):
-        shutil.copytree(ROOT / folder, tmp_path / folder)
-    page = tmp_path / "docs" / "outliers.md"
+        shutil.copytree(ROOT / folder, copy / folder)
+    page = copy / "docs" / "outliers.md"
     page.write_text(page.read_text() + "\n[a](nowhere.md) [b](loading.md#nowhere) [c](#nowhere)\n")
-    (tmp_path / "docs" / "lonely.md").write_text("# Lonely\n")
-    built = sphinx(tmp_path, tmp_path / "html", "-b", "dummy", "-c", str(tmp_path / "docs"))
-    warnings = re.findall(r"(\w+\.md)(?::\d+)?: WARNING: (.*)", built.stderr)
-    assert built.returncode == 1 and {name for name, _ in warnings} == {"outliers.md", "lonely.md"}, built.stderr
-    assert len(warnings) == 4, built.stderr
+    (copy / "docs" / "lonely.md").write_text("# Lonely\n")
+    (copy / "build" / "page").mkdir(parents=True)
+    (copy / "build" / "page" / "index.html").write_text("<title>Try it</title>")
+    return copy / "html", sphinx(copy, copy / "html", "-c", str(copy / "docs"))
+
+
+def test_a_dead_link_or_a_page_outside_of_the_navigation_fails_the_build(spoilt):
+    _, built = spoilt
+    warned = sorted(re.findall(r"(\w+\.md)(?::\d+)?: WARNING:", built.stderr))
+    assert built.returncode == 1 and warned == ["lonely.md", *["outliers.md"] * 3], built.stderr
+
+
+def test_the_page_that_runs_in_a_browser_is_part_of_the_site(spoilt):
+    html, _ = spoilt
+    pages = read_pages(html)
+    for page, link in (("README.html", "try/index.html"), ("docs/api/index.html", "../../try/index.html")):
+        assert ("a", link) in pages[html / page].links
+    assert not [link for link in dead_links(pages) if "try/index.html" in link]
