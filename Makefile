@@ -51,7 +51,7 @@ render: $(VENV)/.installed-dev
 
 # the documentation site, build/docs/index.html; a warning, such as a link that leads nowhere, is an error
 docs: $(VENV)/.installed-docs
-	@echo "==> the documentation site"
+	@echo "==> the documentation site: build/docs/index.html"
 	@$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -c docs -d build/doctrees . build/docs
 
 clean:
