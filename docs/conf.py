@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import rotation_ssl  # noqa: E402  of this clone, wherever another one is installed
 
-TRY_PAGE = ROOT / "build" / "page"  # built by `make page`
+TRY_PAGE = ROOT / "build" / "page"  # `make page` builds it
 
 # README.md is the first page; the groups of the other pages, and what they are called in the sidebar
 NAVIGATION = {
@@ -55,7 +55,7 @@ project = "rotation_ssl"
 version = release = rotation_ssl.__version__
 root_doc = "README"
 include_patterns = ["*.md", "docs/**", "rotation_ssl/samples/*.md", "training/studies/*.md"]
-exclude_patterns = ["build", "data", "docs/try", "runs", ".*"]
+exclude_patterns = ["build", "data", "runs", ".*", "**/node_modules"]
 source_suffix = {".md": "markdown", ".rst": "restructuredtext", ".ipynb": "markdown"}
 
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "myst_parser"]

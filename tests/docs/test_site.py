@@ -222,7 +222,7 @@ def spoilt(tmp_path_factory):
     for file in (*ROOT.glob("*.md"), *ROOT.glob("LICENSE"), *ROOT.glob("*.cff")):
         shutil.copy(file, copy)
     for folder in ("docs", "rotation_ssl/samples", "training/studies"):
-        shutil.copytree(ROOT / folder, copy / folder)
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("node_modules"))
     page = copy / "docs" / "outliers.md"
     page.write_text(page.read_text() + "\n[a](nowhere.md) [b](loading.md#nowhere) [c](#nowhere)\n")
     (copy / "docs" / "lonely.md").write_text("# Lonely\n")
