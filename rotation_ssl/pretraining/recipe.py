@@ -124,21 +124,21 @@ class StepSchedule:
 class Recipe:
     """How a weight was pretrained: all that decides its bytes but machine, thread count and library versions.
 
-    ``data`` is a name of :func:`rotation_ssl.pretraining.images.open_images`, or of one of the lab's datasets; its
-    images are squares of ``image_size`` pixels. ``model_args`` are arguments of the model beside its number of classes,
-    as pairs. ``images_per_step`` upright images make a batch of ``images_per_step * len(rotations)`` turned ones. Crops
+    ``data`` is a name of ``rotation_ssl.pretraining.images.open_images``, or of one of the lab's datasets; its images
+    are squares of ``image_size`` pixels. ``model_args`` are arguments of the model beside its number of classes, as
+    pairs. ``images_per_step`` upright images make a batch of ``images_per_step * len(rotations)`` turned ones. Crops
     are taken at random positions of the image padded by ``padding`` pixels on all sides, or with ``scale`` they are
     boxes of that share of the image's area, at least and at most, resized to the stage's pixels (torchvision's
     RandomResizedCrop); then half of them are mirrored; then all are turned, by ``rotations`` steps of ``rotation_unit``
     degrees: 90, exact quarter turns, or 45, all eight of them, resampled and masked to the inscribed circle. ``flip``
     is 'none', 'random' (each crop with probability 1/2) or 'alternate' (an image is mirrored in every other of its
-    epochs, the first one at random). An epoch is a permutation of the training images, its incomplete last batch
-    dropped. ``label_smoothing`` of the rotation's probability goes to all rotations alike. With ``average`` above 0 the
-    published weights are an exponential average of the run's, that factor of the old kept at every step, with batch
-    norm's statistics taken anew. ``holdout`` keeps that many of the training images, the last ones, out of training:
-    tune on them, never on the test set. ``precision`` is 'fp32', 'bf16' or 'fp16' (both by autocast), or 'auto': bf16
-    where the device multiplies it (a GPU, or ``avx512_bf16`` or ``amx_bf16`` in /proc/cpuinfo), fp32 elsewhere, where
-    bf16 is 6 to 15 times slower.
+    epochs, the first one at random). An epoch is a
+    permutation of the training images, its incomplete last batch dropped. ``label_smoothing`` of the rotation's
+    probability goes to all rotations alike. With ``average`` above 0 the published weights are an exponential average
+    of the run's, that factor of the old kept at every step, with batch norm's statistics taken anew. ``holdout`` keeps
+    that many of the training images, the last ones, out of training: tune on them, never on the test set.
+    ``precision`` is 'fp32', 'bf16' or 'fp16' (both by autocast), or 'auto': bf16 where the device multiplies it (a GPU,
+    or ``avx512_bf16`` or ``amx_bf16`` in /proc/cpuinfo), fp32 elsewhere, where bf16 is 6 to 15 times slower.
     """
 
     name: str

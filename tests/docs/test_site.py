@@ -23,13 +23,11 @@ import rotation_ssl
 
 pytestmark = pytest.mark.slow
 
-# modules whose names are not part of the interface, with all below them: a new one is public unless it is named here
+# modules that are not part of the interface, with all below them. A new one is public unless it is named here, or is in
+# a package whose __all__ says what is public
 INTERNAL = {
     "rotation_ssl.backbones.about",
     "rotation_ssl.cli",
-    "rotation_ssl.convert.folder",
-    "rotation_ssl.convert.mapping",
-    "rotation_ssl.convert.reading",
     "rotation_ssl.demo",
     "rotation_ssl.evaluation.fresh",
     "rotation_ssl.evaluation.frozen",
@@ -39,18 +37,9 @@ INTERNAL = {
     "rotation_ssl.fit",
     "rotation_ssl.machine",
     "rotation_ssl.messages",
-    "rotation_ssl.orientation.exif",
-    "rotation_ssl.orientation.predict",
-    "rotation_ssl.orientation.turning",
     "rotation_ssl.precision",
     "rotation_ssl.pretraining",
     "rotation_ssl.progress",
-    "rotation_ssl.zoo.checks",
-    "rotation_ssl.zoo.download",
-    "rotation_ssl.zoo.golden",
-    "rotation_ssl.zoo.loading",
-    "rotation_ssl.zoo.published",
-    "rotation_ssl.zoo.sources",
 }
 PUBLIC_BELOW = {"rotation_ssl.pretraining.recipe"}
 OFFLINE = """
@@ -124,13 +113,16 @@ def external(pages):
     ]
 
 
+def is_public(module):
+    parts = module.split(".")
+    packages = {".".join(parts[:count]) for count in range(2, len(parts))}
+    spoken_for = any(hasattr(importlib.import_module(package), "__all__") for package in packages)
+    return module in PUBLIC_BELOW or not (spoken_for or (packages | {module}) & INTERNAL)
+
+
 def public_names():
-    modules = [rotation_ssl.__name__]
-    for module in pkgutil.walk_packages(rotation_ssl.__path__, "rotation_ssl."):
-        parts = module.name.split(".")
-        around = {".".join(parts[:count]) for count in range(1, len(parts) + 1)}
-        if module.name in PUBLIC_BELOW or not around & INTERNAL:
-            modules.append(module.name)
+    found = [module.name for module in pkgutil.walk_packages(rotation_ssl.__path__, "rotation_ssl.")]
+    modules = ["rotation_ssl", *filter(is_public, found)]
     return {f"{name}.{own}" for name in modules for own in names_of(importlib.import_module(name))}
 
 
