@@ -67,7 +67,7 @@ maximum_signature_line_length = 80
 napoleon_custom_sections = [("Weights", "params_style")]
 nitpicky = True
 # names of other projects, whose pages are not downloaded
-nitpick_ignore_regex = [("py:class", r"(torch|timm|PIL|pathlib|collections)\..*")]
+nitpick_ignore_regex = [("py:class", r"(collections|numpy|pathlib|PIL|timm|torch)\..*")]
 
 highlight_language = "none"
 
