@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TIMM_TESTS := $(VENV)/timm-sdist
 
-.PHONY: demo test slow-tests timm-tests coverage lint render clean
+.PHONY: demo test slow-tests timm-tests coverage lint render docs clean
 
 demo: $(VENV)/.installed-demo
 	@echo "==> the bundled rotnet_nin on the sample images"
@@ -49,6 +49,11 @@ timm-tests: $(VENV)/.installed-dev
 render: $(VENV)/.installed-dev
 	@$(BIN)/python -m training publish render
 
+# the documentation site, build/docs/index.html; a warning, such as a link that leads nowhere, is an error
+docs: $(VENV)/.installed-docs
+	@echo "==> the documentation site: build/docs/index.html"
+	@$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -c docs -d build/doctrees . build/docs
+
 clean:
 	rm -rf $(VENV) build dist runs demo.png
 
@@ -61,7 +66,12 @@ $(VENV)/.installed-demo: pyproject.toml | $(BIN)/python
 	@$(BIN)/python -m pip install --quiet --editable '.[demo]'
 	@touch $@
 
+$(VENV)/.installed-docs: pyproject.toml | $(BIN)/python
+	@echo "==> installing rotation-ssl with the docs extra into $(VENV) (torch is large: the first time takes minutes)"
+	@$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	@touch $@ $(VENV)/.installed-demo
+
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 	@echo "==> installing rotation-ssl with the dev extra into $(VENV) (torch is large: the first time takes minutes)"
 	@$(BIN)/python -m pip install --quiet --editable '.[dev]'
-	@touch $@ $(VENV)/.installed-demo
+	@touch $@ $(VENV)/.installed-demo $(VENV)/.installed-docs

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 Prepare = Callable[[torch.Tensor], torch.Tensor]
+#: What ``pool`` of :func:`extract_features` may be.
 POOLS = ("avg", "max", "flatten", None)
 
 
@@ -63,9 +64,9 @@ def extract_features(
         autocast: compute in this type (torch.bfloat16) where PyTorch considers that safe; None: in the weights' type.
 
     Returns:
-        By layer, on the CPU: (N, D), channel by channel, D = channels * cells; (N, channels, H', W') with
-        ``pool=None``. The tokens of a transformer are a square map, without class tokens. The output of a layer that
-        gives vectors is not pooled.
+        A tensor on the CPU for each layer, (N, D), channel by channel, D = channels * cells; (N, channels, H', W')
+        with ``pool=None``. The tokens of a transformer are a square map, without class tokens. The output of a layer
+        that gives vectors is not pooled.
 
     Raises:
         ValueError: no layers, or one that does not exist (the error lists those that do), no images, an unknown

@@ -20,7 +20,7 @@ def rotnet_nin(*, pretrained: bool = True, weights: str | None = None, **kwargs:
             in_chans, global_pool, drop_rate, ...
 
     Returns:
-        A network in train mode: call ``.eval()`` before you use it. Images (N, 3, 32, 32), RGB in 0..1 normalised
+        A network in train mode; call ``.eval()`` before you use it. Images (N, 3, 32, 32), RGB in 0..1 normalised
         with mean (0.4914, 0.4824, 0.4467) and std (0.2471, 0.2435, 0.2616), become logits (N, 4): class k is a
         rotation by k x 90 degrees counter-clockwise. Feature layers: block1 to block4.
 
@@ -44,7 +44,7 @@ def rotnet_nin3(*, pretrained: bool = True, weights: str | None = None, **kwargs
             in_chans, global_pool, drop_rate, ...
 
     Returns:
-        A network in train mode: call ``.eval()`` before you use it. Images (N, 3, 32, 32), RGB in 0..1 normalised
+        A network in train mode; call ``.eval()`` before you use it. Images (N, 3, 32, 32), RGB in 0..1 normalised
         with mean (0.4914, 0.4824, 0.4467) and std (0.2471, 0.2435, 0.2616), become logits (N, 4): class k is a
         rotation by k x 90 degrees counter-clockwise. Feature layers: block1 to block3.
 
@@ -67,7 +67,7 @@ def rotnet_nin5(*, pretrained: bool = True, weights: str | None = None, **kwargs
             in_chans, global_pool, drop_rate, ...
 
     Returns:
-        A network in train mode: call ``.eval()`` before you use it. Images (N, 3, 32, 32), RGB in 0..1 normalised
+        A network in train mode; call ``.eval()`` before you use it. Images (N, 3, 32, 32), RGB in 0..1 normalised
         with mean (0.4914, 0.4824, 0.4467) and std (0.2471, 0.2435, 0.2616), become logits (N, 4): class k is a
         rotation by k x 90 degrees counter-clockwise. Feature layers: block1 to block5.
 
@@ -92,7 +92,7 @@ def rotnet_alexnet(*, pretrained: bool = True, weights: str | None = None, **kwa
             in_chans, global_pool, drop_rate, ...
 
     Returns:
-        A network in train mode: call ``.eval()`` before you use it. Images (N, 3, 128, 128), RGB in 0..1 normalised
+        A network in train mode; call ``.eval()`` before you use it. Images (N, 3, 128, 128), RGB in 0..1 normalised
         with mean (0.4850, 0.4560, 0.4060) and std (0.2290, 0.2240, 0.2250), become logits (N, 4): class k is a
         rotation by k x 90 degrees counter-clockwise. Feature layers: conv1 to conv5.
 
@@ -117,7 +117,7 @@ def rotnet_resnet18(*, pretrained: bool = True, weights: str | None = None, **kw
             in_chans, global_pool, drop_rate, ...
 
     Returns:
-        A network in train mode: call ``.eval()`` before you use it. Images (N, 3, 224, 224), RGB in 0..1 normalised
+        A network in train mode; call ``.eval()`` before you use it. Images (N, 3, 224, 224), RGB in 0..1 normalised
         with mean (0.4850, 0.4560, 0.4060) and std (0.2290, 0.2240, 0.2250), become logits (N, 4): class k is a
         rotation by k x 90 degrees counter-clockwise. Feature layers: layer1 to layer4.
 
@@ -140,7 +140,7 @@ def rotnet_resnet50(*, pretrained: bool = True, weights: str | None = None, **kw
             in_chans, global_pool, drop_rate, ...
 
     Returns:
-        A network in train mode: call ``.eval()`` before you use it. Images (N, 3, 224, 224), RGB in 0..1 normalised
+        A network in train mode; call ``.eval()`` before you use it. Images (N, 3, 224, 224), RGB in 0..1 normalised
         with mean (0.4850, 0.4560, 0.4060) and std (0.2290, 0.2240, 0.2250), become logits (N, 4): class k is a
         rotation by k x 90 degrees counter-clockwise. Feature layers: layer1 to layer4.
 

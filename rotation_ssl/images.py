@@ -10,7 +10,9 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-HEIF_SUFFIXES = (".heic", ".heif")  # read where register_heif was called
+#: Read where :func:`register_heif` was called.
+HEIF_SUFFIXES = (".heic", ".heif")
+#: What an image file is told by, in any case.
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 _BITS_PER_SAMPLE = 258  # a tag of TIFF
 _PHOTOMETRIC = 262  # tag of TIFF: 0 where white is zero

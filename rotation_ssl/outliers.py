@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from rotation_ssl.features import extract_features, layer_modules
 from rotation_ssl.orientation.predict import check_head, rotation_logits
 
+#: What ``score`` of :class:`RotationOutlierDetector` may be.
 SCORES = ("rotation", "knn")
 BATCH = 256
 UPRIGHT = 0

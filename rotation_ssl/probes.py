@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from rotation_ssl.fit import fit
 
+#: L2 penalties that :func:`linear_predict` chooses from.
 LINEAR_STRENGTHS = (1e-1, 1e-2, 1e-3)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+#: All quarter turns, counter-clockwise.
 ROTATIONS = (0, 1, 2, 3)
 ROTATION_NAMES = ("upright", "90° ccw", "180°", "90° cw")
 
@@ -87,13 +88,13 @@ def count_correct_rotations(
         model: maps (R * N, C, H, H) to logits (R * N, R); in eval mode meanwhile, each module's mode is as before
             afterwards.
         batches: batches of upright normalised images (N, C, H, H).
-        rotations: as in :func:`rotate_all`.
+        rotations: as in ``rotate_all``.
 
     Returns:
         The number of correct predictions and of rotated images, R times the images; their ratio is the accuracy.
 
     Raises:
-        ValueError: as :func:`rotate_all`, the model does not give R logits an image, or gives some that are not finite.
+        ValueError: as ``rotate_all``, the model does not give R logits an image, or gives some that are not finite.
     """
     return count_correct(model, (rotate_all(images, rotations) for images in batches), len(rotations))
 

@@ -94,7 +94,8 @@ def convert_authors(network: Mapping[str, torch.Tensor]) -> dict[str, torch.Tens
         network: ``checkpoint['network']``, keys ``_feature_blocks.*``.
 
     Returns:
-        Keys of :class:`RotNetNIN` or :class:`RotNetAlexNet`; ``num_batches_tracked`` of each batch norm is 0.
+        Keys of :class:`rotation_ssl.backbones.nin.RotNetNIN` or
+        :class:`rotation_ssl.backbones.alexnet.RotNetAlexNet`; ``num_batches_tracked`` of each batch norm is 0.
 
     Raises:
         ValueError: a key that belongs to neither network, or two for the same tensor; the error names it.

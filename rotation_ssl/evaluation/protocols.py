@@ -83,6 +83,7 @@ NONLINEAR_CACHED = ProbeRecipe(epochs=20, milestones=(8, 14, 18), views=4, grid=
 CONVOLUTIONAL_CACHED = ProbeRecipe(epochs=10, milestones=(4, 7, 9), views=2, grid=8, precision="auto")
 
 # the color-blind safe colors of Okabe and Ito
+#: Protocols by their id.
 PROTOCOLS = {
     protocol.id: protocol
     for protocol in (

@@ -34,12 +34,12 @@ class Orientation:
 
     @property
     def fix_cw(self) -> int:
-        """Degrees to turn the picture clockwise, so that it is upright: 0, 90, 180 or 270."""
+        """Degrees clockwise that turn the picture upright, one of 0, 90, 180 and 270."""
         return 90 * self.rotation
 
     @property
     def fix_ccw(self) -> int:
-        """Degrees to turn the picture counter-clockwise, so that it is upright: 0, 90, 180 or 270."""
+        """Degrees counter-clockwise that turn the picture upright, one of 0, 90, 180 and 270."""
         return (360 - self.fix_cw) % 360
 
 
@@ -86,7 +86,7 @@ def rotation_probabilities(model: nn.Module, images: torch.Tensor, temperature: 
         temperature: what the logits are divided by, positive.
 
     Raises:
-        ValueError: as :func:`rotation_logits`, or a temperature out of range.
+        ValueError: logits of another shape or that are not finite, or a temperature out of range.
     """
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature must be positive and finite, got {temperature}")

@@ -20,7 +20,7 @@ def pretrain(data: str | Path | torch.Tensor, output: str | Path, model: str | N
             ``images_per_step=32``, ``precision="fp32"``, ``seed=1``; or ``recipe``, a whole one.
 
     Returns:
-        The weights file; the checkpoint where Ctrl-C stopped the run: ``resume=True`` goes on from it.
+        The weights file; the checkpoint where Ctrl-C stopped the run, from which ``resume=True`` goes on.
 
     Raises:
         ImportError: the extra is not installed.

@@ -35,7 +35,7 @@ class UnlabelledImages(Dataset[tuple[torch.Tensor, list[int]] | ValueError]):
         count: N.
         read: index -> RGB image; raises ValueError where it does not decode.
         label: index -> what the image is called, for messages.
-        describe: for :func:`fingerprint`, where more is known than the number of images.
+        describe: for ``fingerprint``, where more is known than the number of images.
 
     ``squares`` are those of all images once they are in memory, ``broken`` the indices of those found broken then.
     """

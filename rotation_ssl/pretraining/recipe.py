@@ -3,8 +3,11 @@
 import dataclasses
 from dataclasses import dataclass
 
+#: Values of ``flip``.
 FLIPS = ("none", "random", "alternate")
+#: Values of ``padding_mode``.
 PADDING_MODES = ("reflect", "constant")
+#: Values of ``precision``.
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
@@ -201,7 +204,7 @@ class Recipe:
 
     @property
     def input_size(self) -> int:
-        """Side of the whole images that the trained network is for: what crops were resized to, or the images' own."""
+        """Side of the whole images that the trained network is for, what crops were resized to or the images' own."""
         return self.image_size if self.scale is None else self.stages[-1].crop
 
     def crop_at(self, step: int) -> int:
@@ -247,7 +250,7 @@ def with_image_size(recipe: Recipe, size: int) -> Recipe:
     return dataclasses.replace(recipe, image_size=size, padding=padding, stages=stages)
 
 
-# A start for images of one's own: of no paper, its settings are untuned.
+#: A start for images of one's own, of no paper; its settings are untuned.
 FOLDER = Recipe(
     name="folder",
     model="resnet18",

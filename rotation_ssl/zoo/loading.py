@@ -28,7 +28,7 @@ def weights_file(name: str, cache_dir: str | Path | None = None, accept_new_hash
     Args:
         name: a name of the manifest.
         cache_dir: of downloads, in place of the Hub client's and of torch.hub's own.
-        accept_new_hash: for weights of a release: see :func:`rotation_ssl.zoo.sources.read_release`.
+        accept_new_hash: download weights of a release again, and accept and record the hash that its archive has now.
 
     Raises:
         ValueError: no such name, or weights that are not the bytes that were published.
