@@ -1,7 +1,6 @@
 """rotation-ssl pretrain."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from rotation_ssl.cli.options import add_command
@@ -37,5 +36,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
     command = engine()
     recipe = command.changed(FOLDER, data=args.dataset)
-    root: Path = args.data
-    return int(command.execute(args, recipe, lambda r: command.open_images(r.data, root, r.image_size, args.download)))
+    root, download, workers = args.data, args.download, args.workers
+    return int(
+        command.execute(args, recipe, lambda r: command.open_images(r.data, root, r.image_size, download, workers))
+    )

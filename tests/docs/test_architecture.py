@@ -31,6 +31,7 @@ LAYERS = (
         "rotation_ssl.pretraining.augment",
         "rotation_ssl.pretraining.optim",
         "rotation_ssl.pretraining.images",
+        "rotation_ssl.pretraining.shards",
         "rotation_ssl.pretraining.state",
         "rotation_ssl.pretraining.options",
     },
