@@ -24,7 +24,7 @@ from tiny_runs import SHORT, TINY, interrupt, same, weights
 
 import rotation_ssl
 from rotation_ssl import cli
-from rotation_ssl.pretraining import batches, shards
+from rotation_ssl.pretraining import batches, outputs, setup, shards
 from rotation_ssl.pretraining.batches import SHARDS_TOGETHER, augmented_batches, step_indices
 from rotation_ssl.pretraining.images import UnlabelledImages, fingerprint, open_images
 from rotation_ssl.pretraining.loop import pretrain
@@ -444,6 +444,20 @@ def torchrun_nodes(count, *arguments):
             process.kill()
     assert [process.returncode for process in started] == [0] * count, printed
     return printed
+
+
+def test_another_output_on_another_machine_is_refused(few, tmp_path, monkeypatch):
+    monkeypatch.setattr(outputs, "gather_object", lambda mine: [*mine, False])
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/run is not the same folder on all machines: give an --output"):
+        pretrain(SHORT, open_images("folder", few, 16), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_shards_on_another_machine_are_refused(few, tmp_path, monkeypatch):
+    monkeypatch.setattr(setup, "gather_object", lambda mine: [*mine, mine[0] | {"images": "others", "seed": "1"}])
+    with pytest.raises(ValueError, match=r"started with different options or images \(seed, images\): give all mach"):
+        pretrain(SHORT, open_images("folder", few, 16), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
