@@ -113,8 +113,8 @@ def _find_shards(pattern: str) -> list[str]:
     scheme = re.match(r"([a-z][a-z0-9+.-]+):/", pattern)
     if scheme:
         raise ValueError(
-            f"shards are read by position, at random, which {scheme[1]}:// is too slow for: copy them to a disk, or "
-            "mount where they are, and give --data as a path"
+            f"shards of {scheme[1]}:// are not read: images are read by position, in a random order; copy the shards "
+            "to a disk, or mount the place they are in, and give --data as a path"
         )
     files = expand_braces(pattern)
     missing = [file for file in files if not Path(file).is_file()]
