@@ -161,6 +161,10 @@ def _find_members(stream: IO[bytes]) -> _Found:
             if _is_image(member):
                 starts.append(member.offset)
                 lengths.append(min(member.offset_data + member.size - member.offset, _LONGEST))
+    stream.seek(end)
+    if any(stream.read(tarfile.BLOCKSIZE)):
+        # later versions of tarfile take a negative size for the end
+        raise ValueError(f"the header at byte {end:,} is damaged")
     return np.array(starts, dtype=np.int64), np.array(lengths, dtype=np.uint32)
 
 

@@ -190,10 +190,20 @@ def test_every_image_once_an_epoch_and_some_shards_at_a_time(sizes, seed, number
     assert sorted(order) == list(range(count)), "those held out, the last ones, are none of them"
     batches._epoch_order.cache_clear()
     assert order == [image for (image,) in epoch(sizes, seed, number, count)], "of seed and epoch alone"
+    assert most_open(sizes, order) <= SHARDS_TOGETHER
+
+
+def most_open(sizes, order):
+    """Shards that are begun and not yet ended, at most."""
     shard = np.repeat(np.arange(len(sizes)), sizes)[order]
     spans = [(np.flatnonzero(shard == s)[0], np.flatnonzero(shard == s)[-1]) for s in set(shard)]
-    for position in range(count):
-        assert sum(first <= position <= last for first, last in spans) <= SHARDS_TOGETHER
+    return max(sum(first <= position <= last for first, last in spans) for position in range(len(order)))
+
+
+@pytest.mark.parametrize(("count", "together"), [(16, 16), (17, 9), (33, 11)])
+def test_shards_are_taken_in_groups_of_about_one_size(count, together):
+    order = [image for (image,) in epoch([30] * count, 0, 0)]
+    assert most_open([30] * count, order) == together
 
 
 def test_epochs_and_seeds_have_orders_of_their_own():
@@ -338,12 +348,14 @@ def test_a_cut_anywhere_is_noticed(tmp_path):
 
 
 def test_a_size_that_leads_back_does_not_go_round_for_ever(tmp_path):
-    header = bytearray(tarfile.TarInfo("a.png").tobuf(tarfile.GNU_FORMAT))
-    header[124:136] = (-1024 & (2**96 - 1)).to_bytes(12, "big")
+    header = bytearray(tarfile.TarInfo("c.txt").tobuf(tarfile.GNU_FORMAT))
+    header[124:136] = (-2048 & (2**96 - 1)).to_bytes(12, "big")
     header[148:156] = b" " * 8
     header[148:156] = b"%06o\0 " % sum(header)
-    (tmp_path / "x.tar").write_bytes(bytes(header) + bytes(2048))
-    refused(tmp_path / "x.tar", "cannot be read")
+    content = write_tar(tmp_path / "x.tar", [("a.png", b"a" * 1024), ("b.txt", b"b" * 1024)]).read_bytes()
+    # the size of the third member, at byte 3072, leads back to the second one
+    (tmp_path / "x.tar").write_bytes(content[:3072] + bytes(header) + bytes(1024))
+    refused(tmp_path / "x.tar", r"cannot be read \(the (size of c\.txt is wrong|header at byte 3,072 is damaged)")
 
 
 def test_broken_images_are_skipped_and_named(tmp_path, monkeypatch, capsys):
