@@ -1,7 +1,6 @@
 """rotation-ssl pretrain."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from rotation_ssl.cli.options import add_command
@@ -11,13 +10,13 @@ from rotation_ssl.pretraining.recipe import FOLDER
 
 DETAILS = """
 
-The images below --data are rotated by 0, 90, 180 and 270 degrees, and the backbone is trained to predict the rotation.
-Images that fit into memory are read once; otherwise --workers processes decode them as they are needed. Broken images
-are skipped, counted and named. The output folder gets a checkpoint every few minutes and, at the end, a model that
-timm.create_model("local-dir:OUTPUT", pretrained=True) loads, with run.json, metrics.jsonl and curve.png. Ctrl-C saves a
-checkpoint and stops; --resume continues from it and gives the same weights as an uninterrupted run. This command
-requires the `train` extra. On Linux it makes glibc keep large memory blocks, which is faster; ROTATION_SSL_MALLOPT=0
-disables this.
+The images below --data, or in its tar shards, are rotated by 0, 90, 180 and 270 degrees, and the backbone is trained to
+predict the rotation. Images that fit into memory are read once; otherwise --workers processes decode them as they are
+needed. Broken images are skipped, counted and named. The output folder gets a checkpoint every few minutes and, at the
+end, a model that timm.create_model("local-dir:OUTPUT", pretrained=True) loads, with run.json, metrics.jsonl and
+curve.png. Ctrl-C saves a checkpoint and stops; --resume continues from it and gives the same weights as an
+uninterrupted run. This command requires the `train` extra. On Linux it makes glibc keep large memory blocks, which is
+faster; ROTATION_SSL_MALLOPT=0 disables this.
 """
 
 
@@ -37,5 +36,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
     command = engine()
     recipe = command.changed(FOLDER, data=args.dataset)
-    root: Path = args.data
-    return int(command.execute(args, recipe, lambda r: command.open_images(r.data, root, r.image_size, args.download)))
+    root, download, workers = args.data, args.download, args.workers
+    return int(
+        command.execute(args, recipe, lambda r: command.open_images(r.data, root, r.image_size, download, workers))
+    )

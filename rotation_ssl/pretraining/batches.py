@@ -14,6 +14,9 @@ from rotation_ssl.pretraining.augment import Boxes, Windows, draw_boxes, draw_wi
 from rotation_ssl.pretraining.images import UnlabelledImages, stream
 from rotation_ssl.pretraining.recipe import Recipe
 
+# whose images are shuffled together: what is read at a time, so that a page cache of some GiB holds it
+SHARDS_TOGETHER = 16
+
 
 def augmented_batches(
     recipe: Recipe,
@@ -45,11 +48,12 @@ def augmented_batches(
     firsts = [(part * processes + accelerator.process_index) * each for part in range(parts)]
     own = [slice(first, first + each) for first in firsts]
     steps = range(start, recipe.steps)
-    indices = (step_indices(recipe, count, step)[part] for step in steps for part in own)
+    shards = images.shards if isinstance(images, UnlabelledImages) else (0,)
+    indices = (step_indices(recipe, count, step, shards)[part] for step in steps for part in own)
     squares = stream(images, indices, workers, pin=accelerator.device.type == "cuda")
     cfg = resolve_model_data_config(model)
     for step in steps:
-        windows, crop = step_windows(recipe, count, step), recipe.crop_at(step)
+        windows, crop = step_windows(recipe, count, step, shards), recipe.crop_at(step)
         for part in own:
             pixels, found = next(squares)
             broken |= found
@@ -62,20 +66,27 @@ def augmented_batches(
             yield normalize(crops, cfg["mean"], cfg["std"])
 
 
-def step_indices(recipe: Recipe, count: int, step: int) -> torch.Tensor:
-    """The images of a step, (images_per_step,) int64: each epoch is a permutation, its incomplete last step dropped."""
+def step_indices(recipe: Recipe, count: int, step: int, shards: tuple[int, ...] = (0,)) -> torch.Tensor:
+    """The images of a step, (images_per_step,) int64: each epoch is a permutation, its incomplete last step dropped.
+
+    Args:
+        recipe: gives images_per_step and seed.
+        count: of the training images.
+        step: counted from 0.
+        shards: index of the first image of each shard; a folder, or what is in memory, is one.
+    """
     epoch, position = divmod(step, count // recipe.images_per_step)
-    order = _epoch_order(count, recipe.seed, epoch)
+    order = _epoch_order(count, recipe.seed, epoch, shards)
     return order[position * recipe.images_per_step : (position + 1) * recipe.images_per_step]
 
 
-def step_windows(recipe: Recipe, count: int, step: int) -> Windows | Boxes:
+def step_windows(recipe: Recipe, count: int, step: int, shards: tuple[int, ...] = (0,)) -> Windows | Boxes:
     """Where the images of a step are cropped, and which are mirrored."""
     flip: bool | torch.Tensor = recipe.flip == "random"
     if recipe.flip == "alternate":
         first = torch.rand(count, generator=_generator(recipe.seed, 2, 0)) < 0.5
         epoch = step // (count // recipe.images_per_step)
-        flip = first[step_indices(recipe, count, step)] ^ bool(epoch % 2)
+        flip = first[step_indices(recipe, count, step, shards)] ^ bool(epoch % 2)
     generator = _generator(recipe.seed, 1, step)
     if recipe.scale is not None:
         return draw_boxes(recipe.images_per_step, recipe.scale, flip, generator)
@@ -90,5 +101,16 @@ def _generator(seed: int, stream: int, index: int) -> torch.Generator:
 
 
 @functools.lru_cache(maxsize=2)
-def _epoch_order(count: int, seed: int, epoch: int) -> torch.Tensor:
-    return torch.randperm(count, generator=_generator(seed, 0, epoch))
+def _epoch_order(count: int, seed: int, epoch: int, shards: tuple[int, ...]) -> torch.Tensor:
+    """The shards shuffled and taken some at a time, and all images of those that are taken together shuffled."""
+    ends = torch.tensor([*shards[1:], count]).clamp(max=count)  # those held out, the last ones, do not take part
+    groups = torch.randperm(len(shards), generator=_generator(seed, 3, epoch)).tensor_split(
+        -(-len(shards) // SHARDS_TOGETHER)
+    )
+    generator = _generator(seed, 0, epoch)
+    parts = []
+    for group in groups:
+        # sorted: then a few shards are in the order that a folder of the same images has
+        images = torch.cat([torch.arange(min(shards[s], count), int(ends[s])) for s in group.sort().values.tolist()])
+        parts.append(images[torch.randperm(len(images), generator=generator)])
+    return torch.cat(parts)

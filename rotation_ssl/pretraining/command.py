@@ -107,7 +107,8 @@ def pretrain_model(
         recipe = changed(recipe, model=model, **{"image_size": data.shape[-1]} | fields)
         return run(recipe, lambda _: data, output, **options)
     recipe, root = changed(recipe, model=model, **fields), Path(data)
-    return run(recipe, lambda r: open_images(r.data, root, r.image_size), output, **options)
+    workers = options.get("workers", WORKERS)
+    return run(recipe, lambda r: open_images(r.data, root, r.image_size, workers=workers), output, **options)
 
 
 def changed(recipe: Recipe, **fields: Any) -> Recipe:

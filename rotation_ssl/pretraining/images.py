@@ -1,5 +1,7 @@
 """Images to pretrain on, as squares of one size: held in memory where they fit, else decoded by workers as they come.
 
+They are in a folder, in tar shards, or in a dataset of timm.
+
 Either way index i is the same square of the same image, so that a run does not depend on which it was. An image that
 does not decode is passed over: the next one that does takes its place, and it is counted and named.
 """
@@ -22,6 +24,7 @@ from tqdm import tqdm
 from rotation_ssl.images import find_images, read_image, square
 from rotation_ssl.machine import available_memory
 from rotation_ssl.messages import first_line
+from rotation_ssl.pretraining.shards import ShardIndex, index_shards, is_shards, member_name, read_member
 
 BROKEN_IN_A_ROW = 100  # so many mean that it is not the images that are broken
 
@@ -33,9 +36,10 @@ class UnlabelledImages(Dataset[tuple[torch.Tensor, list[int]] | ValueError]):
     Args:
         size: side of the squares: the shorter side is resized to it (bicubic), the centre is taken.
         count: N.
-        read: index -> RGB image; raises ValueError where it does not decode.
+        read: index -> RGB image; raises ValueError where it does not decode, OSError where no image can be read.
         label: index -> what the image is called, for messages.
         describe: for ``fingerprint``, where more is known than the number of images.
+        shards: index of the first image of each shard: those of some shards are taken at a time.
 
     ``squares`` are those of all images once they are in memory, ``broken`` the indices of those found broken then.
     """
@@ -47,8 +51,10 @@ class UnlabelledImages(Dataset[tuple[torch.Tensor, list[int]] | ValueError]):
         read: Callable[[int], Image.Image],
         label: Callable[[int], str] = str,
         describe: Callable[[], str] | None = None,
+        shards: tuple[int, ...] = (0,),
     ) -> None:
         self.size, self.count, self.read, self.label, self.describe = size, count, read, label, describe
+        self.shards = shards
         self.holdout = 0
         self.squares: torch.Tensor | None = None
         self.broken: set[int] = set()
@@ -70,6 +76,8 @@ class UnlabelledImages(Dataset[tuple[torch.Tensor, list[int]] | ValueError]):
                     # returned: raised in a worker it would reach the user as a traceback
                     return ValueError(f"skipped {len(broken)} broken images in a row, the last one: {error}")
                 index = first + (index + 1 - first) % (end - first)
+            except OSError as error:
+                return ValueError(str(error))
 
     def set_holdout(self, holdout: int) -> None:
         """Keep the last images apart: none of them takes the place of a broken one that is trained on, or back.
@@ -119,6 +127,24 @@ def open_files(files: Sequence[Path], size: int) -> UnlabelledImages:
     return UnlabelledImages(size, len(names), partial(_read_file, names), partial(_file_name, names), describe)
 
 
+def open_shards(pattern: str, size: int, workers: int = 0) -> UnlabelledImages:
+    """The images in tar shards, indexed now and read one by one as they are asked for.
+
+    Args:
+        pattern: ``{000..999}.tar``, or a single tar file.
+        size: side of the squares.
+        workers: processes that read the shards' headers; 0: this one.
+
+    Raises:
+        ValueError: shards that are missing or damaged, or no images in them.
+    """
+    index = index_shards(pattern, workers)
+    return UnlabelledImages(
+        size, len(index), partial(read_member, index), partial(member_name, index), partial(_describe_shards, index),
+        tuple(index.firsts.tolist()),
+    )  # fmt: skip
+
+
 def fingerprint(images: torch.Tensor | UnlabelledImages) -> str:
     """A line that differs when the images do: a resumed run must have the one it began with.
 
@@ -126,6 +152,7 @@ def fingerprint(images: torch.Tensor | UnlabelledImages) -> str:
     - Image files: sha256 of names (relative to the folder they share), sizes and modification times. The images in
       memory and those streamed have the same. A copy of the folder has it where it keeps the times (``cp -p``). Each
       file is asked for its size and time: some seconds for a million files on a local disk.
+    - Shards: the same of the tar files.
     - Other datasets of ``timm.data.create_dataset``: name and length only. Other images under the same name are not
       noticed.
     """
@@ -136,19 +163,22 @@ def fingerprint(images: torch.Tensor | UnlabelledImages) -> str:
     return images.describe() if images.describe else f"{len(images)} images"
 
 
-def open_images(data: str, root: Path, size: int, download: bool = False) -> UnlabelledImages:
+def open_images(data: str, root: Path, size: int, download: bool = False, workers: int = 0) -> UnlabelledImages:
     """The training images of a dataset, without their labels; opened, not read.
 
     Args:
-        data: 'folder', all images below ``root/train`` where there is such a folder, else below ``root``; or a name of
-            ``timm.data.create_dataset``: 'torch/places365', 'hfds/OWNER/NAME'.
-        root: where it is.
+        data: 'folder', all images below ``root/train`` where there is such a folder, else below ``root``, or in tar
+            shards; or a name of ``timm.data.create_dataset``: 'torch/places365', 'hfds/OWNER/NAME'.
+        root: where it is; of shards their names, ``{000..999}.tar``.
         size: side of the squares.
         download: let torchvision fetch it.
+        workers: processes that index shards; 0: this one.
 
     Raises:
         ValueError: no such dataset, nothing in it, or one that can only be read from start to end.
     """
+    if data == "folder" and is_shards(root):
+        return open_shards(str(root), size, workers)
     if data == "folder":
         return open_files(find_images(root / "train" if (root / "train").is_dir() else root), size)
     return open_entries(open_dataset(data, root, "train", download), size, data)
@@ -167,7 +197,10 @@ def open_dataset(data: str, data_dir: Path, split: str, download: bool = False) 
         reason = first_line(error)
         raise ValueError(f"dataset {data!r} in {data_dir} cannot be opened ({reason})") from error
     if isinstance(dataset, IterableDataset):
-        raise ValueError(f"{data!r} can only be read from start to end: take one that is read by index (hfds/, torch/)")
+        raise ValueError(
+            f"{data!r} can only be read from start to end: take one that is read by index (hfds/, torch/), or give its "
+            "tar files as --data '{000..999}.tar'"
+        )
     return dataset
 
 
@@ -233,6 +266,10 @@ def _describe_files(files: np.ndarray | Sequence[str]) -> str:
             state = "unreadable"  # counted as a broken image later
         digest.update(os.fsencode(file)[begin:] + f"\0{state}\n".encode())
     return f"{len(files)} files whose names, sizes and times have sha256 {digest.hexdigest()}"
+
+
+def _describe_shards(index: ShardIndex) -> str:
+    return f"{len(index)} images in {_describe_files(index.files)}"
 
 
 def _describe_entries(dataset: Any, name: str) -> str:

@@ -13,7 +13,8 @@ def add_options(parser: argparse.ArgumentParser, output: str, data: Path | None 
     """Add the options of both commands; ``output`` and ``data`` are defaults, without ``data`` --data is required."""
     where = parser.add_argument_group("input and output")
     default = "" if data is None else " [%(default)s]"
-    where.add_argument("--data", type=Path, required=data is None, default=data, help=f"folder of the images{default}")
+    folder = f"folder of the images, or tar shards: '{{000..999}}.tar'{default}"
+    where.add_argument("--data", type=Path, required=data is None, default=data, help=folder)
     where.add_argument("--download", action="store_true", help="let torchvision download the dataset into --data")
     where.add_argument("--output", type=Path, help=f"folder for checkpoints, weights and curve [{output}]")
     where.add_argument("--resume", action="store_true", help="continue from the last checkpoint in the output folder")

@@ -11,7 +11,7 @@ from typing import Any
 import matplotlib
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from filelock import FileLock, Timeout
 from safetensors.torch import save
 from torch import nn
@@ -33,7 +33,7 @@ def lock_output(accelerator: Accelerator, output: Path) -> Iterator[None]:
     that was killed is in nobody's way.
 
     Raises:
-        ValueError: another training has the folder.
+        ValueError: another training has the folder, or another machine has another folder of that name.
         OSError: the folder cannot be written.
     """
     made, lock = not output.exists(), FileLock(output / ".lock", timeout=0)
@@ -50,6 +50,9 @@ def lock_output(accelerator: Accelerator, output: Path) -> Iterator[None]:
     if refusal[0]:
         raise refusal[0]
     try:
+        # every process writes a part of each checkpoint
+        if not all(gather_object([(output / ".lock").exists()])):
+            raise ValueError(f"{output} is not the same folder on all machines: give an --output that they share")
         yield
     finally:
         if accelerator.is_main_process:

@@ -132,13 +132,13 @@ class Recipe:
     RandomResizedCrop); then half of them are mirrored; then all are turned, by ``rotations`` steps of ``rotation_unit``
     degrees: 90, exact quarter turns, or 45, all eight of them, resampled and masked to the inscribed circle. ``flip``
     is 'none', 'random' (each crop with probability 1/2) or 'alternate' (an image is mirrored in every other of its
-    epochs, the first one at random). An epoch is a
-    permutation of the training images, its incomplete last batch dropped. ``label_smoothing`` of the rotation's
-    probability goes to all rotations alike. With ``average`` above 0 the published weights are an exponential average
-    of the run's, that factor of the old kept at every step, with batch norm's statistics taken anew. ``holdout`` keeps
-    that many of the training images, the last ones, out of training: tune on them, never on the test set.
-    ``precision`` is 'fp32', 'bf16' or 'fp16' (both by autocast), or 'auto': bf16 where the device multiplies it (a GPU,
-    or ``avx512_bf16`` or ``amx_bf16`` in /proc/cpuinfo), fp32 elsewhere, where bf16 is 6 to 15 times slower.
+    epochs, the first one at random). An epoch is a permutation of the training images, its incomplete last batch
+    dropped; of tar shards some are taken at a time. ``label_smoothing`` of the rotation's probability goes to all
+    rotations alike. With ``average`` above 0 the published weights are an exponential average of the run's, that factor
+    of the old kept at every step, with batch norm's statistics taken anew. ``holdout`` keeps that many of the training
+    images, the last ones, out of training: tune on them, never on the test set. ``precision`` is 'fp32', 'bf16' or
+    'fp16' (both by autocast), or 'auto': bf16 where the device multiplies it (a GPU, or ``avx512_bf16`` or ``amx_bf16``
+    in /proc/cpuinfo), fp32 elsewhere, where bf16 is 6 to 15 times slower.
     """
 
     name: str

@@ -10,6 +10,7 @@ import timm
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import gather_object
 from torch import nn
 
 import rotation_ssl  # noqa: F401  registers the models with timm
@@ -129,8 +130,12 @@ def run_identity(
     accelerator: Accelerator,
     sync_batchnorm: bool,
 ) -> dict[str, str]:
-    """All that decides the weights but machine, thread count and library versions, by name."""
-    return {
+    """All that decides the weights but machine, thread count and library versions, by name.
+
+    Raises:
+        ValueError: it is not the same in all processes.
+    """
+    identity = {
         **{f.name: repr(getattr(recipe, f.name)) for f in dataclasses.fields(recipe) if f.name != "note"},
         "number of images": repr(count),
         "images": fingerprint(images),
@@ -138,3 +143,11 @@ def run_identity(
         "parts of a step": repr(accelerator.gradient_accumulation_steps),
         "sync_batchnorm": repr(sync_batchnorm),
     }
+    others = gather_object([identity])
+    different = [name for name in identity if any(other[name] != identity[name] for other in others)]
+    if different:
+        raise ValueError(
+            f"the processes were started with different options or images ({', '.join(different)}): give all machines "
+            "the same; copies of images must keep their times (cp -p, rsync -a)"
+        )
+    return identity
