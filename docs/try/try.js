@@ -25,7 +25,6 @@ const sum = (values) => values.reduce((total, value) => total + value, 0);
 /**
  * A picture as viewers show it, with its EXIF orientation: the bitmap, and its pixels reduced to little more than is
  * looked at in squares of `size` pixels. The caller closes the bitmap.
- *
  * @param {Blob} file
  * @param {number} size
  * @returns {Promise<{bitmap: ImageBitmap, pixels: Pixels}>}
@@ -62,7 +61,6 @@ function readReduced(bitmap, factor) {
 
 /**
  * Pixels averaged in squares of factor x factor, smaller ones at the right and the bottom, as PIL.Image.reduce does.
- *
  * @param {Pixels} pixels
  * @param {number} factor
  * @returns {Pixels}
@@ -98,7 +96,6 @@ function squarePlaces({ width, height }) {
 
 /**
  * The V squares that are looked at, (V, 3, size, size), resized with Pillow's bicubic antialiased filter.
- *
  * @param {Pixels} pixels
  * @param {number} size
  * @returns {Uint8Array}
@@ -191,7 +188,6 @@ async function download(name, progress) {
 
 /**
  * How a picture is turned, and where the network is active in each of its squares as they are given.
- *
  * @param {Awaited<ReturnType<typeof loadNetwork>>} network
  * @param {Pixels} pixels
  * @returns {Promise<{rotation: number, confidence: number, probabilities: number[], attention: Float32Array[]}>}
@@ -343,7 +339,8 @@ function start() {
   document.addEventListener("drop", (event) => (mark(event, false), add(...event.dataTransfer.files)));
   find("#files").addEventListener("change", ({ target }) => (add(...target.files), (target.value = "")));
   for (const button of document.querySelectorAll("#samples button")) {
-    button.addEventListener("click", () => addSample(button.firstElementChild.src));
+    const fail = (error) => say(`The sample could not be loaded: ${error.message}`);
+    button.addEventListener("click", () => addSample(button.firstElementChild.src).catch(fail));
   }
 }
 

@@ -61,11 +61,11 @@ def browser():
 
 @pytest.fixture
 def tab(browser):
-    """A tab that keeps the addresses it asked for in `asked`, and in which no script may fail."""
+    """A tab that keeps what it asked for in `asked`, and in which no script may fail."""
     tab = browser.new_page()
     tab.set_default_timeout(60_000)
     tab.asked, failed = [], []
-    tab.on("request", lambda request: tab.asked.append(request.url))
+    tab.on("request", lambda request: tab.asked.append((request.method, request.url)))
     tab.on("pageerror", lambda error: failed.append(error))
     yield tab
     tab.close()
@@ -79,7 +79,8 @@ def page(folder, tab):
         tab.goto(server.url)
         expect(tab.locator("#status")).to_have_text(READY, timeout=60_000)
         yield tab
-        assert {re.match(r"(blob:)?(.*?//[^/]*)", url)[2] for url in tab.asked} == {server.url}
+        # whatever a test does: nothing is sent, and all that is loaded is the page's
+        assert {(method, url[: len(server.url) + 1]) for method, url in tab.asked} == {("GET", f"{server.url}/")}
 
 
 @pytest.fixture(scope="module")
@@ -252,6 +253,15 @@ def test_dropped_files_are_looked_at_ten_at_once_and_broken_ones_are_named(page,
     for card in page.locator(".card").all()[4:7]:
         assert "could not be read" in card.inner_text() and card.get_attribute("data-outcome") == "not read"
     expect(page.locator("#status")).to_have_text("12 photographs: 9 upright, 3 not read.")
+
+
+def test_photographs_cannot_leave_the_page(page):
+    # without CORS only the page's policy keeps a request from being sent
+    code = "(url) => fetch(url, { mode: 'no-cors' }).then(() => 'sent', () => 'refused')"
+    with Release(builder.SOURCE) as elsewhere:
+        assert page.evaluate(code, f"{elsewhere.url}/icon.svg") == "refused"
+        assert elsewhere.requests == []
+    page.asked = [(method, url) for method, url in page.asked if not url.startswith(elsewhere.url)]
 
 
 def test_a_photograph_of_100_megapixels_is_looked_at(page, model, tmp_path):
