@@ -77,12 +77,20 @@ def export_network(network: PageNetwork, size: int, file: Path) -> None:
     """
     if lacking := [package for package in ("onnx", "onnxscript") if find_spec(package) is None]:
         raise ValueError(f"the page needs {' and '.join(lacking)}: pip install -e '.[onnx]'")
+    import onnx
+
     squares = torch.zeros(2, 3, size, size, dtype=torch.uint8)
     torch.onnx.export(
         network.eval(), (squares,), file, dynamo=True, external_data=False, verbose=False,
         input_names=["squares"], output_names=["logits", "attention"],
         dynamic_shapes=({0: torch.export.Dim("views")},),
     )  # fmt: skip
+    proto = onnx.load(file)
+    graph = proto.graph
+    # the exporter notes where the source files are: nothing that a page should tell
+    for part in (graph, *graph.node, *graph.input, *graph.output, *graph.value_info):
+        part.ClearField("metadata_props")
+    onnx.save(proto, file)
 
 
 def install_runtime(folder: Path) -> None:
@@ -131,19 +139,18 @@ def build_page(output: Path) -> int:
     unfinished = output.with_name(f"{output.name}.{os.getpid()}.tmp")
     unfinished.mkdir()
     try:
-        steps = tqdm(total=3, unit="step", desc="downloading onnxruntime-web")
-        install_runtime(unfinished)
-        steps.update()
-        steps.set_description("exporting the network")
-        export_network(PageNetwork(model, LAYER, POWER), size, unfinished / "model.onnx")
-        steps.update()
-        steps.set_description("copying the page")
-        copy_page(unfinished)
+        with tqdm(total=3, unit="step", desc="downloading onnxruntime-web") as steps:
+            install_runtime(unfinished)
+            steps.update()
+            steps.set_description("exporting the network")
+            export_network(PageNetwork(model, LAYER, POWER), size, unfinished / "model.onnx")
+            steps.update()
+            steps.set_description("copying the page")
+            copy_page(unfinished)
+            steps.update()
         facts = {"name": DEFAULT_MODEL, "size": size, "temperature": temperature, "threshold": threshold}
         sizes = {name: (unfinished / name).stat().st_size for name in ("model.onnx", RUNTIME_FILES[1])}
         (unfinished / MARK).write_text(json.dumps({**facts, "layer": LAYER, "bytes": sizes}, indent=2) + "\n")
-        steps.update()
-        steps.close()
         if output.exists():
             shutil.rmtree(output)
         unfinished.replace(output)

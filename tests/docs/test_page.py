@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import SAMPLES
 from loopback_release import Release
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 from playwright.sync_api import expect, sync_playwright
 
 from rotation_ssl.cli.features import load_model
@@ -126,22 +126,29 @@ def assert_agrees(card, image, model):
 def write_pictures(folder):
     """Real photographs in the formats, shapes and orientations that people have."""
     files = []
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    # red and blue are swapped by who applies it
+    profile = srgb.replace(b"rXYZ", b"....").replace(b"bXYZ", b"rXYZ").replace(b"....", b"bXYZ")
     for number, source in enumerate(sorted(PHOTOS.glob("*.jpg"))):
         image = read_image(source)
         exif = Image.Exif()
         exif[0x0112] = (6, 3, 8, 5, 2)[number]
         portrait = image.transpose(Image.Transpose.ROTATE_90)
+        transparent = image.copy()
+        transparent.putalpha(Image.linear_gradient("L").resize(image.size))
         for picture, name, options in (
             (image, "upright.jpg", {"quality": 92}),
             (portrait, "quarter.png", {}),
             (image, "tagged.jpg", {"exif": exif, "quality": 90, "subsampling": 0}),
-            (portrait, "grey.jpg", {"quality": 95}),
+            (portrait.convert("L"), "grey.jpg", {"quality": 95}),
+            (image, "profile.jpg", {"icc_profile": profile}),
+            (transparent, "transparent.png", {}),
             (portrait, "lossless.webp", {"lossless": True}),  # of WebP files Chromium ignores the EXIF orientation
             (image.crop((0, 0, image.width, image.height // 3)), "panorama.png", {}),
             (image.resize((5 * image.width, 5 * image.height)), "large.png", {"exif": exif}),
         ):
             files.append(folder / f"{source.stem}-{name}")
-            (picture.convert("L") if "grey" in name else picture).save(files[-1], **options)
+            picture.save(files[-1], **options)
     return files
 
 
@@ -312,7 +319,9 @@ def test_the_page_without_a_script_says_what_it_needs(folder, browser):
 
 
 def test_page_is_small_and_built_anew(folder, capsys):
-    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 25e6
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) < 25e6
+    assert not [file for file in files if str(builder.SOURCE.parent.parent).encode() in file.read_bytes()]
     (folder / "stale").touch()
     assert main(["page", "--output", str(folder)]) == 0
     assert "MB" in capsys.readouterr().out and not (folder / "stale").exists()
