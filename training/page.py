@@ -38,7 +38,7 @@ RUNTIME_FILES = ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm")
 LAYER, POWER = "conv3", 4.0  # the middle one of five layers, and the paper's power for the third
 # the EXIF orientation that each sample is shown with: some are turned
 SAMPLES = {"china.jpg": 6, "astronaut.jpg": 3, "rocket.jpg": 8, "coffee.jpg": 1, "chelsea.jpg": 1}
-MARK = "model.json"  # a folder with this file is a page
+MODEL_FILE, FACTS_FILE = "model.onnx", "model.json"
 
 
 class PageNetwork(nn.Module):
@@ -130,7 +130,8 @@ def build_page(output: Path) -> int:
     Raises:
         ValueError: the folder has other content, or something that the page needs is not installed.
     """
-    if output.exists() and not (output / MARK).is_file() and (not output.is_dir() or any(output.iterdir())):
+    is_page = all((output / name).is_file() for name in (*PAGE_FILES, *RUNTIME_FILES, MODEL_FILE))
+    if output.exists() and not is_page and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} exists and is not a page: give an empty --output")
     model: Any = load_model(DEFAULT_MODEL, "cpu")
     temperature, threshold = calibration(model, DEFAULT_MODEL, None)
@@ -143,14 +144,14 @@ def build_page(output: Path) -> int:
             install_runtime(unfinished)
             steps.update()
             steps.set_description("exporting the network")
-            export_network(PageNetwork(model, LAYER, POWER), size, unfinished / "model.onnx")
+            export_network(PageNetwork(model, LAYER, POWER), size, unfinished / MODEL_FILE)
             steps.update()
             steps.set_description("copying the page")
             copy_page(unfinished)
             steps.update()
         facts = {"name": DEFAULT_MODEL, "size": size, "temperature": temperature, "threshold": threshold}
-        sizes = {name: (unfinished / name).stat().st_size for name in ("model.onnx", RUNTIME_FILES[1])}
-        (unfinished / MARK).write_text(json.dumps({**facts, "layer": LAYER, "bytes": sizes}, indent=2) + "\n")
+        sizes = {name: (unfinished / name).stat().st_size for name in (MODEL_FILE, RUNTIME_FILES[1])}
+        (unfinished / FACTS_FILE).write_text(json.dumps({**facts, "layer": LAYER, "bytes": sizes}, indent=2) + "\n")
         if output.exists():
             shutil.rmtree(output)
         unfinished.replace(output)

@@ -328,10 +328,11 @@ def test_page_is_small_and_built_anew(folder, capsys):
 
 
 def test_other_folders_are_left_alone(tmp_path, capsys):
-    (tmp_path / "mine.txt").write_text("mine")
-    assert main(["page", "--output", str(tmp_path)]) == 2
-    assert "is not a page: give an empty --output" in capsys.readouterr().err
-    assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
+    (tmp_path / "model.json").write_text("mine")
+    for folder in (tmp_path, tmp_path / "model.json", builder.SOURCE):
+        assert main(["page", "--output", str(folder)]) == 2
+        assert "is not a page: give an empty --output" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["model.json"] and (builder.SOURCE / "try.js").is_file()
 
 
 def test_npm_is_asked_for(tmp_path, monkeypatch, capsys):
