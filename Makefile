@@ -6,7 +6,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 TIMM_TESTS := $(VENV)/timm-sdist
 
-.PHONY: demo test slow-tests timm-tests coverage lint render docs clean
+PORT ?= 8000
+
+.PHONY: demo test slow-tests timm-tests coverage lint render docs page clean
 
 demo: $(VENV)/.installed-demo
 	@echo "==> the bundled rotnet_nin on the sample images"
@@ -54,6 +56,13 @@ docs: $(VENV)/.installed-docs
 	@echo "==> the documentation site: build/docs/index.html"
 	@$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -c docs -d build/doctrees . build/docs
 
+# the page of docs/try, which runs the network in the browser; it needs npm
+page: $(VENV)/.installed-onnx
+	@echo "==> building the page in build/page"
+	@$(BIN)/python -m training page --output build/page
+	@echo "==> the page is at http://127.0.0.1:$(PORT)/ (Ctrl-C stops; another port: make page PORT=8001)"
+	@$(BIN)/python -m http.server $(PORT) --bind 127.0.0.1 --directory build/page
+
 clean:
 	rm -rf $(VENV) build dist runs demo.png
 
@@ -71,7 +80,12 @@ $(VENV)/.installed-docs: pyproject.toml | $(BIN)/python
 	@$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	@touch $@ $(VENV)/.installed-demo
 
+$(VENV)/.installed-onnx: pyproject.toml | $(BIN)/python
+	@echo "==> installing rotation-ssl with the onnx extra into $(VENV) (torch is large: the first time takes minutes)"
+	@$(BIN)/python -m pip install --quiet --editable '.[demo,onnx]'
+	@touch $@ $(VENV)/.installed-demo
+
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 	@echo "==> installing rotation-ssl with the dev extra into $(VENV) (torch is large: the first time takes minutes)"
 	@$(BIN)/python -m pip install --quiet --editable '.[dev]'
-	@touch $@ $(VENV)/.installed-demo $(VENV)/.installed-docs
+	@touch $@ $(VENV)/.installed-demo $(VENV)/.installed-docs $(VENV)/.installed-onnx
