@@ -38,6 +38,7 @@ NAVIGATION = {
     },
     "Applications": {
         "Turn photographs upright": "docs/orientation",
+        "Photographs in the browser": "docs/try/README",
         "Find outliers": "docs/outliers",
     },
     "Reference": {

@@ -13,7 +13,6 @@ import os
 import shutil
 import subprocess
 import tempfile
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from rotation_ssl.images import normalize
 from rotation_ssl.orientation.exif import write_orientation
 from rotation_ssl.rotations import rotate_all
 from training.command import create_parser, run
+from training.export import onnx_file
 
 SOURCE = Path(__file__).parent.parent / "docs" / "try"
 PAGE_FILES = ("index.html", "style.css", "try.js", "icon.svg", "README.md")
@@ -67,30 +67,6 @@ class PageNetwork(nn.Module):
         final, (maps,) = self.model.forward_intermediates(rotate_all(images), indices=[self.index])
         size = (squares.shape[-2], squares.shape[-1])
         return self.model.forward_head(final), attention_map(maps[: squares.shape[0]], self.power, size)
-
-
-def export_network(network: PageNetwork, size: int, file: Path) -> None:
-    """Write the network as one ONNX file with the input `squares` and the outputs `logits` and `attention`.
-
-    Raises:
-        ValueError: the packages of the extra `onnx` are not installed.
-    """
-    if lacking := [package for package in ("onnx", "onnxscript") if find_spec(package) is None]:
-        raise ValueError(f"the page needs {' and '.join(lacking)}: pip install -e '.[onnx]'")
-    import onnx
-
-    squares = torch.zeros(2, 3, size, size, dtype=torch.uint8)
-    torch.onnx.export(
-        network.eval(), (squares,), file, dynamo=True, external_data=False, verbose=False,
-        input_names=["squares"], output_names=["logits", "attention"],
-        dynamic_shapes=({0: torch.export.Dim("views")},),
-    )  # fmt: skip
-    proto = onnx.load(file)
-    graph = proto.graph
-    # the exporter notes where the source files are: nothing that a page should tell
-    for part in (graph, *graph.node, *graph.input, *graph.output, *graph.value_info):
-        part.ClearField("metadata_props")
-    onnx.save(proto, file)
 
 
 def install_runtime(folder: Path) -> None:
@@ -144,7 +120,10 @@ def build_page(output: Path) -> int:
             install_runtime(unfinished)
             steps.update()
             steps.set_description("exporting the network")
-            export_network(PageNetwork(model, LAYER, POWER), size, unfinished / MODEL_FILE)
+            squares = torch.zeros(2, 3, size, size, dtype=torch.uint8)
+            network = PageNetwork(model, LAYER, POWER).eval()
+            content = onnx_file(network, squares, "squares", ["logits", "attention"])
+            (unfinished / MODEL_FILE).write_bytes(content)
             steps.update()
             steps.set_description("copying the page")
             copy_page(unfinished)

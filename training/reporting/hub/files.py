@@ -1,9 +1,6 @@
 """The files of a Hub repository: weights, configuration, golden outputs, ONNX, the training's record and the card."""
 
-import contextlib
-import io
 import json
-import logging
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,12 +9,12 @@ from typing import Any
 import timm
 import torch
 from safetensors.torch import load, save
-from torch import nn
 
 from rotation_ssl.backbones.about import network_facts
 from rotation_ssl.convert import write_config
 from rotation_ssl.rotations import ROTATION_NAMES
 from rotation_ssl.zoo.golden import golden_file, golden_outputs
+from training.export import onnx_file
 from training.reporting.bundle import add_metadata
 from training.reporting.hub.card import card_text
 from training.reporting.hub.weights import WEIGHTS, Upload
@@ -39,7 +36,7 @@ def hub_files(upload: Upload, repository: str, version: str, rows: Sequence[Row]
         WEIGHTS: upload.content,
         "config.json": config,
         GOLDEN: golden_file(name).read_bytes() if golden_file(name).exists() else save(golden_outputs(model)),
-        ONNX: onnx_file(model, entry["input_size"][-1]),
+        ONNX: onnx_file(model, torch.zeros(2, *entry["input_size"]), "images", ["logits"]),
     }
     classifier = f"{model.pretrained_cfg['classifier']}."
     backbone = {key: value for key, value in state.items() if not key.startswith(classifier)}
@@ -53,32 +50,6 @@ def hub_files(upload: Upload, repository: str, version: str, rows: Sequence[Row]
             files[path] = file.read_bytes()
     files["README.md"] = card_text(name, entry, model, files, repository, version, rows).encode()
     return files
-
-
-def onnx_file(model: nn.Module, size: int) -> bytes:
-    """A model as ONNX, ``images`` (batch, 3, size, size) -> ``logits`` (batch, num_classes), for any batch size.
-
-    The exporter's notes of where each operation stands in the source are left out: they name paths of this machine.
-    """
-    batch = torch.export.Dim("batch")
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with contextlib.redirect_stdout(io.StringIO()):
-        program = torch.onnx.export(
-            model,
-            (torch.zeros(2, 3, size, size),),
-            dynamo=True,
-            dynamic_shapes=({0: batch},),
-            input_names=["images"],
-            output_names=["logits"],
-            verbose=False,
-        )
-    assert program is not None
-    proto = program.model_proto
-    proto.ClearField("metadata_props")
-    for described in (proto.graph, *proto.graph.node, *proto.graph.value_info, *proto.graph.initializer):
-        described.ClearField("metadata_props")
-    content: bytes = proto.SerializeToString(deterministic=True)
-    return content
 
 
 def _config(name: str, entry: dict[str, Any], content: bytes, state: dict[str, torch.Tensor]) -> tuple[bytes, Any]:
