@@ -80,6 +80,8 @@ ALEXNET_ON_VOC = tuple(
     for protocol, layers in (
         ("voc-classification-11-point", ("all", "fc6-8")),
         ("voc-classification-area", ("all", "fc6-8")),
+        ("voc-fast-rcnn-11-point", ("all",)),
+        ("voc-fast-rcnn-area", ("all",)),
         ("voc-segmentation", ("all",)),
     )
 )
