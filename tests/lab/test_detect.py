@@ -102,11 +102,13 @@ def test_pictures_have_the_sure_detections(devkit, proposals, tmp_path):
     options = ["--fc-size", 16, "--images-per-step", 1, "--pictures", 2, "--proposals", proposals]
     assert run(*arguments, *options) == 0
     assert sorted(file.name for file in (tmp_path / "pictures").iterdir()) == ["000007.png", "000008.png"]
+    with Image.open(tmp_path / "pictures.jpg") as sheet:
+        assert sheet.size == (4 * 300, 225)
     image = read_annotations(devkit, "2007", "test")[0]
     found = {
         "boxes": torch.tensor([[10.0, 60, 100, 120], [0, 0, 50, 50]]),
         "labels": torch.tensor([1, 2]),
-        "scores": torch.tensor([0.9, 0.2]),
+        "scores": torch.tensor([0.9, 0.1]),
     }
     picture = open_pixels(draw_detections(tmp_path, image.file, found, CLASSES))
     assert picture.getpixel((40, 119)) == (128, 0, 0), "a frame of the class's colour"

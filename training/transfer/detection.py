@@ -54,7 +54,7 @@ from training.transfer.data import (
 from training.transfer.detector import build_detector, set_sides
 from training.transfer.metrics import average_precision, match_detections
 from training.transfer.network import Draws, InOrder, autocast_of, batches, smallest_side, train_network
-from training.transfer.pictures import draw_detections
+from training.transfer.pictures import draw_detections, draw_sheet
 from training.transfer.proposals import check_proposals_file, read_proposals
 from training.transfer.recipes import FAST_RCNNS, FASTER_RCNNS, VocDetection
 
@@ -222,9 +222,15 @@ def measure(args: argparse.Namespace) -> Path:
         recipe, transfer.network, transfer.train, transfer.test, len(args.classes), args.proposals, args.device,
         args.seed, args.workers, transfer.output,
     )  # fmt: skip
-    pictured = transfer.test[: args.pictures]
-    for image, found in zip(pictured, detect(recipe, detector, pictured, args.proposals, args.device), strict=True):
-        draw_detections(transfer.output, image.file, found, args.classes)
+    if pictured := transfer.test[: args.pictures]:
+        detections = detect(recipe, detector, pictured, args.proposals, args.device)
+        draw_sheet(
+            [
+                draw_detections(transfer.output, image.file, found, args.classes)
+                for image, found in zip(pictured, detections, strict=True)
+            ],
+            transfer.output / "pictures.jpg",
+        )
     classes = counted(count_present(by_class), "class", "classes")
     settings = (
         f"{name}, {classes}, shorter side {', '.join(map(str, recipe.train_sides))} in training and"

@@ -1,17 +1,19 @@
-"""Detections and segmentations drawn over their images, as PNG files."""
+"""Detections and segmentations drawn over their images, as PNG files, and all of them on one sheet."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from training.transfer.data import open_pixels, pixels_tensor
 
+COLUMNS, CELL = 4, (300, 225)  # of the sheet; width and height in pixels
+
 
 def draw_detections(
-    output: Path, file: Path, found: Mapping[str, torch.Tensor], classes: Sequence[str], least: float = 0.5
+    output: Path, file: Path, found: Mapping[str, torch.Tensor], classes: Sequence[str], least: float = 0.2
 ) -> Path:
     """Write an image with the detections that are sure by ``least`` or more; returns the picture's file.
 
@@ -39,6 +41,18 @@ def draw_segmentation(output: Path, file: Path, predicted: torch.Tensor, classes
     image = pixels_tensor(open_pixels(file)).contiguous()
     masks = torch.stack([predicted == label for label in range(1, classes + 1)])
     return _written(output, file, draw_segmentation_masks(image, masks, alpha=0.6, colors=palette(classes)[1:]))
+
+
+def draw_sheet(pictures: Sequence[Path], file: Path) -> None:
+    """Write pictures, made smaller, onto one sheet: in their order, row by row."""
+    width, height = CELL
+    sheet = Image.new("RGB", (COLUMNS * width, -(-len(pictures) // COLUMNS) * height), "white")
+    for number, picture in enumerate(pictures):
+        with Image.open(picture) as image:
+            small = ImageOps.contain(image, (width - 6, height - 6))
+        left, top = number % COLUMNS * width, number // COLUMNS * height
+        sheet.paste(small, (left + (width - small.width) // 2, top + (height - small.height) // 2))
+    sheet.save(file, quality=85)
 
 
 def palette(classes: int) -> list[tuple[int, int, int]]:

@@ -47,7 +47,7 @@ from training.transfer.command import (
 from training.transfer.data import MaskedImage, check_large_enough, open_mask, open_pixels, pixels_tensor, read_masks
 from training.transfer.metrics import IGNORED, confusion_matrix, intersections_over_unions, mean_over_classes
 from training.transfer.network import Backbone, Draws, InOrder, autocast_of, batches, train_network
-from training.transfer.pictures import draw_segmentation
+from training.transfer.pictures import draw_segmentation, draw_sheet
 from training.transfer.recipes import SEGMENTATIONS, VocSegmentation
 
 
@@ -192,12 +192,16 @@ def predict(network: Fcn, pixels: torch.Tensor, size: Sequence[int]) -> torch.Te
 def draw_pictures(
     recipe: VocSegmentation, network: Fcn, images: Sequence[MaskedImage], output: Path, device: str = "cpu"
 ) -> None:
-    """Write the predicted classes of images over them, into ``output``/pictures."""
+    """Write the predicted classes of images over them, into ``output``/pictures, and all of them on pictures.jpg."""
     classes = network.score.out_channels - 1
+    pictures = []
     with torch.inference_mode(), autocast_of(recipe.training, network):
         for index, image in enumerate(images):
             pixels, mask = _test_sample(tuple(images), classes, recipe.longest, index)
-            draw_segmentation(output, image.file, predict(network, pixels.to(device), mask.shape).cpu(), classes)
+            predicted = predict(network, pixels.to(device), mask.shape).cpu()
+            pictures.append(draw_segmentation(output, image.file, predicted, classes))
+    if pictures:
+        draw_sheet(pictures, output / "pictures.jpg")
 
 
 def measure_segmentation(
