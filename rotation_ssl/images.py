@@ -64,6 +64,11 @@ def register_heif() -> bool:
     return True
 
 
+def image_suffixes() -> set[str]:
+    """The suffixes of image files, in lower case: those of HEIF too where Pillow reads it."""
+    return {*IMAGE_SUFFIXES, *(suffix for suffix in HEIF_SUFFIXES if suffix in Image.registered_extensions())}
+
+
 def find_images(folder: Path) -> list[Path]:
     """The image files below a folder, sorted by path; files whose name begins with a dot are skipped.
 
@@ -86,7 +91,7 @@ def find_files(folder: Path) -> tuple[list[Path], list[Path]]:
         raise ValueError(f"{folder} is not a folder; give the folder that holds the images")
     if not folder.exists():
         raise ValueError(f"image folder {folder} does not exist")
-    suffixes = {*IMAGE_SUFFIXES, *(suffix for suffix in HEIF_SUFFIXES if suffix in Image.registered_extensions())}
+    suffixes = image_suffixes()
     images, others = [], []
     for file in sorted(folder.rglob("*")):
         if file.name.startswith("."):

@@ -19,7 +19,7 @@ LAYERS = (
     {"rotation_ssl.backbones.about"},
     {"rotation_ssl.fit"},
     {"rotation_ssl.rotations", "rotation_ssl.features", "rotation_ssl.probes", "rotation_ssl.images"},
-    {"rotation_ssl.eighths", "rotation_ssl.labelled"},
+    {"rotation_ssl.eighths", "rotation_ssl.labelled", "rotation_ssl.shards"},
     {"rotation_ssl.convert"},
     {"rotation_ssl.zoo"},
     {"rotation_ssl.backbones"},

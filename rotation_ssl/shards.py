@@ -1,0 +1,160 @@
+"""Tar shards in the manner of webdataset: their names, and the images in them.
+
+Tar files are untrusted: they are read as a stream, nothing is unpacked to the disk, and only regular files of bounded
+size are looked at.
+"""
+
+import contextlib
+import itertools
+import lzma
+import re
+import tarfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from rotation_ssl.images import image_suffixes
+from rotation_ssl.messages import first_line, some
+
+MAX_IMAGE_BYTES = 2**28  # of a member: more than any photograph has
+MAX_NAMES = 10_000_000  # that a pattern expands to
+_MAX_HEADER_BYTES = 2**20  # of a long name or of extended attributes, which tarfile reads whole
+_LONG_HEADERS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, b"x", b"g", b"X")
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"([0-9]+)\.\.([0-9]+)")
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """The names that a pattern means, in order: ``{000..010}`` counts, ``{a,b}`` lists.
+
+    Of several braces the last changes first. A range is padded with zeros to the width of its ends if one of them
+    begins with a zero, as in a shell. A pattern without braces is its own only name.
+
+    Raises:
+        ValueError: braces that are not closed, are nested or hold neither a range nor a list, a range that counts down,
+            or more than :data:`MAX_NAMES` names.
+    """
+    # text and braces in turns: the odd ones are what stood in braces
+    pieces = _BRACES.split(pattern)
+    if any("{" in text or "}" in text for text in pieces[::2]):
+        raise ValueError(f"{pattern!r} has braces that are not closed or are nested; write {{000..999}} or {{a,b}}")
+    choices, number = [], 1
+    for position, piece in enumerate(pieces):
+        choice = _choices(piece, pattern) if position % 2 else [piece]
+        number *= len(choice)
+        if number > MAX_NAMES:
+            raise ValueError(f"{pattern!r} means more than {MAX_NAMES:,} names; split it")
+        choices.append(choice)
+    return ["".join(chosen) for chosen in itertools.product(*choices)]
+
+
+def tar_members(
+    file: Path | IO[bytes],
+    skipped: dict[str, str] | None = None,
+    max_bytes: int = MAX_IMAGE_BYTES,
+    name: str = "",
+) -> Iterator[tuple[str, bytes]]:
+    """The image members of a tar file, one after another: their names and bytes.
+
+    Images are regular files with the suffix of an image whose name does not begin with a dot. Others are skipped, links
+    too. The file may be compressed; it is read once, as a stream.
+
+    Args:
+        file: a path, or an open file, which need not be seekable and is not closed.
+        skipped: gets the names of members of more than ``max_bytes``, and why they were skipped; None: they are errors.
+        max_bytes: refuse larger members.
+        name: of an open file, for errors.
+
+    Raises:
+        ValueError: no such file, or no tar file; a member that is too large, without ``skipped``; after the members
+            that can be read, a tar file that is damaged or cut. The error names the file.
+    """
+    told = f"tar {name or getattr(file, 'name', '') if not isinstance(file, Path) else file}"
+    try:
+        with contextlib.ExitStack() as stack:
+            stream = stack.enter_context(file.open("rb")) if isinstance(file, Path) else file
+            archive = stack.enter_context(tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Member))
+            for member in archive:
+                if _is_image(member):
+                    if member.size <= max_bytes:
+                        yield member.name, _read(archive, member)
+                    elif skipped is None:
+                        raise _TooLarge(f"member {_reason(member, max_bytes)}")
+                    else:
+                        skipped[member.name] = _reason(member, max_bytes)
+                # tarfile keeps a list of what it has read
+                archive.members = []  # type: ignore[attr-defined]
+    except FileNotFoundError as error:
+        raise ValueError(f"{told} does not exist") from error
+    except _TooLarge as error:
+        raise ValueError(f"{told}: {error}") from error
+    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+        raise ValueError(f"{told} is damaged, cut or no tar file ({first_line(error)}); replace it") from error
+
+
+class _TooLarge(Exception):
+    """A member that is not read."""
+
+
+class _Member(tarfile.TarInfo):
+    """A header; one that tarfile would take for the end of the archive, or that would fill the memory, is an error."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Member":
+        """A header of 512 bytes.
+
+        Raises:
+            tarfile.HeaderError: of 512 zeros, the end of the archive.
+            tarfile.ReadError: of anything else that is no header.
+        """
+        try:
+            member = super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as error:
+            if len(buf) == tarfile.BLOCKSIZE and not any(buf):
+                raise
+            # tarfile ends quietly at a member that is cut or damaged
+            raise tarfile.ReadError(str(error) if buf else "it ends without the marker of its end") from error
+        if member.type in _LONG_HEADERS and member.size > _MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {member.size:,} bytes")
+        return member
+
+
+def _is_image(member: tarfile.TarInfo) -> bool:
+    path = PurePosixPath(member.name)
+    return (
+        member.isreg()
+        and not member.issparse()
+        and not path.name.startswith(".")
+        and path.suffix.lower() in image_suffixes()
+    )
+
+
+def _read(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    stream = archive.extractfile(member)
+    content = stream.read() if stream else b""
+    if len(content) != member.size:
+        raise tarfile.ReadError(f"member {some([member.name])} is cut")
+    return content
+
+
+def _reason(member: tarfile.TarInfo, max_bytes: int) -> str:
+    return f"{some([member.name])} has {member.size:,} bytes, more than the {max_bytes:,} allowed"
+
+
+def _choices(piece: str, pattern: str) -> list[str]:
+    if match := _RANGE.fullmatch(piece):
+        first, last = match.groups()
+        low, high = int(first), int(last)
+        if high < low:
+            raise ValueError(f"{{{piece}}} in {pattern!r} counts down; write {{{last}..{first}}}")
+        if high - low >= MAX_NAMES:
+            raise ValueError(f"{{{piece}}} in {pattern!r} means more than {MAX_NAMES:,} names; split it")
+        padded = any(end != "0" and end.startswith("0") for end in (first, last))
+        width = max(len(first), len(last)) if padded else 0
+        return [f"{number:0{width}d}" for number in range(low, high + 1)]
+    if ".." in piece or "," not in piece:
+        raise ValueError(
+            f"{{{piece}}} in {pattern!r} is neither a range such as {{000..999}} nor a list such as {{a,b}}"
+        )
+    return piece.split(",")
