@@ -25,7 +25,7 @@ def nearest(
 
     Returns:
         The similarities (M, k) float32 in descending order, and the paths of each query's images; fewer than k where
-        the folder has fewer. Of equal ones the first comes first.
+        the folder has fewer.
 
     Raises:
         ValueError: no such folder or layer, queries of another shape, or k out of range.
@@ -42,9 +42,7 @@ def nearest(
     for names, features in read_chunks(folder, layer):
         found = wanted @ unit_rows(torch.from_numpy(features.copy())).T
         both = torch.cat([similarity, found], dim=1)
-        # stable: of equal ones the earlier
-        order = both.sort(dim=1, descending=True, stable=True).indices[:, :k]
-        similarity = both.gather(1, order)
+        similarity, order = both.topk(min(k, both.shape[1]), dim=1)
         paths = [
             [old[i] if i < len(old) else names[i - len(old)] for i in row]
             for old, row in zip(paths, order.tolist(), strict=True)

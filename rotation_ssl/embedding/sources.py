@@ -131,7 +131,7 @@ def _file_system(url: str) -> tuple[Any, str]:
 
     try:
         return cast(tuple[Any, str], fsspec.core.url_to_fs(url))
-    except ImportError as error:
+    except (ImportError, ValueError) as error:
         raise ValueError(f"{url} cannot be opened: {first_line(error)}") from error
 
 
