@@ -6,8 +6,10 @@ dies is started again, and its shard with it.
 """
 
 import contextlib
+import functools
 import itertools
 import os
+import platform
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from typing import Any
 import torch
 
 from rotation_ssl.embedding.backbone import load_model, weights_digest
-from rotation_ssl.embedding.local import Done, embed_shards, make_extractor
+from rotation_ssl.embedding.local import Done, Extractor, embed_shards, make_extractor
 from rotation_ssl.embedding.parts import Manifest
 from rotation_ssl.embedding.sources import Shard
 from rotation_ssl.messages import first_line
@@ -35,17 +37,25 @@ class Embedder:
         workers: processes that decode.
         threads: of PyTorch, as many as the driver has: sums may depend on them.
 
-    Raises:
-        ValueError: no such model or device on this machine, or other weights than the driver's.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, name: str, device: str, workers: int, threads: int) -> None:
-        torch.set_num_threads(threads)
-        model = load_model(name, device)
-        if weights_digest(model) != manifest.weights_sha256:
-            raise ValueError(f"{name} has other weights on {os.uname().nodename} than where the command runs")
-        self.folder, self.manifest, self.workers = folder, manifest, workers
-        self.extract = make_extractor(model, manifest)
+        self.folder, self.manifest, self.name, self.device = folder, manifest, name, device
+        self.workers, self.threads = workers, threads
+
+    # not in the constructor, of whose errors Ray keeps the text alone
+    @functools.cached_property
+    def extract(self) -> Extractor:
+        """The network's function from pixels to features.
+
+        Raises:
+            ValueError: no such model or device on this machine, or other weights than the driver's.
+        """
+        torch.set_num_threads(self.threads)
+        model = load_model(self.name, self.device)
+        if weights_digest(model) != self.manifest.weights_sha256:
+            raise ValueError(f"{self.name} has other weights on {platform.node()} than where the command runs")
+        return make_extractor(model, self.manifest)
 
     def embed(self, shard: Shard) -> Done:
         """Write the part of one shard."""
@@ -136,14 +146,8 @@ def _plain_errors() -> Iterator[None]:
         yield
     except exceptions.RayTaskError as error:
         raise error.cause from None
-    except exceptions.ActorDiedError as error:
-        cause = getattr(error, "cause", None)
-        if isinstance(cause, exceptions.RayTaskError):
-            # its constructor's own error
-            raise cause.cause from None
-        raise OSError(f"a process of the cluster died again and again ({first_line(error)}): use --resume") from error
     except exceptions.RayActorError as error:
-        raise OSError(f"a process of the cluster died ({first_line(error)}): go on with --resume") from error
+        raise OSError(f"a process of the cluster died ({first_line(error)}); go on with --resume") from error
 
 
 def _count_actors(nodes: Iterable[dict[str, Any]], room: dict[str, int]) -> int:

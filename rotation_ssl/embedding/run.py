@@ -92,7 +92,7 @@ def embed(
         ValueError: source, model and output do not fit, another run writes to the folder, or it was made otherwise.
         OSError: the source cannot be read, a part cannot be written, or a process was killed.
     """
-    _check_options(engine, format, dtype, shard_size, workers)
+    _check_options(engine, format, dtype, shard_size, workers, address)
     folder, loaded = Path(output).absolute(), load_model(model, device if engine == "local" else "cpu")
     chosen = list(layers or [recommended_layer(loaded, model)])
     if format == "npy" and len(chosen) > 1:
@@ -129,12 +129,16 @@ def cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _check_options(engine: str, form: str, dtype: str, shard_size: int, workers: int | None) -> None:
+def _check_options(
+    engine: str, form: str, dtype: str, shard_size: int, workers: int | None, address: str | None
+) -> None:
     for name, value, allowed in (("engine", engine, ENGINES), ("format", form, FORMATS), ("dtype", dtype, DTYPES)):
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
     if shard_size < 1 or (workers or 0) < 0:
         raise ValueError(f"shard_size must be at least 1 and workers 0, got {shard_size} and {workers}")
+    if address and engine != "ray":
+        raise ValueError(f"address {address} is of a Ray cluster: give the engine ray too")
     if importlib.util.find_spec("pyarrow") is None:
         raise ImportError(NEEDS_PYARROW)
     if engine == "ray" and importlib.util.find_spec("ray") is None:

@@ -316,6 +316,7 @@ def test_a_part_without_images(tmp_path):
         ({"format": "csv"}, "format must be one of parquet, safetensors, npy, got 'csv'"),
         ({"dtype": "int8"}, "dtype must be one of float32, float16, got 'int8'"),
         ({"shard_size": 0}, "shard_size must be at least 1"),
+        ({"address": "127.0.0.1:1"}, "address 127.0.0.1:1 is of a Ray cluster: give the engine ray too"),
         ({"workers": -1}, "workers 0, got 64 and -1"),
         ({"format": "npy", "layers": ["block1", "block2"]}, "npy takes one layer, not block1, block2"),
         ({"layers": ["conv9"]}, "no layer conv9"),

@@ -12,13 +12,13 @@ from rotation_ssl import files
 from rotation_ssl.embedding import embed
 from rotation_ssl.embedding import local as local_engine
 
-SMALL = {"shard_size": 10, "batch_size": 4, "precision": "fp32"}
+SMALL = {"shard_size": 5, "batch_size": 5, "precision": "fp32"}
 DRIVER, WRITING, WORKER = "driver", "writing", "worker"
 
 
 def run(source, out, events, victim, moment):
     """Embed; the victim is killed at its ``moment``-th event: by the test, or by itself."""
-    decode, sync, seen = local_engine.decode, files.sync, [0]
+    decode, sync, seen, written = local_engine.decode, files.sync, [0], [0]
 
     def counted_decode(*args):
         seen[0] += 1
@@ -30,12 +30,14 @@ def run(source, out, events, victim, moment):
 
     def counted_sync(path):
         # all is written, and not yet renamed
-        seen[0] += 1
-        if victim == WRITING and seen[0] == moment:
+        written[0] += 1
+        if victim == WRITING and written[0] == moment:
             os.kill(os.getpid(), signal.SIGKILL)
         sync(path)
 
     local_engine.decode, files.sync = counted_decode, counted_sync
+    # the decoding processes count too
+    multiprocessing.set_start_method("fork", force=True)
     embed(source, out, resume=True, workers=2 if victim == WORKER else 0, **SMALL)
 
 
@@ -61,7 +63,7 @@ def killed(context, source, out, victim, moment):
 
 @pytest.mark.slow
 def test_twenty_kills(tmp_path):
-    source = write_folder(tmp_path / "images", contents(300, 100))
+    source = write_folder(tmp_path / "images", contents(600, 100))
     embed(source, tmp_path / "whole", workers=0, **SMALL)
     expected, out = part_bytes(tmp_path / "whole"), tmp_path / "out"
     # it has imported all when the first one is started
@@ -70,7 +72,7 @@ def test_twenty_kills(tmp_path):
     chance, kills = random.Random(0), 0
     while kills < 20:
         victim = (DRIVER, WRITING, WORKER)[kills % 3]
-        moment = chance.randint(1, 6) if victim == WRITING else chance.randint(1, 25)
+        moment = chance.randint(1, 6 if victim == WRITING else 20)
         assert killed(context, source, out, victim, moment), "the images were enough for twenty kills"
         kills += 1
         there = part_bytes(out) if out.exists() else {}
@@ -78,4 +80,4 @@ def test_twenty_kills(tmp_path):
             assert name.endswith(".tmp") or content == expected[name], f"{name} after {kills} kills"
     embed(source, out, resume=True, workers=0, **SMALL)
     assert part_bytes(out) == expected
-    assert len(rows_of(out)) == 297
+    assert len(rows_of(out)) == 594

@@ -31,9 +31,7 @@ PATHS = st.lists(NAMES, min_size=1, max_size=3).map(tuple)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
-@given(
-    paths=st.sets(st.lists(NAMES, min_size=1, max_size=3).map(tuple), min_size=1, max_size=12), size=st.integers(1, 5)
-)
+@given(paths=st.sets(PATHS, min_size=1, max_size=12), size=st.integers(1, 5))
 def test_shards_of_a_folder(tmp_path, paths, size):
     """Consecutive blocks of the paths in their order, which is that of whole paths as text; no image is lost."""
     shutil.rmtree(tmp_path / "x", ignore_errors=True)
