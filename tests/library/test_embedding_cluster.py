@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 from many_images import contents, errors_of, part_bytes, rows_of, write_folder, write_tar
 
-from rotation_ssl.embedding import cluster
+from rotation_ssl.embedding import cluster, embed
 
 pytestmark = pytest.mark.slow
 SMALL = {"shard_size": 16, "batch_size": 8, "precision": "fp32"}
@@ -18,7 +18,7 @@ PROLOGUE = """
 import json, os, signal, sys, threading
 from pathlib import Path
 import ray
-from rotation_ssl.embedding import cluster
+from rotation_ssl.embedding import cluster, embed
 
 def actors():
     # processes of Ray below this one
@@ -161,20 +161,9 @@ def test_room_for_actors():
 
 
 def test_a_cluster_that_cannot_be_reached(images, tmp_path):
-    code = (
-        "from rotation_ssl.embedding import embed; import sys\n"
-        "try: embed(*sys.argv[1:3], engine='ray', address='127.0.0.1:9')\n"
-        "except OSError as error: print(error)\n"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code, str(images), str(tmp_path / "out")],
-        cwd=ROOT,
-        env={**os.environ, "RAY_gcs_rpc_server_reconnect_timeout_s": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert "the Ray cluster 127.0.0.1:9 cannot be used" in result.stdout, result.stderr
+    for address in ("127.0.0.1:9", "ray://127.0.0.1:9"):
+        with pytest.raises(OSError, match=rf"the Ray cluster {address} cannot be reached \(.*refused\)"):
+            embed(images, tmp_path / "out", engine="ray", address=address, **SMALL)
 
 
 def test_other_weights_are_refused(images, whole, tmp_path):
