@@ -12,13 +12,11 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import SAMPLES
 from filelock import FileLock
 from many_images import BROKEN, contents, errors_of, image_bytes, part_bytes, rows_of, write_folder, write_tar
 from pyarrow import parquet
 from safetensors.numpy import load_file
 
-from rotation_ssl import cli
 from rotation_ssl.embedding import embed, load
 from rotation_ssl.embedding import local as local_engine
 from rotation_ssl.embedding import parts as parts_module
@@ -337,40 +335,3 @@ def test_without_the_extra(images, tmp_path, monkeypatch):
             patched.setattr("importlib.util.find_spec", lambda name, m=missing, f=find: None if name == m else f(name))
             with pytest.raises(ImportError, match=rf"need.* {missing}: pip install 'rotation-ssl\[scale\]'"):
                 embed(images, tmp_path / "out", engine=engine, **SMALL)
-
-
-def run(capsys, *arguments):
-    status = cli.main([str(argument) for argument in arguments])
-    output = capsys.readouterr()
-    return status, output.out if status < 2 else output.err
-
-
-def test_the_command(images, whole, tmp_path, capsys):
-    options = ("--shard-size", 64, "--batch-size", 16, "--workers", 0, "--sha1", "--precision", "fp32")
-    status, text = run(capsys, "features", images, "-o", tmp_path / "out", *options)
-    assert status == 1 and text.startswith(f"{tmp_path}/out: 297 images in 5 parts; 3 errors: {tmp_path}/out/errors.pa")
-    assert part_bytes(tmp_path / "out") == part_bytes(whole)
-    status, text = run(capsys, "features", images, "-o", f"{tmp_path}/out/", *options, "--resume", "--json")
-    assert json.loads(text) == {"folder": f"{tmp_path}/out/", "parts": 5, "images": 297, "errors": 3}
-    status, text = run(capsys, "features", SAMPLES / "cifar10", "-o", f"{tmp_path}/v1.2/", "--workers", 0)
-    assert status == 0 and text == f"{tmp_path}/v1.2/: 40 images in 1 part\n"
-
-
-@pytest.mark.parametrize(
-    ("output", "options", "message"),
-    [
-        ("out/", ("--strict",), "--strict is for a single file"),
-        ("out/", ("--force",), "--force is for a single file"),
-        ("out/", ("--format", "csv"), "format must be one of parquet, safetensors, npy"),
-        ("f.csv", ("--shard-size", "5"), "--shard-size is for features in parts: give a folder, -o"),
-        ("f.csv", ("--resume",), "--resume is for features in parts"),
-        ("f.csv", ("--precision", "bf16"), "--precision is for features in parts"),
-        ("out/", ("--workers", "-1"), "argument --workers: must be a whole number, got -1"),
-    ],
-)
-def test_options_of_the_other_form(tmp_path, capsys, output, options, message):
-    try:
-        status, error = run(capsys, "features", SAMPLES / "cifar10", "-o", f"{tmp_path}/{output}", *options)
-    except SystemExit as stopped:
-        status, error = stopped.code, capsys.readouterr().err
-    assert status == 2 and message in error and len(error.splitlines()) == 1 and not list(tmp_path.iterdir())

@@ -67,12 +67,17 @@ run.embed_on_cluster = watched
 """
 
 
-def on_ray(code, source, out, options=SMALL, **environment):
+def environment(home, **more):
+    """Ray is quiet, and writes what it keeps of a user into the test's own folder."""
     quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    return {**os.environ, **quiet, "OMP_NUM_THREADS": "1", "HOME": str(home), **more}
+
+
+def on_ray(code, source, out, options=SMALL, **more):
     return subprocess.run(
         [sys.executable, "-c", PROLOGUE + code, str(source), str(out), json.dumps({"workers": 0, **options})],
         cwd=ROOT,
-        env={**os.environ, **quiet, "OMP_NUM_THREADS": "1", **environment},
+        env=environment(out.parent, **more),
         capture_output=True,
         text=True,
         check=False,
@@ -92,8 +97,8 @@ def whole(images, tmp_path_factory):
     )
     arguments = [str(images), str(folder), json.dumps({"workers": 0, **SMALL})]
     # with as many threads as the actors have
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, env=environment, check=True, capture_output=True)
+    here = environment(folder.parent)
+    subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, env=here, check=True, capture_output=True)
     return folder
 
 
@@ -106,9 +111,8 @@ def test_the_same_parts(images, whole, tmp_path):
 def test_the_command_with_decoding_processes(images, whole, tmp_path):
     command = [sys.executable, "-m", "rotation_ssl.cli", "features", str(images), "-o", f"{tmp_path}/out/"]
     options = ["--engine", "ray", "--workers", "1", "--shard-size", "16", "--batch-size", "8", "--precision", "fp32"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
-        [*command, *options], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        [*command, *options], cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True, check=False
     )
     assert result.returncode == 1 and "198 images in 13 parts; 2 errors" in result.stdout, result.stderr
     assert part_bytes(tmp_path / "out") == part_bytes(whole)

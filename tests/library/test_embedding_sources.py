@@ -131,11 +131,11 @@ def test_one_source_in_every_form_gives_the_same_features(tmp_path):
 def test_names_that_are_no_text(tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()
-    for name in (b"caf\xe9.png", b"broken\xff.png"):
+    for name in (b"c\xe9.png", b"broken\xff.png"):
         with open(os.fsencode(folder) + b"/" + name, "wb") as stream:  # noqa: PTH123
             stream.write(image_bytes(0) if name[0] == ord("c") else b"")
     embed(folder, tmp_path / "out", **SMALL)
-    assert list(rows_of(tmp_path / "out")) == ["caf\\xe9.png"]
+    assert list(rows_of(tmp_path / "out")) == ["c\\xe9.png"]
 
 
 def test_files_that_are_not_read(tmp_path, monkeypatch):
