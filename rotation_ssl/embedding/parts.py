@@ -11,6 +11,7 @@ With the formats npy and safetensors a part is ``part-00000.npy`` or ``part-0000
 
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import os
 import re
@@ -75,6 +76,16 @@ class Rows:
     features: dict[str, list[np.ndarray]] = dataclasses.field(default_factory=dict)
     errors: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     unopened: int = 0
+
+
+def require_pyarrow() -> None:
+    """Say how to install what reads and writes parts.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    if importlib.util.find_spec("pyarrow") is None:
+        raise ImportError(NEEDS_PYARROW)
 
 
 def part_name(number: int) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from rotation_ssl.embedding.parts import Manifest, find_parts, part_name, read_manifest
+from rotation_ssl.embedding.parts import Manifest, find_parts, part_name, read_manifest, require_pyarrow
 from rotation_ssl.messages import some
 
 ROWS = 8192  # of a parquet file in memory at a time
@@ -68,6 +68,7 @@ def _parquet_chunks(path: Path, layer: str, width: int) -> Iterator[tuple[list[s
 
 
 def _parts(folder: Path) -> tuple[Manifest, dict[int, Path]]:
+    require_pyarrow()
     manifest = read_manifest(folder)
     parts = find_parts(folder, manifest.format)
     if not parts:

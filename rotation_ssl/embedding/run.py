@@ -16,7 +16,6 @@ from rotation_ssl.embedding.local import embed_shards, make_extractor
 from rotation_ssl.embedding.parts import (
     DTYPES,
     FORMATS,
-    NEEDS_PYARROW,
     Manifest,
     count_rows,
     find_parts,
@@ -24,6 +23,7 @@ from rotation_ssl.embedding.parts import (
     merge_errors,
     part_digest,
     part_name,
+    require_pyarrow,
     start,
 )
 from rotation_ssl.embedding.sources import absolute, find_shards
@@ -139,8 +139,7 @@ def _check_options(
         raise ValueError(f"shard_size must be at least 1 and workers 0, got {shard_size} and {workers}")
     if address and engine != "ray":
         raise ValueError(f"address {address} is of a Ray cluster: give the engine ray too")
-    if importlib.util.find_spec("pyarrow") is None:
-        raise ImportError(NEEDS_PYARROW)
+    require_pyarrow()
     if engine == "ray" and importlib.util.find_spec("ray") is None:
         raise ImportError(NEEDS_RAY)
 

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import importlib.util
 import json
 import os
 import signal
@@ -328,10 +329,13 @@ def test_options_out_of_range(images, tmp_path, options, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_without_the_extra(images, tmp_path, monkeypatch):
+def test_without_the_extra(images, whole, tmp_path, monkeypatch):
+    find = importlib.util.find_spec
     for missing, engine in (("pyarrow", "local"), ("ray", "ray")):
         with monkeypatch.context() as patched:
-            find = parts_module.__spec__.loader and __import__("importlib").util.find_spec
-            patched.setattr("importlib.util.find_spec", lambda name, m=missing, f=find: None if name == m else f(name))
-            with pytest.raises(ImportError, match=rf"need.* {missing}: pip install 'rotation-ssl\[scale\]'"):
+            patched.setattr("importlib.util.find_spec", lambda name, gone=missing: None if name == gone else find(name))
+            with pytest.raises(ImportError, match=rf"needs? {missing}: pip install 'rotation-ssl\[scale\]'"):
                 embed(images, tmp_path / "out", engine=engine, **SMALL)
+            if missing == "pyarrow":
+                with pytest.raises(ImportError, match="features in parts need pyarrow"):
+                    load(whole)
