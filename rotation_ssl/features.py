@@ -73,27 +73,53 @@ def extract_features(
             pooling, a grid, batch size or dtype out of range, a layer whose output is no vector, map or square of
             tokens, or a ``prepare`` or layer that does not give one row for each image.
     """
+    layers = list(layer_modules(backbone)) if layers is None else layers
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size must be a positive number of images, got {batch_size!r}")
+    extract = batch_extractor(backbone, layers, pool=pool, grid=grid, prepare=prepare, dtype=dtype, autocast=autocast)
+    if len(images) == 0:
+        raise ValueError("no images to extract features from")
+    features: dict[str, torch.Tensor] = {}
+    for start in range(0, len(images), batch_size):
+        batch = images[start : start + batch_size]
+        for layer, part in extract(batch).items():
+            if layer not in features:
+                # outside of a caller's inference mode, in which it could not be trained on
+                with torch.inference_mode(False):
+                    features[layer] = torch.empty((len(images), *part.shape[1:]), dtype=dtype)
+            features[layer][start : start + len(batch)] = part
+    return {layer: features[layer] for layer in layers}
+
+
+def batch_extractor(
+    backbone: nn.Module,
+    layers: Sequence[str],
+    *,
+    pool: str | None = "avg",
+    grid: int | Mapping[str, int] = 1,
+    prepare: Prepare | None = None,
+    dtype: torch.dtype = torch.float32,
+    autocast: torch.dtype | None = None,
+) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:
+    """A function from one batch of images (B, C, H, W) to its features by layer, on the CPU.
+
+    It is what :func:`extract_features` runs on each batch, with the same arguments and errors. Making it takes longer
+    than one batch: make it once for many.
+    """
     modules, names = dict(backbone.named_modules()), layer_modules(backbone)
-    layers = list(names) if layers is None else layers
     unknown = [layer for layer in layers if names.get(layer, layer) not in modules or not layer]
     if unknown or not layers:
         raise ValueError(f"no layer {', '.join(unknown) or 'asked for'} in this backbone; it has {', '.join(names)}")
-    cells = _check_options(layers, pool, grid, batch_size, dtype)
-    if len(images) == 0:
-        raise ValueError("no images to extract features from")
+    cells = _check_options(layers, pool, grid, dtype)
     device = next((parameter.device for parameter in backbone.parameters()), torch.device("cpu"))
     forward = _pooled_layers(backbone, cells, pool, dtype, torch.device("cpu"))
-    features: dict[str, torch.Tensor] = {}
-    with torch.autocast(device.type, autocast, enabled=autocast is not None):
-        for start in range(0, len(images), batch_size):
-            batch = images[start : start + batch_size].to(device)
-            for layer, part in forward(batch, prepare).items():
-                if layer not in features:
-                    # outside of a caller's inference mode, in which it could not be trained on
-                    with torch.inference_mode(False):
-                        features[layer] = torch.empty((len(images), *part.shape[1:]), dtype=dtype)
-                features[layer][start : start + len(batch)] = part
-    return {layer: features[layer] for layer in layers}
+
+    def extract(batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        with torch.autocast(device.type, autocast, enabled=autocast is not None):
+            found = forward(batch.to(device), prepare)
+        return {layer: found[layer] for layer in layers}
+
+    return extract
 
 
 def layer_maps(
@@ -225,13 +251,11 @@ def _eval_view(backbone: nn.Module) -> nn.Module:
 
 
 def _check_options(
-    layers: Sequence[str], pool: str | None, grid: int | Mapping[str, int], batch_size: int, dtype: torch.dtype
+    layers: Sequence[str], pool: str | None, grid: int | Mapping[str, int], dtype: torch.dtype
 ) -> dict[str, int]:
     """Cells a side of each layer."""
     if pool not in POOLS:
         raise ValueError(f"pool must be one of {', '.join(map(repr, POOLS))}, got {pool!r}")
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size must be a positive number of images, got {batch_size!r}")
     if not dtype.is_floating_point:
         raise ValueError(f"dtype must be a floating-point type, got {dtype}")
     lacking = [layer for layer in layers if isinstance(grid, Mapping) and layer not in grid]

@@ -47,10 +47,10 @@ def knn_predict(
         raise ValueError(f"k must be 1 to the {len(train_features)} training images, got {k}")
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
-    train = _unit_rows(train_features)
+    train = unit_rows(train_features)
     predictions = []
     for part in test_features.split(1000):
-        similarity, neighbours = (_unit_rows(part) @ train.T).topk(k, dim=1)
+        similarity, neighbours = (unit_rows(part) @ train.T).topk(k, dim=1)
         # relative to the nearest neighbour: exp of the similarities themselves overflows at small temperatures
         weights = ((similarity - similarity[:, :1]).double() / temperature).exp()
         votes = weights.new_zeros(len(part), num_classes).scatter_add_(1, train_labels[neighbours], weights)
@@ -274,7 +274,7 @@ def _choose_strength(
     return best[1]
 
 
-def _unit_rows(features: torch.Tensor) -> torch.Tensor:
+def unit_rows(features: torch.Tensor) -> torch.Tensor:
     """Rows of length 1 in float32; rows of zeros stay zeros.
 
     Each row is first scaled by a power of two, which is exact, so that its largest value is near 1: the squares of very

@@ -6,6 +6,8 @@
     rotation-ssl verify [TAG | FILE]           verify the weights on this machine
     rotation-ssl convert FILE -o FOLDER        convert another project's checkpoint
     rotation-ssl features IMAGES -o FILE       extract features of a folder of images
+    rotation-ssl features IMAGES -o FOLDER/    extract features of millions of images, in parts
+    rotation-ssl neighbours FOLDER PICTURE     find the images whose features resemble a picture's most
     rotation-ssl orient PICTURES               find out which way up photos are, and turn them
     rotation-ssl outliers IMAGES -o FILE       rank images by how little they resemble normal ones
     rotation-ssl evaluate MODEL --data FOLDER --output DIR
@@ -21,10 +23,22 @@ import sys
 from collections.abc import Sequence
 
 import rotation_ssl
-from rotation_ssl.cli import convert, evaluate, features, fetch, info, list, orient, outliers, pretrain, verify
+from rotation_ssl.cli import (
+    convert,
+    evaluate,
+    features,
+    fetch,
+    info,
+    list,
+    neighbours,
+    orient,
+    outliers,
+    pretrain,
+    verify,
+)
 from rotation_ssl.cli.options import Parser
 
-COMMANDS = (list, info, fetch, verify, convert, features, orient, outliers, evaluate, pretrain)
+COMMANDS = (list, info, fetch, verify, convert, features, neighbours, orient, outliers, evaluate, pretrain)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -8,8 +8,8 @@ import torch
 from timm.data import resolve_model_data_config
 from tqdm import tqdm
 
-from rotation_ssl.cli.features import load_model
 from rotation_ssl.cli.options import add_command, positive
+from rotation_ssl.embedding.backbone import load_model
 from rotation_ssl.evaluation.frozen import Frozen
 from rotation_ssl.evaluation.measure import measure_features, measure_rotation, plan
 from rotation_ssl.evaluation.protocols import PROTOCOLS

@@ -10,20 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 from safetensors.torch import save
 from timm.data import resolve_model_data_config
 from torch import nn
 from tqdm import tqdm
 
-from rotation_ssl import zoo
-from rotation_ssl.backbones.about import network_facts
+from rotation_ssl.cli import feature_parts
 from rotation_ssl.cli.options import add_command, positive
-from rotation_ssl.features import POOLS, extract_features, layer_modules
+from rotation_ssl.embedding.backbone import load_model, model_name, recommended_layer
+from rotation_ssl.embedding.parts import FORMATS as PART_FORMATS
+from rotation_ssl.features import POOLS, extract_features
 from rotation_ssl.files import replace_file
 from rotation_ssl.images import count_suffixes, find_files, normalize, read_images
-from rotation_ssl.messages import first_line
 
 FORMATS = ("safetensors", "npz", "csv")
 NAMED = 10  # so many broken images are named for people; --json names all
@@ -37,15 +36,25 @@ Formats, by the suffix of FILE:
 
 File names are relative to IMAGES, in the order of the rows. Broken images are skipped and named, and the exit status is
 then 1; with --strict the first one is an error, and nothing is written.
+
+With a folder, -o FOLDER/ (or a name without a suffix), the features of any number of images are written in parts:
+    manifest.json, part-00000.parquet, part-00001.parquet, ..., and errors.parquet with the broken images
+IMAGES may then also be tar files, '{000..999}.tar'; parquet files with a column of bytes or a column 'path'; or a URL
+that fsspec opens. Parts are written one after another, and each is complete: a run that was stopped goes on with
+--resume. --format is parquet, or npy or safetensors with the paths in part-00000.parquet. This needs the extra `scale`.
 """
 
 
 def add(commands: Any) -> None:
     """Add the command."""
     added = add_command(commands, "features", run, "extract features of a folder of images", DETAILS)
-    added.add_argument("images", type=Path, metavar="IMAGES", help="folder of images, searched recursively")
-    added.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="output file")
-    added.add_argument("--format", choices=FORMATS, help="output format [from the suffix of FILE]")
+    added.add_argument("images", metavar="IMAGES", help="folder of images, searched recursively; see above")
+    added.add_argument("-o", "--output", required=True, metavar="FILE", help="output file, or FOLDER/ for parts")
+    added.add_argument(
+        "--format",
+        choices=sorted({*FORMATS, *PART_FORMATS}),
+        help="output format [from the suffix of FILE; parquet for FOLDER/]",
+    )
     added.add_argument("--force", action="store_true", help="replace FILE if it exists")
     added.add_argument("--strict", action="store_true", help="stop at the first broken image")
     added.add_argument(
@@ -63,10 +72,15 @@ def add(commands: Any) -> None:
     added.add_argument("--grid", type=positive, default=1, help="pool to GRID x GRID cells [%(default)s]")
     added.add_argument("--batch-size", type=positive, default=64, help="images per batch [%(default)s]")
     added.add_argument("--device", default="cpu", help="device: cpu, cuda, cuda:1, mps [%(default)s]")
+    feature_parts.add_options(added)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
+    if feature_parts.is_folder(args.output, FORMATS):
+        return feature_parts.run(args)
+    feature_parts.check_no_options(args)
+    args.images, args.output = Path(args.images), Path(args.output)
     images, others = find_files(args.images)
     check_output(args.output, args.format, images, args.force)
     model = load_model(args.model, args.device)
@@ -79,10 +93,9 @@ def run(args: argparse.Namespace) -> int:
     if len(broken) == len(images):
         raise ValueError(f"none of the {len(images):,} images can be read: {broken[images[0]]}")
     features = {layer: torch.cat(part) for layer, part in parts.items()}
-    name = f"{args.model.split('.', 1)[0]}.{model.pretrained_cfg.get('tag')}"
     metadata = {
         "files": json.dumps([_name(file, args.images) for file in images if file not in broken]),
-        "model": name if name in zoo.manifest() else args.model,
+        "model": model_name(model, args.model),
         "pool": args.pool,
         "grid": str(args.grid),
     }
@@ -121,41 +134,6 @@ def check_output(file: Path, form: str | None, images: Sequence[Path], force: bo
         raise ValueError(f"{file} cannot be written: the folder {file.parent} is not writable")
     if file.exists() and not force:
         raise ValueError(f"{file} exists; give another --output, or --force to replace it")
-
-
-def load_model(name: str, device: str) -> Any:
-    """A network with weights, on a device.
-
-    Raises:
-        ValueError: no such model, weights or device.
-    """
-    try:
-        # one that gives values back, unlike meta
-        torch.zeros(1, device=device).cpu()
-    except (RuntimeError, AssertionError, ImportError) as error:
-        raise ValueError(f"device {device!r} cannot be used ({first_line(error)}); give another") from error
-    if not timm.is_model(name.split(".", 1)[0]) and ":" not in name:
-        raise ValueError(f"no model {name!r}; there are {', '.join(timm.list_models('rotnet_*'))}, and timm's")
-    folder = Path(name.removeprefix("local-dir:"))
-    if name.startswith("local-dir:") and not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} has no config.json: it is neither a finished run nor a converted checkpoint")
-    try:
-        return timm.create_model(name, pretrained=True).to(device)
-    except RuntimeError as error:
-        raise ValueError(f"{name} could not be loaded ({first_line(error)})") from error
-
-
-def recommended_layer(model: Any, name: str) -> str:
-    """The layer that the manifest recommends for the weights, or the paper for the network.
-
-    Raises:
-        ValueError: neither recommends one.
-    """
-    architecture, tag = (model.pretrained_cfg.get(key) for key in ("architecture", "tag"))
-    entry = zoo.manifest().get(f"{architecture}.{tag}", {})
-    if layer := entry.get("recommended_layer") or network_facts(str(architecture)).recommended_layer:
-        return str(layer)
-    raise ValueError(f"{name} has no recommended layer: give --layers, of {', '.join(layer_modules(model))}")
 
 
 def read_batches(

@@ -18,8 +18,8 @@ from timm.data import resolve_model_data_config
 from tqdm import tqdm
 
 from rotation_ssl import zoo
-from rotation_ssl.cli.features import load_model
 from rotation_ssl.cli.options import add_command, positive
+from rotation_ssl.embedding.backbone import load_model
 from rotation_ssl.files import replace_file
 from rotation_ssl.images import HEIF_SUFFIXES, find_images, register_heif
 from rotation_ssl.messages import counted, printable

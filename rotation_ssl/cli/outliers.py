@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw
 
-from rotation_ssl.cli.features import load_model, read_batches, recommended_layer
+from rotation_ssl.cli.features import read_batches
 from rotation_ssl.cli.options import add_command, positive
+from rotation_ssl.embedding.backbone import load_model, recommended_layer
 from rotation_ssl.features import extract_features
 from rotation_ssl.files import replace_file
 from rotation_ssl.images import find_images, read_image, square

@@ -11,7 +11,8 @@ from rotation_ssl import cli
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "MODEL_CARD.md", "docs/loading.md", "docs/features.md", "docs/orientation.md"]
+    "page",
+    ["README.md", "MODEL_CARD.md", "docs/loading.md", "docs/features.md", "docs/orientation.md", "docs/scale.md"],
 )
 def test_every_snippet_runs(page, monkeypatch, tmp_path):
     snippets = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
@@ -25,6 +26,7 @@ def test_every_snippet_runs(page, monkeypatch, tmp_path):
         "mine.safetensors": tmp_path / "mine.safetensors",
         "features.safetensors": tmp_path / "f.safetensors",
         "MY_IMAGES": ROOT / "rotation_ssl" / "samples" / "photos",
+        "MY_FEATURES": tmp_path / "parts",
         "photo.jpg": ROOT / "rotation_ssl" / "samples" / "photos" / "china.jpg",
     }
     # torch.hub loads "." from a clone

@@ -1,0 +1,96 @@
+"""rotation-ssl features IMAGES -o FOLDER/: the form in parts, of any number of images."""
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rotation_ssl.cli.options import positive
+from rotation_ssl.embedding.parts import DTYPES
+from rotation_ssl.embedding.run import ENGINES, embed
+from rotation_ssl.messages import counted
+from rotation_ssl.precision import add_precision_argument
+
+# the options of this form alone, and what they are where they are not given
+DEFAULTS: dict[str, Any] = {
+    "engine": "local",
+    "shard_size": 10_000,
+    "workers": None,
+    "precision": "auto",
+    "dtype": "float32",
+    "sha1": False,
+    "resume": False,
+    "address": None,
+}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this form; those that are not given are None."""
+    parts = parser.add_argument_group("features in parts (-o FOLDER/)")
+    parts.add_argument("--engine", choices=ENGINES, help="this machine, or a Ray cluster [local]")
+    parts.add_argument("--address", metavar="HOST:PORT", help="Ray cluster [a new one, of this machine]")
+    parts.add_argument(
+        "--shard-size", type=positive, metavar="N", help=f"images in a part [{DEFAULTS['shard_size']}; of a tar, all]"
+    )
+    parts.add_argument(
+        "--workers", type=_whole, metavar="N", help="decoding processes [one for each CPU; --engine ray: none]"
+    )
+    add_precision_argument(parser, "auto; for FOLDER/")
+    parts.add_argument("--dtype", choices=DTYPES, help="type of the stored features [float32]")
+    parts.add_argument("--sha1", action="store_const", const=True, help="store the sha1 of the bytes of each image")
+    parts.add_argument("--resume", action="store_const", const=True, help="go on with the parts that are in FOLDER")
+
+
+def is_folder(output: str, formats: tuple[str, ...]) -> bool:
+    """Whether an output is a folder of parts: it ends in a slash, or is or may become a folder without a suffix."""
+    path = Path(output)
+    if output.endswith("/") or (path.is_dir() and path.suffix.lower()[1:] not in formats):
+        return True
+    return not path.suffix and not path.exists()
+
+
+def check_no_options(args: argparse.Namespace) -> None:
+    """Refuse the options of this form in the other one.
+
+    Raises:
+        ValueError: one of them was given.
+    """
+    given = [f"--{name.replace('_', '-')}" for name in DEFAULTS if getattr(args, name) is not None]
+    if given:
+        raise ValueError(f"{given[0]} is for features in parts: give a folder, -o {args.output}/, or leave it out")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the parts; returns the exit status, 1 where there are errors."""
+    if args.strict or args.force:
+        raise ValueError(f"--{'strict' if args.strict else 'force'} is for a single file, not for a folder of parts")
+    options = {name: value if getattr(args, name) is None else getattr(args, name) for name, value in DEFAULTS.items()}
+    summary = embed(
+        args.images,
+        args.output,
+        args.model,
+        layers=args.layers,
+        pool=args.pool,
+        grid=args.grid,
+        batch_size=args.batch_size,
+        device=args.device,
+        format=args.format or "parquet",
+        **options,
+    )
+    result = {"folder": args.output, **dataclasses.asdict(summary)}
+    print(json.dumps(result, indent=1) if args.json else _report(result))
+    return 1 if summary.errors else 0
+
+
+def _report(result: Mapping[str, Any]) -> str:
+    text = f"{result['folder']}: {counted(result['images'], 'image')} in {counted(result['parts'], 'part')}"
+    errors = f"; {counted(result['errors'], 'error')}: {Path(result['folder'], 'errors.parquet')}"
+    return text + (errors if result["errors"] else "")
+
+
+def _whole(text: str) -> int:
+    if not text.strip().isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text}")
+    return int(text)

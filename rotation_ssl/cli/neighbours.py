@@ -1,0 +1,45 @@
+"""rotation-ssl neighbours."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from rotation_ssl.cli.options import add_command, positive
+from rotation_ssl.embedding.neighbours import embed_images, nearest
+from rotation_ssl.embedding.parts import read_manifest
+from rotation_ssl.messages import printable
+
+DETAILS = """
+
+OUT is a folder of features that `rotation-ssl features IMAGES -o OUT/` wrote. Its manifest says which network and layer
+the picture is compared in. The search is exact, by cosine similarity, and reads the features a chunk at a time.
+"""
+
+
+def add(commands: Any) -> None:
+    """Add the command."""
+    added = add_command(commands, "neighbours", run, "find the images that resemble a picture most", DETAILS)
+    added.add_argument("folder", type=Path, metavar="OUT", help="folder of features")
+    added.add_argument("query", type=Path, metavar="PICTURE", help="image file")
+    added.add_argument("-k", type=positive, default=10, metavar="K", help="number of neighbours [%(default)s]")
+    added.add_argument("--layer", help="layer to compare in [the first one of OUT]")
+    added.add_argument("--device", default="cpu", help="device: cpu, cuda, cuda:1, mps [%(default)s]")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; returns the exit status."""
+    layers = read_manifest(args.folder).layers
+    layer = args.layer or next(iter(layers))
+    if layer not in layers:
+        raise ValueError(f"{args.folder} has no layer {layer}; it has {', '.join(layers)}")
+    queries = embed_images(args.folder, [args.query], args.device)[layer]
+    similarities, paths = nearest(args.folder, queries, args.k, layer)
+    found = [
+        {"similarity": value, "path": path} for value, path in zip(similarities[0].tolist(), paths[0], strict=True)
+    ]
+    if args.json:
+        print(json.dumps({"query": str(args.query), "layer": layer, "neighbours": found}, indent=1))
+    else:
+        print("\n".join(f"{one['similarity']:.4f}  {printable(one['path'])}" for one in found))
+    return 0

@@ -1,0 +1,64 @@
+"""The network that gives the features: loaded by its name, with the layer to use and a hash of its weights."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from rotation_ssl import zoo
+from rotation_ssl.backbones.about import network_facts
+from rotation_ssl.features import layer_modules
+from rotation_ssl.messages import first_line
+
+
+def load_model(name: str, device: str) -> Any:
+    """A network with weights, on a device.
+
+    Raises:
+        ValueError: no such model, weights or device.
+    """
+    try:
+        # one that gives values back, unlike meta
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise ValueError(f"device {device!r} cannot be used ({first_line(error)}); give another") from error
+    if not timm.is_model(name.split(".", 1)[0]) and ":" not in name:
+        raise ValueError(f"no model {name!r}; there are {', '.join(timm.list_models('rotnet_*'))}, and timm's")
+    folder = Path(name.removeprefix("local-dir:"))
+    if name.startswith("local-dir:") and not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json: it is neither a finished run nor a converted checkpoint")
+    try:
+        return timm.create_model(name, pretrained=True).to(device)
+    except RuntimeError as error:
+        raise ValueError(f"{name} could not be loaded ({first_line(error)})") from error
+
+
+def recommended_layer(model: Any, name: str) -> str:
+    """The layer that the manifest recommends for the weights, or the paper for the network.
+
+    Raises:
+        ValueError: neither recommends one.
+    """
+    architecture, tag = (model.pretrained_cfg.get(key) for key in ("architecture", "tag"))
+    entry = zoo.manifest().get(f"{architecture}.{tag}", {})
+    if layer := entry.get("recommended_layer") or network_facts(str(architecture)).recommended_layer:
+        return str(layer)
+    raise ValueError(f"{name} has no recommended layer: give --layers, of {', '.join(layer_modules(model))}")
+
+
+def model_name(model: Any, name: str) -> str:
+    """``model.tag`` of published weights; another name as it is."""
+    published = f"{name.split('.', 1)[0]}.{model.pretrained_cfg.get('tag')}"
+    return published if published in zoo.manifest() else name
+
+
+def weights_digest(model: nn.Module) -> str:
+    """sha256 over the model's tensors in the order of their names: each name, type, shape and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,181 @@
+"""Shards -> parts on a Ray cluster: an actor for each device embeds one shard after another, as one machine does.
+
+Ray Data streams rows between tasks and puts them into blocks of its own. A part needs all rows of its shard in one
+place, and batches that do not depend on blocks; so actors get whole shards. Each is a retry of its own: an actor that
+dies is started again, and its shard with it.
+"""
+
+import contextlib
+import functools
+import itertools
+import os
+import platform
+import socket
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rotation_ssl.embedding.backbone import load_model, weights_digest
+from rotation_ssl.embedding.local import Done, Extractor, embed_shards, make_extractor
+from rotation_ssl.embedding.parts import Manifest
+from rotation_ssl.embedding.sources import Shard
+from rotation_ssl.messages import first_line
+
+RETRIES = 3  # of a shard whose actor dies
+NEEDS_RAY = "--engine ray needs ray: pip install 'rotation-ssl[scale]'"
+
+
+class Embedder:
+    """The network on one device, of one process of the cluster.
+
+    Args:
+        folder: of the parts, the same on all machines.
+        manifest: what decides the features.
+        name: of the model, as :func:`rotation_ssl.embedding.backbone.load_model` takes it.
+        device: 'cpu' or 'cuda'.
+        workers: processes that decode.
+        threads: of PyTorch, as many as the driver has: sums may depend on them.
+
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, name: str, device: str, workers: int, threads: int) -> None:
+        self.folder, self.manifest, self.name, self.device = folder, manifest, name, device
+        self.workers, self.threads = workers, threads
+
+    # not in the constructor, of whose errors Ray keeps the text alone
+    @functools.cached_property
+    def extract(self) -> Extractor:
+        """The network's function from pixels to features.
+
+        Raises:
+            ValueError: no such model or device on this machine, or other weights than the driver's.
+        """
+        torch.set_num_threads(self.threads)
+        model = load_model(self.name, self.device)
+        if weights_digest(model) != self.manifest.weights_sha256:
+            raise ValueError(f"{self.name} has other weights on {platform.node()} than where the command runs")
+        return make_extractor(model, self.manifest)
+
+    def embed(self, shard: Shard) -> Done:
+        """Write the part of one shard."""
+        return next(embed_shards([shard], self.folder, self.manifest, self.extract, self.workers))
+
+
+def embed_on_cluster(
+    shards: Iterable[Shard],
+    folder: Path,
+    manifest: Manifest,
+    name: str,
+    device: str,
+    workers: int,
+    address: str | None = None,
+    progressed: Callable[[int], object] = lambda images: None,
+) -> Iterator[Done]:
+    """Write the part of each shard, in any order; arguments are those of :class:`Embedder`.
+
+    Each actor takes a GPU, or as many CPUs as PyTorch has threads here, and at least one CPU for each decoding process.
+    The cluster is the one that Ray is connected to, else that of ``address``, else one of this machine alone, which
+    ends with the work.
+
+    Raises:
+        ImportError: Ray is not installed.
+        ValueError: no machine of the cluster has room for an actor, and what :func:`embed_shards` raises.
+        OSError: the cluster cannot be reached, an actor died several times at the same shard, and what
+            :func:`embed_shards` raises.
+    """
+    try:
+        import ray
+        from ray.util import ActorPool
+    except ImportError as error:
+        raise ImportError(NEEDS_RAY) from error
+    threads = torch.get_num_threads()
+    room: dict[str, int] = {"num_cpus": max(workers, 1 if device.startswith("cuda") else threads)}
+    if device.startswith("cuda"):
+        room["num_gpus"] = 1
+    waiting = iter(shards)
+    with _connected(address):
+        # no more actors than there is work for
+        first = list(itertools.islice(waiting, _count_actors(ray.nodes(), room)))
+        remote = ray.remote(max_restarts=-1, max_task_retries=RETRIES, **room)(Embedder)
+        actors = [remote.remote(folder, manifest, name, device, workers, threads) for _ in first]
+        pool = ActorPool(actors)
+        with _plain_errors():
+            for shard in first:
+                pool.submit(_embed, shard)
+            while pool.has_next():
+                done = pool.get_next_unordered()
+                progressed(done.images + done.errors)
+                yield done
+                for shard in itertools.islice(waiting, 1):
+                    pool.submit(_embed, shard)
+
+
+def _embed(actor: Any, shard: Shard) -> Any:
+    return actor.embed.remote(shard)
+
+
+@contextlib.contextmanager
+def _connected(address: str | None) -> Iterator[None]:
+    """Connected to a cluster; one that was started for this, or the connection, is ended."""
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    if address:
+        _check_reachable(address)
+    # Ray reports on its use over the network, and warns of its future defaults, unless it is told otherwise
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    alone: dict[str, Any] = {} if address else {"include_dashboard": False}
+    try:
+        ray.init(address=address, logging_level="ERROR", log_to_driver=False, **alone)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise OSError(f"the Ray cluster {address or 'of this machine'} cannot be used ({first_line(error)})") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Refuse an address where nothing answers: Ray itself ends the process there."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except OSError as error:
+            raise OSError(f"the Ray cluster {address} cannot be reached ({first_line(error)})") from error
+
+
+@contextlib.contextmanager
+def _plain_errors() -> Iterator[None]:
+    """What went wrong in an actor, as it would have been here."""
+    from ray import exceptions
+
+    try:
+        yield
+    except exceptions.RayTaskError as error:
+        raise error.cause from None
+    except exceptions.RayActorError as error:
+        raise OSError(f"a process of the cluster died ({first_line(error)}); go on with --resume") from error
+
+
+def _count_actors(nodes: Iterable[dict[str, Any]], room: dict[str, int]) -> int:
+    """How many actors there is room for.
+
+    Raises:
+        ValueError: for none.
+    """
+    resources = [node["Resources"] for node in nodes if node["Alive"]]
+    names = {"num_cpus": "CPU", "num_gpus": "GPU"}
+    fits = [min(int(have.get(names[kind], 0) // number) for kind, number in room.items()) for have in resources]
+    if not sum(fits):
+        needed = " and ".join(f"{number} {names[kind]}s" for kind, number in room.items())
+        raise ValueError(
+            f"no machine of the cluster has {needed}, which an actor needs; "
+            "give fewer --workers, or OMP_NUM_THREADS in the environment"
+        )
+    return sum(fits)

@@ -1,0 +1,274 @@
+"""What a folder of features holds: a manifest, parts that are written whole or not at all, and the errors of each part.
+
+    manifest.json            what decides the features
+    part-00000.parquet       the rows of shard 0: path, sha1 on request, a column for each layer
+    errors/part-00000.parquet  the images of shard 0 that have no features, and why; only where there are such images
+    errors.parquet           all of those, once every part is there
+
+With the formats npy and safetensors a part is ``part-00000.npy`` or ``part-00000.safetensors``, and its paths are in
+``part-00000.parquet``. The file with the features is renamed into its place last: where it is, the others are too.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from rotation_ssl.files import replace_bytes, replace_file
+
+FORMATS = ("parquet", "safetensors", "npy")
+DTYPES = ("float32", "float16")
+NEEDS_PYARROW = "features in parts need pyarrow: pip install 'rotation-ssl[scale]'"
+_PART = re.compile(r"part-(\d{5,})\.(\w+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What decides the features and how they are stored; ``--resume`` goes on with the same only.
+
+    Args:
+        source: what images, an absolute path or a URL.
+        shard_size: images in a part, but for tar files.
+        format: of :data:`FORMATS`.
+        model: ``model.tag`` of published weights, or another name that timm loads.
+        weights_sha256: of :func:`rotation_ssl.embedding.backbone.weights_digest`.
+        layers: number of values of each layer.
+        pool: 'avg', 'max' or 'flatten'.
+        grid: cells a side that the maps are pooled to.
+        size: side of the squares that the network gets, in pixels.
+        precision: 'fp32' or 'bf16'.
+        dtype: what the features are stored in, of :data:`DTYPES`.
+        sha1: whether the rows have the sha1 of the images' bytes.
+        batch_size: images in a batch.
+        version: of this package.
+    """
+
+    source: str
+    shard_size: int
+    format: str
+    model: str
+    weights_sha256: str
+    layers: dict[str, int]
+    pool: str
+    grid: int
+    size: int
+    precision: str
+    dtype: str
+    sha1: bool
+    batch_size: int
+    version: str
+
+
+@dataclasses.dataclass
+class Rows:
+    """The rows of a part as they come: features by layer, (B, D) of each batch."""
+
+    paths: list[str] = dataclasses.field(default_factory=list)
+    sha1: list[str] = dataclasses.field(default_factory=list)
+    features: dict[str, list[np.ndarray]] = dataclasses.field(default_factory=dict)
+    errors: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    unopened: int = 0
+
+
+def require_pyarrow() -> None:
+    """Say how to install what reads and writes parts.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    if importlib.util.find_spec("pyarrow") is None:
+        raise ImportError(NEEDS_PYARROW)
+
+
+def part_name(number: int) -> str:
+    """The name of a part without its suffix."""
+    return f"part-{number:05d}"
+
+
+def find_parts(folder: Path, form: str) -> dict[int, Path]:
+    """The parts that are there, by number and in its order."""
+    matches = [(match, path) for path in folder.iterdir() if (match := _PART.fullmatch(path.name)) and match[2] == form]
+    return dict(sorted((int(match[1]), path) for match, path in matches))
+
+
+def part_digest(folder: Path, number: int) -> str:
+    """The digest of the shard that a part was made of."""
+    from pyarrow import parquet
+
+    file = folder / f"{part_name(number)}.parquet"
+    return str((parquet.read_schema(file).metadata or {}).get(b"shard", b"").decode())
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder, which is made if it does not exist.
+
+    Raises:
+        ValueError: another run has it, or it is no folder.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise ValueError(f"{folder} exists and is not a folder; give another --output") from error
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(f"another run is writing to {folder}; wait for it or give another --output") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def start(folder: Path, manifest: Manifest, resume: bool) -> None:
+    """Write the manifest of a new run, or check that of the run to resume.
+
+    Raises:
+        ValueError: parts without ``resume``, or another manifest; the error names what differs.
+    """
+    file = folder / "manifest.json"
+    has_parts = any(_PART.fullmatch(path.name) for path in folder.iterdir())
+    if has_parts and not resume:
+        raise ValueError(f"{folder} already has parts; give --resume to go on with them, or another --output")
+    if has_parts and (differences := _differences(read_manifest(folder), manifest)):
+        raise ValueError(f"{folder} was made otherwise: {'; '.join(differences)}; give another --output")
+    for unfinished in (*folder.glob("*.tmp"), *folder.glob("errors/*.tmp")):
+        # of a run that was killed
+        unfinished.unlink(missing_ok=True)
+    replace_bytes(file, f"{json.dumps(dataclasses.asdict(manifest), indent=1)}\n".encode())
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """What made the features of a folder.
+
+    Raises:
+        ValueError: no manifest, or one that this version does not read.
+    """
+    file = folder / "manifest.json"
+    try:
+        return Manifest(**json.loads(file.read_text()))
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder} has no manifest.json: it is no folder of features") from error
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file} is damaged or of another version ({error})") from error
+
+
+def write_part(folder: Path, number: int, manifest: Manifest, rows: Rows, digest: str) -> None:
+    """Write a part; the file that tells that it is there comes last.
+
+    Raises:
+        OSError: it cannot be written, for example because the disk is full; the error names the part.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    arrays = {
+        layer: np.concatenate(
+            [np.empty((0, width), manifest.dtype), *rows.features.get(layer, [])], dtype=manifest.dtype
+        )
+        for layer, width in manifest.layers.items()
+    }
+    columns: dict[str, Any] = {"path": pyarrow.array(list(map(valid_text, rows.paths)), pyarrow.string())}
+    if manifest.sha1:
+        columns["sha1"] = pyarrow.array(rows.sha1, pyarrow.string())
+    if manifest.format == "parquet":
+        columns |= {layer: _fixed_size_list(array) for layer, array in arrays.items()}
+    table = pyarrow.table(columns).replace_schema_metadata({"shard": digest})
+    try:
+        _write_errors(folder, number, rows.errors)
+        if manifest.format != "parquet":
+            path = folder / f"{part_name(number)}.{manifest.format}"
+            # what made these features goes before what tells that they are there
+            replace_file(folder / f"{part_name(number)}.parquet", lambda file: parquet.write_table(table, file))
+            replace_file(path, lambda file: _write_arrays(file, manifest.format, arrays))
+        else:
+            replace_file(folder / f"{part_name(number)}.parquet", lambda file: parquet.write_table(table, file))
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OSError(
+            f"{part_name(number)} cannot be written to {folder} ({reason}); the parts that are there are whole: "
+            "go on with --resume"
+        ) from error
+
+
+def merge_errors(folder: Path) -> int:
+    """Write errors.parquet of the errors of all parts, in their order; returns how many there are."""
+    from pyarrow import parquet
+
+    number = 0
+
+    def write(file: Path) -> None:
+        nonlocal number
+        with parquet.ParquetWriter(file, _errors_schema()) as writer:
+            for path in find_parts(folder / "errors", "parquet").values() if (folder / "errors").is_dir() else ():
+                table = parquet.read_table(path, partitioning=None)
+                writer.write_table(table)
+                number += len(table)
+
+    replace_file(folder / "errors.parquet", write)
+    return number
+
+
+def count_rows(folder: Path, form: str) -> int:
+    """The number of images that have features."""
+    from pyarrow import parquet
+
+    names = [part_name(number) for number in find_parts(folder, form)]
+    return sum(parquet.read_metadata(folder / f"{name}.parquet").num_rows for name in names)
+
+
+def valid_text(name: str) -> str:
+    """A file name as text: bytes that are no UTF-8 are written as \\\\xff."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def _write_errors(folder: Path, number: int, errors: Sequence[tuple[str, str]]) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    file = folder / "errors" / f"{part_name(number)}.parquet"
+    if not errors:
+        # of a run that was killed before the part itself was there
+        file.unlink(missing_ok=True)
+        return
+    file.parent.mkdir(exist_ok=True)
+    columns = [list(map(valid_text, column)) for column in zip(*errors, strict=True)]
+    table = pyarrow.table(columns, schema=_errors_schema())
+    replace_file(file, lambda path: parquet.write_table(table, path))
+
+
+def _errors_schema() -> Any:
+    import pyarrow
+
+    return pyarrow.schema([("path", pyarrow.string()), ("reason", pyarrow.string())])
+
+
+def _write_arrays(file: Path, form: str, arrays: Mapping[str, np.ndarray]) -> None:
+    if form == "npy":
+        (array,) = arrays.values()
+        with file.open("wb") as stream:
+            np.save(stream, array)
+    else:
+        from safetensors.numpy import save_file
+
+        save_file(dict(arrays), file)
+
+
+def _fixed_size_list(array: np.ndarray) -> Any:
+    import pyarrow
+
+    return pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(array.reshape(-1)), array.shape[1])
+
+
+def _differences(there: Manifest, now: Manifest) -> list[str]:
+    old, new = dataclasses.asdict(there), dataclasses.asdict(now)
+    return [f"{key} is {old[key]!r} there and {new[key]!r} now" for key in old if old[key] != new[key]]

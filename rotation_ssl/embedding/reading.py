@@ -1,0 +1,96 @@
+"""Read the parts of a folder of features back, one at a time and mapped into memory where the format allows."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rotation_ssl.embedding.parts import Manifest, find_parts, part_name, read_manifest, require_pyarrow
+from rotation_ssl.messages import some
+
+ROWS = 8192  # of a parquet file in memory at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A part of the formats npy and safetensors: the paths of its images, and an array (N, D) for each layer."""
+
+    paths: list[str]
+    features: Mapping[str, np.ndarray]
+
+
+def load(folder: str | Path) -> Any:
+    """The features of a folder.
+
+    Returns:
+        Of parquet a ``pyarrow.dataset.Dataset`` with the columns 'path', 'sha1' on request, and one for each layer; of
+        npy and safetensors a list of :class:`Part`, whose arrays are mapped into memory and read as they are used.
+
+    Raises:
+        ValueError: no folder of features, or one without parts.
+    """
+    manifest, parts = _parts(Path(folder))
+    if manifest.format == "parquet":
+        from pyarrow import dataset
+
+        return dataset.dataset([str(path) for path in parts.values()])
+    return [Part(_paths(Path(folder), number), _map(path, manifest)) for number, path in parts.items()]
+
+
+def read_chunks(folder: str | Path, layer: str) -> Iterator[tuple[list[str], np.ndarray]]:
+    """The paths and features (n, D) of some thousand images at a time, in the order of the parts.
+
+    Raises:
+        ValueError: no folder of features, or one without parts or without the layer.
+    """
+    folder = Path(folder)
+    manifest, parts = _parts(folder)
+    if layer not in manifest.layers:
+        raise ValueError(f"{folder} has no layer {layer}; it has {some(list(manifest.layers))}")
+    for number, path in parts.items():
+        if manifest.format == "parquet":
+            yield from _parquet_chunks(path, layer, manifest.layers[layer])
+        else:
+            paths, features = _paths(folder, number), _map(path, manifest)[layer]
+            for start in range(0, len(paths), ROWS):
+                yield paths[start : start + ROWS], features[start : start + ROWS]
+
+
+def _parquet_chunks(path: Path, layer: str, width: int) -> Iterator[tuple[list[str], np.ndarray]]:
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(ROWS, columns=["path", layer]):
+            values = batch.column(layer).flatten().to_numpy(zero_copy_only=False)
+            yield batch.column("path").to_pylist(), values.reshape(-1, width)
+
+
+def _parts(folder: Path) -> tuple[Manifest, dict[int, Path]]:
+    require_pyarrow()
+    manifest = read_manifest(folder)
+    parts = find_parts(folder, manifest.format)
+    if not parts:
+        raise ValueError(f"{folder} has no parts yet")
+    return manifest, parts
+
+
+def _paths(folder: Path, number: int) -> list[str]:
+    from pyarrow import parquet
+
+    file = folder / f"{part_name(number)}.parquet"
+    return list(parquet.read_table(file, columns=["path"], partitioning=None).column("path").to_pylist())
+
+
+def _map(path: Path, manifest: Manifest) -> dict[str, np.ndarray]:
+    if manifest.format == "npy":
+        (layer,) = manifest.layers
+        # a file without rows cannot be mapped
+        array = np.load(path, mmap_mode="r" if path.stat().st_size > 1024 else None)
+        return {layer: array}
+    from safetensors import safe_open
+
+    # torch's tensors stay mapped, those of numpy would be copies
+    with safe_open(path, "pt") as file:
+        return {layer: file.get_tensor(layer).numpy() for layer in manifest.layers}

@@ -1,0 +1,171 @@
+"""One run from a source of images to a folder of parts."""
+
+import dataclasses
+import importlib.util
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from timm.data import resolve_model_data_config
+
+import rotation_ssl
+from rotation_ssl.embedding.backbone import load_model, model_name, recommended_layer, weights_digest
+from rotation_ssl.embedding.cluster import NEEDS_RAY, embed_on_cluster
+from rotation_ssl.embedding.local import embed_shards, make_extractor
+from rotation_ssl.embedding.parts import (
+    DTYPES,
+    FORMATS,
+    Manifest,
+    count_rows,
+    find_parts,
+    locked,
+    merge_errors,
+    part_digest,
+    part_name,
+    require_pyarrow,
+    start,
+)
+from rotation_ssl.embedding.sources import absolute, find_shards
+from rotation_ssl.images import IMAGE_SUFFIXES
+from rotation_ssl.precision import resolve_precision
+from rotation_ssl.progress import progress
+
+ENGINES = ("local", "ray")
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What a folder of features holds after a run: parts, images with features, and errors."""
+
+    parts: int
+    images: int
+    errors: int
+
+
+def embed(
+    source: str | Path,
+    output: str | Path,
+    model: str = "rotnet_nin",
+    *,
+    layers: Sequence[str] | None = None,
+    pool: str = "avg",
+    grid: int = 1,
+    engine: str = "local",
+    format: str = "parquet",
+    shard_size: int = 10_000,
+    batch_size: int = 64,
+    workers: int | None = None,
+    device: str = "cpu",
+    precision: str = "auto",
+    dtype: str = "float32",
+    sha1: bool = False,
+    resume: bool = False,
+    address: str | None = None,
+) -> Summary:
+    """Write the features of all images of a source into a folder, in parts.
+
+    A broken image is a row of errors.parquet. A run that was stopped, by whatever, goes on with ``resume``.
+
+    Args:
+        source: a folder, searched recursively; tar files (``{000..999}.tar``); parquet files with a column of bytes or
+            a column 'path'. Paths, or URLs that fsspec opens.
+        output: folder of the parts; with Ray one that all machines see.
+        model: timm name: model, model.tag, ``hf-hub:...`` or ``local-dir:...``.
+        layers: None: the recommended layer of the weights.
+        pool: 'avg', 'max' or 'flatten'.
+        grid: pool to grid x grid cells.
+        engine: 'local' or 'ray'; both give the same parts.
+        format: 'parquet', 'safetensors', or 'npy', which takes one layer.
+        shard_size: images in a part; a tar file is always one part.
+        batch_size: images in a batch.
+        workers: processes that decode, of each actor with Ray; None: a process for each CPU, and with Ray none.
+        device: 'cpu', 'cuda', 'mps'.
+        precision: 'fp32', 'bf16', or 'auto': bf16 if the hardware supports it.
+        dtype: 'float32' or 'float16', of what is stored.
+        sha1: also store the sha1 of the images' bytes.
+        resume: go on with the parts that are there.
+        address: of a Ray cluster; None: one of this machine alone.
+
+    Raises:
+        ImportError: pyarrow, or ray for that engine, is not installed.
+        ValueError: source, model and output do not fit, another run writes to the folder, or it was made otherwise.
+        OSError: the source cannot be read, a part cannot be written, or a process was killed.
+    """
+    _check_options(engine, format, dtype, shard_size, workers, address)
+    folder, loaded = Path(output).absolute(), load_model(model, device if engine == "local" else "cpu")
+    chosen = list(layers or [recommended_layer(loaded, model)])
+    if format == "npy" and len(chosen) > 1:
+        raise ValueError(f"the format npy takes one layer, not {', '.join(chosen)}; give one, or another format")
+    manifest = Manifest(
+        source=absolute(str(source)), shard_size=shard_size, format=format, model=model_name(loaded, model),
+        weights_sha256=weights_digest(loaded), layers=dict.fromkeys(chosen, 0), pool=pool, grid=grid,
+        size=resolve_model_data_config(loaded)["input_size"][-1], precision=_precision(precision, device),
+        dtype=dtype, sha1=sha1, batch_size=batch_size, version=rotation_ssl.__version__,
+    )  # fmt: skip
+    extract = make_extractor(loaded, manifest)
+    widths = {layer: part.shape[1] for layer, part in extract(torch.zeros(1, 3, manifest.size, manifest.size)).items()}
+    manifest = dataclasses.replace(manifest, layers=widths)
+    if next(find_shards(manifest.source, shard_size), None) is None:
+        raise ValueError(f"{source} holds no images ({', '.join(IMAGE_SUFFIXES)})")
+    with locked(folder):
+        start(folder, manifest, resume)
+        there = set(find_parts(folder, format))
+        with progress("features", _count_missing(folder, manifest, there)) as bar:
+            missing = (shard for shard in find_shards(manifest.source, shard_size) if shard.number not in there)
+            if engine == "local":
+                number = cpus() if workers is None else workers
+                written = embed_shards(missing, folder, manifest, extract, number, bar.update)
+            else:
+                written = embed_on_cluster(missing, folder, manifest, model, device, workers or 0, address, bar.update)
+            for part in written:
+                bar.set_postfix_str(part_name(part.part), refresh=False)
+        errors = merge_errors(folder)
+        return Summary(len(find_parts(folder, format)), count_rows(folder, format), errors)
+
+
+def cpus() -> int:
+    """The CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _check_options(
+    engine: str, form: str, dtype: str, shard_size: int, workers: int | None, address: str | None
+) -> None:
+    for name, value, allowed in (("engine", engine, ENGINES), ("format", form, FORMATS), ("dtype", dtype, DTYPES)):
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+    if shard_size < 1 or (workers or 0) < 0:
+        raise ValueError(f"shard_size must be at least 1 and workers 0, got {shard_size} and {workers}")
+    if address and engine != "ray":
+        raise ValueError(f"address {address} is of a Ray cluster: give the engine ray too")
+    require_pyarrow()
+    if engine == "ray" and importlib.util.find_spec("ray") is None:
+        raise ImportError(NEEDS_RAY)
+
+
+def _precision(precision: str, device: str) -> str:
+    if precision == "auto" and device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"precision auto depends on the GPU, and there is none here: give fp32 or bf16 for {device}")
+    return resolve_precision(precision, device)
+
+
+def _count_missing(folder: Path, manifest: Manifest, there: set[int]) -> int | None:
+    """The number of images without a part; None for tar files, whose images nobody has counted.
+
+    Raises:
+        ValueError: a part was made of other images than the source has now.
+    """
+    images, number, is_known = 0, 0, True
+    for shard in find_shards(manifest.source, manifest.shard_size):
+        if shard.number not in there:
+            images += len(shard.names) + shard.rows[1] - shard.rows[0]
+            is_known &= shard.kind != "tar"
+        elif part_digest(folder, shard.number) != shard.digest:
+            raise ValueError(f"{manifest.source} has changed since {part_name(shard.number)} was made of it; "
+                             "give another --output")  # fmt: skip
+        number += 1
+    if more := sorted(part for part in there if part >= number):
+        raise ValueError(f"{manifest.source} has fewer images than {part_name(more[0])} was made of; "
+                         "give another --output")  # fmt: skip
+    return images if is_known else None

@@ -1,0 +1,275 @@
+"""What images there are: a folder, tar files or parquet files, as shards that the source alone defines.
+
+A tar file is a shard. Of other sources consecutive blocks are: of a folder's images in the order of their paths, of the
+rows of each parquet file. Shards are found one after another: the list of a million images is never in memory.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import os
+import posixpath
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any, cast
+
+from rotation_ssl.images import image_suffixes
+from rotation_ssl.messages import first_line, some
+from rotation_ssl.shards import MAX_IMAGE_BYTES, expand_braces, tar_members
+
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+ROWS = 64  # of a parquet file in memory at a time
+_URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+
+Item = tuple[str, str | bytes | ValueError]  # the path of an image, and where it is, its bytes or what is wrong with it
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """The images that become one part.
+
+    Args:
+        number: of the part, from 0.
+        kind: 'files' of a folder, a 'tar' file or 'rows' of a parquet file.
+        url: the folder or file, an absolute path or a URL.
+        name: what the rows of the part call the tar or parquet file.
+        names: of files, relative to the folder.
+        rows: the first row and the one after the last.
+    """
+
+    number: int
+    kind: str
+    url: str
+    name: str = ""
+    names: tuple[str, ...] = ()
+    rows: tuple[int, int] = (0, 0)
+
+    @property
+    def digest(self) -> str:
+        """Tells shards with other images apart, as far as names do."""
+        text = "\0".join((self.kind, self.name, *map(str, self.rows), *self.names))
+        return hashlib.sha256(os.fsencode(text)).hexdigest()
+
+
+def absolute(source: str) -> str:
+    """The source as any process finds it: a URL as it is, a path from the root."""
+    local = source.removeprefix("file://")
+    return source if _URL.match(local) else os.path.abspath(local)  # noqa: PTH100  keeps braces and links
+
+
+def find_shards(source: str, shard_size: int) -> Iterator[Shard]:
+    """The shards of a source, in their order.
+
+    Args:
+        source: a folder, or one or several tar or parquet files (``{000..999}.tar``); paths, or URLs that fsspec opens.
+        shard_size: images in a shard, but for tar files.
+
+    Raises:
+        ValueError: no such source, a pattern that is malformed, or a parquet file without a column of images.
+        OSError: a folder or file that cannot be read.
+    """
+    source = absolute(source)
+    urls = [source] if Path(source).is_dir() else expand_braces(source)
+    if all(url.lower().endswith(TAR_SUFFIXES) for url in urls):
+        found = _tar_shards(urls)
+    elif all(url.lower().endswith(".parquet") for url in urls):
+        found = _row_shards(urls, shard_size)
+    elif len(urls) == 1:
+        found = _file_shards(urls[0].rstrip("/"), shard_size)
+    else:
+        raise ValueError(f"{source} is neither a folder nor tar nor parquet files; give one of these")
+    for number, shard in enumerate(found):
+        yield dataclasses.replace(shard, number=number)
+
+
+def read_items(shard: Shard) -> Iterator[Item]:
+    """The images of a shard, in their order; of a tar file that is cut the whole ones, then what is wrong.
+
+    Raises:
+        OSError: the tar or parquet file cannot be opened.
+    """
+    if shard.kind == "files":
+        yield from ((name, f"{shard.url}/{name}") for name in shard.names)
+    elif shard.kind == "tar":
+        yield from _read_tar(shard)
+    else:
+        yield from _read_rows(shard)
+
+
+def read_bytes(url: str) -> bytes:
+    """The bytes of an image file.
+
+    Raises:
+        ValueError: no regular file, or one of more than :data:`rotation_ssl.shards.MAX_IMAGE_BYTES`.
+        OSError: it cannot be read.
+    """
+    if not _URL.match(url) and not Path(url).is_file():
+        # reading a named pipe would wait for whoever writes to it
+        raise ValueError("it is not a regular file") if Path(url).exists() else FileNotFoundError("it does not exist")
+    with open_url(url) as stream:
+        content = stream.read(MAX_IMAGE_BYTES + 1)
+    if len(content) > MAX_IMAGE_BYTES:
+        raise ValueError(f"it has more than the {MAX_IMAGE_BYTES:,} bytes allowed")
+    return content
+
+
+def open_url(url: str) -> IO[bytes]:
+    """A file to read, by its path or by a URL that fsspec opens.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    if not _URL.match(url):
+        return Path(url).open("rb")
+    file_system, path = _file_system(url)
+    return cast(IO[bytes], file_system.open(path, "rb"))
+
+
+def _file_system(url: str) -> tuple[Any, str]:
+    import fsspec
+
+    try:
+        return cast(tuple[Any, str], fsspec.core.url_to_fs(url))
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"{url} cannot be opened: {first_line(error)}") from error
+
+
+def _file_shards(folder: str, shard_size: int) -> Iterator[Shard]:
+    if _URL.match(folder):
+        file_system, path = _file_system(folder)
+        is_folder = file_system.isdir(path)
+    else:
+        file_system, path, is_folder = None, folder, Path(folder).is_dir()
+    if not is_folder:
+        raise ValueError(f"{folder} is not a folder, nor a .tar or .parquet file; give one of these")
+    names = _walk(file_system, path)
+    while block := tuple(itertools.islice(names, shard_size)):
+        yield Shard(0, "files", folder, names=block)
+
+
+def _walk(file_system: Any, folder: str, above: str = "") -> Iterator[str]:
+    """The images below a folder, relative to it and sorted by their whole path; one folder is in memory at a time."""
+    entries = _local_entries(folder) if file_system is None else _remote_entries(file_system, folder)
+    # with its slash a folder stands where the paths in it do
+    for entry in sorted(entries):
+        if entry.endswith("/"):
+            yield from _walk(file_system, f"{folder.rstrip('/')}/{entry[:-1]}", f"{above}{entry}")
+        else:
+            yield f"{above}{entry}"
+
+
+def _local_entries(folder: str) -> Iterator[str]:
+    suffixes = image_suffixes()
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                yield f"{entry.name}/"
+            # a link that leads nowhere is an image that cannot be read
+            elif _is_image(entry.name, suffixes) and (entry.is_file() or not Path(entry.path).exists()):
+                yield entry.name
+
+
+def _remote_entries(file_system: Any, folder: str) -> Iterator[str]:
+    suffixes = image_suffixes()
+    for info in file_system.ls(folder, detail=True):
+        name = info["name"].rstrip("/").rsplit("/", 1)[-1]
+        if info["type"] == "directory":
+            yield f"{name}/"
+        elif _is_image(name, suffixes):
+            yield name
+    # it would keep the list of every folder
+    file_system.invalidate_cache()
+
+
+def _is_image(name: str, suffixes: set[str]) -> bool:
+    return not name.startswith(".") and posixpath.splitext(name)[1].lower() in suffixes
+
+
+def _tar_shards(urls: Sequence[str]) -> Iterator[Shard]:
+    missing = [url for url in urls if not _URL.match(url) and not Path(url).is_file()]
+    if missing:
+        raise ValueError(f"{some(missing, 3)} of {len(urls):,} tar files do not exist")
+    for url, name in zip(urls, _short_names(urls), strict=True):
+        yield Shard(0, "tar", url, name)
+
+
+def _read_tar(shard: Shard) -> Iterator[Item]:
+    skipped: dict[str, str] = {}
+    with open_url(shard.url) as stream:
+        try:
+            for name, content in tar_members(stream, skipped, name=shard.name):
+                yield f"{shard.name}/{name}", content
+        except ValueError as error:
+            yield shard.name, error
+    for name, reason in skipped.items():
+        yield f"{shard.name}/{name}", ValueError(reason)
+
+
+def _row_shards(urls: Sequence[str], shard_size: int) -> Iterator[Shard]:
+    for url, name in zip(urls, _short_names(urls), strict=True):
+        with open_url(url) as stream:
+            file = _parquet_file(stream, url)
+            _columns(file.schema_arrow, url)
+            number = file.metadata.num_rows
+        for start in range(0, number, shard_size):
+            yield Shard(0, "rows", url, name, rows=(start, min(start + shard_size, number)))
+
+
+def _read_rows(shard: Shard) -> Iterator[Item]:
+    first, end = shard.rows
+    with open_url(shard.url) as stream:
+        file = _parquet_file(stream, shard.url)
+        image, paths = _columns(file.schema_arrow, shard.url)
+        row = 0
+        for group in range(file.num_row_groups):
+            size = file.metadata.row_group(group).num_rows
+            if row + size <= first or row >= end:
+                row += size
+                continue
+            for batch in file.iter_batches(ROWS, row_groups=[group], columns=sorted({image, *paths})):
+                start, stop = max(first, row), min(end, row + len(batch))
+                for number, values in enumerate(batch.slice(start - row, max(0, stop - start)).to_pylist(), start):
+                    name = values[paths[0]] if paths else None
+                    yield name or f"{shard.name}:{number}", _row_image(values[image], shard.url)
+                row += len(batch)
+
+
+def _row_image(value: str | bytes | None, url: str) -> str | bytes | ValueError:
+    if not value:
+        return ValueError(f"the row of {url} has no image")
+    if isinstance(value, bytes) or _URL.match(value):
+        return value
+    return posixpath.join(posixpath.dirname(url), value)
+
+
+def _parquet_file(stream: IO[bytes], url: str) -> Any:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        return parquet.ParquetFile(stream)
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{url} is damaged or no parquet file ({first_line(error)})") from error
+
+
+def _columns(schema: Any, url: str) -> tuple[str, list[str]]:
+    """The column of images, which is the one of bytes or else 'path', and 'path' where there is one."""
+    from pyarrow import types
+
+    content = [field.name for field in schema if types.is_binary(field.type) or types.is_large_binary(field.type)]
+    if len(content) > 1:
+        raise ValueError(f"{url} has several columns of bytes, {some(content)}; keep that of the images")
+    texts = [field.name for field in schema if types.is_string(field.type) or types.is_large_string(field.type)]
+    paths = [name for name in texts if name == "path"]
+    if not content and not paths:
+        raise ValueError(f"{url} has neither a column of bytes nor a text column 'path'; it has {some(schema.names)}")
+    return (content or paths)[0], paths
+
+
+def _short_names(urls: Sequence[str]) -> list[str]:
+    """The paths of files below the folder that all of them are in."""
+    names = [url.split("/") for url in urls]
+    folders = zip(*(name[:-1] for name in names), strict=False)
+    depth = sum(1 for _ in itertools.takewhile(lambda level: len(set(level)) == 1, folders))
+    return ["/".join(name[depth:]) for name in names]

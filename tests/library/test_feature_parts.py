@@ -1,0 +1,49 @@
+"""rotation-ssl features -o FOLDER/."""
+
+import json
+
+import pytest
+from conftest import SAMPLES
+from many_images import contents, part_bytes, write_folder
+
+from rotation_ssl import cli
+from rotation_ssl.embedding import embed
+
+
+def run(capsys, *arguments):
+    status = cli.main([str(argument) for argument in arguments])
+    output = capsys.readouterr()
+    return status, output.out if status < 2 else output.err
+
+
+def test_the_command(tmp_path, capsys):
+    images = write_folder(tmp_path / "images", contents(100, 50))
+    embed(images, tmp_path / "whole", shard_size=32, batch_size=16, workers=0, sha1=True, precision="fp32")
+    options = ("--shard-size", 32, "--batch-size", 16, "--workers", 0, "--sha1", "--precision", "fp32")
+    status, text = run(capsys, "features", images, "-o", tmp_path / "out", *options)
+    assert status == 1 and text.startswith(f"{tmp_path}/out: 98 images in 4 parts; 2 errors: {tmp_path}/out/errors.pa")
+    assert part_bytes(tmp_path / "out") == part_bytes(tmp_path / "whole")
+    status, text = run(capsys, "features", images, "-o", f"{tmp_path}/out/", *options, "--resume", "--json")
+    assert json.loads(text) == {"folder": f"{tmp_path}/out/", "parts": 4, "images": 98, "errors": 2}
+    status, text = run(capsys, "features", SAMPLES / "cifar10", "-o", f"{tmp_path}/v1.2/", "--workers", 0)
+    assert status == 0 and text == f"{tmp_path}/v1.2/: 40 images in 1 part\n"
+
+
+@pytest.mark.parametrize(
+    ("output", "options", "message"),
+    [
+        ("out/", ("--strict",), "--strict is for a single file"),
+        ("out/", ("--force",), "--force is for a single file"),
+        ("out/", ("--format", "csv"), "format must be one of parquet, safetensors, npy"),
+        ("f.csv", ("--shard-size", "5"), "--shard-size is for features in parts: give a folder, -o"),
+        ("f.csv", ("--resume",), "--resume is for features in parts"),
+        ("f.csv", ("--precision", "bf16"), "--precision is for features in parts"),
+        ("out/", ("--workers", "-1"), "argument --workers: must be a whole number, got -1"),
+    ],
+)
+def test_options_of_the_other_form(tmp_path, capsys, output, options, message):
+    try:
+        status, error = run(capsys, "features", SAMPLES / "cifar10", "-o", f"{tmp_path}/{output}", *options)
+    except SystemExit as stopped:
+        status, error = stopped.code, capsys.readouterr().err
+    assert status == 2 and message in error and len(error.splitlines()) == 1 and not list(tmp_path.iterdir())
