@@ -27,6 +27,7 @@ NAVIGATION = {
     },
     "Features and evaluation": {
         "Features and probes": "docs/features",
+        "Millions of images": "docs/scale",
         "Results": "docs/results",
         "AlexNet on ImageNet": "docs/imagenet",
         "Transfer to PASCAL VOC": "docs/transfer",

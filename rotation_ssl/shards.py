@@ -17,6 +17,8 @@ from typing import IO
 from rotation_ssl.images import image_suffixes
 from rotation_ssl.messages import first_line, some
 
+__all__ = ["expand_braces", "tar_members"]
+
 MAX_IMAGE_BYTES = 2**28  # of a member: more than any photograph has
 MAX_NAMES = 10_000_000  # that a pattern expands to
 _MAX_HEADER_BYTES = 2**20  # of a long name or of extended attributes, which tarfile reads whole
@@ -33,7 +35,7 @@ def expand_braces(pattern: str) -> list[str]:
 
     Raises:
         ValueError: braces that are not closed, are nested or hold neither a range nor a list, a range that counts down,
-            or more than :data:`MAX_NAMES` names.
+            or more than ``MAX_NAMES`` names.
     """
     # text and braces in turns: the odd ones are what stood in braces
     pieces = _BRACES.split(pattern)
@@ -74,9 +76,9 @@ def tar_members(
     try:
         with contextlib.ExitStack() as stack:
             stream = stack.enter_context(file.open("rb")) if isinstance(file, Path) else file
-            archive = stack.enter_context(tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Member))
+            archive = stack.enter_context(tarfile.open(fileobj=stream, mode="r|*", tarinfo=Member))
             for member in archive:
-                if _is_image(member):
+                if is_image_member(member):
                     if member.size <= max_bytes:
                         yield member.name, _read(archive, member)
                     elif skipped is None:
@@ -97,11 +99,11 @@ class _TooLarge(Exception):
     """A member that is not read."""
 
 
-class _Member(tarfile.TarInfo):
+class Member(tarfile.TarInfo):
     """A header; one that tarfile would take for the end of the archive, or that would fill the memory, is an error."""
 
     @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Member":
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "Member":
         """A header of 512 bytes.
 
         Raises:
@@ -120,7 +122,8 @@ class _Member(tarfile.TarInfo):
         return member
 
 
-def _is_image(member: tarfile.TarInfo) -> bool:
+def is_image_member(member: tarfile.TarInfo) -> bool:
+    """Whether a member is a regular file with an image's suffix, whose name does not begin with a dot."""
     path = PurePosixPath(member.name)
     return (
         member.isreg()

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from rotation_ssl.images import IMAGE_SUFFIXES, read_image
 from rotation_ssl.messages import counted, first_line, printable, some
 from rotation_ssl.progress import progress
-from rotation_ssl.shards import MAX_IMAGE_BYTES, _is_image, _Member, expand_braces
+from rotation_ssl.shards import MAX_IMAGE_BYTES, Member, expand_braces, is_image_member
 
 _LONGEST = 2**32 - 1  # bytes that an index counts: an image of more is too large in any case
 _HEADERS = 2**22  # bytes that have the name of an image that is too large to be read
@@ -150,7 +150,7 @@ def _find_members(stream: IO[bytes]) -> _Found:
         raise ValueError("it is compressed: images are read by position, and compressing them saves nothing")
     stream.seek(0)
     starts, lengths, end = [], [], 0
-    with tarfile.open(fileobj=stream, mode="r:", tarinfo=_Member) as archive:
+    with tarfile.open(fileobj=stream, mode="r:", tarinfo=Member) as archive:
         while (member := archive.next()) is not None:
             # tarfile would keep all of them
             archive.members = []  # type: ignore[attr-defined]
@@ -158,7 +158,7 @@ def _find_members(stream: IO[bytes]) -> _Found:
                 # a negative size would lead back, and around for ever
                 raise ValueError(f"the size of {some([member.name])} is wrong")
             end = archive.offset
-            if _is_image(member):
+            if is_image_member(member):
                 starts.append(member.offset)
                 lengths.append(min(member.offset_data + member.size - member.offset, _LONGEST))
     stream.seek(end)
@@ -187,7 +187,7 @@ def _open_member(index: ShardIndex, image: int) -> _Content:
         with Path(file).open("rb") as stream:
             stream.seek(int(index.starts[image]))
             read = io.BytesIO(stream.read(length if length <= MAX_IMAGE_BYTES else _HEADERS))
-        with tarfile.open(fileobj=read, mode="r:", tarinfo=_Member) as archive:
+        with tarfile.open(fileobj=read, mode="r:", tarinfo=Member) as archive:
             member = archive.next()
         if member is None or min(member.offset_data + member.size, _LONGEST) != length:
             raise ValueError("its members are others")
