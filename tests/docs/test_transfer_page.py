@@ -97,5 +97,12 @@ def test_what_the_page_says_of_all_commands_holds(name, capsys):
     with pytest.raises(SystemExit):
         main([name, "--help"])
     told = capsys.readouterr().out
-    everywhere = set(re.findall(r"`(--[a-z-]+)", PAGE)) - {"--model", "--side", "--proposals", "--layers", "--pictures"}
+    everywhere = set(re.findall(r"`(--[a-z-]+)", PAGE)) - {
+        "--model",
+        "--side",
+        "--proposals",
+        "--layers",
+        "--pictures",
+        "--only",
+    }
     assert all(option in told for option in everywhere), everywhere
