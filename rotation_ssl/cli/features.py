@@ -23,10 +23,11 @@ from rotation_ssl.embedding.parts import FORMATS as PART_FORMATS
 from rotation_ssl.features import POOLS, extract_features
 from rotation_ssl.files import replace_file
 from rotation_ssl.images import count_suffixes, find_files, normalize, read_images
+from rotation_ssl.machine import TURN_OFF, keep_large_blocks
 
 FORMATS = ("safetensors", "npz", "csv")
 NAMED = 10  # so many broken images are named for people; --json names all
-DETAILS = """
+DETAILS = f"""
 
 Formats, by the suffix of FILE:
     .safetensors  a tensor (N, D) for each layer; the metadata has 'files' (JSON), 'model', 'pool' and 'grid'
@@ -39,9 +40,11 @@ then 1; with --strict the first one is an error, and nothing is written.
 
 With a folder, -o FOLDER/ (or a name without a suffix), the features of any number of images are written in parts:
     manifest.json, part-00000.parquet, part-00001.parquet, ..., and errors.parquet with the broken images
-IMAGES may then also be tar files, '{000..999}.tar'; parquet files with a column of bytes or a column 'path'; or a URL
+IMAGES may then also be tar files, '{{000..999}}.tar'; parquet files with a column of bytes or a column 'path'; or a URL
 that fsspec opens. Parts are written one after another, and each is complete: a run that was stopped goes on with
 --resume. --format is parquet, or npy or safetensors with the paths in part-00000.parquet. This needs the extra `scale`.
+
+{TURN_OFF}
 """
 
 
@@ -77,6 +80,7 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
+    keep_large_blocks()
     if feature_parts.is_folder(args.output, FORMATS):
         return feature_parts.run(args)
     feature_parts.check_no_options(args)
