@@ -1,8 +1,13 @@
 """What is compared is the same thing done twice, and the ratio is of the two."""
 
+import numpy as np
+import pytest
 import torch
+from conftest import SAMPLES
 
-from training.studies import benchmark
+from rotation_ssl.embedding import read_chunks
+from rotation_ssl.images import find_images
+from training.studies import benchmark, embedding_speed
 
 
 def test_both_ways_load_the_same_tensors():
@@ -19,3 +24,30 @@ def test_the_two_are_taken_in_turns_and_the_first_round_does_not_count():
 def test_the_command_prints_a_ratio(capsys):
     assert benchmark.main(["load", "--rounds", "1"]) == 0
     assert "ratio" in capsys.readouterr().out
+
+
+# timm's dataset leaves files to the garbage collector
+@pytest.mark.filterwarnings("ignore:Exception ignored in. <_io.FileIO:pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+def test_features_are_written_in_every_way(tmp_path):
+    photos = SAMPLES / "photos"
+    for way in embedding_speed.WAYS:
+        (tmp_path / way).mkdir()
+        embedding_speed.WAYS[way](photos, tmp_path / way, 0)
+    theirs = np.load(tmp_path / "timm" / "features.npy")
+    ((paths, ours),) = read_chunks(tmp_path / "ours", embedding_speed.LAYER)
+    assert theirs.shape == ours.shape == (len(find_images(photos)), embedding_speed.WIDTH) and len(paths) == len(ours)
+    # timm crops to crop_pct of the image, and we do not: alike, not equal
+    assert np.corrcoef(theirs.ravel(), ours.ravel())[0, 1] > 0.8
+    assert (tmp_path / "decoding" / "part-00000.parquet").is_file()
+
+
+def test_the_ratios_of_features_by_hand(monkeypatch):
+    rates = {"timm": 100.0, "ours": 150.0, "decoding": 200.0, "network": 300.0}
+    monkeypatch.setattr(embedding_speed, "measure", lambda way, images, workers: rates[way])
+    measured = embedding_speed.measure_embedding(SAMPLES / "photos", 5, 0, 3)
+    assert measured["images_per_second"] == rates and measured["images"] == 5
+    text = embedding_speed.embedding_text(measured)
+    assert "150 images/s, 1.50 times timm's" in text and "75% of the slower" in text
+    with pytest.raises(ValueError, match="holds 5 photographs, not 6: give fewer with --images"):
+        embedding_speed.measure_embedding(SAMPLES / "photos", 6, 0, 1)

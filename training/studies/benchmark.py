@@ -3,6 +3,7 @@
     python -m training benchmark speed
     python -m training benchmark import
     python -m training benchmark load
+    python -m training benchmark features --data PHOTOS
 
 `speed` compares training with a naive pipeline that works like the authors' code (one image at a time through PIL and
 numpy in loader processes, fp32, NCHW, torch's default allocator), and the FLOP/s of training and feature extraction
@@ -11,7 +12,8 @@ nothing else should run. --record writes the figures of docs/reproduce.md.
 
 `import` compares the time of `import timm, rotation_ssl` with that of `import timm`, each in new processes. `load`
 compares `timm.create_model('rotnet_nin', pretrained=True)`, which verifies the weights, with timm loading the same file
-into the same network.
+into the same network. `features` compares `rotation-ssl features` on photographs with timm's loader and
+forward_features, with as many decoding processes, and with decoding alone and the network alone.
 
 The two sides alternate, so that other load on the machine affects both; medians are compared.
 """
@@ -34,10 +36,11 @@ from rotation_ssl.backbones.nin import RotNetNIN
 from training.command import create_parser, run
 from training.reporting.pages import SPEED_FILE, speed_tables
 from training.reporting.rows import require_committed
+from training.studies.embedding_speed import embedding_text, measure_embedding
 from training.studies.speed import measure_speed
 
 ROOT = Path(__file__).parent.parent.parent
-ROUNDS = {"import": 15, "load": 100, "speed": 3}
+ROUNDS = {"import": 15, "load": 100, "speed": 3, "features": 3}
 
 
 def compare(base: Callable[[], object], ours: Callable[[], object], rounds: int) -> tuple[float, float]:
@@ -88,6 +91,9 @@ CALLS: dict[str, tuple[tuple[Callable[[], object], str], tuple[Callable[[], obje
 
 def _work(args: argparse.Namespace) -> None:
     rounds = args.rounds or ROUNDS[args.what]
+    if args.what == "features":
+        print(embedding_text(measure_embedding(args.data, args.images, args.workers, rounds)))
+        return
     if args.what != "speed":
         (base, first), (ours, second) = CALLS[args.what]
         seconds, our_seconds = compare(base, ours, rounds)
@@ -105,7 +111,12 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     parser = create_parser("benchmark", __doc__)
     parser.add_argument("what", choices=ROUNDS, help="what to measure")
-    parser.add_argument("--rounds", type=int, metavar="N", help="measure each N times [import 15, load 100, speed 3]")
+    parser.add_argument("--rounds", type=int, metavar="N", help="measure each N times [import 15, load 100, others 3]")
+    parser.add_argument("--data", type=Path, help="folder of the photographs, for features")
+    parser.add_argument("--images", type=int, default=5000, metavar="N", help="photographs that are used [%(default)s]")
+    parser.add_argument("--workers", type=int, default=2, help="decoding processes, for features [%(default)s]")
     parser.add_argument("--record", action="store_true", help="keep the figures of speed for docs/reproduce.md")
     args = parser.parse_args(arguments)
+    if args.what == "features" and args.data is None:
+        parser.error("features needs --data, a folder of photographs")
     return run(lambda: _work(args), "stopped; nothing is kept")
