@@ -2,9 +2,10 @@
 
     python -m training page --output build/page
 
-The folder is complete: the page of docs/try, the network as an ONNX file, onnxruntime-web, which npm downloads as
-docs/try/package-lock.json pins it, and sample photographs. Any web server can serve it, and it is a static Space of the
-Hugging Face Hub. An earlier page in the folder is replaced.
+The folder is self-contained: the page from docs/try, the network as an ONNX file, sample photographs, and
+onnxruntime-web, which npm downloads in the version pinned by docs/try/package-lock.json. Any web server can serve the
+folder, and it can be uploaded as a static Space to the Hugging Face Hub. An existing page in the folder is overwritten.
+Building requires npm.
 """
 
 import argparse

@@ -36,13 +36,14 @@ Formats, by the suffix of FILE:
                   pandas.read_csv(FILE, index_col="file") reads it
 
 File names are relative to IMAGES, in the order of the rows. Broken images are skipped and named, and the exit status is
-then 1; with --strict the first one is an error, and nothing is written.
+then 1. With --strict, the first broken image is an error and nothing is written.
 
-With a folder, -o FOLDER/ (or a name without a suffix), the features of any number of images are written in parts:
+If the output is a folder (-o FOLDER/, or a name without a suffix), features are written in parts, for any number of
+images:
     manifest.json, part-00000.parquet, part-00001.parquet, ..., and errors.parquet with the broken images
 IMAGES may then also be tar files, '{{000..999}}.tar'; parquet files with a column of bytes or a column 'path'; or a URL
-that fsspec opens. Parts are written one after another, and each is complete: a run that was stopped goes on with
---resume. --format is parquet, or npy or safetensors with the paths in part-00000.parquet. This needs the extra `scale`.
+that fsspec opens. Parts that exist are complete, and --resume continues an interrupted run. --format is parquet, npy
+or safetensors; with npy and safetensors, the paths are in part-00000.parquet. Writing parts requires the `scale` extra.
 
 {TURN_OFF}
 """

@@ -12,14 +12,14 @@ from rotation_ssl.messages import printable
 
 DETAILS = """
 
-OUT is a folder of features that `rotation-ssl features IMAGES -o OUT/` wrote. Its manifest says which network and layer
-the picture is compared in. The search is exact, by cosine similarity, and reads the features a chunk at a time.
+OUT is a folder of features that `rotation-ssl features IMAGES -o OUT/` wrote. The query is embedded with the model and
+settings of its manifest. The search is exact, uses cosine similarity, and reads the features in chunks.
 """
 
 
 def add(commands: Any) -> None:
     """Add the command."""
-    added = add_command(commands, "neighbours", run, "find the images that resemble a picture most", DETAILS)
+    added = add_command(commands, "neighbours", run, "find the images most similar to a query image", DETAILS)
     added.add_argument("folder", type=Path, metavar="OUT", help="folder of features")
     added.add_argument("query", type=Path, metavar="PICTURE", help="image file")
     added.add_argument("-k", type=positive, default=10, metavar="K", help="number of neighbours [%(default)s]")

@@ -32,15 +32,16 @@ DEFAULT_MODEL = "rotnet_alexnet.photos"
 BATCH = 32  # pictures in memory at a time, twice as many while the next ones are read
 DETAILS = """
 
-PATHS are pictures and folders, which are searched recursively. For each picture the command prints k (as viewers show
-it, the picture is rotated by k x 90 degrees counter-clockwise), the degrees that turn it back, clockwise (cw) and
-counter-clockwise (ccw), its EXIF orientation now and fixed, and the confidence. A picture whose confidence is below the
-threshold is undecided and is never changed: turning a picture the wrong way is worse than leaving it alone.
+PATHS are pictures and folders, which are searched recursively. For each picture the command prints k (the picture, as
+viewers display it, is rotated by k x 90 degrees counter-clockwise), the rotation that corrects it in degrees clockwise
+(cw) and counter-clockwise (ccw), its current and corrected EXIF orientation, and the confidence. A picture whose
+confidence is below the threshold is undecided and is never changed: turning a picture the wrong way is worse than
+leaving it alone.
 
-Nothing is written without --apply. --apply exif writes the EXIF orientation of JPEG, PNG, WebP and TIFF files; all
+Without --apply, no picture is changed. --apply exif writes the EXIF orientation of JPEG, PNG, WebP and TIFF files; all
 other bytes stay the same. --apply pixels turns the pixels and removes the orientation; this encodes JPEG files again.
-HEIC files are listed if pillow-heif is installed, and not written. The pictures that need turning are written to the
-folder -o DIR, or replaced with --in-place.
+HEIC files are listed if pillow-heif is installed, but are never written. The pictures that need turning are written to
+the folder -o DIR, or replaced with --in-place.
 
 Pictures that cannot be read or written are named and skipped, and the exit status is then 1.
 """

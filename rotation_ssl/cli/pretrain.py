@@ -11,12 +11,12 @@ from rotation_ssl.pretraining.recipe import FOLDER
 DETAILS = """
 
 The images below --data, or in its tar shards, are rotated by 0, 90, 180 and 270 degrees, and the backbone is trained to
-predict the rotation. Images that fit into memory are read once; otherwise --workers processes decode them as they are
-needed. Broken images are skipped, counted and named. The output folder gets a checkpoint every few minutes and, at the
-end, a model that timm.create_model("local-dir:OUTPUT", pretrained=True) loads, with run.json, metrics.jsonl and
-curve.png. Ctrl-C saves a checkpoint and stops; --resume continues from it and gives the same weights as an
-uninterrupted run. This command requires the `train` extra. On Linux it makes glibc keep large memory blocks, which is
-faster; ROTATION_SSL_MALLOPT=0 disables this.
+predict the rotation. If the resized images fit into half of the free memory they are decoded once; otherwise --workers
+processes decode them as they are needed. Broken images are skipped and named. The output folder gets a checkpoint every
+few minutes and, at the end, a model that timm.create_model("local-dir:OUTPUT", pretrained=True) loads, with run.json,
+metrics.jsonl and curve.png. Ctrl-C saves a checkpoint and stops; --resume continues from it and gives the same weights
+as an uninterrupted run. This command requires the `train` extra. On Linux it makes glibc keep large memory blocks,
+which is faster; ROTATION_SSL_MALLOPT=0 disables this.
 """
 
 

@@ -40,7 +40,10 @@ def test_precision_is_of_what_was_decided():
     assert orientation_table(ORIENTATION).splitlines()[2] == (
         "| `rotnet_alexnet.photos`, VOC2007 test | 80.00 % | 40.00 % | 97.50 % | 25.00 % | 100.00 % |"
     )
-    told = "At the default threshold it decides on 40.00 % of VOC2007 test (97.50 % of these correctly)."
+    told = (
+        "At the default threshold it is confident enough for 40.00 % of VOC2007 test, with 97.50 % of these predictions"
+        " correct."
+    )
     assert orientation_line(ORIENTATION) == told
 
 
@@ -69,8 +72,10 @@ def test_outliers_by_both_scores():
         "| `rotnet_nin.cifar10`, CIFAR-100 test | 70.00 % | 90.00 % | 80.00 % |",
         "| `rotnet_nin.cifar10`, uniform noise | 100.00 % |  |  |",
     ]
-    told = "tells CIFAR-100 test from CIFAR-10 test with an AUROC of 70.00 % by rotation and 80.00 % by k-NN."
-    assert outliers_line(OUTLIERS) == f"`rotnet_nin.cifar10` {told}"
+    told = (
+        "With CIFAR-10 test as normal images and CIFAR-100 test as outliers, `rotnet_nin.cifar10` reaches an AUROC of"
+    )
+    assert outliers_line(OUTLIERS) == f"{told} 70.00 % by rotation and 80.00 % by k-NN."
     assert "75.00 % by k-NN (`rotnet_nin.cifar10`)" in one_class_line(OUTLIERS)
     theirs = Row("x", "one-class-rotation", "", 0.905, "Someone 2019 (unchecked)", "CIFAR-10 test")
     assert one_class_line([*OUTLIERS, theirs]).endswith("each class: _90.5 %_ (unchecked) (Someone 2019).")

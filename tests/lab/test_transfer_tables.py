@@ -48,7 +48,7 @@ def test_the_margin_is_over_rescaled_random_weights():
 
 
 def test_the_other_average_precision_has_a_table_without_the_papers():
-    first, second = transfer_lines(ROWS).split("By the area under the curve:")
+    first, second = transfer_lines(ROWS).split("With average precision as the area under the precision-recall curve:")
     assert "72.97" in first and "49.00 %" in second and "72.97" not in second and "20.00" not in second
     assert "By the area" not in transfer_lines(ROWS[:1])
 

@@ -83,8 +83,8 @@ def orientation_line(rows: Sequence[Row]) -> str:
     parts = []
     for row in decided:
         right = 1 - (wrong[row.weights, row.data].correct or 0) / (row.correct or 1)
-        parts.append(f"{percent(row)} of {row.data} ({100 * right:.2f} % of these correctly)")
-    return f"At the default threshold it decides on {' and on '.join(parts)}." if parts else ""
+        parts.append(f"for {percent(row)} of {row.data}, with {100 * right:.2f} % of these predictions correct")
+    return f"At the default threshold it is confident enough {', and '.join(parts)}." if parts else ""
 
 
 def outliers_line(rows: Sequence[Row]) -> str:
@@ -92,4 +92,7 @@ def outliers_line(rows: Sequence[Row]) -> str:
     found = [row for row in rows if row.protocol in ("outliers-rotation", "outliers-knn") and row.source == "measured"]
     own = [row for row in found if row.data == found[0].data]
     numbers = " and ".join(f"{percent(r)} by {PROTOCOLS[r.protocol].title.split()[2].strip(',')}" for r in own)
-    return f"`{own[0].weights}` tells {own[0].data} from CIFAR-10 test with an AUROC of {numbers}." if own else ""
+    if not own:
+        return ""
+    told = f"With CIFAR-10 test as normal images and {own[0].data} as outliers"
+    return f"{told}, `{own[0].weights}` reaches an AUROC of {numbers}."

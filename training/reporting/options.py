@@ -20,13 +20,13 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that name folders of datasets."""
     parser.add_argument("--data", type=Path, default=Path("data/cifar10"), help="folder of CIFAR-10 [%(default)s]")
     parser.add_argument("--download", action="store_true", help="let torchvision download CIFAR-10 into --data")
-    parser.add_argument("--tinyimagenet", type=Path, metavar="DIR", help="folder tiny-imagenet-200 [do not measure]")
+    parser.add_argument("--tinyimagenet", type=Path, metavar="DIR", help="folder tiny-imagenet-200 [not measured]")
     parser.add_argument(
         "--photos", type=Path, metavar="DIR",
-        help="folder that contains imagenette2-320, imagewoof2-320, miniplaces, caltech101, VOCdevkit [do not measure]",
+        help="folder that contains imagenette2-320, imagewoof2-320, miniplaces, caltech101, VOCdevkit [not measured]",
     )  # fmt: skip
-    parser.add_argument("--cifar100", type=Path, metavar="DIR", help="folder of CIFAR-100, outliers [do not measure]")
-    parser.add_argument("--voc", type=Path, metavar="DIR", help="folder VOCdevkit, for PASCAL VOC [do not measure]")
+    parser.add_argument("--cifar100", type=Path, metavar="DIR", help="folder of CIFAR-100, as outliers [not measured]")
+    parser.add_argument("--voc", type=Path, metavar="DIR", help="folder VOCdevkit, for PASCAL VOC [not measured]")
     parser.add_argument("--proposals", type=Path, metavar="FILE", help="region proposals for VOCdevkit, for Fast R-CNN")
 
 

@@ -74,12 +74,14 @@ def transfer_lines(rows: Sequence[Row]) -> str:
     table = transfer_table(rows)
     spread = " ± is the standard deviation over seeds." if "±" in table else ""
     parts = [
-        "Classification and detection are mean average precision, segmentation is mean intersection over union. Our"
-        " average precisions are VOC2007's 11-point ones; the paper does not say which ones its classification numbers"
+        "Classification and detection are mean average precision, segmentation is mean intersection over union. We"
+        " report VOC2007's 11-point average precision; the paper does not say which variant its classification numbers"
         f" use.{spread}",
         table,
         transfer_margin(rows),
-        f"By the area under the curve:\n\n{transfer_table(measured, 'area')}" if measured else "",
+        f"With average precision as the area under the precision-recall curve:\n\n{transfer_table(measured, 'area')}"
+        if measured
+        else "",
     ]
     return "\n\n".join(filter(None, parts))
 

@@ -67,7 +67,7 @@ def card_text(
         size=" x ".join(map(str, entry["input_size"][1:])),
         sha256=entry["sha256"],
         bytes=f"{entry['size']:,}",
-        head=", with the head of the four rotations; `backbone.safetensors` is without"
+        head=", including the rotation head; `backbone.safetensors` has the backbone only"
         if "backbone.safetensors" in files
         else "",
         data=entry["data"],
