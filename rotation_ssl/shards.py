@@ -21,6 +21,7 @@ __all__ = ["expand_braces", "tar_members"]
 
 MAX_IMAGE_BYTES = 2**28  # of a member: more than any photograph has
 MAX_NAMES = 10_000_000  # that a pattern expands to
+_MAX_MEMBER_BYTES = 2**34  # of any member: images lie between them
 _MAX_HEADER_BYTES = 2**20  # of a long name or of extended attributes, which tarfile reads whole
 _LONG_HEADERS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, b"x", b"g", b"X")
 _BRACES = re.compile(r"\{([^{}]*)\}")
@@ -71,6 +72,7 @@ def tar_members(
     Raises:
         ValueError: no such file, or no tar file; a member that is too large, without ``skipped``; after the members
             that can be read, a tar file that is damaged or cut. The error names the file.
+        OSError: it could not be read to its end.
     """
     told = f"tar {name or getattr(file, 'name', '') if not isinstance(file, Path) else file}"
     try:
@@ -91,7 +93,10 @@ def tar_members(
         raise ValueError(f"{told} does not exist") from error
     except _TooLarge as error:
         raise ValueError(f"{told}: {error}") from error
-    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError, RecursionError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            # the disk or the network failed, and may work again; the file is not what is wrong
+            raise
         raise ValueError(f"{told} is damaged, cut or no tar file ({first_line(error)}); replace it") from error
 
 
@@ -119,6 +124,9 @@ class Member(tarfile.TarInfo):
             raise tarfile.ReadError(str(error) if buf else "it ends without the marker of its end") from error
         if member.type in _LONG_HEADERS and member.size > _MAX_HEADER_BYTES:
             raise tarfile.ReadError(f"a header of {member.size:,} bytes")
+        if member.size > _MAX_MEMBER_BYTES:
+            # tarfile would seek there, block by block, also behind the end of a stream
+            raise tarfile.ReadError(f"a member of {member.size:,} bytes")
         return member
 
 

@@ -108,8 +108,9 @@ def build_page(output: Path) -> int:
         ValueError: the folder has other content, or something that the page needs is not installed.
     """
     is_page = all((output / name).is_file() for name in (*PAGE_FILES, *RUNTIME_FILES, MODEL_FILE))
-    if output.exists() and not is_page and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{output} exists and is not a page: give an empty --output")
+    own = {*PAGE_FILES, *RUNTIME_FILES, MODEL_FILE, FACTS_FILE, "samples"} if is_page else set()
+    if output.exists() and not (output.is_dir() and {file.name for file in output.iterdir()} <= own):
+        raise ValueError(f"{output} exists and is not a page alone: give an empty --output")
     model: Any = load_model(DEFAULT_MODEL, "cpu")
     temperature, threshold = calibration(model, DEFAULT_MODEL, None)
     size = resolve_model_data_config(model)["input_size"][-1]

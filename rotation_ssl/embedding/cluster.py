@@ -131,7 +131,7 @@ def _connected(address: str | None) -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     alone: dict[str, Any] = {} if address else {"include_dashboard": False}
     try:
-        ray.init(address=address, logging_level="ERROR", log_to_driver=False, **alone)
+        ray.init(address=address or "local", logging_level="ERROR", log_to_driver=False, **alone)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise OSError(f"the Ray cluster {address or 'of this machine'} cannot be used ({first_line(error)})") from error
     try:
@@ -159,7 +159,7 @@ def _plain_errors() -> Iterator[None]:
         yield
     except exceptions.RayTaskError as error:
         raise error.cause from None
-    except exceptions.RayActorError as error:
+    except exceptions.RayError as error:
         raise OSError(f"a process of the cluster died ({first_line(error)}); go on with --resume") from error
 
 

@@ -5,6 +5,7 @@ ends, the batch has zeros, whose features are dropped. So the features of an ima
 batch, nor on who computes it.
 """
 
+import errno
 import hashlib
 import io
 import itertools
@@ -27,6 +28,8 @@ from rotation_ssl.messages import first_line
 from rotation_ssl.precision import autocast_type
 
 AHEAD = 2  # batches that each process may be ahead
+# what a disk or a network says that fails: it is not the file that is broken
+_FAILURES = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET, errno.EHOSTUNREACH, errno.EMFILE, errno.ENFILE}
 UNOPENED = 100  # files of a shard, all of which cannot be opened, mean that it is not the files
 
 
@@ -49,6 +52,7 @@ class Decoded(NamedTuple):
     sha1: list[str]
     errors: list[tuple[str, str]]
     unopened: int
+    failure: str
 
 
 class Done(NamedTuple):
@@ -108,7 +112,7 @@ def embed_shards(
                 yield Done(decoded.block.shard, len(rows.paths), len(rows.errors))
                 rows = Rows()
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if "DataLoader worker (pid" not in str(error):
             raise
         raise OSError(
             f"a decoding process was killed ({first_line(error)}); fewer --workers need less memory; go on with "
@@ -153,13 +157,15 @@ class _Blocks(Dataset[Decoded]):
     def __getitem__(self, block: Block) -> Decoded:
         size = self.manifest.size
         pixels = np.zeros((self.manifest.batch_size, size, size, 3), np.uint8)
-        decoded = Decoded(block._replace(items=[]), torch.empty(0), [], [], [], [], 0)
-        unopened = 0
+        decoded = Decoded(block._replace(items=[]), torch.empty(0), [], [], [], [], 0, "")
+        unopened, failure = 0, ""
         for row, (name, content) in enumerate(block.items):
             try:
                 pixels[row], original = decode(name, content, size)
             except (ValueError, OSError) as error:
                 unopened += isinstance(error, OSError)
+                if isinstance(error, OSError) and error.errno in _FAILURES:
+                    failure = f"{name} cannot be read ({first_line(error)})"
                 decoded.errors.append((name, first_line(error)))
                 continue
             decoded.rows.append(row)
@@ -167,7 +173,7 @@ class _Blocks(Dataset[Decoded]):
             if self.manifest.sha1:
                 decoded.sha1.append(hashlib.sha1(original, usedforsecurity=False).hexdigest())
         # images of channels last stay so in memory: the copy is the network's to make
-        return decoded._replace(pixels=torch.from_numpy(pixels).permute(0, 3, 1, 2), unopened=unopened)
+        return decoded._replace(pixels=torch.from_numpy(pixels).permute(0, 3, 1, 2), unopened=unopened, failure=failure)
 
 
 def _decode(blocks: Iterable[Block], manifest: Manifest, workers: int) -> Iterator[Decoded]:
@@ -199,6 +205,8 @@ def _blocks(shards: Iterable[Shard], batch_size: int) -> Iterator[Block]:
 
 
 def _add(rows: Rows, decoded: Decoded, manifest: Manifest, extract: Extractor) -> None:
+    if decoded.failure:
+        raise OSError(f"{decoded.failure}; see that the source is there, and go on with --resume")
     rows.errors += decoded.errors
     rows.unopened += decoded.unopened
     if not decoded.rows:

@@ -23,11 +23,13 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from rotation_ssl.files import replace_bytes, replace_file
+from rotation_ssl.messages import some
 
 FORMATS = ("parquet", "safetensors", "npy")
 DTYPES = ("float32", "float16")
 NEEDS_PYARROW = "features in parts need pyarrow: pip install 'rotation-ssl[scale]'"
 _PART = re.compile(r"part-(\d{5,})\.(\w+)")
+_OWN = re.compile(r"(part-\d{5,}\.\w+|manifest\.json|errors\.parquet)(\.\d+\.tmp)?|errors|\.lock")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,17 +135,24 @@ def start(folder: Path, manifest: Manifest, resume: bool) -> None:
     """Write the manifest of a new run, or check that of the run to resume.
 
     Raises:
-        ValueError: parts without ``resume``, or another manifest; the error names what differs.
+        ValueError: parts without ``resume``, another manifest, or files of others where there are no parts yet; the
+            error names what differs.
     """
     file = folder / "manifest.json"
+    others = sorted(path.name for path in folder.iterdir() if not _OWN.fullmatch(path.name))
     has_parts = any(_PART.fullmatch(path.name) for path in folder.iterdir())
     if has_parts and not resume:
         raise ValueError(f"{folder} already has parts; give --resume to go on with them, or another --output")
+    if not has_parts and (others or file.exists()):
+        if others:
+            raise ValueError(f"{folder} has other files, {some(others)}; give an empty --output")
+        read_manifest(folder)  # another program's is not replaced
     if has_parts and (differences := _differences(read_manifest(folder), manifest)):
         raise ValueError(f"{folder} was made otherwise: {'; '.join(differences)}; give another --output")
     for unfinished in (*folder.glob("*.tmp"), *folder.glob("errors/*.tmp")):
         # of a run that was killed
-        unfinished.unlink(missing_ok=True)
+        if _OWN.fullmatch(unfinished.name):
+            unfinished.unlink(missing_ok=True)
     replace_bytes(file, f"{json.dumps(dataclasses.asdict(manifest), indent=1)}\n".encode())
 
 

@@ -27,6 +27,7 @@ from rotation_ssl.embedding.parts import (
     start,
 )
 from rotation_ssl.embedding.sources import absolute, find_shards
+from rotation_ssl.features import POOLS
 from rotation_ssl.images import IMAGE_SUFFIXES
 from rotation_ssl.precision import resolve_precision
 from rotation_ssl.progress import progress
@@ -93,6 +94,8 @@ def embed(
         OSError: the source cannot be read, a part cannot be written, or a process was killed.
     """
     _check_options(engine, format, dtype, shard_size, workers, address)
+    _check_features(pool, grid, batch_size, precision)
+    model = _absolute(model)
     folder, loaded = Path(output).absolute(), load_model(model, device if engine == "local" else "cpu")
     chosen = list(layers or [recommended_layer(loaded, model)])
     if format == "npy" and len(chosen) > 1:
@@ -124,6 +127,12 @@ def embed(
         return Summary(len(find_parts(folder, format)), count_rows(folder, format), errors)
 
 
+def _absolute(model: str) -> str:
+    """A folder's name as any process finds it, wherever it is started; another name as it is."""
+    kind, separator, folder = model.partition(":")
+    return f"{kind}:{Path(folder).absolute()}" if separator and kind == "local-dir" else model
+
+
 def cpus() -> int:
     """The CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -142,6 +151,15 @@ def _check_options(
     require_pyarrow()
     if engine == "ray" and importlib.util.find_spec("ray") is None:
         raise ImportError(NEEDS_RAY)
+
+
+def _check_features(pool: str, grid: int, batch_size: int, precision: str) -> None:
+    allowed = (("pool", pool, [name for name in POOLS if name]), ("precision", precision, ("auto", "fp32", "bf16")))
+    for name, value, names in allowed:
+        if value not in names:
+            raise ValueError(f"{name} must be one of {', '.join(names)}, got {value!r}")
+    if min(grid, batch_size) < 1:
+        raise ValueError(f"grid and batch_size must be at least 1, got {grid} and {batch_size}")
 
 
 def _precision(precision: str, device: str) -> str:

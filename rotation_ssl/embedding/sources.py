@@ -202,6 +202,10 @@ def _read_tar(shard: Shard) -> Iterator[Item]:
                 yield f"{shard.name}/{name}", content
         except ValueError as error:
             yield shard.name, error
+        except OSError as error:
+            raise OSError(
+                f"{shard.name} cannot be read to its end ({first_line(error)}); go on with --resume"
+            ) from error
     for name, reason in skipped.items():
         yield f"{shard.name}/{name}", ValueError(reason)
 

@@ -322,16 +322,20 @@ def test_page_is_small_and_built_anew(folder, capsys):
     files = [file for file in folder.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) < 25e6
     assert not [file for file in files if str(builder.SOURCE.parent.parent).encode() in file.read_bytes()]
-    (folder / "stale").touch()
+    (folder / "index.html").write_text("stale")
     assert main(["page", "--output", str(folder)]) == 0
-    assert "MB" in capsys.readouterr().out and not (folder / "stale").exists()
+    assert "MB" in capsys.readouterr().out and (folder / "index.html").read_text() != "stale"
+    (folder / ".git").mkdir()
+    assert main(["page", "--output", str(folder)]) == 2
+    assert "is not a page alone" in capsys.readouterr().err and (folder / ".git").is_dir()
+    (folder / ".git").rmdir()
 
 
 def test_other_folders_are_left_alone(tmp_path, capsys):
     (tmp_path / "model.json").write_text("mine")
     for folder in (tmp_path, tmp_path / "model.json", builder.SOURCE):
         assert main(["page", "--output", str(folder)]) == 2
-        assert "is not a page: give an empty --output" in capsys.readouterr().err
+        assert "is not a page alone: give an empty --output" in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == ["model.json"] and (builder.SOURCE / "try.js").is_file()
 
 

@@ -80,7 +80,7 @@ def test_parts(whole):
     assert sum(rows) == COUNT - 3 and all(64 - 3 <= number <= 64 for number in rows[:-1])
     manifest = json.loads((whole / "manifest.json").read_text())
     assert manifest["model"] == "rotnet_nin.cifar10" and manifest["layers"] == {"block2": 192}
-    assert (manifest["size"], manifest["precision"], manifest["pool"]) == (32, manifest["precision"], "avg")
+    assert (manifest["size"], manifest["precision"], manifest["pool"]) == (32, "fp32", "avg")
     assert len(manifest["weights_sha256"]) == 64 and Path(manifest["source"]).is_absolute()
 
 
@@ -339,3 +339,45 @@ def test_without_the_extra(images, whole, tmp_path, monkeypatch):
             if missing == "pyarrow":
                 with pytest.raises(ImportError, match="features in parts need pyarrow"):
                     load(whole)
+
+
+def test_a_disk_that_fails_stops_the_run_and_loses_nothing(images, whole, tmp_path, monkeypatch):
+    """Files of the second part cannot be read; when the disk is back, the run goes on with that part."""
+    read, opened = local_engine.read_bytes, []
+
+    def fail(url):
+        opened.append(url)
+        if len(opened) > 70:
+            raise OSError(errno.EIO, "Input/output error", url)
+        return read(url)
+
+    monkeypatch.setattr(local_engine, "read_bytes", fail)
+    with pytest.raises(OSError, match=r"cannot be read .*Input/output error.* go on with --resume"):
+        embed(images, tmp_path / "out", sha1=True, **SMALL)
+    monkeypatch.undo()
+    embed(images, tmp_path / "out", sha1=True, resume=True, **SMALL)
+    assert part_bytes(tmp_path / "out") == part_bytes(whole)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "notes.txt", "errors.parquet.mine.tmp"])
+def test_files_of_others_are_left_alone(images, tmp_path, name):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("mine")
+    with pytest.raises(ValueError, match=r"has other files|is damaged or of another version"):
+        embed(images, tmp_path / "out", **SMALL)
+    assert (tmp_path / "out" / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"grid": 0}, "grid and batch_size must be at least 1"),
+        ({"pool": None}, "pool must be one of avg, max, flatten"),
+        ({"precision": "fp16"}, "precision must be one of auto, fp32, bf16"),
+    ],
+)
+def test_options_that_are_not_possible(images, tmp_path, option, message):
+    with pytest.raises(ValueError, match=message):
+        embed(images, tmp_path / "out", **{**SMALL, **option})
+    assert not (tmp_path / "out").exists()

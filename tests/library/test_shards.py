@@ -1,3 +1,4 @@
+import errno
 import io
 import itertools
 import tarfile
@@ -171,3 +172,40 @@ def test_a_header_cannot_fill_the_memory():
     info.type, info.size = tarfile.GNUTYPE_LONGNAME, 2**33
     with pytest.raises(ValueError, match="a header of 8,589,934,592 bytes"):
         list(tar_members(io.BytesIO(info.tobuf(tarfile.GNU_FORMAT) + b"x" * 5120)))
+
+
+def test_a_member_cannot_lead_behind_the_end_for_ever():
+    """A header of a size that no file has; its bytes are not there."""
+    header = tarfile.TarInfo("notes.txt")
+    header.size = 2**40
+    content = header.tobuf(tarfile.GNU_FORMAT) + bytes(1024)
+    with pytest.raises(ValueError, match="a member of 1,099,511,627,776 bytes"):
+        list(tar_members(io.BytesIO(content), name="x.tar"))
+
+
+def test_a_chain_of_headers_is_an_error():
+    long_name = tarfile.TarInfo("././@LongLink")
+    long_name.type, long_name.size = tarfile.GNUTYPE_LONGNAME, 8
+    block = long_name.tobuf(tarfile.GNU_FORMAT) + b"name.png".ljust(512, b"\0")
+    with pytest.raises(ValueError, match=r"x\.tar is damaged"):
+        list(tar_members(io.BytesIO(block * 3000), name="x.tar"))
+
+
+class Failing(io.BytesIO):
+    """A disk that fails after so many bytes."""
+
+    def read(self, size=-1):
+        if self.tell() >= 4096:
+            raise OSError(errno.EIO, "Input/output error")
+        return super().read(size)
+
+
+def test_a_disk_that_fails_is_not_a_damaged_tar(tmp_path):
+    file = tmp_path / "x.tar"
+    with tarfile.open(file, "w") as archive:
+        for name in "abcdefghij":
+            member = tarfile.TarInfo(f"{name}.png")
+            member.size = 4096
+            archive.addfile(member, io.BytesIO(bytes(4096)))
+    with pytest.raises(OSError, match="Input/output error"):
+        list(tar_members(Failing(file.read_bytes()), name="x.tar"))
