@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import resolve_model_data_config
 from torch.utils.data import DataLoader, Dataset
 
 from rotation_ssl.embedding.parts import Manifest, Rows, part_name, write_part
@@ -68,13 +67,12 @@ Extractor = Callable[[torch.Tensor], dict[str, torch.Tensor]]
 
 def make_extractor(model: Any, manifest: Manifest) -> Extractor:
     """A function from pixels (B, 3, size, size) uint8 to the features (B, D) of each layer, float32 on the CPU."""
-    cfg = resolve_model_data_config(model)
     return batch_extractor(
         model,
         list(manifest.layers),
         pool=manifest.pool,
         grid=manifest.grid,
-        prepare=lambda batch: normalize(batch, cfg["mean"], cfg["std"]),
+        prepare=lambda batch: normalize(batch, manifest.mean, manifest.std),
         autocast=autocast_type(manifest.precision),
     )
 

@@ -46,6 +46,8 @@ class Manifest:
         pool: 'avg', 'max' or 'flatten'.
         grid: cells a side that the maps are pooled to.
         size: side of the squares that the network gets, in pixels.
+        mean: what is subtracted from each channel, of values from 0 to 1.
+        std: what they are divided by.
         precision: 'fp32' or 'bf16'.
         dtype: what the features are stored in, of :data:`DTYPES`.
         sha1: whether the rows have the sha1 of the images' bytes.
@@ -62,6 +64,8 @@ class Manifest:
     pool: str
     grid: int
     size: int
+    mean: list[float]
+    std: list[float]
     precision: str
     dtype: str
     sha1: bool
@@ -267,9 +271,10 @@ def _write_arrays(file: Path, form: str, arrays: Mapping[str, np.ndarray]) -> No
         with file.open("wb") as stream:
             np.save(stream, array)
     else:
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
 
-        save_file(dict(arrays), file)
+        # its save_file raises an error of its own on a full disk
+        file.write_bytes(save(dict(arrays)))
 
 
 def _fixed_size_list(array: np.ndarray) -> Any:

@@ -100,11 +100,13 @@ def embed(
     chosen = list(layers or [recommended_layer(loaded, model)])
     if format == "npy" and len(chosen) > 1:
         raise ValueError(f"the format npy takes one layer, not {', '.join(chosen)}; give one, or another format")
+    cfg = resolve_model_data_config(loaded)
     manifest = Manifest(
         source=absolute(str(source)), shard_size=shard_size, format=format, model=model_name(loaded, model),
         weights_sha256=weights_digest(loaded), layers=dict.fromkeys(chosen, 0), pool=pool, grid=grid,
-        size=resolve_model_data_config(loaded)["input_size"][-1], precision=_precision(precision, device),
-        dtype=dtype, sha1=sha1, batch_size=batch_size, version=rotation_ssl.__version__,
+        size=cfg["input_size"][-1], mean=list(cfg["mean"]), std=list(cfg["std"]),
+        precision=_precision(precision, device), dtype=dtype, sha1=sha1, batch_size=batch_size,
+        version=rotation_ssl.__version__,
     )  # fmt: skip
     extract = make_extractor(loaded, manifest)
     widths = {layer: part.shape[1] for layer, part in extract(torch.zeros(1, 3, manifest.size, manifest.size)).items()}

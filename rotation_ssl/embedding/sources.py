@@ -10,6 +10,7 @@ import itertools
 import os
 import posixpath
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, cast
@@ -66,11 +67,14 @@ def find_shards(source: str, shard_size: int) -> Iterator[Shard]:
         shard_size: images in a shard, but for tar files.
 
     Raises:
-        ValueError: no such source, a pattern that is malformed, or a parquet file without a column of images.
+        ValueError: no such source, a pattern that is malformed or gives a file twice, or a parquet file without a
+            column of images.
         OSError: a folder or file that cannot be read.
     """
     source = absolute(source)
     urls = [source] if Path(source).is_dir() else expand_braces(source)
+    if twice := [url for url, times in Counter(urls).items() if times > 1]:
+        raise ValueError(f"{source} gives files twice: {some(twice, 3)}")
     if all(url.lower().endswith(TAR_SUFFIXES) for url in urls):
         found = _tar_shards(urls)
     elif all(url.lower().endswith(".parquet") for url in urls):

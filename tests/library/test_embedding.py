@@ -18,7 +18,7 @@ from many_images import BROKEN, contents, errors_of, image_bytes, part_bytes, ro
 from pyarrow import parquet
 from safetensors.numpy import load_file
 
-from rotation_ssl.embedding import embed, load
+from rotation_ssl.embedding import embed, load, run
 from rotation_ssl.embedding import local as local_engine
 from rotation_ssl.embedding import parts as parts_module
 from rotation_ssl.embedding.sources import read_items
@@ -174,6 +174,14 @@ def test_another_manifest_is_refused(images, whole, changes, message):
     with pytest.raises(ValueError, match=rf"out was made otherwise: .*{message}.*give another --output"):
         embed(images, whole, resume=True, **{"sha1": True, **SMALL, **changes})
     assert part_bytes(whole) == before
+
+
+def test_another_normalisation_is_refused(images, whole, monkeypatch):
+    """The mean and std of a configuration are no part of the weights."""
+    told = run.resolve_model_data_config
+    monkeypatch.setattr(run, "resolve_model_data_config", lambda model: {**told(model), "mean": (0.5, 0.5, 0.5)})
+    with pytest.raises(ValueError, match=r"mean is .* there and \[0\.5, 0\.5, 0\.5\] now"):
+        embed(images, whole, resume=True, sha1=True, **SMALL)
 
 
 def test_a_source_that_changed_is_refused(tmp_path):

@@ -170,6 +170,7 @@ def test_sources_that_are_none(tmp_path):
         "{0..9.tar": "not closed or are nested",
         "{a,b}": "is neither a folder nor tar nor parquet files",
         "{0..4}.tar": r"0\.tar, .*1\.tar, .*2\.tar and 2 more of 5 tar files do not exist",
+        "{bad,bad}.parquet": r"gives files twice: .*bad\.parquet",
         "bad.parquet": "bad.parquet is damaged or no parquet file",
         "none.parquet": "has neither a column of bytes nor a text column 'path'; it has id, name",
         "numbers.parquet": "has neither a column of bytes nor a text column 'path'; it has path",

@@ -145,10 +145,11 @@ def _seconds(way: str, images: Path, workers: int) -> float:
 
 
 def _manifest(images: Path, model: nn.Module) -> Manifest:
-    size = timm.get_pretrained_cfg(MODEL).input_size[-1]
+    cfg = timm.get_pretrained_cfg(MODEL)
     return Manifest(
         source=str(images.absolute()), shard_size=10_000, format="parquet", model=MODEL,
-        weights_sha256=weights_digest(model), layers={LAYER: WIDTH}, pool="avg", grid=1, size=size,
+        weights_sha256=weights_digest(model), layers={LAYER: WIDTH}, pool="avg", grid=1,
+        size=cfg.input_size[-1], mean=list(cfg.mean), std=list(cfg.std),
         precision=resolve_precision("auto", "cpu"), dtype="float32", sha1=False, batch_size=BATCH,
         version=rotation_ssl.__version__,
     )  # fmt: skip
