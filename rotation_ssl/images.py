@@ -1,5 +1,6 @@
 """Image files -> batches that a backbone takes."""
 
+import io
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,6 +65,17 @@ def register_heif() -> bool:
         return False
     pillow_heif.register_heif_opener()
     return True
+
+
+class NamedBytes(io.BytesIO):
+    """The bytes of an image file; errors, Pillow's too, call it by its name."""
+
+    def __init__(self, content: bytes, name: str) -> None:
+        super().__init__(content)
+        self.called = name
+
+    def __repr__(self) -> str:
+        return self.called
 
 
 def image_suffixes() -> set[str]:

@@ -22,9 +22,9 @@ from timm.data import resolve_model_data_config
 from torch import nn
 from tqdm import tqdm
 
-from rotation_ssl.cli.features import load_model
 from rotation_ssl.cli.orient import DEFAULT_MODEL, calibration
 from rotation_ssl.demo import SAMPLES_DIR
+from rotation_ssl.embedding.backbone import load_model
 from rotation_ssl.features import attention_map, layer_modules
 from rotation_ssl.images import normalize
 from rotation_ssl.orientation.exif import write_orientation

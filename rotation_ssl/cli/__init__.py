@@ -7,7 +7,7 @@
     rotation-ssl convert FILE -o FOLDER        convert another project's checkpoint
     rotation-ssl features IMAGES -o FILE       extract features of a folder of images
     rotation-ssl features IMAGES -o FOLDER/    extract features of millions of images, in parts
-    rotation-ssl neighbours FOLDER PICTURE     find the images whose features resemble a picture's most
+    rotation-ssl neighbours FOLDER PICTURE     find the images most similar to a query image
     rotation-ssl orient PICTURES               find out which way up photos are, and turn them
     rotation-ssl outliers IMAGES -o FILE       rank images by how little they resemble normal ones
     rotation-ssl evaluate MODEL --data FOLDER --output DIR

@@ -7,7 +7,6 @@ batch, nor on who computes it.
 
 import errno
 import hashlib
-import io
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from rotation_ssl.embedding.parts import Manifest, Rows, part_name, write_part
 from rotation_ssl.embedding.sources import Item, Shard, read_bytes, read_items
 from rotation_ssl.features import batch_extractor
-from rotation_ssl.images import normalize, read_image, square
+from rotation_ssl.images import NamedBytes, normalize, read_image, square
 from rotation_ssl.messages import first_line
 from rotation_ssl.precision import autocast_type
 
@@ -132,18 +131,7 @@ def decode(name: str, content: str | bytes | ValueError, size: int) -> tuple[np.
     with warnings.catch_warnings():
         # the pixels of large photographs are only looked at
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        return np.asarray(square(read_image(_NamedBytes(content, name)), size)), content
-
-
-class _NamedBytes(io.BytesIO):
-    """Bytes of an image; Pillow's errors tell its name."""
-
-    def __init__(self, content: bytes, name: str) -> None:
-        super().__init__(content)
-        self._name = name
-
-    def __repr__(self) -> str:
-        return self._name
+        return np.asarray(square(read_image(NamedBytes(content, name)), size)), content
 
 
 class _Blocks(Dataset[Decoded]):

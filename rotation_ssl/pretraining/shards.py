@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from rotation_ssl.images import IMAGE_SUFFIXES, read_image
+from rotation_ssl.images import IMAGE_SUFFIXES, NamedBytes, read_image
 from rotation_ssl.messages import counted, first_line, printable, some
 from rotation_ssl.progress import progress
 from rotation_ssl.shards import MAX_IMAGE_BYTES, Member, expand_braces, is_image_member
@@ -168,18 +168,7 @@ def _find_members(stream: IO[bytes]) -> _Found:
     return np.array(starts, dtype=np.int64), np.array(lengths, dtype=np.uint32)
 
 
-class _Content(io.BytesIO):
-    """The bytes of an image; errors, Pillow's too, call it by its name."""
-
-    def __init__(self, content: bytes, name: str) -> None:
-        super().__init__(content)
-        self.called = name
-
-    def __repr__(self) -> str:
-        return self.called
-
-
-def _open_member(index: ShardIndex, image: int) -> _Content:
+def _open_member(index: ShardIndex, image: int) -> NamedBytes:
     """An image's bytes; of one that is too large to be read none."""
     file = os.fsdecode(index.files[np.searchsorted(index.firsts, image, side="right") - 1])
     length = int(index.lengths[image])
@@ -200,7 +189,7 @@ def _open_member(index: ShardIndex, image: int) -> _Content:
         raise OSError(
             f"shard {file} is not what it was when it was indexed ({first_line(error)}): put that back, then --resume"
         ) from error
-    return _Content(content, f"{file}: {printable(member.name, most=4096)}")
+    return NamedBytes(content, f"{file}: {printable(member.name, most=4096)}")
 
 
 def _unchanged(found: Any) -> Any:

@@ -13,7 +13,7 @@ import timm
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
-from tiny_runs import SHORT, TINY, same, sample_images, weights
+from tiny_runs import SHORT, TINY, assert_two_trained_as_one, same, sample_images, weights
 from torch import nn
 
 from rotation_ssl.eighths import count_correct_eighths
@@ -274,13 +274,7 @@ def test_two_processes_train_as_one(small_cifar10, tmp_path, capsys):
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("wrote ") == 1
     assert command.main([*arguments, str(tmp_path / "one")]) == 0
-    runs = [json.loads((tmp_path / name / "run.json").read_text()) for name in ("one", "two")]
-    assert [run["processes"] for run in runs] == [1, 2]
-    one, two = ([point["loss"] for point in run["curve"]] for run in runs)
-    assert len(one) == 12 and one == pytest.approx(two, rel=1e-4)
-    alone, together = weights(tmp_path / "one"), weights(tmp_path / "two")
-    for name, tensor in alone.items():
-        torch.testing.assert_close(tensor, together[name], rtol=1e-3, atol=1e-5)
+    assert_two_trained_as_one(tmp_path)
 
 
 def torchrun(*arguments):

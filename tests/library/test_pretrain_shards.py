@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import tarfile
-import textwrap
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,7 +19,7 @@ import torch
 from conftest import ROOT, SAMPLES
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_runs import SHORT, TINY, interrupt, same, weights
+from tiny_runs import SHORT, TINY, assert_two_trained_as_one, interrupt, run_killed, same, weights
 
 import rotation_ssl
 from rotation_ssl import cli
@@ -124,27 +123,8 @@ def test_a_stopped_run_goes_on_exactly(many, tmp_path, monkeypatch, step):
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
 
 
-KILLED = """
-    import os, signal, sys
-    from pathlib import Path
-    sys.path[:0] = [{tests!r}, {root!r}]
-    from tiny_runs import SHORT, interrupt
-    from rotation_ssl.pretraining.images import open_images
-    from rotation_ssl.pretraining.loop import pretrain
-
-    class Patch:
-        setattr = staticmethod(setattr)
-
-    interrupt(Patch, 5, lambda: os.kill(os.getpid(), signal.SIGKILL))
-    pretrain(SHORT, open_images("folder", Path({data!r}), 16), Path({output!r}), checkpoint_seconds=0.0, workers=1)
-"""
-
-
 def test_a_killed_run_goes_on_exactly(many, tmp_path):
-    code = textwrap.dedent(KILLED).format(
-        tests=str(ROOT / "tests"), root=str(ROOT), data=str(many), output=str(tmp_path / "parts")
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    result = run_killed(many, tmp_path / "parts")
     assert result.returncode == -signal.SIGKILL, result.stderr
     assert find_checkpoint(tmp_path / "parts").name == "step-000004"
     pretrain(SHORT, open_images("folder", many, 16), tmp_path / "parts", resume=True)
@@ -483,10 +463,4 @@ def test_two_machines_train_as_one(many, tmp_path):
     printed = torchrun_nodes(2, "-m", "training", *arguments, str(tmp_path / "two"))
     assert sorted(out.count("wrote ") for out, _ in printed) == [0, 1], "the first machine tells"
     assert training_main([*arguments, str(tmp_path / "one")]) == 0
-    runs = [json.loads((tmp_path / name / "run.json").read_text()) for name in ("one", "two")]
-    assert [run["processes"] for run in runs] == [1, 2]
-    one, two = ([point["loss"] for point in run["curve"]] for run in runs)
-    assert len(one) == 12 and one == pytest.approx(two, rel=1e-4)
-    alone, together = weights(tmp_path / "one"), weights(tmp_path / "two")
-    for name, tensor in alone.items():
-        torch.testing.assert_close(tensor, together[name], rtol=1e-3, atol=1e-5)
+    assert_two_trained_as_one(tmp_path)

@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_runs import SHORT, TINY, interrupt, same, sample_images, weights
+from tiny_runs import SHORT, TINY, interrupt, run_killed, same, sample_images, weights
 
 from rotation_ssl.pretraining import outputs
 from rotation_ssl.pretraining.images import open_images
@@ -320,28 +320,8 @@ def test_a_second_training_is_told_of_the_first(images, tmp_path, monkeypatch):
     assert not (tmp_path / "run" / ".lock").exists()
 
 
-KILLED = """
-    import os, signal, sys
-    from pathlib import Path
-    sys.path[:0] = [{tests!r}, {root!r}]
-    from tiny_runs import SHORT, interrupt
-    from training.pretrain import pretrain
-    from rotation_ssl.pretraining.images import open_images
-
-    class Patch:
-        setattr = staticmethod(setattr)
-
-    # as out of memory: with a worker that still lives, which has inherited what the process had open
-    interrupt(Patch, 5, lambda: os.kill(os.getpid(), signal.SIGKILL))
-    pretrain(SHORT, open_images("folder", Path({photos!r}), 16), Path({output!r}), checkpoint_seconds=0.0, workers=1)
-"""
-
-
 def test_a_killed_training_leaves_no_lock(small_cifar10, tmp_path):
-    code = textwrap.dedent(KILLED).format(
-        tests=str(ROOT / "tests"), root=str(ROOT), output=str(tmp_path), photos=str(small_cifar10)
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    result = run_killed(small_cifar10, tmp_path)
     assert result.returncode == -signal.SIGKILL, result.stderr
     assert (tmp_path / ".lock").exists()
     pretrain(SHORT, open_images("folder", small_cifar10, 16), tmp_path, resume=True)
