@@ -391,6 +391,7 @@ def test_few_labels_are_of_published_weights_and_supervised_networks_of_random_o
     assert [r.labels_per_class for r in supervised] == [20, 100, 400, 1000, 5000] and supervised[0].draw == "first"
 
 
+@pytest.mark.slow
 def test_quick_check_of_the_whole(whole_cifar10, capsys):
     """The published numbers themselves, on the machine that runs the tests."""
     assert check.main(["--data", str(whole_cifar10), "--quick", "--only", "rotation"]) == 0

@@ -29,6 +29,7 @@ def test_small_folder(small_cifar10):
     assert data.classes[data.labels[0]] == first.parent.name
 
 
+@pytest.mark.slow
 def test_whole_cifar10_is_the_original(whole_cifar10):
     digests = {
         "train": ("47af8b02cfcfb6cdf3dbbd1969ad7f1b70f4413f6f80f437b020ee4e5bc8304a", 50_000),

@@ -368,6 +368,7 @@ def test_sample_images_are_mostly_guessed_right(small_cifar10, tmp_path):
     assert row.source == "measured"
 
 
+@pytest.mark.slow
 def test_rotation_accuracy_of_a_tenth_is_the_reported_count(whole_cifar10):
     (reported,) = [r for r in read_rows() if r.weights == NAME and r.protocol == "rotation"]
     assert reported.n == 40_000

@@ -103,6 +103,7 @@ def test_labels_and_metadata(hub, weights_dir):
     }
 
 
+@pytest.mark.slow
 def test_timm_alone_loads_a_resnet(hub, weights_dir, tmp_path):
     state = timm.create_model("rotnet_resnet18").state_dict()
     write_folder(Converted("rotnet_resnet18", 4, state, "a test"), tmp_path / "resnet", "mine", {})

@@ -142,6 +142,7 @@ def test_interrupted_anywhere_and_run_again(hub, weights_dir, step, capsys):
     assert len(hub.uploads) == len(set(hub.uploads)), "no large file goes up twice"
 
 
+@pytest.mark.slow
 def test_killed_after_the_upload_and_run_again(hub, weights_dir, tmp_path):
     """SIGKILL between the commit and everything that comes after it, in a process of its own."""
     code = (

@@ -320,6 +320,7 @@ def test_a_second_training_is_told_of_the_first(images, tmp_path, monkeypatch):
     assert not (tmp_path / "run" / ".lock").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_training_leaves_no_lock(small_cifar10, tmp_path):
     result = run_killed(small_cifar10, tmp_path)
     assert result.returncode == -signal.SIGKILL, result.stderr
@@ -360,6 +361,7 @@ FULL = """
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_checkpoint_before(images, tmp_path):
     code = textwrap.dedent(FULL).format(
         tests=str(ROOT / "tests"), root=str(ROOT), output=str(tmp_path / "run"), limit=20_000

@@ -470,6 +470,7 @@ def start(code, folder, entries):
     )
 
 
+@pytest.mark.slow
 def test_first_loads_of_many_processes_at_once(hub, release, served, tmp_path):
     hub.requests.clear()
     processes = [start(FETCH_BOTH, tmp_path / "cache", served) for _ in range(4)]
@@ -483,6 +484,7 @@ def test_first_loads_of_many_processes_at_once(hub, release, served, tmp_path):
     assert sha256_of(file) == json.loads(record.read_text())["sha256"]
 
 
+@pytest.mark.slow
 def test_killed_while_writing_and_fetched_again(served, tmp_path):
     """SIGKILL at the worst moments: after the download, and between the weights and their record."""
     for moment in ("read_checkpoint", "replace_bytes"):
