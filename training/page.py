@@ -22,11 +22,12 @@ from timm.data import resolve_model_data_config
 from torch import nn
 from tqdm import tqdm
 
-from rotation_ssl.cli.orient import DEFAULT_MODEL, calibration
+from rotation_ssl.cli.orient import DEFAULT_MODEL
 from rotation_ssl.demo import SAMPLES_DIR
 from rotation_ssl.embedding.backbone import load_model
 from rotation_ssl.features import attention_map, layer_modules
 from rotation_ssl.images import normalize
+from rotation_ssl.orientation import calibration
 from rotation_ssl.orientation.exif import write_orientation
 from rotation_ssl.rotations import rotate_all
 from training.command import create_parser, run
@@ -112,8 +113,7 @@ def build_page(output: Path) -> int:
     if output.exists() and not (output.is_dir() and {file.name for file in output.iterdir()} <= own):
         raise ValueError(f"{output} exists and is not a page alone: give an empty --output")
     model: Any = load_model(DEFAULT_MODEL, "cpu")
-    temperature, threshold = calibration(model, DEFAULT_MODEL, None)
-    size = resolve_model_data_config(model)["input_size"][-1]
+    size, temperature, threshold = calibration(model)
     output.parent.mkdir(parents=True, exist_ok=True)
     unfinished = output.with_name(f"{output.name}.{os.getpid()}.tmp")
     unfinished.mkdir()

@@ -14,16 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from timm.data import resolve_model_data_config
 from tqdm import tqdm
 
-from rotation_ssl import zoo
 from rotation_ssl.cli.options import add_command, positive
 from rotation_ssl.embedding.backbone import load_model
 from rotation_ssl.files import replace_file
 from rotation_ssl.images import HEIF_SUFFIXES, find_images, register_heif
 from rotation_ssl.messages import counted, printable
-from rotation_ssl.orientation import predict_orientation
+from rotation_ssl.orientation import calibration, predict_orientation
 from rotation_ssl.orientation.exif import turned
 from rotation_ssl.orientation.predict import check_head
 from rotation_ssl.orientation.turning import Picture, open_picture, turn_pixels, turn_tag, write_picture
@@ -87,8 +85,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--apply needs -o DIR or --in-place, and they need --apply")
     model = load_model(args.model, args.device)
     check_head(model)
-    temperature, threshold = calibration(model, args.model, args.threshold)
-    size = resolve_model_data_config(model)["input_size"][-1]
+    fitted = calibration(model)
+    threshold = _threshold(fitted.threshold if args.threshold is None else args.threshold, args.model)
     has_heif = register_heif()
     targets = find_targets(args.paths, args.output)
     if not has_heif and any(path.suffix.lower() in HEIF_SUFFIXES for path in targets):
@@ -97,8 +95,9 @@ def run(args: argparse.Namespace) -> int:
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     counts = {"upright": 0, "to turn": 0, "undecided": 0, "failed": 0}
     with _table(args) as show, ThreadPoolExecutor(args.workers) as pool:
-        for pictures in read_pictures(list(targets), size, pool, counts):
-            found = predict_orientation(model, [picture.image for picture in pictures], temperature)
+        for pictures in read_pictures(list(targets), fitted.size, pool, counts):
+            shown = [picture.image for picture in pictures]
+            found = predict_orientation(model, shown, fitted.temperature, size=fitted.size)
             records = []
             for picture, one in zip(pictures, found, strict=True):
                 exif = turned(picture.exif, one.rotation)
@@ -116,23 +115,6 @@ def run(args: argparse.Namespace) -> int:
     if not args.json:
         print(_summary(counts, args, threshold))
     return 1 if counts["failed"] else 0
-
-
-def calibration(model: Any, name: str, threshold: float | None) -> tuple[float, float]:
-    """The temperature and the threshold of a model: those of the manifest, which were fitted on photographs, where it
-    has them.
-
-    Raises:
-        ValueError: no threshold is known and none is given, or one out of range.
-    """
-    cfg = model.pretrained_cfg
-    entry = zoo.manifest().get(f"{cfg.get('architecture')}.{cfg.get('tag')}", {}).get("orientation", {})
-    chosen = entry.get("threshold") if threshold is None else threshold
-    if chosen is None:
-        raise ValueError(f"no threshold is known for {name}: give --threshold, a confidence of 0.25 to 1")
-    if not 0 <= chosen <= 1:
-        raise ValueError(f"--threshold must be 0 to 1, got {chosen}")
-    return entry.get("temperature", 1.0), chosen
 
 
 def find_targets(paths: Sequence[Path], output: Path | None) -> dict[Path, Path]:
@@ -231,3 +213,11 @@ def _summary(counts: dict[str, int], args: argparse.Namespace, threshold: float)
         f"{counted(sum(counts.values()), 'picture')}: {counts['upright']:,} upright, {counts['to turn']:,} {turned}, "
         f"{counts['undecided']:,} undecided at a threshold of {threshold:.4g}, {counts['failed']:,} failed"
     )
+
+
+def _threshold(chosen: float | None, model: str) -> float:
+    if chosen is None:
+        raise ValueError(f"no threshold is known for {model}: give --threshold, a confidence of 0.25 to 1")
+    if not 0 <= chosen <= 1:
+        raise ValueError(f"--threshold must be 0 to 1, got {chosen}")
+    return chosen

@@ -1,5 +1,11 @@
 """Which way up a picture is, and how to turn its file back."""
 
-from rotation_ssl.orientation.predict import Orientation, predict_orientation, rotation_probabilities
+from rotation_ssl.orientation.predict import (
+    Calibration,
+    Orientation,
+    calibration,
+    predict_orientation,
+    rotation_probabilities,
+)
 
-__all__ = ["Orientation", "predict_orientation", "rotation_probabilities"]
+__all__ = ["Calibration", "Orientation", "calibration", "predict_orientation", "rotation_probabilities"]

@@ -7,6 +7,7 @@ averaged, so that turning a picture by k x 90 degrees moves the answer by k and 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -14,6 +15,7 @@ from timm.data import resolve_model_data_config
 from torch import nn
 from torch.nn import functional as F
 
+from rotation_ssl import zoo
 from rotation_ssl.images import normalize
 from rotation_ssl.rotations import rotate_all
 
@@ -43,8 +45,35 @@ class Orientation:
         return (360 - self.fix_cw) % 360
 
 
+class Calibration(NamedTuple):
+    """What a model is asked with: the side of the squares in pixels, the temperature, and the confidence from which on
+    its answers are to be trusted, None where that is not known.
+    """
+
+    size: int
+    temperature: float
+    threshold: float | None
+
+
+def calibration(model: Any) -> Calibration:
+    """The calibration of published weights, which was fitted on photographs; that of others is their input size and a
+    temperature of 1.
+
+    Args:
+        model: a timm model.
+    """
+    cfg = model.pretrained_cfg
+    entry = zoo.manifest().get(f"{cfg.get('architecture')}.{cfg.get('tag')}", {}).get("orientation", {})
+    size = entry.get("size") or resolve_model_data_config(model)["input_size"][-1]
+    return Calibration(size, entry.get("temperature", 1.0), entry.get("threshold"))
+
+
 def predict_orientation(
-    model: nn.Module, images: Sequence[Image.Image], temperature: float = 1.0, batch_size: int = 64
+    model: nn.Module,
+    images: Sequence[Image.Image],
+    temperature: float = 1.0,
+    batch_size: int = 64,
+    size: int | None = None,
 ) -> list[Orientation]:
     """How each picture is turned.
 
@@ -53,6 +82,8 @@ def predict_orientation(
         images: RGB, of any size and aspect, as :func:`rotation_ssl.images.read_image` gives them.
         temperature: what the logits are divided by, positive; above 1 the network is less confident.
         batch_size: squares that are looked at together, each in four turns.
+        size: side of the squares in pixels; None: the model's own input size. A convolutional network may be more
+            accurate on squares that are larger than its training images (Touvron et al. 2019).
 
     Raises:
         ValueError: a model with other outputs, logits that are not finite, or a temperature out of range.
@@ -60,8 +91,7 @@ def predict_orientation(
     check_head(model)
     cfg = resolve_model_data_config(model)
     device = next(model.parameters()).device
-    size = cfg["input_size"][-1]
-    views = [picture_squares(image, size) for image in images]
+    views = [picture_squares(image, size or cfg["input_size"][-1]) for image in images]
     if not views:
         return []
     squares = torch.cat(views)

@@ -13,11 +13,12 @@ from loopback_release import Release
 from PIL import Image, ImageCms, ImageOps
 from playwright.sync_api import expect, sync_playwright
 
+from rotation_ssl import zoo
 from rotation_ssl.cli.features import load_model
-from rotation_ssl.cli.orient import DEFAULT_MODEL, calibration
+from rotation_ssl.cli.orient import DEFAULT_MODEL
 from rotation_ssl.features import attention_map, extract_features
 from rotation_ssl.images import normalize, read_image
-from rotation_ssl.orientation import predict_orientation
+from rotation_ssl.orientation import calibration, predict_orientation
 from rotation_ssl.orientation.predict import picture_squares
 from rotation_ssl.orientation.turning import open_picture
 from training import page as builder
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.slow
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 PHOTOS = SAMPLES / "photos"
-SIZE = 128
+SIZE = zoo.manifest()[DEFAULT_MODEL]["orientation"]["size"]
 PILLOW = int(PIL.__version__.split(".")[0])
 TOLERANCE = 1e-3 if PILLOW >= 13 else 5e-3  # before Pillow 13 tall pictures are rounded elsewhere
 NO_NETWORK = r"\b(ENOTFOUND|EAI_AGAIN|ECONNREFUSED|ECONNRESET|ENETUNREACH|ETIMEDOUT)\b"
@@ -105,8 +106,8 @@ def probabilities_of(card):
 
 def assert_agrees(card, image, model):
     """A card says what Python says of an image."""
-    temperature, threshold = calibration(model, DEFAULT_MODEL, None)
-    (found,) = predict_orientation(model, [image], temperature)
+    size, temperature, threshold = calibration(model)
+    (found,) = predict_orientation(model, [image], temperature, size=size)
     assert probabilities_of(card) == pytest.approx(found.probabilities, abs=TOLERANCE)
     outcome = "undecided" if found.confidence < threshold else "turned" if found.rotation else "upright"
     assert card.get_attribute("data-outcome") == card.locator(".badge").inner_text() == outcome
@@ -176,7 +177,8 @@ def test_large_jpeg_is_reduced_as_pillow_would(page, model, tmp_path, factor, ex
     rest = min(reduced.size) // (2 * SIZE)
     assert_agrees(card, reduced.reduce(rest) if rest > 1 else reduced, model)
     # and the command, which decodes it at a part of its size, comes to the same rotation
-    (found,) = predict_orientation(model, [open_picture(file, SIZE).image], calibration(model, DEFAULT_MODEL, None)[0])
+    size, temperature, _ = calibration(model)
+    (found,) = predict_orientation(model, [open_picture(file, size).image], temperature, size=size)
     assert probabilities_of(card) == pytest.approx(found.probabilities, abs=0.03)
     assert int(np.argmax(probabilities_of(card))) == found.rotation
 

@@ -23,7 +23,7 @@ from training.evaluation.subject import load_subject
 from training.reporting import again, manifest
 from training.reporting.rows import read_file
 
-CALIBRATION = {"temperature": 1.0, "threshold": 0.6, "sure_threshold": 0.9}
+CALIBRATION = {"size": 128, "temperature": 1.0, "threshold": 0.6, "sure_threshold": 0.9}
 PHOTOS = sorted((SAMPLES / "photos").glob("*.jpg"))
 
 
@@ -96,12 +96,15 @@ def test_the_command_fits_measures_and_what_it_measured_is_measured_again(small,
     monkeypatch.setattr(orientation, "fit_threshold", lambda found, precision: precision - 0.3)
     arguments = ["rotnet_alexnet.photos", "--photos", str(small), "--output", str(small / "out")]
     before = manifest.read_manifest()["rotnet_alexnet.photos"]
-    assert orientation.main([*arguments, "--fit"]) == 0
+    assert orientation.main([*arguments, "--fit", "--size", "160"]) == 0
+    assert "Caltech-101 test, 160 pixels: " in capsys.readouterr().out
     entry = manifest.read_manifest()["rotnet_alexnet.photos"]
     assert set(entry["orientation"]) == set(CALIBRATION) and entry["orientation"]["threshold"] == pytest.approx(0.69)
+    assert entry["orientation"]["size"] == 160
     assert {**entry, "orientation": 0} == {**before, "orientation": 0}, "nothing else"
     rows = read_file(small / "out" / "rows.jsonl")
     assert {row.data for row in rows} == {"Imagenette val", "VOC2007 test"} and len(rows) == 28
+    assert all("160 pixels" in row.settings for row in rows)
     monkeypatch.setattr(zoo, "manifest", manifest.read_manifest)
     own = [row for row in rows if row.data == "Imagenette val"]
     pairs = list(again.measure_source(own, again.Source("imagenette", small)))
@@ -113,6 +116,9 @@ def test_what_cannot_be_measured_is_refused(small, capsys, monkeypatch):
     for model, why in (("rotnet_nin.cifar10", "no temperature is known for rotnet_nin.cifar10: give --fit first"),):
         assert orientation.main([model, "--photos", str(small), "--output", str(small / "out")]) == 2
         assert why in capsys.readouterr().err
+    output = ["--photos", str(small), "--output", str(small / "out")]
+    assert orientation.main(["rotnet_alexnet.photos", *output, "--size", "160"]) == 2
+    assert "--size is for --fit" in capsys.readouterr().err
     monkeypatch.setitem(
         datasets.DATASETS, "imagenette", dataclasses.replace(datasets.DATASETS["imagenette"], counts=(0, 9))
     )

@@ -20,9 +20,9 @@ from PIL import Image, ImageOps
 from torch import nn
 
 import rotation_ssl  # noqa: F401  registers the models with timm
-from rotation_ssl import cli
+from rotation_ssl import cli, zoo
 from rotation_ssl.images import read_image
-from rotation_ssl.orientation import predict_orientation, rotation_probabilities
+from rotation_ssl.orientation import calibration, predict_orientation, rotation_probabilities
 from rotation_ssl.orientation.exif import read_orientation, turned, write_orientation
 from rotation_ssl.orientation.predict import picture_squares
 from rotation_ssl.orientation.turning import open_picture, turn_pixels
@@ -93,6 +93,18 @@ def test_of_a_turned_picture_it_says_so(model, file):
 def test_sure_of_clear_pictures(model):
     found = {file.stem: predict_orientation(model, [photo(file)])[0] for file in PHOTOS}
     assert all(found[name].rotation == 0 and found[name].confidence > 0.8 for name in ("astronaut", "china", "rocket"))
+
+
+def test_the_network_is_asked_about_squares_of_the_size_that_was_fitted(model):
+    seen = []
+    hook = model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[-1]))
+    for size in (None, 96):
+        predict_orientation(model, [photo(PHOTOS[0])], size=size)
+    hook.remove()
+    assert seen == [128, 96]
+    entry = zoo.manifest()["rotnet_alexnet.photos"]["orientation"]
+    assert calibration(model) == (entry["size"], entry["temperature"], entry["threshold"])
+    assert calibration(timm.create_model("resnet18", num_classes=4)) == (224, 1.0, None)
 
 
 @pytest.mark.parametrize(("size", "views"), [((64, 64), 1), ((69, 64), 1), ((71, 64), 2), ((40, 800), 2), ((1, 20), 2)])
