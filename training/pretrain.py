@@ -59,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_options(parser, "runs/RECIPE", Path("data/cifar10"))
     parser.add_argument(
         "--dataset",
-        help="dataset in --data: cifar10, tinyimagenet, photos, folder, or one of timm by name (torch/..., hfds/...)",
+        help="dataset in --data: cifar10, tinyimagenet, photos, folder, or a name of timm (torch/..., hfds/...)",
     )
     return parser
 

@@ -42,8 +42,9 @@ If the output is a folder (-o FOLDER/, or a name without a suffix), features are
 images:
     manifest.json, part-00000.parquet, part-00001.parquet, ..., and errors.parquet with the broken images
 IMAGES may then also be tar files, '{{000..999}}.tar'; parquet files with a column of bytes or a column 'path'; or a URL
-that fsspec opens. Parts that exist are complete, and --resume continues an interrupted run. --format is parquet, npy
-or safetensors; with npy and safetensors, the paths are in part-00000.parquet. Writing parts requires the `scale` extra.
+that fsspec opens. Parts that exist are complete, and --resume continues an interrupted run. --format is parquet, npy or
+safetensors; with npy and safetensors, part-00000.parquet has the paths of part 0, and so on. Writing parts requires the
+`scale` extra.
 
 {TURN_OFF}
 """

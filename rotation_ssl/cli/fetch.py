@@ -12,7 +12,7 @@ from rotation_ssl.files import sha256_of
 def add(commands: Any) -> None:
     """Add the command."""
     added = add_command(commands, "fetch", run, "download weights, verify and cache them: later loads need no network")
-    added.add_argument("tag", metavar="TAG", help="for example rotnet_nin.gidaris_cifar10")
+    added.add_argument("tag", metavar="NAME", help="for example rotnet_nin.gidaris_cifar10")
     added.add_argument(
         "--accept-new-hash",
         action="store_true",

@@ -17,7 +17,7 @@ def add(commands: Any) -> None:
         run,
         "show the details of published weights: source, sha256, licence, recipe, data, input, results",
     )
-    added.add_argument("tag", metavar="TAG", help="for example rotnet_nin.cifar10, or rotnet_nin for its default tag")
+    added.add_argument("tag", metavar="NAME", help="for example rotnet_nin.cifar10, or rotnet_nin for its default tag")
 
 
 def describe(name: str) -> dict[str, Any]:

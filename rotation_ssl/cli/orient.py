@@ -36,10 +36,11 @@ viewers display it, is rotated by k x 90 degrees counter-clockwise), the rotatio
 confidence is below the threshold is undecided and is never changed: turning a picture the wrong way is worse than
 leaving it alone.
 
-Without --apply, no picture is changed. --apply exif writes the EXIF orientation of JPEG, PNG, WebP and TIFF files; all
-other bytes stay the same. --apply pixels turns the pixels and removes the orientation; this encodes JPEG files again.
-HEIC files are listed if pillow-heif is installed, but are never written. The pictures that need turning are written to
-the folder -o DIR, or replaced with --in-place.
+Without --apply, no picture is changed; --apply needs either -o DIR or --in-place. --apply exif writes the EXIF
+orientation of JPEG, PNG, WebP and TIFF files; all other bytes stay the same. --apply pixels turns the pixels and
+removes the orientation; this encodes JPEG files again. HEIC files are never written, and in folders they are skipped
+unless pillow-heif is installed. The pictures that need turning are written to the folder -o DIR, or replaced with
+--in-place.
 
 Pictures that cannot be read or written are named and skipped, and the exit status is then 1.
 """
@@ -63,7 +64,9 @@ def add(commands: Any) -> None:
     """Add the command."""
     added = add_command(commands, "orient", run, "find out which way up photos are, and turn them", DETAILS, False)
     added.add_argument("paths", type=Path, nargs="+", metavar="PATHS", help="pictures and folders of pictures")
-    added.add_argument("--threshold", type=float, metavar="P", help="minimum confidence [fitted for the model]")
+    added.add_argument(
+        "--threshold", type=float, metavar="P", help="minimum confidence [the fitted one, if the model has one]"
+    )
     out = added.add_mutually_exclusive_group()
     out.add_argument("--json", action="store_true", help="print a JSON object for each picture, one per line")
     out.add_argument("--csv", type=Path, metavar="FILE", help="write the table to a CSV file")

@@ -10,13 +10,14 @@ from rotation_ssl.pretraining.recipe import FOLDER
 
 DETAILS = """
 
-The images below --data, or in its tar shards, are rotated by 0, 90, 180 and 270 degrees, and the backbone is trained to
-predict the rotation. If the resized images fit into half of the free memory they are decoded once; otherwise --workers
-processes decode them as they are needed. Broken images are skipped and named. The output folder gets a checkpoint every
-few minutes and, at the end, a model that timm.create_model("local-dir:OUTPUT", pretrained=True) loads, with run.json,
-metrics.jsonl and curve.png. Ctrl-C saves a checkpoint and stops; --resume continues from it and gives the same weights
-as an uninterrupted run. This command requires the `train` extra. On Linux it makes glibc keep large memory blocks,
-which is faster; ROTATION_SSL_MALLOPT=0 disables this.
+The images in the folder --data (in its train/, if there is one), or in tar shards, are rotated by 0, 90, 180 and 270
+degrees, and the backbone is trained to predict the rotation. If the resized images fit into half of the free memory
+they are decoded once; otherwise --workers processes decode them as they are needed. Broken images are skipped and
+named. The output folder gets a checkpoint every few minutes and, at the end, a model that
+timm.create_model("local-dir:OUTPUT", pretrained=True) loads, with run.json, metrics.jsonl and curve.png. Ctrl-C saves a
+checkpoint and stops; --resume continues from it and, on a CPU, gives the same weights as an uninterrupted run. This
+command requires the `train` extra. On Linux it makes glibc keep large memory blocks, which is faster;
+ROTATION_SSL_MALLOPT=0 disables this.
 """
 
 
@@ -24,11 +25,16 @@ def add(commands: Any) -> None:
     """Add the command."""
     text = "pretrain a backbone on your own images"
     added = add_command(commands, "pretrain", run, text, DETAILS, as_json=False)
-    add_options(added, f"runs/{FOLDER.name}")
+    steps = sum(stage.steps for stage in FOLDER.stages)
+    defaults = (
+        f"the defaults are {FOLDER.model}, {FOLDER.image_size} pixels, {FOLDER.images_per_step} images per step, "
+        f"{steps:,} steps and seed {FOLDER.seed}"
+    )
+    add_options(added, f"runs/{FOLDER.name}", defaults=defaults)
     added.add_argument(
         "--dataset",
         default=FOLDER.data,
-        help="folder, or a dataset of timm by name (torch/..., hfds/...) [%(default)s]",
+        help="folder, or the name of a dataset that timm opens (torch/..., hfds/...) [%(default)s]",
     )
 
 

@@ -19,7 +19,9 @@ from rotation_ssl.zoo.golden import GOLDEN_TOLERANCE, golden_difference, golden_
 def add(commands: Any) -> None:
     """Add the command."""
     added = add_command(commands, "verify", run, "verify the sha256 and the golden outputs of weights on this machine")
-    added.add_argument("what", nargs="?", metavar="TAG|FILE", help="name, file or folder [all weights on this machine]")
+    added.add_argument(
+        "what", nargs="?", metavar="NAME|FILE", help="name, file or folder [all weights on this machine]"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

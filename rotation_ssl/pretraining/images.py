@@ -177,6 +177,8 @@ def open_images(data: str, root: Path, size: int, download: bool = False, worker
     Raises:
         ValueError: no such dataset, nothing in it, or one that can only be read from start to end.
     """
+    if data == "folder" and download:
+        raise ValueError("--download is for datasets of torchvision: give --dataset torch/NAME")
     if data == "folder" and is_shards(root):
         return open_shards(str(root), size, workers)
     if data == "folder":
@@ -190,6 +192,9 @@ def open_dataset(data: str, data_dir: Path, split: str, download: bool = False) 
     Raises:
         ValueError: there is none, or it can only be read from start to end.
     """
+    if "/" not in data:
+        # timm would take any other name for that of a folder
+        raise ValueError(f"no dataset is called {data!r}: give folder, or a name such as torch/places365")
     try:
         dataset = create_dataset(data, root=str(data_dir), split=split, download=download)
     except Exception as error:

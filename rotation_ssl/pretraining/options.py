@@ -9,7 +9,12 @@ from rotation_ssl.pretraining.recipe import PRECISIONS
 WORKERS = min(8, os.cpu_count() or 1)
 
 
-def add_options(parser: argparse.ArgumentParser, output: str, data: Path | None = None) -> None:
+def add_options(
+    parser: argparse.ArgumentParser,
+    output: str,
+    data: Path | None = None,
+    defaults: str = "the defaults are those of the recipe",
+) -> None:
     """Add the options of both commands; ``output`` and ``data`` are defaults, without ``data`` --data is required."""
     where = parser.add_argument_group("input and output")
     default = "" if data is None else " [%(default)s]"
@@ -25,7 +30,7 @@ def add_options(parser: argparse.ArgumentParser, output: str, data: Path | None 
         "--monitor",
         type=Path,
         metavar="FOLDER",
-        help="labelled images, in a folder for each class: measure k-NN accuracy and RankMe of the middle layers",
+        help="labelled images, one folder per class: measure k-NN accuracy and RankMe of the middle layers",
     )
     watched.add_argument(
         "--monitor-every", type=int, default=500, metavar="N", help="measure every N steps [%(default)s]"
@@ -40,7 +45,7 @@ def add_options(parser: argparse.ArgumentParser, output: str, data: Path | None 
         "--stream", action="store_true", help="decode images as they are needed, even if they fit into memory"
     )
     how.add_argument("--workers", type=int, default=WORKERS, help="data-loading worker processes [%(default)s]")
-    instead = parser.add_argument_group("changes to the recipe")
+    instead = parser.add_argument_group("what to train", defaults)
     instead.add_argument("--model", help="name of any timm model")
     instead.add_argument("--size", type=int, help="image size in pixels; crops and padding change in proportion")
     instead.add_argument("--images-per-step", type=int, help="images per step; each one is used in every rotation")

@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from torch import nn
 
 import rotation_ssl  # noqa: F401  registers the models with timm
-from rotation_ssl.messages import first_line
+from rotation_ssl.messages import counted, first_line
 from rotation_ssl.precision import resolve_precision
 from rotation_ssl.pretraining.images import UnlabelledImages, fingerprint
 from rotation_ssl.pretraining.recipe import Muon, Recipe
@@ -114,7 +114,8 @@ def count_training_images(recipe: Recipe, images: torch.Tensor | UnlabelledImage
         raise ValueError(f"{recipe.name} takes images of {recipe.image_size} pixels, these are of {size}")
     count = len(images) - recipe.holdout
     if count < recipe.images_per_step:
-        raise ValueError(f"{recipe.name} takes {recipe.images_per_step} images a step, there are {count}")
+        there = counted(count, "image")
+        raise ValueError(f"{there} cannot make a step of {recipe.images_per_step}: give fewer --images-per-step")
     if recipe.images_per_step % shares:
         raise ValueError(
             f"{recipe.images_per_step} images a step cannot be shared by {shares} (processes x parts of a step): give "

@@ -262,20 +262,20 @@ def test_names_of_timms_data_sets(folder, small_cifar10, tmp_path):
     images.read_all()
     ours = open_images("folder", small_cifar10, 32)
     assert torch.equal(images.squares, torch.stack([ours[i][0] for i in range(40)]))
-    readers = open_images("image_folder", small_cifar10, 32)
     broken_files(small_cifar10 / "train")
-    readers.read_all()
-    assert len(readers) == 40 and len(readers.broken) == 3, "timm's own reader would not tell"
     decoding = open_images("torch/image_folder", small_cifar10, 32)
     decoding.read_all()
     assert len(decoding.broken) == 3, "torchvision decodes by itself"
     for name, message in (
         ("torch/nothing", "'torch/nothing' in .* cannot be opened"),
         ("wds/anything", "cannot be opened|from start to end"),
+        ("nosuch", "no dataset is called 'nosuch': give folder, or a name such as torch/places365"),
     ):
         with pytest.raises(ValueError, match=message) as caught:
             open_images(name, tmp_path, 32)
         assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"--download is for datasets of torchvision: give --dataset torch/NAME"):
+        open_images("folder", small_cifar10, 32, download=True)
 
 
 def test_one_command_on_a_folder_of_ones_own(folder, tmp_path, capsys):

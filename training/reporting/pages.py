@@ -119,7 +119,7 @@ def default_weights(entries: Mapping[str, Any]) -> str:
     with_weights = _and([f"`{name}` for `{model}`" for model, name in default.items()])
     without = _and([f"`{model}`" for model in timm.list_models("rotnet_*") if model not in default])
     return (
-        f"`pretrained=True` loads {with_weights}. {without} have no bundled weights: `pretrained=True` without a tag"
+        f"`pretrained=True` loads {with_weights}. There are no published weights for {without}: `pretrained=True`"
         " raises an error for them."
     )
 
