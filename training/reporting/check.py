@@ -41,7 +41,7 @@ from rotation_ssl.progress import progress
 from rotation_ssl.zoo.golden import GOLDEN_TOLERANCE, golden_difference
 from training.command import create_parser, run
 from training.datasets import DATASETS
-from training.protocols import FROZEN, PROTOCOLS
+from training.protocols import FROZEN
 from training.reporting.again import (
     QUICK_PARTS,
     TRANSFERS,
@@ -50,7 +50,7 @@ from training.reporting.again import (
     measurement_of,
     transfer_training,
 )
-from training.reporting.options import add_data_arguments, option_of, source_of
+from training.reporting.options import add_data_arguments, add_only, option_of, source_of
 from training.reporting.required import complaints
 from training.reporting.rows import RESULTS_DIR, Row, check_device, read_rows
 
@@ -177,9 +177,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command's options."""
     parser = create_parser("check", __doc__)
     parser.add_argument("--quick", action="store_true", help="check a part of the numbers, in minutes")
-    parser.add_argument(
-        "--only", nargs="+", choices=PROTOCOLS, metavar="ID", help=f"protocols: {', '.join(PROTOCOLS)} [all]"
-    )
+    add_only(parser)
     parser.add_argument("--weights", nargs="+", metavar="NAME", help="check the numbers of these weights [all]")
     add_data_arguments(parser)
     parser.add_argument("--results", type=Path, default=RESULTS_DIR, help="folder of the rows [training/results]")

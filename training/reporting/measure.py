@@ -19,9 +19,8 @@ from rotation_ssl.machine import keep_large_blocks
 from rotation_ssl.messages import counted
 from rotation_ssl.progress import progress
 from training.command import create_parser, run
-from training.protocols import PROTOCOLS
 from training.reporting.again import Source, measure_source
-from training.reporting.options import add_data_arguments, option_of, source_of
+from training.reporting.options import add_data_arguments, add_only, option_of, source_of
 from training.reporting.report import keep_row
 from training.reporting.required import REQUIRED, missing_rows
 from training.reporting.rows import RESULTS_DIR, Row, check_device, read_rows, require_committed
@@ -67,9 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = create_parser("measure", __doc__)
     parser.add_argument("weights", metavar="MODEL.TAG", help="name of bundled weights")
     add_data_arguments(parser)
-    parser.add_argument(
-        "--only", nargs="+", choices=PROTOCOLS, metavar="ID", help=f"protocols: {', '.join(PROTOCOLS)} [all]"
-    )
+    add_only(parser)
     parser.add_argument("--list", action="store_true", help="print what is missing, and measure nothing")
     parser.add_argument("--results", type=Path, default=RESULTS_DIR, help="folder of the rows [training/results]")
     parser.add_argument("--device", default="cpu", help="device: cpu, cuda, cuda:1, mps [%(default)s]")

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from training.datasets import dataset_of
+from training.protocols import PROTOCOLS
 from training.reporting.again import TRANSFERS, Source, command_of
 from training.reporting.rows import Row
 
@@ -28,6 +29,14 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cifar100", type=Path, metavar="DIR", help="folder of CIFAR-100, as outliers [not measured]")
     parser.add_argument("--voc", type=Path, metavar="DIR", help="folder VOCdevkit, for PASCAL VOC [not measured]")
     parser.add_argument("--proposals", type=Path, metavar="FILE", help="region proposals for VOCdevkit, for Fast R-CNN")
+
+
+def add_only(parser: argparse.ArgumentParser) -> None:
+    """Add the option that chooses protocols."""
+    parser.add_argument(
+        "--only", nargs="+", choices=PROTOCOLS, metavar="ID",
+        help="protocols, such as rotation, knn, linear-sgd or voc-segmentation; a wrong one lists all [all]",
+    )  # fmt: skip
 
 
 def option_of(row: Row) -> str:
