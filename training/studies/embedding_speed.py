@@ -117,24 +117,13 @@ def measure_embedding(folder: Path, count: int, workers: int, rounds: int) -> di
         "threads": torch.get_num_threads(),
         "workers": workers,
         "images": count,
+        "model": MODEL,
+        "precision": resolve_precision("auto", "cpu"),
         "rounds": rounds,
         "commit": current_commit(),
         "versions": library_versions(),
         "images_per_second": {way: statistics.median(values) for way, values in rates.items()},
     }
-
-
-def embedding_text(measured: dict[str, Any]) -> str:
-    """What :func:`measure_embedding` gives, in a sentence."""
-    rates = measured["images_per_second"]
-    slower = min(rates["decoding"], rates["network"])
-    return (
-        f"Features of {measured['images']:,} photographs ({MODEL}, {measured['workers']} decoding processes,"
-        f" {measured['threads']} threads of {measured['device']}): {rates['ours']:.0f} images/s,"
-        f" {rates['ours'] / rates['timm']:.2f} times timm's loader and forward_features, and"
-        f" {rates['ours'] / slower:.0%} of the slower of decoding alone ({rates['decoding']:.0f} images/s) and the"
-        f" network alone ({rates['network']:.0f} images/s)."
-    )
 
 
 def _seconds(way: str, images: Path, workers: int) -> float:
