@@ -90,13 +90,13 @@ def tar_members(
                 # tarfile keeps a list of what it has read
                 archive.members = []  # type: ignore[attr-defined]
     except FileNotFoundError as error:
+        if not isinstance(file, Path):
+            raise
         raise ValueError(f"{told} does not exist") from error
     except _TooLarge as error:
         raise ValueError(f"{told}: {error}") from error
-    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError, RecursionError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            # the disk or the network failed, and may work again; the file is not what is wrong
-            raise
+    # an OSError is of the disk or the network, which may work again: the file is not what is wrong
+    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, RecursionError) as error:
         raise ValueError(f"{told} is damaged, cut or no tar file ({first_line(error)}); replace it") from error
 
 

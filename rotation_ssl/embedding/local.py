@@ -18,8 +18,9 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from rotation_ssl.embedding.files import read_bytes
 from rotation_ssl.embedding.parts import Manifest, Rows, part_name, write_part
-from rotation_ssl.embedding.sources import Item, Shard, read_bytes, read_items
+from rotation_ssl.embedding.sources import Item, Shard, read_items
 from rotation_ssl.features import batch_extractor
 from rotation_ssl.images import NamedBytes, normalize, read_image, square
 from rotation_ssl.messages import first_line

@@ -12,6 +12,7 @@ from timm.data import resolve_model_data_config
 import rotation_ssl
 from rotation_ssl.embedding.backbone import load_model, model_name, recommended_layer, weights_digest
 from rotation_ssl.embedding.cluster import NEEDS_RAY, embed_on_cluster
+from rotation_ssl.embedding.files import absolute
 from rotation_ssl.embedding.local import embed_shards, make_extractor
 from rotation_ssl.embedding.parts import (
     DTYPES,
@@ -26,7 +27,7 @@ from rotation_ssl.embedding.parts import (
     require_pyarrow,
     start,
 )
-from rotation_ssl.embedding.sources import absolute, find_shards
+from rotation_ssl.embedding.sources import find_shards
 from rotation_ssl.features import POOLS
 from rotation_ssl.images import IMAGE_SUFFIXES
 from rotation_ssl.precision import resolve_precision

@@ -9,19 +9,17 @@ import hashlib
 import itertools
 import os
 import posixpath
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
-from rotation_ssl.images import image_suffixes
+from rotation_ssl.embedding.files import absolute, is_folder, is_url, list_folder, open_url
 from rotation_ssl.messages import first_line, some
-from rotation_ssl.shards import MAX_IMAGE_BYTES, expand_braces, tar_members
+from rotation_ssl.shards import expand_braces, tar_members
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 ROWS = 64  # of a parquet file in memory at a time
-_URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 Item = tuple[str, str | bytes | ValueError]  # the path of an image, and where it is, its bytes or what is wrong with it
 
@@ -51,12 +49,6 @@ class Shard:
         """Tells shards with other images apart, as far as names do."""
         text = "\0".join((self.kind, self.name, *map(str, self.rows), *self.names))
         return hashlib.sha256(os.fsencode(text)).hexdigest()
-
-
-def absolute(source: str) -> str:
-    """The source as any process finds it: a URL as it is, a path from the root."""
-    local = source.removeprefix("file://")
-    return source if _URL.match(local) else os.path.abspath(local)  # noqa: PTH100  keeps braces and links
 
 
 def find_shards(source: str, shard_size: int) -> Iterator[Shard]:
@@ -101,97 +93,25 @@ def read_items(shard: Shard) -> Iterator[Item]:
         yield from _read_rows(shard)
 
 
-def read_bytes(url: str) -> bytes:
-    """The bytes of an image file.
-
-    Raises:
-        ValueError: no regular file, or one of more than :data:`rotation_ssl.shards.MAX_IMAGE_BYTES`.
-        OSError: it cannot be read.
-    """
-    if not _URL.match(url) and not Path(url).is_file():
-        # reading a named pipe would wait for whoever writes to it
-        raise ValueError("it is not a regular file") if Path(url).exists() else FileNotFoundError("it does not exist")
-    with open_url(url) as stream:
-        content = stream.read(MAX_IMAGE_BYTES + 1)
-    if len(content) > MAX_IMAGE_BYTES:
-        raise ValueError(f"it has more than the {MAX_IMAGE_BYTES:,} bytes allowed")
-    return content
-
-
-def open_url(url: str) -> IO[bytes]:
-    """A file to read, by its path or by a URL that fsspec opens.
-
-    Raises:
-        OSError: it cannot be opened.
-    """
-    if not _URL.match(url):
-        return Path(url).open("rb")
-    file_system, path = _file_system(url)
-    return cast(IO[bytes], file_system.open(path, "rb"))
-
-
-def _file_system(url: str) -> tuple[Any, str]:
-    import fsspec
-
-    try:
-        return cast(tuple[Any, str], fsspec.core.url_to_fs(url))
-    except (ImportError, ValueError) as error:
-        raise ValueError(f"{url} cannot be opened: {first_line(error)}") from error
-
-
 def _file_shards(folder: str, shard_size: int) -> Iterator[Shard]:
-    if _URL.match(folder):
-        file_system, path = _file_system(folder)
-        is_folder = file_system.isdir(path)
-    else:
-        file_system, path, is_folder = None, folder, Path(folder).is_dir()
-    if not is_folder:
+    if not is_folder(folder):
         raise ValueError(f"{folder} is not a folder, nor a .tar or .parquet file; give one of these")
-    names = _walk(file_system, path)
+    names = _walk(folder)
     while block := tuple(itertools.islice(names, shard_size)):
         yield Shard(0, "files", folder, names=block)
 
 
-def _walk(file_system: Any, folder: str, above: str = "") -> Iterator[str]:
+def _walk(folder: str, above: str = "") -> Iterator[str]:
     """The images below a folder, relative to it and sorted by their whole path; one folder is in memory at a time."""
-    entries = _local_entries(folder) if file_system is None else _remote_entries(file_system, folder)
-    # with its slash a folder stands where the paths in it do
-    for entry in sorted(entries):
+    for entry in list_folder(folder):
         if entry.endswith("/"):
-            yield from _walk(file_system, f"{folder.rstrip('/')}/{entry[:-1]}", f"{above}{entry}")
+            yield from _walk(f"{folder.rstrip('/')}/{entry[:-1]}", f"{above}{entry}")
         else:
             yield f"{above}{entry}"
 
 
-def _local_entries(folder: str) -> Iterator[str]:
-    suffixes = image_suffixes()
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
-                yield f"{entry.name}/"
-            # a link that leads nowhere is an image that cannot be read
-            elif _is_image(entry.name, suffixes) and (entry.is_file() or not Path(entry.path).exists()):
-                yield entry.name
-
-
-def _remote_entries(file_system: Any, folder: str) -> Iterator[str]:
-    suffixes = image_suffixes()
-    for info in file_system.ls(folder, detail=True):
-        name = info["name"].rstrip("/").rsplit("/", 1)[-1]
-        if info["type"] == "directory":
-            yield f"{name}/"
-        elif _is_image(name, suffixes):
-            yield name
-    # it would keep the list of every folder
-    file_system.invalidate_cache()
-
-
-def _is_image(name: str, suffixes: set[str]) -> bool:
-    return not name.startswith(".") and posixpath.splitext(name)[1].lower() in suffixes
-
-
 def _tar_shards(urls: Sequence[str]) -> Iterator[Shard]:
-    missing = [url for url in urls if not _URL.match(url) and not Path(url).is_file()]
+    missing = [url for url in urls if not is_url(url) and not Path(url).is_file()]
     if missing:
         raise ValueError(f"{some(missing, 3)} of {len(urls):,} tar files do not exist")
     for url, name in zip(urls, _short_names(urls), strict=True):
@@ -246,7 +166,7 @@ def _read_rows(shard: Shard) -> Iterator[Item]:
 def _row_image(value: str | bytes | None, url: str) -> str | bytes | ValueError:
     if not value:
         return ValueError(f"the row of {url} has no image")
-    if isinstance(value, bytes) or _URL.match(value):
+    if isinstance(value, bytes) or is_url(value):
         return value
     return posixpath.join(posixpath.dirname(url), value)
 
