@@ -80,7 +80,8 @@ def find_shards(source: str, shard_size: int) -> Iterator[Shard]:
 
 
 def read_items(shard: Shard) -> Iterator[Item]:
-    """The images of a shard, in their order; of a tar file that is cut the whole ones, then what is wrong.
+    """The images of a shard, in their order; of a tar or parquet file that is damaged those that are whole, and what
+    is wrong.
 
     Raises:
         OSError: the tar or parquet file cannot be opened.
@@ -151,16 +152,25 @@ def _read_rows(shard: Shard) -> Iterator[Item]:
         image, paths = _columns(file.schema_arrow, shard.url)
         row = 0
         for group in range(file.num_row_groups):
-            size = file.metadata.row_group(group).num_rows
-            if row + size <= first or row >= end:
-                row += size
-                continue
-            for batch in file.iter_batches(ROWS, row_groups=[group], columns=sorted({image, *paths})):
-                start, stop = max(first, row), min(end, row + len(batch))
-                for number, values in enumerate(batch.slice(start - row, max(0, stop - start)).to_pylist(), start):
-                    name = values[paths[0]] if paths else None
-                    yield name or f"{shard.name}:{number}", _row_image(values[image], shard.url)
-                row += len(batch)
+            after = row + file.metadata.row_group(group).num_rows
+            is_wanted = row < end and after > first
+            batches = file.iter_batches(ROWS, row_groups=[group], columns=sorted({image, *paths})) if is_wanted else ()
+            try:
+                for batch in batches:
+                    start, stop = max(first, row), min(end, row + len(batch))
+                    for number, values in enumerate(batch.slice(start - row, max(0, stop - start)).to_pylist(), start):
+                        name = values[paths[0]] if paths else None
+                        yield name or f"{shard.name}:{number}", _row_image(values[image], shard.url)
+                    row += len(batch)
+                    if row >= end:
+                        return
+            except (ValueError, OSError) as error:
+                if not _is_damage(error):
+                    raise
+                # the groups after this one may be whole
+                lost = f"rows {max(first, row)} to {min(end, after) - 1}"
+                yield shard.name, ValueError(f"{lost} of {shard.name} are damaged ({first_line(error)}); replace it")
+            row = after
 
 
 def _row_image(value: str | bytes | None, url: str) -> str | bytes | ValueError:
@@ -172,13 +182,19 @@ def _row_image(value: str | bytes | None, url: str) -> str | bytes | ValueError:
 
 
 def _parquet_file(stream: IO[bytes], url: str) -> Any:
-    import pyarrow
     from pyarrow import parquet
 
     try:
         return parquet.ParquetFile(stream)
-    except pyarrow.ArrowInvalid as error:
+    except (ValueError, OSError) as error:
+        if not _is_damage(error):
+            raise
         raise ValueError(f"{url} is damaged or no parquet file ({first_line(error)})") from error
+
+
+def _is_damage(error: ValueError | OSError) -> bool:
+    """Whether a parquet file is damaged: pyarrow says so by an OSError too, a plain one without a number."""
+    return isinstance(error, ValueError) or (type(error) is OSError and error.errno is None)
 
 
 def _columns(schema: Any, url: str) -> tuple[str, list[str]]:

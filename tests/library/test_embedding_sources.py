@@ -94,6 +94,42 @@ def test_rows_of_a_parquet_file(tmp_path, group):
     assert [item for shard in shards for item in read_items(shard)] == images
 
 
+@pytest.mark.parametrize("where", ["page", "header"])
+def test_a_parquet_file_that_is_damaged(tmp_path, where):
+    """The rows of other groups are kept, and the file is an error like a tar that is cut."""
+    images, file = list(contents(30)), tmp_path / "x.parquet"
+    table = pyarrow.table({"path": [name for name, _ in images], "png": [content for _, content in images]})
+    parquet.write_table(table, file, row_group_size=10, use_dictionary=False)
+    chunk = parquet.read_metadata(file).row_group(1).column(1)
+    content, start = bytearray(file.read_bytes()), chunk.data_page_offset
+    if where == "page":
+        start += chunk.total_compressed_size // 2 - 1500
+    content[start : start + 3000] = b"\xff" * 3000
+    file.write_bytes(content)
+    summary = embed(file, tmp_path / "out", **{**SMALL, "shard_size": 15})
+    assert (summary.parts, summary.images, summary.errors) == (2, 20, 2)
+    assert list(rows_of(tmp_path / "out")) == [name for name, _ in (*images[:10], *images[20:])]
+    errors = parquet.read_table(tmp_path / "out" / "errors.parquet").to_pylist()
+    assert [error["path"] for error in errors] == ["x.parquet"] * 2
+    for error, rows in zip(errors, ("10 to 14", "15 to 19"), strict=True):
+        assert error["reason"].startswith(f"rows {rows} of x.parquet are damaged (")
+
+
+def test_the_rows_of_a_shard_are_read_no_further(tmp_path, monkeypatch):
+    table = pyarrow.table({"jpg": [content for _, content in contents(30)]})
+    parquet.write_table(table, tmp_path / "x.parquet")
+    monkeypatch.setattr("rotation_ssl.embedding.sources.ROWS", 5)
+    read, iterate = [], parquet.ParquetFile.iter_batches
+
+    def counted(*args, **options):
+        for batch in iterate(*args, **options):
+            read.append(len(batch))
+            yield batch
+
+    monkeypatch.setattr(parquet.ParquetFile, "iter_batches", counted)
+    assert len(list(read_items(shards_of(tmp_path / "x.parquet")[0]))) == 10 and read == [5, 5]
+
+
 def test_paths_of_a_parquet_file(tmp_path):
     folder = write_folder(tmp_path / "images", contents(3))
     values = ["images/0/000000.png", str(folder / "1" / "000001.png"), (folder / "2" / "000002.png").as_uri(), None]
