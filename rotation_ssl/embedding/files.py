@@ -4,27 +4,19 @@ import contextlib
 import io
 import os
 import posixpath
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
 from rotation_ssl.images import image_suffixes
 from rotation_ssl.messages import first_line
-from rotation_ssl.shards import MAX_IMAGE_BYTES
-
-_URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
-
-
-def is_url(name: str) -> bool:
-    """Whether a name is a URL, not a path."""
-    return bool(_URL.match(name))
+from rotation_ssl.shards import MAX_IMAGE_BYTES, url_scheme
 
 
 def absolute(source: str) -> str:
     """The source as any process finds it: a URL as it is, a path from the root."""
     local = source.removeprefix("file://")
-    return source if is_url(local) else os.path.abspath(local)  # noqa: PTH100  keeps braces and links
+    return source if url_scheme(local) else os.path.abspath(local)  # noqa: PTH100  keeps braces and links
 
 
 def read_bytes(url: str) -> bytes:
@@ -34,7 +26,7 @@ def read_bytes(url: str) -> bytes:
         ValueError: no regular file, or one of more than :data:`rotation_ssl.shards.MAX_IMAGE_BYTES`.
         OSError: it cannot be read.
     """
-    if not is_url(url) and not Path(url).is_file():
+    if not url_scheme(url) and not Path(url).is_file():
         # reading a named pipe would wait for whoever writes to it
         raise ValueError("it is not a regular file") if Path(url).exists() else FileNotFoundError("it does not exist")
     with open_url(url) as stream:
@@ -51,7 +43,7 @@ def open_url(url: str) -> IO[bytes]:
         ValueError: a URL that fsspec does not open.
         OSError: it cannot be opened; reading the file later raises nothing else either.
     """
-    if not is_url(url):
+    if not url_scheme(url):
         return Path(url).open("rb")
     file_system, path = _file_system(url)
     with _plain_errors(url):
@@ -65,7 +57,7 @@ def is_folder(url: str) -> bool:
         ValueError: a URL that fsspec does not open.
         OSError: the remote storage cannot be asked.
     """
-    if not is_url(url):
+    if not url_scheme(url):
         return os.path.isdir(url)  # noqa: PTH112  a name that is too long is none, and no error
     file_system, path = _file_system(url)
     with _plain_errors(url):
@@ -80,7 +72,7 @@ def list_folder(url: str) -> list[str]:
     Raises:
         OSError: it cannot be read.
     """
-    return sorted(_remote_entries(url) if is_url(url) else _local_entries(url))
+    return sorted(_remote_entries(url) if url_scheme(url) else _local_entries(url))
 
 
 def _local_entries(folder: str) -> Iterator[str]:

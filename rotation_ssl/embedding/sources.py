@@ -14,11 +14,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from rotation_ssl.embedding.files import absolute, is_folder, is_url, list_folder, open_url
+from rotation_ssl.embedding.files import absolute, is_folder, list_folder, open_url
 from rotation_ssl.messages import first_line, some
-from rotation_ssl.shards import expand_braces, tar_members
+from rotation_ssl.shards import TAR_SUFFIXES, expand_braces, tar_members, url_scheme
 
-TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 ROWS = 64  # of a parquet file in memory at a time
 
 Item = tuple[str, str | bytes | ValueError]  # the path of an image, and where it is, its bytes or what is wrong with it
@@ -64,7 +63,8 @@ def find_shards(source: str, shard_size: int) -> Iterator[Shard]:
         OSError: a folder or file that cannot be read.
     """
     source = absolute(source)
-    urls = [source] if Path(source).is_dir() else expand_braces(source)
+    # a list may be longer than a name, which Path.is_dir refuses
+    urls = [source] if os.path.isdir(source) else expand_braces(source)  # noqa: PTH112
     if twice := [url for url, times in Counter(urls).items() if times > 1]:
         raise ValueError(f"{source} gives files twice: {some(twice, 3)}")
     if all(url.lower().endswith(TAR_SUFFIXES) for url in urls):
@@ -112,7 +112,7 @@ def _walk(folder: str, above: str = "") -> Iterator[str]:
 
 
 def _tar_shards(urls: Sequence[str]) -> Iterator[Shard]:
-    missing = [url for url in urls if not is_url(url) and not Path(url).is_file()]
+    missing = [url for url in urls if not url_scheme(url) and not Path(url).is_file()]
     if missing:
         raise ValueError(f"{some(missing, 3)} of {len(urls):,} tar files do not exist")
     for url, name in zip(urls, _short_names(urls), strict=True):
@@ -176,7 +176,7 @@ def _read_rows(shard: Shard) -> Iterator[Item]:
 def _row_image(value: str | bytes | None, url: str) -> str | bytes | ValueError:
     if not value:
         return ValueError(f"the row of {url} has no image")
-    if isinstance(value, bytes) or is_url(value):
+    if isinstance(value, bytes) or url_scheme(value):
         return value
     return posixpath.join(posixpath.dirname(url), value)
 

@@ -17,6 +17,7 @@ from rotation_ssl.embedding import embed
 from rotation_ssl.embedding.files import read_bytes
 from rotation_ssl.embedding.sources import find_shards, read_items
 from rotation_ssl.images import find_images
+from rotation_ssl.pretraining.shards import index_shards, is_shards
 
 SMALL = {"shard_size": 16, "batch_size": 8, "workers": 0, "precision": "fp32"}
 
@@ -77,6 +78,18 @@ def test_tars(tmp_path):
     assert names_of(f"{tmp_path}/{{,b/}}a0.tar") == [
         f"{tar}/{name}" for tar in ("a0.tar", "b/a0.tar") for name in ("0/000000.png", "1/000001.png")
     ]
+
+
+def test_a_list_that_is_longer_than_a_name(tmp_path):
+    names = [f"{number:030d}" for number in range(10)]
+    for name in names:
+        write_tar(tmp_path / f"{name}.tar", contents(1))
+    pattern = f"{tmp_path}/{{{','.join(names)}}}.tar"
+    assert len(pattern.rsplit("/", 1)[1]) > 300
+    assert [shard.name for shard in shards_of(pattern)] == [f"{name}.tar" for name in names]
+    assert is_shards(pattern) and len(index_shards(pattern)) == 10
+    with pytest.raises(ValueError, match="is not a folder, nor"):
+        shards_of(tmp_path / ("x" * 300))
 
 
 @pytest.mark.parametrize("group", [3, 1000])
