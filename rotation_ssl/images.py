@@ -15,6 +15,7 @@ from tqdm import tqdm
 HEIF_SUFFIXES = (".heic", ".heif")
 #: What an image file is told by, in any case.
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
+_LONGEST = 8  # times its shorter side: what is resized of an image
 _BITS_PER_SAMPLE = 258  # a tag of TIFF
 _PHOTOMETRIC = 262  # tag of TIFF: 0 where white is zero
 
@@ -144,9 +145,16 @@ def normalize(images: torch.Tensor, mean: Sequence[float], std: Sequence[float])
 
 
 def square(image: Image.Image, size: int) -> Image.Image:
-    """The image's centre square: its shorter side resized (bicubic) to ``size`` pixels, an image of that size as is."""
+    """The image's centre square: its shorter side resized (bicubic) to ``size`` pixels, an image of that size as is.
+
+    Of images longer than 8:1 the middle alone is resized: all of 3,000,000 x 1 pixels would fill the memory.
+    """
     if image.size == (size, size):
         return image
+    longest = _LONGEST * min(image.size)
+    if max(image.size) > longest:
+        left, top = (max(0, side - longest) // 2 for side in image.size)
+        image = image.crop((left, top, left + min(image.width, longest), top + min(image.height, longest)))
     width, height = image.size
     scale = size / min(width, height)
     resized = image.resize(
