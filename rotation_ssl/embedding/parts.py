@@ -53,6 +53,8 @@ class Manifest:
         sha1: whether the rows have the sha1 of the images' bytes.
         batch_size: images in a batch.
         version: of this package.
+        decoded_side: pixels of the shorter side that large JPEGs are decoded at, or more: see
+            :func:`rotation_ssl.images.read_image`; 0: they were decoded at their own size.
     """
 
     source: str
@@ -71,6 +73,7 @@ class Manifest:
     sha1: bool
     batch_size: int
     version: str
+    decoded_side: int = 0
 
 
 @dataclasses.dataclass

@@ -29,7 +29,7 @@ from rotation_ssl.embedding.parts import (
 )
 from rotation_ssl.embedding.sources import find_shards
 from rotation_ssl.features import POOLS
-from rotation_ssl.images import IMAGE_SUFFIXES
+from rotation_ssl.images import IMAGE_SUFFIXES, OVERSIZE
 from rotation_ssl.precision import resolve_precision
 from rotation_ssl.progress import progress
 
@@ -107,7 +107,7 @@ def embed(
         weights_sha256=weights_digest(loaded), layers=dict.fromkeys(chosen, 0), pool=pool, grid=grid,
         size=cfg["input_size"][-1], mean=list(cfg["mean"]), std=list(cfg["std"]),
         precision=_precision(precision, device), dtype=dtype, sha1=sha1, batch_size=batch_size,
-        version=rotation_ssl.__version__,
+        version=rotation_ssl.__version__, decoded_side=OVERSIZE * cfg["input_size"][-1],
     )  # fmt: skip
     extract = make_extractor(loaded, manifest)
     widths = {layer: part.shape[1] for layer, part in extract(torch.zeros(1, 3, manifest.size, manifest.size)).items()}

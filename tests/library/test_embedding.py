@@ -293,10 +293,10 @@ def test_a_full_disk(images, tmp_path, monkeypatch, form):
 def test_a_decoding_process_that_is_killed(images, whole, tmp_path, monkeypatch):
     """The second image kills its process; afterwards the run goes on."""
 
-    def killed(name, content, size):
+    def killed(name, content, manifest):
         if name == "3/000073.png":
             os.kill(os.getpid(), signal.SIGKILL)
-        return decode(name, content, size)
+        return decode(name, content, manifest)
 
     decode = local_engine.decode
     with monkeypatch.context() as patched:

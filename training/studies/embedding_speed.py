@@ -25,7 +25,7 @@ from rotation_ssl.embedding.backbone import load_model, weights_digest
 from rotation_ssl.embedding.local import embed_shards, make_extractor
 from rotation_ssl.embedding.parts import Manifest
 from rotation_ssl.embedding.sources import find_shards
-from rotation_ssl.images import find_images
+from rotation_ssl.images import OVERSIZE, find_images
 from rotation_ssl.machine import device_name, keep_large_blocks, library_versions
 from rotation_ssl.precision import autocast_type, resolve_precision
 from training.reporting.rows import current_commit
@@ -140,5 +140,5 @@ def _manifest(images: Path, model: nn.Module) -> Manifest:
         weights_sha256=weights_digest(model), layers={LAYER: WIDTH}, pool="avg", grid=1,
         size=cfg.input_size[-1], mean=list(cfg.mean), std=list(cfg.std),
         precision=resolve_precision("auto", "cpu"), dtype="float32", sha1=False, batch_size=BATCH,
-        version=rotation_ssl.__version__,
+        version=rotation_ssl.__version__, decoded_side=OVERSIZE * cfg.input_size[-1],
     )  # fmt: skip
