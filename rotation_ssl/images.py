@@ -15,7 +15,7 @@ from tqdm import tqdm
 HEIF_SUFFIXES = (".heic", ".heif")
 #: What an image file is told by, in any case.
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
-#: Times the side of the squares that are looked at: what photographs need to be decoded to for them.
+#: A large JPEG of which a square is looked at is decoded at so many times the square's side, or more.
 OVERSIZE = 2
 _LONGEST = 8  # times its shorter side: what is resized of an image
 _BITS_PER_SAMPLE = 258  # a tag of TIFF

@@ -21,12 +21,14 @@ class Part:
     Args:
         folder: of features.
         number: of the part.
-        manifest: of the folder.
+        format: 'npy' or 'safetensors'.
+        layers: their names.
     """
 
     folder: Path
     number: int
-    manifest: Manifest
+    format: str
+    layers: tuple[str, ...]
 
     @functools.cached_property
     def paths(self) -> list[str]:
@@ -40,16 +42,16 @@ class Part:
     @property
     def features(self) -> Mapping[str, np.ndarray]:
         """An array (N, D) for each layer, mapped into memory at every call; its file is open as long as it is used."""
-        path = self.folder / f"{part_name(self.number)}.{self.manifest.format}"
-        if self.manifest.format == "npy":
-            (layer,) = self.manifest.layers
+        path = self.folder / f"{part_name(self.number)}.{self.format}"
+        if self.format == "npy":
+            (layer,) = self.layers
             # a file without rows cannot be mapped
             return {layer: np.load(path, mmap_mode="r" if path.stat().st_size > 1024 else None)}
         from safetensors import safe_open
 
         # torch's tensors stay mapped, those of numpy would be copies
         with safe_open(path, "pt") as file:
-            return {layer: file.get_tensor(layer).numpy() for layer in self.manifest.layers}
+            return {layer: file.get_tensor(layer).numpy() for layer in self.layers}
 
 
 def load(folder: str | Path) -> Any:
@@ -67,7 +69,7 @@ def load(folder: str | Path) -> Any:
         from pyarrow import dataset
 
         return dataset.dataset([str(path) for path in parts.values()])
-    return [Part(Path(folder), number, manifest) for number in parts]
+    return [Part(Path(folder), number, manifest.format, tuple(manifest.layers)) for number in parts]
 
 
 def read_chunks(folder: str | Path, layer: str) -> Iterator[tuple[list[str], np.ndarray]]:
@@ -84,7 +86,7 @@ def read_chunks(folder: str | Path, layer: str) -> Iterator[tuple[list[str], np.
         if manifest.format == "parquet":
             yield from _parquet_chunks(path, layer, manifest.layers[layer])
         else:
-            part = Part(folder, number, manifest)
+            part = Part(folder, number, manifest.format, tuple(manifest.layers))
             features = part.features[layer]
             for start in range(0, len(features), ROWS):
                 yield part.paths[start : start + ROWS], features[start : start + ROWS]
