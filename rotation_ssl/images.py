@@ -15,17 +15,22 @@ from tqdm import tqdm
 HEIF_SUFFIXES = (".heic", ".heif")
 #: What an image file is told by, in any case.
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
+#: A large JPEG of which a square is looked at is decoded at so many times the square's side, or more.
+OVERSIZE = 2
+_LONGEST = 8  # times its shorter side: what is resized of an image
 _BITS_PER_SAMPLE = 258  # a tag of TIFF
 _PHOTOMETRIC = 262  # tag of TIFF: 0 where white is zero
 
 
-def read_image(file: Path | IO[bytes] | Image.Image) -> Image.Image:
+def read_image(file: Path | IO[bytes] | Image.Image, least: int = 0) -> Image.Image:
     """One image as RGB of 8 bits, whatever its mode, upright as its EXIF orientation says.
 
     Grey values of more bits are scaled by what the file can hold: 65535 of a 16-bit image becomes 255.
 
     Args:
         file: a path, an open file, or an image that was opened already.
+        least: decode a large JPEG at 1/2, 1/4 or 1/8 of its size, as long as its shorter side keeps so many pixels; 0:
+            at its own size.
 
     Raises:
         ValueError: it does not exist, does not decode, or holds 32-bit integers or floats, whose range is not known;
@@ -36,6 +41,10 @@ def read_image(file: Path | IO[bytes] | Image.Image) -> Image.Image:
             # opening a named pipe would wait for whoever writes to it
             raise ValueError("it is not a regular file")
         with file if isinstance(file, Image.Image) else Image.open(file) as image:
+            if least:
+                # of JPEG alone, which leaves out high frequencies at a fraction of the work; it keeps the aspect
+                scale = max(1, min(image.size) // least)
+                image.draft(None, (image.width // scale, image.height // scale))
             image.load()
             image.getexif()
             # what turns the image has read its orientation; it would write the other tags anew, and fail at a wrong one
@@ -126,13 +135,16 @@ def count_suffixes(files: Sequence[Path]) -> str:
     return ", ".join(_count(suffix, regular, n) for (suffix, regular), n in sorted(kinds.items()))
 
 
-def read_images(files: Sequence[Path], size: int) -> torch.Tensor:
-    """Decode files: (N, 3, size, size) uint8 in the order of ``files``; many of them with a progress bar."""
+def read_images(files: Sequence[Path], size: int, least: int = 0) -> torch.Tensor:
+    """Decode files: (N, 3, size, size) uint8 in the order of ``files``; many of them with a progress bar.
+
+    ``least`` is that of :func:`read_image`.
+    """
     images = np.empty((len(files), size, size, 3), dtype=np.uint8)
     for i, file in enumerate(
         tqdm(files, desc="reading images", unit="image", disable=len(files) < 5000, mininterval=0.5)
     ):
-        images[i] = np.asarray(square(read_image(file), size))
+        images[i] = np.asarray(square(read_image(file, least), size))
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
 
@@ -144,9 +156,16 @@ def normalize(images: torch.Tensor, mean: Sequence[float], std: Sequence[float])
 
 
 def square(image: Image.Image, size: int) -> Image.Image:
-    """The image's centre square: its shorter side resized (bicubic) to ``size`` pixels, an image of that size as is."""
+    """The image's centre square: its shorter side resized (bicubic) to ``size`` pixels, an image of that size as is.
+
+    Of images longer than 8:1 the middle alone is resized: all of 3,000,000 x 1 pixels would fill the memory.
+    """
     if image.size == (size, size):
         return image
+    longest = _LONGEST * min(image.size)
+    if max(image.size) > longest:
+        left, top = (max(0, side - longest) // 2 for side in image.size)
+        image = image.crop((left, top, left + min(image.width, longest), top + min(image.height, longest)))
     width, height = image.size
     scale = size / min(width, height)
     resized = image.resize(

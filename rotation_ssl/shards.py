@@ -19,12 +19,15 @@ from rotation_ssl.messages import first_line, some
 
 __all__ = ["expand_braces", "tar_members"]
 
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")  # in lower case
 MAX_IMAGE_BYTES = 2**28  # of a member: more than any photograph has
 MAX_NAMES = 10_000_000  # that a pattern expands to
 _MAX_MEMBER_BYTES = 2**34  # of any member: images lie between them
 _MAX_HEADER_BYTES = 2**20  # of a long name or of extended attributes, which tarfile reads whole
 _LONG_HEADERS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, b"x", b"g", b"X")
 _BRACES = re.compile(r"\{([^{}]*)\}")
+# Windows' drives have one letter; a URL that went through Path has one slash
+_SCHEME = re.compile(r"([a-z][a-z0-9+.-]+):/", re.IGNORECASE)
 _RANGE = re.compile(r"([0-9]+)\.\.([0-9]+)")
 
 
@@ -50,6 +53,12 @@ def expand_braces(pattern: str) -> list[str]:
             raise ValueError(f"{pattern!r} means more than {MAX_NAMES:,} names; split it")
         choices.append(choice)
     return ["".join(chosen) for chosen in itertools.product(*choices)]
+
+
+def url_scheme(name: str) -> str:
+    """The scheme of a URL, 's3' of ``s3://bucket/{000..999}.tar``; that of a path is empty."""
+    match = _SCHEME.match(name)
+    return match[1] if match else ""
 
 
 def tar_members(
@@ -90,13 +99,13 @@ def tar_members(
                 # tarfile keeps a list of what it has read
                 archive.members = []  # type: ignore[attr-defined]
     except FileNotFoundError as error:
+        if not isinstance(file, Path):
+            raise
         raise ValueError(f"{told} does not exist") from error
     except _TooLarge as error:
         raise ValueError(f"{told}: {error}") from error
-    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError, RecursionError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            # the disk or the network failed, and may work again; the file is not what is wrong
-            raise
+    # an OSError is of the disk or the network, which may work again: the file is not what is wrong
+    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, RecursionError) as error:
         raise ValueError(f"{told} is damaged, cut or no tar file ({first_line(error)}); replace it") from error
 
 

@@ -22,7 +22,7 @@ from rotation_ssl.embedding.backbone import load_model, model_name, recommended_
 from rotation_ssl.embedding.parts import FORMATS as PART_FORMATS
 from rotation_ssl.features import POOLS, extract_features
 from rotation_ssl.files import replace_file
-from rotation_ssl.images import count_suffixes, find_files, normalize, read_images
+from rotation_ssl.images import OVERSIZE, count_suffixes, find_files, normalize, read_images
 from rotation_ssl.machine import TURN_OFF, keep_large_blocks
 
 FORMATS = ("safetensors", "npz", "csv")
@@ -153,12 +153,13 @@ def read_batches(
         ValueError: without ``broken``: an image that cannot be read.
     """
     cfg = resolve_model_data_config(model)
+    size = cfg["input_size"][-1]
     with tqdm(total=len(files), desc="features", unit="img", mininterval=0.5) as bar:
         for start in range(0, len(files), batch_size):
             read = []
             for file in files[start : start + batch_size]:
                 try:
-                    read.append(read_images([file], cfg["input_size"][-1]))
+                    read.append(read_images([file], size, OVERSIZE * size))
                 except ValueError as error:
                     if broken is None:
                         raise

@@ -18,8 +18,9 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from rotation_ssl.embedding.files import read_bytes
 from rotation_ssl.embedding.parts import Manifest, Rows, part_name, write_part
-from rotation_ssl.embedding.sources import Item, Shard, read_bytes, read_items
+from rotation_ssl.embedding.sources import Item, Shard, read_items
 from rotation_ssl.features import batch_extractor
 from rotation_ssl.images import NamedBytes, normalize, read_image, square
 from rotation_ssl.messages import first_line
@@ -117,8 +118,8 @@ def embed_shards(
         ) from error
 
 
-def decode(name: str, content: str | bytes | ValueError, size: int) -> tuple[np.ndarray, bytes]:
-    """An image's square (size, size, 3) and its bytes.
+def decode(name: str, content: str | bytes | ValueError, manifest: Manifest) -> tuple[np.ndarray, bytes]:
+    """An image's square (size, size, 3) and its bytes; size and how it is decoded are those of the manifest.
 
     Raises:
         ValueError: it does not decode, or what was wrong with it before.
@@ -131,7 +132,8 @@ def decode(name: str, content: str | bytes | ValueError, size: int) -> tuple[np.
     with warnings.catch_warnings():
         # the pixels of large photographs are only looked at
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        return np.asarray(square(read_image(NamedBytes(content, name)), size)), content
+        image = read_image(NamedBytes(content, name), manifest.decoded_side)
+        return np.asarray(square(image, manifest.size)), content
 
 
 class _Blocks(Dataset[Decoded]):
@@ -147,7 +149,7 @@ class _Blocks(Dataset[Decoded]):
         unopened, failure = 0, ""
         for row, (name, content) in enumerate(block.items):
             try:
-                pixels[row], original = decode(name, content, size)
+                pixels[row], original = decode(name, content, self.manifest)
             except (ValueError, OSError) as error:
                 unopened += isinstance(error, OSError)
                 if isinstance(error, OSError) and error.errno in _FAILURES:

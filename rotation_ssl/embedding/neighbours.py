@@ -66,7 +66,7 @@ def embed_images(folder: str | Path, images: Sequence[Path], device: str = "cpu"
         files = images[start : start + manifest.batch_size]
         pixels = torch.zeros(manifest.batch_size, manifest.size, manifest.size, 3, dtype=torch.uint8)
         for row, file in enumerate(files):
-            pixels[row] = torch.from_numpy(decode(str(file), file.read_bytes(), manifest.size)[0].copy())
+            pixels[row] = torch.from_numpy(decode(str(file), file.read_bytes(), manifest)[0].copy())
         for layer, part in extract(pixels.permute(0, 3, 1, 2)).items():
             features[layer].append(part[: len(files)])
     if not images:

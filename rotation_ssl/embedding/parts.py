@@ -12,6 +12,7 @@ With the formats npy and safetensors a part is ``part-00000.npy`` or ``part-0000
 import contextlib
 import dataclasses
 import importlib.util
+import io
 import json
 import os
 import re
@@ -53,6 +54,8 @@ class Manifest:
         sha1: whether the rows have the sha1 of the images' bytes.
         batch_size: images in a batch.
         version: of this package.
+        decoded_side: pixels of the shorter side that large JPEGs are decoded at, or more: see
+            :func:`rotation_ssl.images.read_image`; 0: they were decoded at their own size.
     """
 
     source: str
@@ -71,6 +74,7 @@ class Manifest:
     sha1: bool
     batch_size: int
     version: str
+    decoded_side: int = 0
 
 
 @dataclasses.dataclass
@@ -268,12 +272,13 @@ def _errors_schema() -> Any:
 def _write_arrays(file: Path, form: str, arrays: Mapping[str, np.ndarray]) -> None:
     if form == "npy":
         (array,) = arrays.values()
-        with file.open("wb") as stream:
-            np.save(stream, array)
+        content = io.BytesIO()
+        np.save(content, array)
+        # of a full disk np.save itself tells how many values it wrote, and safetensors' save_file has its own error
+        file.write_bytes(content.getbuffer())
     else:
         from safetensors.numpy import save
 
-        # its save_file raises an error of its own on a full disk
         file.write_bytes(save(dict(arrays)))
 
 

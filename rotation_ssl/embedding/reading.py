@@ -1,6 +1,7 @@
 """Read the parts of a folder of features back, one at a time and mapped into memory where the format allows."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,42 @@ ROWS = 8192  # of a parquet file in memory at a time
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A part of the formats npy and safetensors: the paths of its images, and an array (N, D) for each layer."""
+    """A part of the formats npy and safetensors, whose files are opened when they are used.
 
-    paths: list[str]
-    features: Mapping[str, np.ndarray]
+    Args:
+        folder: of features.
+        number: of the part.
+        format: 'npy' or 'safetensors'.
+        layers: their names.
+    """
+
+    folder: Path
+    number: int
+    format: str
+    layers: tuple[str, ...]
+
+    @functools.cached_property
+    def paths(self) -> list[str]:
+        """The paths of its N images."""
+        from pyarrow import parquet
+
+        file = self.folder / f"{part_name(self.number)}.parquet"
+        return list(parquet.read_table(file, columns=["path"], partitioning=None).column("path").to_pylist())
+
+    # not kept: a process may have some thousand files open, and a folder has more parts
+    @property
+    def features(self) -> Mapping[str, np.ndarray]:
+        """An array (N, D) for each layer, mapped into memory at every call; its file is open as long as it is used."""
+        path = self.folder / f"{part_name(self.number)}.{self.format}"
+        if self.format == "npy":
+            (layer,) = self.layers
+            # a file without rows cannot be mapped
+            return {layer: np.load(path, mmap_mode="r" if path.stat().st_size > 1024 else None)}
+        from safetensors import safe_open
+
+        # torch's tensors stay mapped, those of numpy would be copies
+        with safe_open(path, "pt") as file:
+            return {layer: file.get_tensor(layer).numpy() for layer in self.layers}
 
 
 def load(folder: str | Path) -> Any:
@@ -26,7 +59,7 @@ def load(folder: str | Path) -> Any:
 
     Returns:
         Of parquet a ``pyarrow.dataset.Dataset`` with the columns 'path', 'sha1' on request, and one for each layer; of
-        npy and safetensors a list of :class:`Part`, whose arrays are mapped into memory and read as they are used.
+        npy and safetensors a list of :class:`Part`, whose files are opened and mapped into memory as they are used.
 
     Raises:
         ValueError: no folder of features, or one without parts.
@@ -36,7 +69,7 @@ def load(folder: str | Path) -> Any:
         from pyarrow import dataset
 
         return dataset.dataset([str(path) for path in parts.values()])
-    return [Part(_paths(Path(folder), number), _map(path, manifest)) for number, path in parts.items()]
+    return [Part(Path(folder), number, manifest.format, tuple(manifest.layers)) for number in parts]
 
 
 def read_chunks(folder: str | Path, layer: str) -> Iterator[tuple[list[str], np.ndarray]]:
@@ -53,9 +86,10 @@ def read_chunks(folder: str | Path, layer: str) -> Iterator[tuple[list[str], np.
         if manifest.format == "parquet":
             yield from _parquet_chunks(path, layer, manifest.layers[layer])
         else:
-            paths, features = _paths(folder, number), _map(path, manifest)[layer]
-            for start in range(0, len(paths), ROWS):
-                yield paths[start : start + ROWS], features[start : start + ROWS]
+            part = Part(folder, number, manifest.format, tuple(manifest.layers))
+            features = part.features[layer]
+            for start in range(0, len(features), ROWS):
+                yield part.paths[start : start + ROWS], features[start : start + ROWS]
 
 
 def _parquet_chunks(path: Path, layer: str, width: int) -> Iterator[tuple[list[str], np.ndarray]]:
@@ -74,23 +108,3 @@ def _parts(folder: Path) -> tuple[Manifest, dict[int, Path]]:
     if not parts:
         raise ValueError(f"{folder} has no parts yet")
     return manifest, parts
-
-
-def _paths(folder: Path, number: int) -> list[str]:
-    from pyarrow import parquet
-
-    file = folder / f"{part_name(number)}.parquet"
-    return list(parquet.read_table(file, columns=["path"], partitioning=None).column("path").to_pylist())
-
-
-def _map(path: Path, manifest: Manifest) -> dict[str, np.ndarray]:
-    if manifest.format == "npy":
-        (layer,) = manifest.layers
-        # a file without rows cannot be mapped
-        array = np.load(path, mmap_mode="r" if path.stat().st_size > 1024 else None)
-        return {layer: array}
-    from safetensors import safe_open
-
-    # torch's tensors stay mapped, those of numpy would be copies
-    with safe_open(path, "pt") as file:
-        return {layer: file.get_tensor(layer).numpy() for layer in manifest.layers}

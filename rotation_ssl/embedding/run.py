@@ -12,6 +12,7 @@ from timm.data import resolve_model_data_config
 import rotation_ssl
 from rotation_ssl.embedding.backbone import load_model, model_name, recommended_layer, weights_digest
 from rotation_ssl.embedding.cluster import NEEDS_RAY, embed_on_cluster
+from rotation_ssl.embedding.files import absolute
 from rotation_ssl.embedding.local import embed_shards, make_extractor
 from rotation_ssl.embedding.parts import (
     DTYPES,
@@ -26,9 +27,9 @@ from rotation_ssl.embedding.parts import (
     require_pyarrow,
     start,
 )
-from rotation_ssl.embedding.sources import absolute, find_shards
+from rotation_ssl.embedding.sources import find_shards
 from rotation_ssl.features import POOLS
-from rotation_ssl.images import IMAGE_SUFFIXES
+from rotation_ssl.images import IMAGE_SUFFIXES, OVERSIZE
 from rotation_ssl.precision import resolve_precision
 from rotation_ssl.progress import progress
 
@@ -106,7 +107,7 @@ def embed(
         weights_sha256=weights_digest(loaded), layers=dict.fromkeys(chosen, 0), pool=pool, grid=grid,
         size=cfg["input_size"][-1], mean=list(cfg["mean"]), std=list(cfg["std"]),
         precision=_precision(precision, device), dtype=dtype, sha1=sha1, batch_size=batch_size,
-        version=rotation_ssl.__version__,
+        version=rotation_ssl.__version__, decoded_side=OVERSIZE * cfg["input_size"][-1],
     )  # fmt: skip
     extract = make_extractor(loaded, manifest)
     widths = {layer: part.shape[1] for layer, part in extract(torch.zeros(1, 3, manifest.size, manifest.size)).items()}

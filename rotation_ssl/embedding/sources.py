@@ -9,19 +9,16 @@ import hashlib
 import itertools
 import os
 import posixpath
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
-from rotation_ssl.images import image_suffixes
+from rotation_ssl.embedding.files import absolute, is_folder, list_folder, open_url
 from rotation_ssl.messages import first_line, some
-from rotation_ssl.shards import MAX_IMAGE_BYTES, expand_braces, tar_members
+from rotation_ssl.shards import TAR_SUFFIXES, expand_braces, tar_members, url_scheme
 
-TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 ROWS = 64  # of a parquet file in memory at a time
-_URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 Item = tuple[str, str | bytes | ValueError]  # the path of an image, and where it is, its bytes or what is wrong with it
 
@@ -53,12 +50,6 @@ class Shard:
         return hashlib.sha256(os.fsencode(text)).hexdigest()
 
 
-def absolute(source: str) -> str:
-    """The source as any process finds it: a URL as it is, a path from the root."""
-    local = source.removeprefix("file://")
-    return source if _URL.match(local) else os.path.abspath(local)  # noqa: PTH100  keeps braces and links
-
-
 def find_shards(source: str, shard_size: int) -> Iterator[Shard]:
     """The shards of a source, in their order.
 
@@ -72,7 +63,8 @@ def find_shards(source: str, shard_size: int) -> Iterator[Shard]:
         OSError: a folder or file that cannot be read.
     """
     source = absolute(source)
-    urls = [source] if Path(source).is_dir() else expand_braces(source)
+    # a list may be longer than a name, which Path.is_dir refuses
+    urls = [source] if os.path.isdir(source) else expand_braces(source)  # noqa: PTH112
     if twice := [url for url, times in Counter(urls).items() if times > 1]:
         raise ValueError(f"{source} gives files twice: {some(twice, 3)}")
     if all(url.lower().endswith(TAR_SUFFIXES) for url in urls):
@@ -88,7 +80,8 @@ def find_shards(source: str, shard_size: int) -> Iterator[Shard]:
 
 
 def read_items(shard: Shard) -> Iterator[Item]:
-    """The images of a shard, in their order; of a tar file that is cut the whole ones, then what is wrong.
+    """The images of a shard, in their order; of a tar or parquet file that is damaged those that are whole, and what
+    is wrong.
 
     Raises:
         OSError: the tar or parquet file cannot be opened.
@@ -101,97 +94,25 @@ def read_items(shard: Shard) -> Iterator[Item]:
         yield from _read_rows(shard)
 
 
-def read_bytes(url: str) -> bytes:
-    """The bytes of an image file.
-
-    Raises:
-        ValueError: no regular file, or one of more than :data:`rotation_ssl.shards.MAX_IMAGE_BYTES`.
-        OSError: it cannot be read.
-    """
-    if not _URL.match(url) and not Path(url).is_file():
-        # reading a named pipe would wait for whoever writes to it
-        raise ValueError("it is not a regular file") if Path(url).exists() else FileNotFoundError("it does not exist")
-    with open_url(url) as stream:
-        content = stream.read(MAX_IMAGE_BYTES + 1)
-    if len(content) > MAX_IMAGE_BYTES:
-        raise ValueError(f"it has more than the {MAX_IMAGE_BYTES:,} bytes allowed")
-    return content
-
-
-def open_url(url: str) -> IO[bytes]:
-    """A file to read, by its path or by a URL that fsspec opens.
-
-    Raises:
-        OSError: it cannot be opened.
-    """
-    if not _URL.match(url):
-        return Path(url).open("rb")
-    file_system, path = _file_system(url)
-    return cast(IO[bytes], file_system.open(path, "rb"))
-
-
-def _file_system(url: str) -> tuple[Any, str]:
-    import fsspec
-
-    try:
-        return cast(tuple[Any, str], fsspec.core.url_to_fs(url))
-    except (ImportError, ValueError) as error:
-        raise ValueError(f"{url} cannot be opened: {first_line(error)}") from error
-
-
 def _file_shards(folder: str, shard_size: int) -> Iterator[Shard]:
-    if _URL.match(folder):
-        file_system, path = _file_system(folder)
-        is_folder = file_system.isdir(path)
-    else:
-        file_system, path, is_folder = None, folder, Path(folder).is_dir()
-    if not is_folder:
+    if not is_folder(folder):
         raise ValueError(f"{folder} is not a folder, nor a .tar or .parquet file; give one of these")
-    names = _walk(file_system, path)
+    names = _walk(folder)
     while block := tuple(itertools.islice(names, shard_size)):
         yield Shard(0, "files", folder, names=block)
 
 
-def _walk(file_system: Any, folder: str, above: str = "") -> Iterator[str]:
+def _walk(folder: str, above: str = "") -> Iterator[str]:
     """The images below a folder, relative to it and sorted by their whole path; one folder is in memory at a time."""
-    entries = _local_entries(folder) if file_system is None else _remote_entries(file_system, folder)
-    # with its slash a folder stands where the paths in it do
-    for entry in sorted(entries):
+    for entry in list_folder(folder):
         if entry.endswith("/"):
-            yield from _walk(file_system, f"{folder.rstrip('/')}/{entry[:-1]}", f"{above}{entry}")
+            yield from _walk(f"{folder.rstrip('/')}/{entry[:-1]}", f"{above}{entry}")
         else:
             yield f"{above}{entry}"
 
 
-def _local_entries(folder: str) -> Iterator[str]:
-    suffixes = image_suffixes()
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
-                yield f"{entry.name}/"
-            # a link that leads nowhere is an image that cannot be read
-            elif _is_image(entry.name, suffixes) and (entry.is_file() or not Path(entry.path).exists()):
-                yield entry.name
-
-
-def _remote_entries(file_system: Any, folder: str) -> Iterator[str]:
-    suffixes = image_suffixes()
-    for info in file_system.ls(folder, detail=True):
-        name = info["name"].rstrip("/").rsplit("/", 1)[-1]
-        if info["type"] == "directory":
-            yield f"{name}/"
-        elif _is_image(name, suffixes):
-            yield name
-    # it would keep the list of every folder
-    file_system.invalidate_cache()
-
-
-def _is_image(name: str, suffixes: set[str]) -> bool:
-    return not name.startswith(".") and posixpath.splitext(name)[1].lower() in suffixes
-
-
 def _tar_shards(urls: Sequence[str]) -> Iterator[Shard]:
-    missing = [url for url in urls if not _URL.match(url) and not Path(url).is_file()]
+    missing = [url for url in urls if not url_scheme(url) and not Path(url).is_file()]
     if missing:
         raise ValueError(f"{some(missing, 3)} of {len(urls):,} tar files do not exist")
     for url, name in zip(urls, _short_names(urls), strict=True):
@@ -231,34 +152,49 @@ def _read_rows(shard: Shard) -> Iterator[Item]:
         image, paths = _columns(file.schema_arrow, shard.url)
         row = 0
         for group in range(file.num_row_groups):
-            size = file.metadata.row_group(group).num_rows
-            if row + size <= first or row >= end:
-                row += size
-                continue
-            for batch in file.iter_batches(ROWS, row_groups=[group], columns=sorted({image, *paths})):
-                start, stop = max(first, row), min(end, row + len(batch))
-                for number, values in enumerate(batch.slice(start - row, max(0, stop - start)).to_pylist(), start):
-                    name = values[paths[0]] if paths else None
-                    yield name or f"{shard.name}:{number}", _row_image(values[image], shard.url)
-                row += len(batch)
+            after = row + file.metadata.row_group(group).num_rows
+            is_wanted = row < end and after > first
+            batches = file.iter_batches(ROWS, row_groups=[group], columns=sorted({image, *paths})) if is_wanted else ()
+            try:
+                for batch in batches:
+                    start, stop = max(first, row), min(end, row + len(batch))
+                    for number, values in enumerate(batch.slice(start - row, max(0, stop - start)).to_pylist(), start):
+                        name = values[paths[0]] if paths else None
+                        yield name or f"{shard.name}:{number}", _row_image(values[image], shard.url)
+                    row += len(batch)
+                    if row >= end:
+                        return
+            except (ValueError, OSError) as error:
+                if not _is_damage(error):
+                    raise
+                # the groups after this one may be whole
+                lost = f"rows {max(first, row)} to {min(end, after) - 1}"
+                yield shard.name, ValueError(f"{lost} of {shard.name} are damaged ({first_line(error)}); replace it")
+            row = after
 
 
 def _row_image(value: str | bytes | None, url: str) -> str | bytes | ValueError:
     if not value:
         return ValueError(f"the row of {url} has no image")
-    if isinstance(value, bytes) or _URL.match(value):
+    if isinstance(value, bytes) or url_scheme(value):
         return value
     return posixpath.join(posixpath.dirname(url), value)
 
 
 def _parquet_file(stream: IO[bytes], url: str) -> Any:
-    import pyarrow
     from pyarrow import parquet
 
     try:
         return parquet.ParquetFile(stream)
-    except pyarrow.ArrowInvalid as error:
+    except (ValueError, OSError) as error:
+        if not _is_damage(error):
+            raise
         raise ValueError(f"{url} is damaged or no parquet file ({first_line(error)})") from error
+
+
+def _is_damage(error: ValueError | OSError) -> bool:
+    """Whether a parquet file is damaged: pyarrow says so by an OSError too, a plain one without a number."""
+    return isinstance(error, ValueError) or (type(error) is OSError and error.errno is None)
 
 
 def _columns(schema: Any, url: str) -> tuple[str, list[str]]:

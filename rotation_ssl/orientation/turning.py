@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image, ImageOps, JpegImagePlugin
 
 from rotation_ssl.files import replace_file
-from rotation_ssl.images import read_image
+from rotation_ssl.images import OVERSIZE, read_image
 from rotation_ssl.messages import first_line
 from rotation_ssl.orientation.exif import read_orientation, turned, write_orientation
 
@@ -42,12 +42,9 @@ def open_picture(path: Path, size: int) -> Picture:
     except Exception as error:
         # what Pillow's readers raise on damaged files is not one family
         raise ValueError(f"image {path} does not decode ({first_line(error)}); replace or remove it") from error
-    side = 2 * size
-    # JPEG alone decodes at 1/2, 1/4 or 1/8; it keeps the aspect
-    scale = max(1, min(image.size) // side)
-    image.draft("RGB", (image.width // scale, image.height // scale))
+    side = OVERSIZE * size
     try:
-        shown = read_image(image)
+        shown = read_image(image, side)
     except ValueError as error:
         raise ValueError(str(error).replace(f"image {image}", f"image {path}")) from error
     if (factor := min(shown.size) // side) > 1:

@@ -10,7 +10,7 @@ import tarfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 from PIL import Image
@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from rotation_ssl.images import IMAGE_SUFFIXES, NamedBytes, read_image
 from rotation_ssl.messages import counted, first_line, printable, some
 from rotation_ssl.progress import progress
-from rotation_ssl.shards import MAX_IMAGE_BYTES, Member, expand_braces, is_image_member
+from rotation_ssl.shards import MAX_IMAGE_BYTES, TAR_SUFFIXES, Member, expand_braces, is_image_member, url_scheme
 
 _LONGEST = 2**32 - 1  # bytes that an index counts: an image of more is too large in any case
 _HEADERS = 2**22  # bytes that have the name of an image that is too large to be read
@@ -48,7 +48,9 @@ class ShardIndex:
 
 def is_shards(data: str | Path) -> bool:
     """Whether data is a tar file or a brace pattern of tar files, ``{000..999}.tar``, and not a folder."""
-    return bool(re.search(r"\.(tar|tgz)\b", str(data), re.IGNORECASE)) and not Path(data).is_dir()
+    names = re.split("[{},]", str(data).lower())
+    # os.path's answer to a list that is too long for a name is no, Path's an error
+    return any(name.endswith(TAR_SUFFIXES) for name in names) and not os.path.isdir(data)  # noqa: PTH112
 
 
 def index_shards(pattern: str, workers: int = 0) -> ShardIndex:
@@ -68,11 +70,11 @@ def index_shards(pattern: str, workers: int = 0) -> ShardIndex:
     # as bytes and one array: see ShardIndex
     names = np.array([os.fsencode(file) for file in files])
     # in processes: reading headers is Python's work, not the disk's
-    found = DataLoader(_Headers(names), batch_size=None, num_workers=min(workers, len(files)), collate_fn=_unchanged)
+    found = DataLoader(_Headers(names), num_workers=min(workers, len(files)), collate_fn=list)
     quiet = os.environ.get("RANK", "0") != "0"
     parts: list[_Found] = []
     damaged: list[ValueError] = []
-    for part in progress("indexing shards", len(files), "shard", found, disable=quiet):
+    for (part,) in progress("indexing shards", len(files), "shard", found, disable=quiet):
         if isinstance(part, ValueError):
             damaged.append(part)
         else:
@@ -110,10 +112,9 @@ def member_name(index: ShardIndex, image: int) -> str:
 
 
 def _find_shards(pattern: str) -> list[str]:
-    scheme = re.match(r"([a-z][a-z0-9+.-]+):/", pattern)
-    if scheme:
+    if scheme := url_scheme(pattern):
         raise ValueError(
-            f"shards of {scheme[1]}:// are not read: images are read by position, in a random order; copy the shards "
+            f"shards of {scheme}:// are not read: images are read by position, in a random order; copy the shards "
             "to a disk, or mount the place they are in, and give --data as a path"
         )
     files = expand_braces(pattern)
@@ -190,7 +191,3 @@ def _open_member(index: ShardIndex, image: int) -> NamedBytes:
             f"shard {file} is not what it was when it was indexed ({first_line(error)}): put that back, then --resume"
         ) from error
     return NamedBytes(content, f"{file}: {printable(member.name, most=4096)}")
-
-
-def _unchanged(found: Any) -> Any:
-    return found

@@ -1,5 +1,7 @@
 """What is compared is the same thing done twice, and the ratio is of the two."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from conftest import SAMPLES
 
 from rotation_ssl.embedding import read_chunks
 from rotation_ssl.images import find_images
+from training.reporting import pages
 from training.studies import benchmark, embedding_speed
 
 
@@ -42,12 +45,41 @@ def test_features_are_written_in_every_way(tmp_path):
     assert (tmp_path / "decoding" / "part-00000.parquet").is_file()
 
 
+RATES = {"timm": 100.0, "ours": 150.0, "decoding": 200.0, "network": 300.0}
+
+
 def test_the_ratios_of_features_by_hand(monkeypatch):
-    rates = {"timm": 100.0, "ours": 150.0, "decoding": 200.0, "network": 300.0}
-    monkeypatch.setattr(embedding_speed, "measure", lambda way, images, workers: rates[way])
+    monkeypatch.setattr(embedding_speed, "measure", lambda way, images, workers: RATES[way])
     measured = embedding_speed.measure_embedding(SAMPLES / "photos", 5, 0, 3)
-    assert measured["images_per_second"] == rates and measured["images"] == 5
-    text = embedding_speed.embedding_text(measured)
-    assert "150 images/s, 1.50 times timm's" in text and "75% of the slower" in text
+    assert measured["images_per_second"] == RATES and measured["images"] == 5
+    text = pages.embedding_text(measured)
+    assert "150 images/s, 1.50 times the rate of timm's" in text and "75% of the slower" in text
     with pytest.raises(ValueError, match="holds 5 photographs, not 6: give fewer with --images"):
         embedding_speed.measure_embedding(SAMPLES / "photos", 6, 0, 1)
+
+
+def test_what_is_recorded_is_what_the_pages_show(monkeypatch, tmp_path, capsys):
+    """Before there is a record, the pages have no number."""
+    for module in (benchmark, pages):
+        monkeypatch.setattr(module, "EMBEDDING_FILE", tmp_path / "embedding.json")
+    monkeypatch.setattr(benchmark, "require_committed", lambda what: None)
+    monkeypatch.setattr(embedding_speed, "measure", lambda way, images, workers: RATES[way])
+    part = "<!-- rendered: {} -->\n{}\n<!-- end -->"
+    (tmp_path / "page.md").write_text("\n".join(part.format(name, "") for name in ("embedding", "embeddingratio")))
+    assert pages.render_page(tmp_path / "page.md", [], {}) == (tmp_path / "page.md").read_text()
+    command = ["features", "--data", str(SAMPLES / "photos"), "--images", "5", "--rounds", "1"]
+    assert benchmark.main(command) == 0 and not (tmp_path / "embedding.json").exists()
+    assert benchmark.main([*command, "--record"]) == 0
+    recorded = json.loads((tmp_path / "embedding.json").read_text())
+    assert recorded["images_per_second"] == RATES and recorded["precision"] in ("fp32", "bf16")
+    shown = part.format("embedding", pages.embedding_text(recorded))
+    line = pages.embedding_line(recorded)
+    assert "1.50 times the speed of" in line and "(5 photographs, `rotnet_alexnet.photos`)" in line
+    assert pages.render_page(tmp_path / "page.md", [], {}) == f"{shown}\n{part.format('embeddingratio', line)}"
+    assert pages.embedding_text(recorded) in capsys.readouterr().out
+
+
+def test_only_what_pages_show_is_recorded(capsys):
+    with pytest.raises(SystemExit):
+        benchmark.main(["load", "--record"])
+    assert "--record is for speed and features: load only prints a ratio" in capsys.readouterr().err

@@ -1,11 +1,14 @@
 """Features in parts on one machine: the same whatever computes them, whole whatever happens."""
 
+import dataclasses
 import errno
 import hashlib
 import importlib.util
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -13,6 +16,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from conftest import ROOT
 from filelock import FileLock
 from many_images import BROKEN, contents, errors_of, image_bytes, part_bytes, rows_of, write_folder, write_tar
 from pyarrow import parquet
@@ -106,6 +110,30 @@ def test_formats_hold_the_same(images, whole, tmp_path):
 def test_memory_maps(images, tmp_path):
     embed(images, tmp_path / "npy", format="npy", **SMALL)
     assert all(isinstance(part.features["block2"], np.memmap) for part in load(tmp_path / "npy"))
+
+
+FEW_FILES = """
+import resource, sys
+import numpy as np
+from rotation_ssl.embedding import load, read_chunks
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
+parts = load(sys.argv[1])
+rows = [(path, row.sum()) for part in parts for path, row in zip(part.paths, part.features["a"])]
+assert len(parts) == 50 and rows == [(f"{i}.png", i * 300.0) for i in range(100)], rows[:3]
+assert sum(len(paths) for paths, _ in read_chunks(sys.argv[1], "a")) == 100
+"""
+
+
+@pytest.mark.parametrize("form", ["npy", "safetensors"])
+def test_more_parts_than_a_process_may_open_files(whole, tmp_path, form):
+    manifest = dataclasses.replace(parts_module.read_manifest(whole), format=form, layers={"a": 300}, sha1=False)
+    parts_module.start(tmp_path, manifest, resume=False)
+    for part in range(50):
+        numbers = (2 * part, 2 * part + 1)
+        rows = parts_module.Rows([f"{i}.png" for i in numbers], features={"a": [np.full((1, 300), i) for i in numbers]})
+        parts_module.write_part(tmp_path, part, manifest, rows, "")
+    subprocess.run([sys.executable, "-c", FEW_FILES, str(tmp_path)], cwd=ROOT, check=True)
 
 
 def test_float16_and_layers(images, whole, tmp_path):
@@ -293,10 +321,10 @@ def test_a_full_disk(images, tmp_path, monkeypatch, form):
 def test_a_decoding_process_that_is_killed(images, whole, tmp_path, monkeypatch):
     """The second image kills its process; afterwards the run goes on."""
 
-    def killed(name, content, size):
+    def killed(name, content, manifest):
         if name == "3/000073.png":
             os.kill(os.getpid(), signal.SIGKILL)
-        return decode(name, content, size)
+        return decode(name, content, manifest)
 
     decode = local_engine.decode
     with monkeypatch.context() as patched:

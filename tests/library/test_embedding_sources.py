@@ -1,5 +1,7 @@
 """Which images a source has, and how they become shards."""
 
+import errno
+import io
 import os
 import shutil
 
@@ -8,12 +10,14 @@ import pyarrow
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from many_images import contents, image_bytes, rows_of, write_folder, write_tar
+from many_images import contents, errors_of, image_bytes, rows_of, write_folder, write_tar
 from pyarrow import parquet
 
 from rotation_ssl.embedding import embed
-from rotation_ssl.embedding.sources import find_shards, read_bytes, read_items
+from rotation_ssl.embedding.files import read_bytes
+from rotation_ssl.embedding.sources import find_shards, read_items
 from rotation_ssl.images import find_images
+from rotation_ssl.pretraining.shards import index_shards, is_shards
 
 SMALL = {"shard_size": 16, "batch_size": 8, "workers": 0, "precision": "fp32"}
 
@@ -76,6 +80,18 @@ def test_tars(tmp_path):
     ]
 
 
+def test_a_list_that_is_longer_than_a_name(tmp_path):
+    names = [f"{number:030d}" for number in range(10)]
+    for name in names:
+        write_tar(tmp_path / f"{name}.tar", contents(1))
+    pattern = f"{tmp_path}/{{{','.join(names)}}}.tar"
+    assert len(pattern.rsplit("/", 1)[1]) > 300
+    assert [shard.name for shard in shards_of(pattern)] == [f"{name}.tar" for name in names]
+    assert is_shards(pattern) and len(index_shards(pattern)) == 10
+    with pytest.raises(ValueError, match="is not a folder, nor"):
+        shards_of(tmp_path / ("x" * 300))
+
+
 @pytest.mark.parametrize("group", [3, 1000])
 def test_rows_of_a_parquet_file(tmp_path, group):
     """Blocks of rows, wherever the file's own groups end."""
@@ -89,6 +105,42 @@ def test_rows_of_a_parquet_file(tmp_path, group):
     table = table.append_column("path", [[name for name, _ in images]])
     parquet.write_table(table, tmp_path / "x.parquet", row_group_size=group)
     assert [item for shard in shards for item in read_items(shard)] == images
+
+
+@pytest.mark.parametrize("where", ["page", "header"])
+def test_a_parquet_file_that_is_damaged(tmp_path, where):
+    """The rows of other groups are kept, and the file is an error like a tar that is cut."""
+    images, file = list(contents(30)), tmp_path / "x.parquet"
+    table = pyarrow.table({"path": [name for name, _ in images], "png": [content for _, content in images]})
+    parquet.write_table(table, file, row_group_size=10, use_dictionary=False)
+    chunk = parquet.read_metadata(file).row_group(1).column(1)
+    content, start = bytearray(file.read_bytes()), chunk.data_page_offset
+    if where == "page":
+        start += chunk.total_compressed_size // 2 - 1500
+    content[start : start + 3000] = b"\xff" * 3000
+    file.write_bytes(content)
+    summary = embed(file, tmp_path / "out", **{**SMALL, "shard_size": 15})
+    assert (summary.parts, summary.images, summary.errors) == (2, 20, 2)
+    assert list(rows_of(tmp_path / "out")) == [name for name, _ in (*images[:10], *images[20:])]
+    errors = parquet.read_table(tmp_path / "out" / "errors.parquet").to_pylist()
+    assert [error["path"] for error in errors] == ["x.parquet"] * 2
+    for error, rows in zip(errors, ("10 to 14", "15 to 19"), strict=True):
+        assert error["reason"].startswith(f"rows {rows} of x.parquet are damaged (")
+
+
+def test_the_rows_of_a_shard_are_read_no_further(tmp_path, monkeypatch):
+    table = pyarrow.table({"jpg": [content for _, content in contents(30)]})
+    parquet.write_table(table, tmp_path / "x.parquet")
+    monkeypatch.setattr("rotation_ssl.embedding.sources.ROWS", 5)
+    read, iterate = [], parquet.ParquetFile.iter_batches
+
+    def counted(*args, **options):
+        for batch in iterate(*args, **options):
+            read.append(len(batch))
+            yield batch
+
+    monkeypatch.setattr(parquet.ParquetFile, "iter_batches", counted)
+    assert len(list(read_items(shards_of(tmp_path / "x.parquet")[0]))) == 10 and read == [5, 5]
 
 
 def test_paths_of_a_parquet_file(tmp_path):
@@ -144,10 +196,87 @@ def test_files_that_are_not_read(tmp_path, monkeypatch):
         read_bytes(str(tmp_path / "pipe"))
     with pytest.raises(FileNotFoundError, match="it does not exist"):
         read_bytes(str(tmp_path / "gone"))
-    monkeypatch.setattr("rotation_ssl.embedding.sources.MAX_IMAGE_BYTES", 10)
+    monkeypatch.setattr("rotation_ssl.embedding.files.MAX_IMAGE_BYTES", 10)
     (tmp_path / "large").write_bytes(b"x" * 11)
     with pytest.raises(ValueError, match="more than the 10 bytes allowed"):
         read_bytes(str(tmp_path / "large"))
+
+
+class ClientError(Exception):
+    """What the client of a remote storage raises: of no family that Python knows."""
+
+
+class Remote(fsspec.AbstractFileSystem):
+    """Files in memory; ``unopened`` cannot be opened, and of the others the byte at ``gap`` cannot be read."""
+
+    protocol = "remote"
+    files, unopened, gap, refusal = {}, "", -1, ClientError("403, Forbidden")
+
+    def ls(self, path, detail=True, **kwargs):
+        if "forbidden" in path:
+            raise ClientError("Forbidden\nrequest 17")
+        return [{"name": name, "size": len(content), "type": "file"} for name, content in self.files.items()
+                if name.startswith(f"{path.rstrip('/')}/")]  # fmt: skip
+
+    def info(self, path, **kwargs):
+        return {"name": path, "type": "file" if path in self.files else "directory", "size": 0}
+
+    def _open(self, path, mode="rb", **kwargs):
+        if path == self.unopened:
+            raise self.refusal
+        if path not in self.files:
+            raise FileNotFoundError(path)
+        return Failing(self.files[path])
+
+
+class Failing(io.BytesIO):
+    def read(self, size=-1):
+        start, content = self.tell(), super().read(size)
+        if start <= Remote.gap < self.tell():
+            raise ClientError("the connection was reset")
+        return content
+
+
+@pytest.fixture
+def remote(monkeypatch, tmp_path):
+    """A remote storage with the same images as files, as a tar file and as a parquet file."""
+    images = [(f"{number:02d}.png", image_bytes(number, size=64)) for number in range(20)]
+    write_table(tmp_path / "x.parquet", path=[name for name, _ in images], bytes=[content for _, content in images])
+    files = {f"images/{name}": content for name, content in images}
+    files["x.tar"] = write_tar(tmp_path / "x.tar", images).read_bytes()
+    files["x.parquet"] = (tmp_path / "x.parquet").read_bytes()
+    fsspec.register_implementation("remote", Remote, clobber=True)
+    monkeypatch.setattr(Remote, "files", files)
+    return Remote
+
+
+def test_errors_of_remote_storage_are_one_line_with_the_url(remote, monkeypatch, tmp_path):
+    for source in ("remote://images", "remote://x.tar", "remote://x.parquet"):
+        assert embed(source, tmp_path / f"of {source[9:]}", **SMALL).images == 20
+    with pytest.raises(OSError, match=r"^remote://forbidden cannot be read \(Forbidden\)$"):
+        embed("remote://forbidden", tmp_path / "out", **SMALL)
+    with pytest.raises(FileNotFoundError, match=r"^remote://gone\.tar does not exist$"):
+        embed("remote://gone.tar", tmp_path / "gone", **SMALL)
+    # an image is one error among the others
+    monkeypatch.setattr(remote, "unopened", "images/03.png")
+    assert embed("remote://images", tmp_path / "fewer", **SMALL).images == 19
+    reason = "remote://images/03.png cannot be read (403, Forbidden)"
+    assert errors_of(tmp_path / "fewer") == {"03.png": reason}
+    # a network that is down is no error of an image
+    monkeypatch.setattr(remote, "refusal", OSError(errno.EHOSTUNREACH, "No route to host"))
+    with pytest.raises(OSError, match=r"03\.png cannot be read .*No route to host: 'remote://images/03\.png'\); see"):
+        embed("remote://images", tmp_path / "stopped", **SMALL)
+
+
+def test_a_connection_that_fails_stops_the_run_and_is_no_damaged_file(remote, monkeypatch, tmp_path):
+    for name in ("x.tar", "x.parquet"):
+        out = tmp_path / f"of {name}"
+        with monkeypatch.context() as patched:
+            patched.setattr(remote, "gap", 100_000)
+            with pytest.raises(OSError, match=rf"remote://{name} cannot be read \(the connection was reset\)"):
+                embed(f"remote://{name}", out, **{**SMALL, "shard_size": 20})
+        assert not list(out.glob("part*"))
+        assert embed(f"remote://{name}", out, resume=True, **{**SMALL, "shard_size": 20}).images == 20
 
 
 def write_table(file, **columns):

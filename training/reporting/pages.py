@@ -49,6 +49,7 @@ FIGURES = "docs/figures"
 FIGURES_DIR = ROOT / FIGURES
 ABLATION_FILE = RESULTS_DIR / "ablation" / "runs.jsonl"  # written by `training.studies.rotations`
 SPEED_FILE = RESULTS_DIR / "speed.json"  # written by `training.studies.benchmark speed --record`
+EMBEDDING_FILE = RESULTS_DIR / "embedding.json"  # written by `training.studies.benchmark features --record`
 # the repository has no public address yet: this is the one place that names it
 REPOSITORY = "OWNER/rotation_ssl"
 
@@ -91,6 +92,8 @@ def render_page(page: Path, rows: Sequence[Row], entries: Mapping[str, Any]) -> 
         "margins": lambda: transfer_margin(rows),
         "repository": hub_snippet,
         "speed": lambda: speed_tables(json.loads(SPEED_FILE.read_text())),
+        "embedding": lambda: _recorded(embedding_text),
+        "embeddingratio": lambda: _recorded(embedding_line),
     }
     return replace_parts(page.read_text(), parts, page.name)
 
@@ -236,6 +239,35 @@ def speed_tables(measured: Mapping[str, Any]) -> str:
         f" Square matrix multiplications reach {peak / 1e9:.0f} GFLOP/s in bf16 and {peak_fp32 / 1e9:.0f} in fp32;"
         f" convolutions can be faster.\n\n{markdown_table(header, lines)}"
     )
+
+
+def embedding_text(measured: Mapping[str, Any]) -> str:
+    """The figures of ``training.studies.benchmark features`` in two sentences."""
+    rates = measured["images_per_second"]
+    slower = min(rates["decoding"], rates["network"])
+    return (
+        f"Measured on {measured['threads']} threads ({measured['device']}, commit `{measured['commit'][:7]}`), with"
+        f" {measured['workers']} decoding processes, in {measured['precision']}: `rotation-ssl features` with"
+        f" `{measured['model']}` writes the features of {measured['images']:,} photographs at {rates['ours']:.0f}"
+        f" images/s, {rates['ours'] / rates['timm']:.2f} times the rate of timm's loader and `forward_features`"
+        f" ({rates['timm']:.0f} images/s). This is {rates['ours'] / slower:.0%} of the slower of decoding alone"
+        f" ({rates['decoding']:.0f} images/s) and the network alone ({rates['network']:.0f} images/s); each number is"
+        f" the median of {measured['rounds']} interleaved runs, each in a new process."
+    )
+
+
+def embedding_line(measured: Mapping[str, Any]) -> str:
+    """What README says of :func:`embedding_text`."""
+    rates = measured["images_per_second"]
+    return (
+        f"On {measured['threads']} threads, the second form has {rates['ours'] / rates['timm']:.2f} times the speed of"
+        f" timm's loader and `forward_features` ({measured['images']:,} photographs, `{measured['model']}`)."
+    )
+
+
+def _recorded(render: Callable[[Mapping[str, Any]], str]) -> str:
+    """What is rendered of :data:`EMBEDDING_FILE`; nothing before it was recorded."""
+    return render(json.loads(EMBEDDING_FILE.read_text())) if EMBEDDING_FILE.exists() else ""
 
 
 def hub_snippet() -> str:

@@ -8,12 +8,14 @@
 `speed` compares training with a naive pipeline that works like the authors' code (one image at a time through PIL and
 numpy in loader processes, fp32, NCHW, torch's default allocator), and the FLOP/s of training and feature extraction
 with this machine's bf16 matrix products; it also measures peak memory. It takes about 12 minutes on 2 cores, on which
-nothing else should run. --record writes the figures of docs/reproduce.md.
+nothing else should run.
 
 `import` compares the time of `import timm, rotation_ssl` with that of `import timm`, each in new processes. `load`
 compares `timm.create_model('rotnet_nin', pretrained=True)`, which verifies the weights, with timm loading the same file
 into the same network. `features` compares `rotation-ssl features` on photographs with timm's loader and
 forward_features, with as many decoding processes, and with decoding alone and the network alone.
+
+--record keeps the figures of `speed` for docs/reproduce.md, and those of `features` for docs/scale.md and README.md.
 
 The two sides alternate, so that other load on the machine affects both; medians are compared.
 """
@@ -34,9 +36,9 @@ from tqdm import tqdm
 from rotation_ssl import zoo
 from rotation_ssl.backbones.nin import RotNetNIN
 from training.command import create_parser, run
-from training.reporting.pages import SPEED_FILE, speed_tables
+from training.reporting.pages import EMBEDDING_FILE, SPEED_FILE, embedding_text, speed_tables
 from training.reporting.rows import require_committed
-from training.studies.embedding_speed import embedding_text, measure_embedding
+from training.studies.embedding_speed import measure_embedding
 from training.studies.speed import measure_speed
 
 ROOT = Path(__file__).parent.parent.parent
@@ -91,20 +93,21 @@ CALLS: dict[str, tuple[tuple[Callable[[], object], str], tuple[Callable[[], obje
 
 def _work(args: argparse.Namespace) -> None:
     rounds = args.rounds or ROUNDS[args.what]
-    if args.what == "features":
-        print(embedding_text(measure_embedding(args.data, args.images, args.workers, rounds)))
-        return
-    if args.what != "speed":
+    if args.what in CALLS:
         (base, first), (ours, second) = CALLS[args.what]
         seconds, our_seconds = compare(base, ours, rounds)
         print(f"{first} {seconds:.4f} s, {second} {our_seconds:.4f} s: ratio {our_seconds / seconds:.3f}")
         return
     if args.record:
         require_committed("--record")
-    measured = measure_speed(rounds)
-    print(speed_tables(measured))
+    if args.what == "features":
+        measured, file = measure_embedding(args.data, args.images, args.workers, rounds), EMBEDDING_FILE
+        print(embedding_text(measured))
+    else:
+        measured, file = measure_speed(rounds), SPEED_FILE
+        print(speed_tables(measured))
     if args.record:
-        SPEED_FILE.write_text(json.dumps(measured, indent=1) + "\n")
+        file.write_text(json.dumps(measured, indent=1) + "\n")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -115,8 +118,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, help="folder of the photographs, for features")
     parser.add_argument("--images", type=int, default=5000, metavar="N", help="photographs that are used [%(default)s]")
     parser.add_argument("--workers", type=int, default=2, help="decoding processes, for features [%(default)s]")
-    parser.add_argument("--record", action="store_true", help="keep the figures of speed for docs/reproduce.md")
+    parser.add_argument("--record", action="store_true", help="keep the figures of speed or features")
     args = parser.parse_args(arguments)
     if args.what == "features" and args.data is None:
         parser.error("features needs --data, a folder of photographs")
+    if args.record and args.what in CALLS:
+        parser.error(f"--record is for speed and features: {args.what} only prints a ratio")
     return run(lambda: _work(args), "stopped; nothing is kept")

@@ -25,7 +25,7 @@ from rotation_ssl.embedding.backbone import load_model, weights_digest
 from rotation_ssl.embedding.local import embed_shards, make_extractor
 from rotation_ssl.embedding.parts import Manifest
 from rotation_ssl.embedding.sources import find_shards
-from rotation_ssl.images import find_images
+from rotation_ssl.images import OVERSIZE, find_images
 from rotation_ssl.machine import device_name, keep_large_blocks, library_versions
 from rotation_ssl.precision import autocast_type, resolve_precision
 from training.reporting.rows import current_commit
@@ -117,24 +117,13 @@ def measure_embedding(folder: Path, count: int, workers: int, rounds: int) -> di
         "threads": torch.get_num_threads(),
         "workers": workers,
         "images": count,
+        "model": MODEL,
+        "precision": resolve_precision("auto", "cpu"),
         "rounds": rounds,
         "commit": current_commit(),
         "versions": library_versions(),
         "images_per_second": {way: statistics.median(values) for way, values in rates.items()},
     }
-
-
-def embedding_text(measured: dict[str, Any]) -> str:
-    """What :func:`measure_embedding` gives, in a sentence."""
-    rates = measured["images_per_second"]
-    slower = min(rates["decoding"], rates["network"])
-    return (
-        f"Features of {measured['images']:,} photographs ({MODEL}, {measured['workers']} decoding processes,"
-        f" {measured['threads']} threads of {measured['device']}): {rates['ours']:.0f} images/s,"
-        f" {rates['ours'] / rates['timm']:.2f} times timm's loader and forward_features, and"
-        f" {rates['ours'] / slower:.0%} of the slower of decoding alone ({rates['decoding']:.0f} images/s) and the"
-        f" network alone ({rates['network']:.0f} images/s)."
-    )
 
 
 def _seconds(way: str, images: Path, workers: int) -> float:
@@ -151,5 +140,5 @@ def _manifest(images: Path, model: nn.Module) -> Manifest:
         weights_sha256=weights_digest(model), layers={LAYER: WIDTH}, pool="avg", grid=1,
         size=cfg.input_size[-1], mean=list(cfg.mean), std=list(cfg.std),
         precision=resolve_precision("auto", "cpu"), dtype="float32", sha1=False, batch_size=BATCH,
-        version=rotation_ssl.__version__,
+        version=rotation_ssl.__version__, decoded_side=OVERSIZE * cfg.input_size[-1],
     )  # fmt: skip

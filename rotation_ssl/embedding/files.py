@@ -1,0 +1,158 @@
+"""Files and folders by their paths, or by URLs that fsspec opens."""
+
+import contextlib
+import io
+import os
+import posixpath
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, cast
+
+from rotation_ssl.images import image_suffixes
+from rotation_ssl.messages import first_line
+from rotation_ssl.shards import MAX_IMAGE_BYTES, url_scheme
+
+
+def absolute(source: str) -> str:
+    """The source as any process finds it: a URL as it is, a path from the root."""
+    local = source.removeprefix("file://")
+    return source if url_scheme(local) else os.path.abspath(local)  # noqa: PTH100  keeps braces and links
+
+
+def read_bytes(url: str) -> bytes:
+    """The bytes of an image file.
+
+    Raises:
+        ValueError: no regular file, or one of more than :data:`rotation_ssl.shards.MAX_IMAGE_BYTES`.
+        OSError: it cannot be read.
+    """
+    if not url_scheme(url) and not Path(url).is_file():
+        # reading a named pipe would wait for whoever writes to it
+        raise ValueError("it is not a regular file") if Path(url).exists() else FileNotFoundError("it does not exist")
+    with open_url(url) as stream:
+        content = stream.read(MAX_IMAGE_BYTES + 1)
+    if len(content) > MAX_IMAGE_BYTES:
+        raise ValueError(f"it has more than the {MAX_IMAGE_BYTES:,} bytes allowed")
+    return content
+
+
+def open_url(url: str) -> IO[bytes]:
+    """A file to read, by its path or URL.
+
+    Raises:
+        ValueError: a URL that fsspec does not open.
+        OSError: it cannot be opened; reading the file later raises nothing else either.
+    """
+    if not url_scheme(url):
+        return Path(url).open("rb")
+    file_system, path = _file_system(url)
+    with _plain_errors(url):
+        return cast(IO[bytes], _RemoteFile(file_system.open(path, "rb"), url))
+
+
+def is_folder(url: str) -> bool:
+    """Whether there is a folder of this path or URL.
+
+    Raises:
+        ValueError: a URL that fsspec does not open.
+        OSError: the remote storage cannot be asked.
+    """
+    if not url_scheme(url):
+        return os.path.isdir(url)  # noqa: PTH112  a name that is too long is none, and no error
+    file_system, path = _file_system(url)
+    with _plain_errors(url):
+        return bool(file_system.isdir(path))
+
+
+def list_folder(url: str) -> list[str]:
+    """The names of a folder's images, and of its folders with a slash, in the order of the paths in them.
+
+    Names that begin with a dot are no images. A link to a folder is not followed.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    return sorted(_remote_entries(url) if url_scheme(url) else _local_entries(url))
+
+
+def _local_entries(folder: str) -> Iterator[str]:
+    suffixes = image_suffixes()
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                yield f"{entry.name}/"
+            # a link that leads nowhere is an image that cannot be read
+            elif _is_image(entry.name, suffixes) and (entry.is_file() or not Path(entry.path).exists()):
+                yield entry.name
+
+
+def _remote_entries(url: str) -> Iterator[str]:
+    suffixes = image_suffixes()
+    file_system, path = _file_system(url)
+    with _plain_errors(url):
+        infos = file_system.ls(path, detail=True)
+    for info in infos:
+        name = info["name"].rstrip("/").rsplit("/", 1)[-1]
+        if info["type"] == "directory":
+            yield f"{name}/"
+        elif _is_image(name, suffixes):
+            yield name
+    # it would keep the list of every folder
+    file_system.invalidate_cache()
+
+
+def _is_image(name: str, suffixes: set[str]) -> bool:
+    return not name.startswith(".") and posixpath.splitext(name)[1].lower() in suffixes
+
+
+def _file_system(url: str) -> tuple[Any, str]:
+    import fsspec
+
+    try:
+        return cast(tuple[Any, str], fsspec.core.url_to_fs(url))
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"{url} cannot be opened: {first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _plain_errors(url: str) -> Iterator[None]:
+    """What the clients of remote storage raise, of whatever family, as an OSError that names the URL."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{url} does not exist") from error
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            # the number tells what failed: see rotation_ssl.embedding.local
+            raise OSError(error.errno, error.strerror, url) from error
+        raise ConnectionError(f"{url} cannot be read ({first_line(error)})") from error
+
+
+class _RemoteFile(io.RawIOBase):
+    """A file of fsspec, whose errors are those of :func:`_plain_errors`."""
+
+    def __init__(self, file: IO[bytes], url: str) -> None:
+        self.file, self.url = file, url
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return self.file.seekable()
+
+    def read(self, size: int = -1) -> bytes:
+        with _plain_errors(self.url):
+            return self.file.read(size)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        with _plain_errors(self.url):
+            return self.file.seek(offset, whence)
+
+    def tell(self) -> int:
+        with _plain_errors(self.url):
+            return self.file.tell()
+
+    def close(self) -> None:
+        if not self.closed:
+            self.file.close()
+            super().close()
