@@ -22,7 +22,8 @@ def small(small_cifar10, tmp_path, monkeypatch):
         (tmp_path / "cifar100" / split / "photos").mkdir(parents=True)
         for file in (SAMPLES / "photos").glob("*.jpg"):
             shutil.copy(file, tmp_path / "cifar100" / split / "photos")
-    for name, counts in (("cifar10", (40, 40)), ("cifar100", (5, 5))):
+        shutil.copytree(tmp_path / "cifar100" / split, tmp_path / "imagenette2-320" / split.replace("test", "val"))
+    for name, counts in (("cifar10", (40, 40)), ("cifar100", (5, 5)), ("imagenette", (0, 5))):
         monkeypatch.setitem(datasets.DATASETS, name, dataclasses.replace(datasets.DATASETS[name], counts=counts))
     monkeypatch.setattr(outliers, "NEIGHBOURS", 2)
     return small_cifar10, tmp_path / "cifar100"
@@ -31,9 +32,9 @@ def small(small_cifar10, tmp_path, monkeypatch):
 def test_the_command_and_measuring_again(small, tmp_path, capsys):
     data, cifar100 = small
     arguments = ["rotnet_nin.cifar10", "--data", str(data), "--output", str(tmp_path / "out")]
-    assert outliers.main([*arguments, "--cifar100", str(cifar100)]) == 0
+    assert outliers.main([*arguments, "--cifar100", str(cifar100), "--photos", str(tmp_path)]) == 0
     rows = read_file(tmp_path / "out" / "rows.jsonl")
-    names = {"CIFAR-100 test", "Gaussian noise", "uniform noise"}
+    names = {"CIFAR-100 test", "Imagenette val", "Gaussian noise", "uniform noise"}
     assert {(r.protocol, r.data) for r in rows if r.protocol != "one-class-knn"} == {
         (f"outliers-{score}{kind}", name) for score in ("rotation", "knn") for kind in ("", "-fpr95") for name in names
     }
@@ -41,12 +42,12 @@ def test_the_command_and_measuring_again(small, tmp_path, capsys):
     assert values["outliers-rotation", "uniform noise"] > 0.9 and values["outliers-knn", "uniform noise"] > 0.9
     assert all((r.layer == ("block2" if "knn" in r.protocol else "") and "CIFAR-10 test" in r.settings) or
                r.protocol == "one-class-knn" for r in rows)  # fmt: skip
-    source = again.Source("cifar10", data, cifar100=cifar100)
+    source = again.Source("cifar10", data, cifar100=cifar100, photos=tmp_path)
     pairs = list(again.measure_source(rows, source))
-    assert len(pairs) == len(rows) == 13 and all(abs(old.value - new.value) < 1e-6 for old, new in pairs)
+    assert len(pairs) == len(rows) == 17 and all(abs(old.value - new.value) < 1e-6 for old, new in pairs)
     table = outliers_table(rows)
     assert table.startswith("| outliers | rotation, AUROC | rotation, FPR at 95 % | k-NN, AUROC | k-NN, FPR at 95 % |")
-    assert len(table.splitlines()) == 5
+    assert len(table.splitlines()) == 6
     assert outliers.main([*arguments, "--cifar100", str(tmp_path)]) == 2
     assert f"no CIFAR-100 in {tmp_path}: expected test/<class>/*.png" in capsys.readouterr().err
 

@@ -1,10 +1,11 @@
 """Measure how well outliers are distinguished from the images of CIFAR-10, by the rotation head and by k-NN.
 
-    python -m training outliers rotnet_nin.cifar10 --data DIR --cifar100 DIR
+    python -m training outliers rotnet_nin.cifar10 --data DIR --cifar100 DIR --photos DIR
 
 The normal images are the test images of CIFAR-10; k-NN compares with the training images, in a middle layer. The
-outliers are the test images of CIFAR-100, Gaussian noise and uniform noise. Two numbers are reported for each: AUROC,
-and the share of outliers that are accepted at the threshold that accepts 95 % of the normal images (FPR at 95 %).
+outliers are the test images of CIFAR-100, Gaussian noise, uniform noise and, with --photos, the held-out photographs of
+Imagenette at 32 pixels, some of whose subjects are CIFAR-10's. Two numbers are reported for each: AUROC, and the share
+of outliers that are accepted at the threshold that accepts 95 % of the normal images (FPR at 95 %).
 One-class: for each class of CIFAR-10, its training images are the normal ones and its test images are distinguished
 from those of the other nine classes; the mean AUROC is reported. The network was trained on all ten classes, whereas
 one-class methods are trained on a single class.
@@ -12,7 +13,7 @@ one-class methods are trained on a single class.
 
 import argparse
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -20,35 +21,40 @@ from torch import nn
 
 from rotation_ssl.evaluation.frozen import preparation
 from rotation_ssl.features import extract_features
+from rotation_ssl.images import read_images
 from rotation_ssl.labelled import Images, LabelledImages
 from rotation_ssl.outliers import RotationOutlierDetector, auroc, false_positive_rate
 from rotation_ssl.progress import progress
 from training.command import create_parser
 from training.datasets import check_whole, load_images, load_split
 from training.evaluation import options
+from training.evaluation.orientation import photo_list
 from training.evaluation.subject import Subject, load_subject, measured_value, recommended_layer, record_file
 from training.reporting.report import check_rows, keep_row, run_measuring, write_report
 from training.reporting.rows import Row
 
-NORMAL, OUTLYING = "CIFAR-10 test", "CIFAR-100 test"
+NORMAL, OUTLYING, PHOTOS = "CIFAR-10 test", "CIFAR-100 test", "Imagenette val"
 NEIGHBOURS = 10
 BATCH = 250
 
 
-def measure_outliers(subject: Subject, normal: Images, outlying: torch.Tensor, layer: str) -> Iterator[Row]:
+def measure_outliers(
+    subject: Subject, normal: Images, outlying: Mapping[str, torch.Tensor], layer: str
+) -> Iterator[Row]:
     """The rows of both scores against every kind of outlier, and of one-class detection.
 
     Args:
         subject: the backbone, with 4 outputs, on its device.
         normal: training and test images of the normal data.
-        outlying: (N, 3, H, H) uint8, images that do not belong; noise of their number and size is made.
+        outlying: by name (N, 3, H, H) uint8, images that do not belong; beside them noise of the normal images' number
+            and size is made.
         layer: that k-NN compares in.
 
     Raises:
         ValueError: no such layer, or another number of outputs.
     """
     started = time.monotonic()
-    sets = {OUTLYING: outlying, **noise(outlying.shape)}
+    sets = {**outlying, **noise(normal.test.images.shape)}
     rotation = RotationOutlierDetector(subject.backbone)
     knn = RotationOutlierDetector(subject.backbone, "knn", layer, NEIGHBOURS)
     train = _features(subject, normal.train.images, layer)
@@ -97,8 +103,10 @@ def noise(shape: Sequence[int]) -> dict[str, torch.Tensor]:
     return {"Gaussian noise": gaussian.to(torch.uint8), "uniform noise": uniform.to(torch.uint8)}
 
 
-def outlier_data(data: Path, cifar100: Path, size: int, download: bool = False) -> tuple[Images, torch.Tensor]:
-    """CIFAR-10, whole, and the test images of CIFAR-100.
+def outlier_data(
+    data: Path, cifar100: Path, photos: Path | None, size: int, download: bool = False
+) -> tuple[Images, dict[str, torch.Tensor]]:
+    """CIFAR-10, whole, and the images that do not belong: CIFAR-100's test images, and Imagenette's where it is given.
 
     Raises:
         ValueError: one of them is not there, or a part of it.
@@ -107,7 +115,10 @@ def outlier_data(data: Path, cifar100: Path, size: int, download: bool = False) 
     check_whole("cifar10", len(normal.train), len(normal.test))
     outlying = load_split("cifar100", cifar100, "test", size)
     check_whole("cifar100", 0, len(outlying))
-    return normal, outlying.images
+    found = {OUTLYING: outlying.images}
+    if photos is not None:
+        found[PHOTOS] = read_images(photo_list("imagenette", photos), size)
+    return normal, found
 
 
 def _features(subject: Subject, images: torch.Tensor, layer: str) -> torch.Tensor:
@@ -134,6 +145,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, default=Path("data/cifar10"), help="folder of CIFAR-10 [%(default)s]")
     parser.add_argument("--download", action="store_true", help="let torchvision download CIFAR-10 into --data")
     parser.add_argument("--cifar100", type=Path, required=True, metavar="DIR", help="folder of CIFAR-100")
+    parser.add_argument(
+        "--photos", type=Path, metavar="DIR", help="folder of imagenette2-320 [not measured]"
+    )
     parser.add_argument("--layer", help="layer that k-NN compares in [the recommended one]")
     options.add_output(parser, "runs/outliers")
     args = parser.parse_args(arguments)
@@ -146,7 +160,7 @@ def _work(args: argparse.Namespace) -> Path:
     output = args.output or Path("runs") / "outliers" / subject.name
     file = record_file(subject, bool(args.layer)) if args.record else output / "rows.jsonl"
     check_rows(file)
-    normal, outlying = outlier_data(args.data, args.cifar100, subject.size, args.download)
+    normal, outlying = outlier_data(args.data, args.cifar100, args.photos, subject.size, args.download)
     for row in measure_outliers(subject, normal, outlying, args.layer or recommended_layer(subject)):
         keep_row(row, file)
     if not args.record:

@@ -35,8 +35,8 @@ TRANSFERS: dict[str, ModuleType] = {"voc": classification, "detect": detection, 
 
 @dataclass(frozen=True)
 class Source:
-    """One dataset: its id, its ``folder``, for detection the file of ``proposals``, for outliers the
-    folder ``cifar100``; ``whole``: a part is an error.
+    """One dataset: its id, its ``folder``, for detection the file of ``proposals``, for outliers the folders
+    ``cifar100`` and ``photos``; ``whole``: a part is an error.
     """
 
     dataset: str
@@ -45,6 +45,7 @@ class Source:
     proposals: Path | None = None
     whole: bool = False
     cifar100: Path | None = None
+    photos: Path | None = None
 
 
 def command_of(row: Row) -> str:
@@ -144,7 +145,7 @@ def outliers_again(rows: Sequence[Row], source: Source, device: str = "cpu") -> 
         subject = subject_of_row(weights)
         subject.backbone.to(device).to(memory_format=torch.channels_last)
         assert source.cifar100 is not None
-        normal, outlying = outlier_data(source.folder, source.cifar100, subject.size, source.download)
+        normal, outlying = outlier_data(source.folder, source.cifar100, source.photos, subject.size, source.download)
         own = [row for row in rows if row.weights == weights]
         layer = next((row.layer for row in own if row.layer), recommended_layer(subject))
         new = {row.key: row for row in measure_outliers(subject, normal, outlying, layer)}

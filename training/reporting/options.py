@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from training.datasets import dataset_of
+from training.evaluation.outliers import PHOTOS
 from training.protocols import PROTOCOLS
 from training.reporting.again import TRANSFERS, Source, command_of
 from training.reporting.rows import Row
@@ -42,7 +43,8 @@ def add_only(parser: argparse.ArgumentParser) -> None:
 def option_of(row: Row) -> str:
     """The option that names the folder of a row's data."""
     if command_of(row) == "outliers":
-        return "cifar100"  # some of them are noise; CIFAR-10, which they are told from, is in --data
+        # some of them are noise; CIFAR-10, which they are told from, is in --data
+        return "photos" if row.data == PHOTOS else "cifar100"
     return "voc" if command_of(row) in TRANSFERS else OPTIONS[dataset_of(row.data)]
 
 
@@ -53,5 +55,7 @@ def source_of(row: Row, args: argparse.Namespace, whole: bool = False) -> Source
     if folder is not None and not folder.is_dir() and option_of(row) != "data":
         raise ValueError(f"--{option_of(row)} {folder} is not a folder: give the one that holds {row.data}")
     if folder is not None and command_of(row) == "outliers":
-        return Source("cifar10", args.data, args.download, whole=True, cifar100=folder)
+        if args.cifar100 is None:
+            return None
+        return Source("cifar10", args.data, args.download, whole=True, cifar100=args.cifar100, photos=args.photos)
     return None if folder is None else Source(dataset_of(row.data), folder, args.download, args.proposals, whole)
