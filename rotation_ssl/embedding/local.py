@@ -99,7 +99,7 @@ def embed_shards(
         ValueError: none of the many files of a shard can be opened.
         OSError: a part cannot be written, a tar or parquet file cannot be opened, or a process was killed.
     """
-    rows = Rows()
+    rows = Rows(manifest)
     try:
         for decoded in _decode(_blocks(shards, manifest.batch_size), manifest, workers):
             _add(rows, decoded, manifest, extract)
@@ -108,7 +108,7 @@ def embed_shards(
                 _check_opened(rows, decoded.block.shard)
                 write_part(folder, decoded.block.shard, manifest, rows, decoded.block.digest)
                 yield Done(decoded.block.shard, len(rows.paths), len(rows.errors))
-                rows = Rows()
+                rows.clear()
     except RuntimeError as error:
         if "DataLoader worker (pid" not in str(error):
             raise
@@ -206,10 +206,8 @@ def _add(rows: Rows, decoded: Decoded, manifest: Manifest, extract: Extractor) -
     rows.errors += [
         (path, f"its features are not finite in {manifest.dtype}") for path in _taken(decoded.paths, ~finite)
     ]
-    rows.paths += _taken(decoded.paths, finite)
+    rows.add(_taken(decoded.paths, finite), {layer: part[finite] for layer, part in stored.items()})
     rows.sha1 += _taken(decoded.sha1, finite)
-    for layer, part in stored.items():
-        rows.features.setdefault(layer, []).append(part[finite])
 
 
 def _taken(values: Sequence[str], mask: np.ndarray) -> list[str]:

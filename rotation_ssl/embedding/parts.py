@@ -77,15 +77,39 @@ class Manifest:
     decoded_side: int = 0
 
 
-@dataclasses.dataclass
 class Rows:
-    """The rows of a part as they come: features by layer, (B, D) of each batch."""
+    """The rows of a part as they come, and of the next part in the same memory.
 
-    paths: list[str] = dataclasses.field(default_factory=list)
-    sha1: list[str] = dataclasses.field(default_factory=list)
-    features: dict[str, list[np.ndarray]] = dataclasses.field(default_factory=dict)
-    errors: list[tuple[str, str]] = dataclasses.field(default_factory=list)
-    unopened: int = 0
+    Features that were kept batch by batch would lie between the network's large blocks, which could then not be used
+    again: the process would grow with every part.
+    """
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._memory = {layer: np.empty((0, width), manifest.dtype) for layer, width in manifest.layers.items()}
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the rows."""
+        self.paths: list[str] = []
+        self.sha1: list[str] = []
+        self.errors: list[tuple[str, str]] = []
+        self.unopened = 0
+
+    def add(self, paths: Sequence[str], features: Mapping[str, np.ndarray]) -> None:
+        """Add the paths of n images and their features by layer, (n, D)."""
+        start, end = len(self.paths), len(self.paths) + len(paths)
+        for layer, part in features.items():
+            there = self._memory[layer]
+            if end > len(there):
+                self._memory[layer] = np.empty((max(end, 2 * len(there)), there.shape[1]), there.dtype)
+                self._memory[layer][:start] = there[:start]
+            self._memory[layer][start:end] = part
+        self.paths += paths
+
+    @property
+    def features(self) -> dict[str, np.ndarray]:
+        """The features by layer, (N, D) in the type that is stored; valid until the rows are cleared."""
+        return {layer: there[: len(self.paths)] for layer, there in self._memory.items()}
 
 
 def require_pyarrow() -> None:
@@ -188,12 +212,7 @@ def write_part(folder: Path, number: int, manifest: Manifest, rows: Rows, digest
     import pyarrow
     from pyarrow import parquet
 
-    arrays = {
-        layer: np.concatenate(
-            [np.empty((0, width), manifest.dtype), *rows.features.get(layer, [])], dtype=manifest.dtype
-        )
-        for layer, width in manifest.layers.items()
-    }
+    arrays = rows.features
     columns: dict[str, Any] = {"path": pyarrow.array(list(map(valid_text, rows.paths)), pyarrow.string())}
     if manifest.sha1:
         columns["sha1"] = pyarrow.array(rows.sha1, pyarrow.string())

@@ -131,7 +131,8 @@ def test_more_parts_than_a_process_may_open_files(whole, tmp_path, form):
     parts_module.start(tmp_path, manifest, resume=False)
     for part in range(50):
         numbers = (2 * part, 2 * part + 1)
-        rows = parts_module.Rows([f"{i}.png" for i in numbers], features={"a": [np.full((1, 300), i) for i in numbers]})
+        rows = parts_module.Rows(manifest)
+        rows.add([f"{i}.png" for i in numbers], {"a": np.repeat(np.array([numbers]).T, 300, 1)})
         parts_module.write_part(tmp_path, part, manifest, rows, "")
     subprocess.run([sys.executable, "-c", FEW_FILES, str(tmp_path)], cwd=ROOT, check=True)
 

@@ -145,9 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, default=Path("data/cifar10"), help="folder of CIFAR-10 [%(default)s]")
     parser.add_argument("--download", action="store_true", help="let torchvision download CIFAR-10 into --data")
     parser.add_argument("--cifar100", type=Path, required=True, metavar="DIR", help="folder of CIFAR-100")
-    parser.add_argument(
-        "--photos", type=Path, metavar="DIR", help="folder of imagenette2-320 [not measured]"
-    )
+    parser.add_argument("--photos", type=Path, metavar="DIR", help="folder of imagenette2-320 [not measured]")
     parser.add_argument("--layer", help="layer that k-NN compares in [the recommended one]")
     options.add_output(parser, "runs/outliers")
     args = parser.parse_args(arguments)
