@@ -126,28 +126,19 @@ ALEXNET_PLACES205_PAPER = dataclasses.replace(
     note="the same settings on the images of Places205; for a GPU",
 )
 
-ALEXNET_TINYIMAGENET_CPU = Recipe(
-    name="alexnet-tinyimagenet-cpu",
+ALEXNET_PHOTOS_CPU = Recipe(
+    name="alexnet-photos-cpu",
     model="rotnet_alexnet",
     model_args=(("fc_size", 0),),
-    data="tinyimagenet",
-    image_size=64,
-    stages=(Stage(steps=5600, crop=96), Stage(steps=2400, crop=128)),
+    data="photos",
+    image_size=192,
+    stages=(Stage(steps=8000, crop=96), Stage(steps=2000, crop=128)),
     optimizer=Muon(lr=0.1),
     schedule=LinearSchedule(warmup=0.1),
     images_per_step=64,
     padding=0,
     scale=(0.35, 1.0),
     precision="auto",
-    note="about 90 minutes on 2 cores with native bf16",
-)
-
-ALEXNET_PHOTOS_CPU = dataclasses.replace(
-    ALEXNET_TINYIMAGENET_CPU,
-    name="alexnet-photos-cpu",
-    data="photos",
-    image_size=192,
-    stages=(Stage(steps=8000, crop=96), Stage(steps=2000, crop=128)),
     note="about 115 minutes on 2 cores with native bf16",
 )
 
@@ -166,7 +157,6 @@ RECIPES = {
         ALEXNET_IMAGENET_PAPER,
         ALEXNET_IMAGENET_AUTHORS,
         ALEXNET_PLACES205_PAPER,
-        ALEXNET_TINYIMAGENET_CPU,
         ALEXNET_PHOTOS_CPU,
         FOLDER,
     )

@@ -10,12 +10,12 @@ from conftest import ROOT
 from training.__main__ import main
 from training.evaluation import layers
 from training.evaluation.recipes import LAYER_PROBES
+from training.protocols import PROTOCOLS
 from training.recipes import RECIPES
 from training.reporting.pages import layer_table
 from training.reporting.rows import read_rows
 
 PAGE = (ROOT / "docs" / "imagenet.md").read_text()
-TINY = "tiny-imagenet-200"
 SMALL = {
     "pretrain": ["--device", "cpu", "--steps", "1", "--images-per-step", "2", "--size", "80", "--tracker", "none"],
     "probe-layers": ["--epochs", "1", "--size", "64", "--device", "cpu"],
@@ -44,23 +44,30 @@ def test_the_page(small_cifar10, tmp_path, monkeypatch):
     assert len(linear.read_text().splitlines()) == 5
 
 
-def test_the_commands_of_the_bundled_weights(small_tinyimagenet, small_cifar10, tmp_path, monkeypatch, capsys):
+def test_the_commands_of_the_bundled_weights(small_cifar10, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert small_tinyimagenet.name == TINY
-    shutil.copytree(small_cifar10, tmp_path / "data" / "cifar10")
+    sets = tmp_path / "SETS"
+    for name in ("imagenette2-320", "imagewoof2-320"):
+        shutil.copytree(small_cifar10 / "train", sets / name / "train")
+        shutil.copytree(small_cifar10 / "test", sets / name / "val")
+    places = sets / "miniplaces" / "data"
+    shutil.copytree(small_cifar10 / "train", places / "images" / "train")
+    files = sorted((places / "images").rglob("*.png"))
+    classes = sorted({file.parent for file in files})
+    listed = "".join(f"{file.relative_to(places / 'images')} {classes.index(file.parent)}\n" for file in files)
+    for name in ("train", "val"):
+        (places / f"{name}.txt").write_text(listed)
     for name, recipe in LAYER_PROBES.items():
-        monkeypatch.setitem(LAYER_PROBES, name, dataclasses.replace(recipe, batch_size=20, fc_size=16))
-    train, *probes, again = (shlex.split(command)[3:] for command in page_commands() if of_bundled_weights(command))
-    two_stages = ["--steps", "4"]
-    assert main([*train, *SMALL[train[0]], *two_stages]) == 0
-    assert (tmp_path / "runs" / "alexnet-tiny" / "model.safetensors").is_file()
+        monkeypatch.setitem(LAYER_PROBES, name, dataclasses.replace(recipe, batch_size=20))
+    monkeypatch.setitem(PROTOCOLS["linear-sgd"].recipes, "cpu", LAYER_PROBES["imagenet-linear-cpu"])
+    *probes, again = (shlex.split(command)[3:] for command in page_commands() if of_bundled_weights(command))
     for probe in probes:
         assert main([*probe, *SMALL[probe[0]]]) == 0
-    for output, measured in (("tiny", 5 + 2), ("cifar10", 5)):
+    for output in ("miniplaces", "imagenet20"):
         rows = (tmp_path / "runs" / "imagenet" / output / "rows.jsonl").read_text()
-        assert rows.count('"weights": "rotnet_alexnet.tinyimagenet"') == measured
-    assert again[0] == "check" and main([*again, "--only", "rotation"]) == 1
-    assert "measured other images (Tiny-ImageNet val, 80)" in capsys.readouterr().out
+        assert rows.count('"weights": "rotnet_alexnet.photos"') == 5
+    assert again[0] == "check" and main(again) == 1
+    assert "measured other images (MiniPlaces val, 40)" in capsys.readouterr().out
 
 
 def page_commands():
@@ -68,7 +75,7 @@ def page_commands():
 
 
 def of_bundled_weights(command):
-    return TINY in command or "cifar10" in command
+    return "SETS" in command
 
 
 def narrow(create_model):

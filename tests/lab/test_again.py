@@ -12,7 +12,7 @@ from training.transfer import classification, detection
 from training.transfer.recipes import CLASSIFICATIONS, VOC_CLASSIFICATION_CPU
 
 
-def row(weights="rotnet_alexnet.tinyimagenet", protocol="voc-classification-area", layer="all", **fields):
+def row(weights="rotnet_alexnet.photos", protocol="voc-classification-area", layer="all", **fields):
     return Row(weights, protocol, layer, 0.5, "measured", "VOC2007 test", **{"budget": "cpu", "seed": 2} | fields)
 
 
@@ -48,7 +48,7 @@ def test_the_options_are_those_of_the_row(tmp_path):
     module, args = transfer_arguments(row(layer="fc6-8"), source, tmp_path / "out")
     assert module is classification
     assert (args.model, args.random, args.layers, args.seed, args.budget) == (
-        "rotnet_alexnet.tinyimagenet", False, "fc6-8", 2, "cpu",
+        "rotnet_alexnet.photos", False, "fc6-8", 2, "cpu",
     )  # fmt: skip
     for tag, rescaled in (("random", False), ("random-rescaled", True)):
         module, args = transfer_arguments(row(f"rotnet_alexnet.{tag}", "voc-fast-rcnn-11-point"), source, tmp_path)

@@ -189,10 +189,10 @@ def test_the_size_is_what_stands_beside_the_weights(tmp_path):
 
 
 def test_random_weights_have_the_layers_of_the_bundled_ones(set_manifest):
-    entry = zoo.manifest()["rotnet_alexnet.tinyimagenet"]
+    entry = zoo.manifest()["rotnet_alexnet.photos"]
     set_manifest({NAME: zoo.manifest()[NAME]})
     assert subject.load_subject("rotnet_alexnet", random=True).backbone.head.fc_size == 4096
-    set_manifest({"rotnet_alexnet.tinyimagenet": entry})
+    set_manifest({"rotnet_alexnet.photos": entry})
     random = subject.load_subject("rotnet_alexnet", random=True)
     assert random.backbone.head.fc_size == 0 and random.size == 128
 

@@ -18,7 +18,7 @@ def test_the_facts_fit_the_network(name):
 
 def test_the_budgets_of_the_paper():
     assert network_facts("rotnet_nin").paper_rotated_images == 20_000_000
-    assert network_facts("rotnet_alexnet.tinyimagenet").paper_rotated_images == 153_740_040
+    assert network_facts("rotnet_alexnet.photos").paper_rotated_images == 153_740_040
 
 
 def test_bundled_weights_have_the_layer_of_their_network():

@@ -77,12 +77,12 @@ def test_info(run, released):
     status, error = run("info", "rotnet_nin.nope")
     assert status == 2 and "rotnet_nin.nope" in error and NAME in error
     assert "rotnet_alexnet" not in error, "only those of the network"
-    assert "rotnet_alexnet.tinyimagenet" in run("info", "nothing")[1]
+    assert "rotnet_alexnet.photos" in run("info", "nothing")[1]
 
 
 def test_a_models_name_means_its_default_tag(run, released, tmp_path, monkeypatch):
     assert run("info", "rotnet_nin", "--json")[1]["name"] == NAME
-    assert run("info", "rotnet_alexnet", "--json")[1]["name"] == "rotnet_alexnet.tinyimagenet"
+    assert run("info", "rotnet_alexnet", "--json")[1]["name"] == "rotnet_alexnet.photos"
     assert run("fetch", "rotnet_nin", "--json")[1] == run("fetch", NAME, "--json")[1]
     assert run("verify", "rotnet_nin", "--json") == run("verify", NAME, "--json")
     status, error = run("info", "rotnet_resnet18")

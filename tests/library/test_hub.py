@@ -81,7 +81,7 @@ def test_default_tag_and_named_tag_are_timms(offline):
     for model in (load("rotnet_nin"), load("rotnet_nin", weights="cifar10")):
         assert_state(model, expected)
     alexnet = load("rotnet_alexnet")
-    expected = timm.create_model("rotnet_alexnet.tinyimagenet", pretrained=True).state_dict()
+    expected = timm.create_model("rotnet_alexnet.photos", pretrained=True).state_dict()
     assert_state(alexnet, expected)
 
 

@@ -157,10 +157,10 @@ def assert_convolutions(model, state):
 
 
 def test_the_default_alexnet_is_its_bundled_convolutions(offline):
-    state = load_file(zoo.weights_file("rotnet_alexnet.tinyimagenet"))
+    state = load_file(zoo.weights_file("rotnet_alexnet.photos"))
     assert sum(tensor.numel() for tensor in state.values()) < 2_500_000
     published = timm.create_model("rotnet_alexnet", pretrained=True)
-    assert published.head.fc_size == 0 and published.pretrained_cfg["tag"] == "tinyimagenet"
+    assert published.head.fc_size == 0 and published.pretrained_cfg["tag"] == "photos"
     assert_state(published, state)
     tuned = timm.create_model("rotnet_alexnet", pretrained=True, num_classes=20)
     assert tuned.get_classifier().weight.shape == (20, 256)

@@ -1,7 +1,7 @@
 """ImageNet-style probes: classifiers on every layer of a frozen backbone, trained together on the same crops.
 
     python -m training probe-layers imagenet-linear-paper rotnet_alexnet.gidaris_in1k --data ILSVRC2012
-    python -m training probe-layers imagenet-linear-cpu rotnet_alexnet --dataset tinyimagenet --data DIR
+    python -m training probe-layers imagenet-linear-cpu rotnet_alexnet --dataset miniplaces --data DIR
     python -m training probe-layers imagenet-nonlinear-cpu rotnet_alexnet --random --layers conv4 --data DIR
 
 The images are a folder of train/<class>/* and val/<class>/* (ImageNet, Places205), one of the datasets below in its

@@ -132,7 +132,7 @@ IMAGENET_LINEAR_CPU = dataclasses.replace(
     milestones=(3, 6, 8),
     image_size=64,
     precision="auto",
-    note="tables 5 and 6 of the paper, in fewer epochs, for 64-pixel images",
+    note="tables 5 and 6 of the paper, in fewer epochs, for images of 64 to 146 pixels",
 )
 IMAGENET_NONLINEAR_CPU = dataclasses.replace(
     IMAGENET_NONLINEAR_PAPER,
@@ -142,7 +142,7 @@ IMAGENET_NONLINEAR_CPU = dataclasses.replace(
     milestones=(2, 3),
     image_size=64,
     precision="auto",
-    note="table 4 of the paper, in fewer epochs, for 64-pixel images",
+    note="table 4 of the paper, in fewer epochs, for images of 64 to 146 pixels",
 )
 LAYER_PROBES = {
     recipe.name: recipe

@@ -24,7 +24,6 @@ from training.reporting.rows import RESULTS_DIR
 
 DATA_NAMES = {
     "cifar10": "CIFAR-10, 50,000 training images (labels not used)",
-    "tinyimagenet": "Tiny-ImageNet, 100,000 training images, 64 x 64 pixels (labels not used)",
     "photos": "114,334 training photographs of Imagenette, Imagewoof, MiniPlaces and Caltech-101 (labels not used)",
 }
 

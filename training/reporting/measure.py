@@ -2,7 +2,7 @@
 
     python -m training measure rotnet_nin.cifar10 --data DIR
     python -m training measure rotnet_nin.cifar10 --data DIR --list
-    python -m training measure rotnet_alexnet.tinyimagenet --tinyimagenet DIR
+    python -m training measure rotnet_alexnet.photos --photos DIR --voc DIR --proposals FILE
     python -m training measure rotnet_nin.cifar10 --data DIR --only few-labels
 
 Rows of the published weights and of random ones are written to training/results/ as they are measured; run the same

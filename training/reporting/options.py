@@ -13,7 +13,6 @@ from training.reporting.rows import Row
 OPTIONS = {
     "cifar10": "data",
     "cifar100": "cifar100",
-    "tinyimagenet": "tinyimagenet",
     **dict.fromkeys(("miniplaces", "imagenet20", "imagenette", "imagewoof", "caltech101", "voc2007"), "photos"),
 }
 
@@ -22,7 +21,6 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that name folders of datasets."""
     parser.add_argument("--data", type=Path, default=Path("data/cifar10"), help="folder of CIFAR-10 [%(default)s]")
     parser.add_argument("--download", action="store_true", help="let torchvision download CIFAR-10 into --data")
-    parser.add_argument("--tinyimagenet", type=Path, metavar="DIR", help="folder tiny-imagenet-200 [not measured]")
     parser.add_argument(
         "--photos", type=Path, metavar="DIR",
         help="folder that contains imagenette2-320, imagewoof2-320, miniplaces, caltech101, VOCdevkit [not measured]",

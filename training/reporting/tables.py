@@ -97,30 +97,29 @@ def results_tables(rows: Sequence[Row], entries: Mapping[str, Mapping[str, Any]]
 
 
 def headline_tables(rows: Sequence[Row], entries: Mapping[str, Mapping[str, Any]]) -> str:
-    """The first tables of the README: of each network the data and the protocols that the paper has too."""
+    """The first tables of the README: of each network the data and protocols that it is first of all measured by."""
     bundled = {name: entry for name, entry in entries.items() if entry["source"] == "bundled"}
     tables = []
-    for data in dict.fromkeys(map(main_data, bundled)):
+    main = dict.fromkeys(map(main_data, bundled))
+    for data in main:
         own = {name: entry for name, entry in bundled.items() if main_data(name) == data}
-        measured = [row for name in own for row in select(rows, name) if not is_application(row)]
-        if all(row.protocol == "rotation" for row in measured):
-            tables += _rotation_tables(measured)
-            continue
         table = _results_table([row for row in rows if row.data == data], own, HEADLINE)
         models = " and ".join(f"`{model}`" for model in dict.fromkeys(map(model_of, own)))
         tables.append(f"{models} on {data_in_words(data)}:\n\n{table}")
-    return "\n\n".join(tables)
+    measured = [row for name in bundled for row in select(rows, name)]
+    return "\n\n".join([*tables, *_rotation_tables([row for row in measured if row.data not in main])])
 
 
 def _rotation_tables(rows: Sequence[Row]) -> list[str]:
-    """One table of rotation accuracies, a column for each dataset; no table without rows."""
+    """One table of rotation accuracies, a column for each dataset; no table without any."""
+    rows = [row for row in rows if row.protocol == "rotation"]
     if not rows:
         return []
     data = list(dict.fromkeys(row.data for row in rows))
     names = dict.fromkeys(row.weights for row in rows)
     cells = {(row.weights, row.data): percent(row) for row in rows}
     lines = [(f"`{name}`", *(cells.get((name, one), "") for one in data)) for name in names]
-    return [f"Rotation accuracy on held-out photographs:\n\n{markdown_table(('weights', *data), lines)}"]
+    return [f"Rotation accuracy on other held-out photographs:\n\n{markdown_table(('weights', *data), lines)}"]
 
 
 def _results_table(rows: Sequence[Row], bundled: Mapping[str, Mapping[str, Any]], ids: Iterable[str]) -> str:

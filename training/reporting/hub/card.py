@@ -21,7 +21,7 @@ from training.reporting.tables import evaluation_lines, select
 from training.reporting.transfers import is_transfer, transfer_lines
 
 CARD_TEMPLATE = Path(__file__).parent / "card.md"
-HUB_DATASETS = {"CIFAR-10": "cifar10", "Tiny-ImageNet": "zh-plus/tiny-imagenet"}
+HUB_DATASETS = {"CIFAR-10": "cifar10"}
 
 
 def card_text(
