@@ -198,7 +198,7 @@ def test_nothing_reported_is_not_nothing_broken(tmp_path, small_cifar10, capsys,
     assert run(tmp_path, small_cifar10, "--only", "knn") == 1
     # rotation, k-NN and linear probes, three seeds of two other probes, two fine-tuned, two of five numbers of labels,
     # and outliers
-    assert capsys.readouterr().out.count("has no row") == 2 * (1 + 2 * 4 + 3 * 4 + 3) + 2 + 2 * 5 + 13
+    assert capsys.readouterr().out.count("has no row") == 2 * (1 + 2 * 4 + 3 * 4 + 3) + 2 + 2 * 5 + 17
 
 
 def test_what_is_not_there_is_bad_input(results, tmp_path, capsys):
@@ -368,7 +368,7 @@ def test_missing_rows_by_hand():
     ]
     missing = [r.number for r in missing_rows(rows, NAME)]
     assert "rotnet_nin.cifar10 rotation accuracy" in missing and "rotnet_nin.random rotation accuracy" in missing
-    outliers = 3 * 2 * 2 + 1
+    outliers = 4 * 2 * 2 + 1
     assert len(missing) == 2 * (1 + 2 + 4 + 3 * 4 + 3) + 2 + 2 * 5 + outliers
     assert not [number for number in missing if "k-NN block1" in number]
     # AlexNet's layers are measured on photographs: other data do not count

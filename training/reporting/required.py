@@ -51,7 +51,7 @@ NIN_ON_OUTLIERS = (
     Required(CIFAR10, "one-class-knn", layers=("block2",), of=(PUBLISHED,)),
     *(
         Required(data, f"outliers-{score}{kind}", layers=layers, of=(PUBLISHED,))
-        for data in ("CIFAR-100 test", "Gaussian noise", "uniform noise")
+        for data in ("CIFAR-100 test", "Imagenette val", "Gaussian noise", "uniform noise")
         for score, layers in (("rotation", ("",)), ("knn", ("block2",)))
         for kind in ("", "-fpr95")
     ),
