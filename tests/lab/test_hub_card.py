@@ -48,6 +48,7 @@ def folder_with_photo(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_every_snippet_of_the_card_runs(hub, weights_dir, folder_with_photo, tmp_path):
     text = publish_files(hub, REPOSITORY, "--weights", NAME)["README.md"].decode()
     snippets = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
@@ -139,6 +140,7 @@ def test_a_refused_card_is_an_error_before_anything_is_created(
     assert not hub.repositories and not hub.uploads
 
 
+@pytest.mark.slow
 def test_an_onnx_file_of_another_exporter_is_kept(hub, weights_dir):
     files = publish_files(hub, REPOSITORY, "--weights", NAME)
     hub.commit(REPOSITORY, {"onnx/model.onnx": files["onnx/model.onnx"] + b"\xba\x06\x03abc"})  # an unknown field

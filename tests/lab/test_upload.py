@@ -125,6 +125,7 @@ def test_twice_uploads_nothing_new(hub, weights_dir):
     assert manifest_of(weights_dir) == told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", ["preupload", "objects/batch", "/commit/", "resolve/.*golden", "/tag/"])
 def test_interrupted_anywhere_and_run_again(hub, weights_dir, step, capsys):
     before = (weights_dir / "manifest.json").read_bytes()

@@ -260,8 +260,8 @@ def embedding_line(measured: Mapping[str, Any]) -> str:
     """What README says of :func:`embedding_text`."""
     rates = measured["images_per_second"]
     return (
-        f"On {measured['threads']} threads, the second form has {rates['ours'] / rates['timm']:.2f} times the speed of"
-        f" timm's loader and `forward_features` ({measured['images']:,} photographs, `{measured['model']}`)."
+        f"On {measured['threads']} threads, the second command has {rates['ours'] / rates['timm']:.2f} times the speed"
+        f" of timm's loader and `forward_features` ({measured['images']:,} photographs, `{measured['model']}`)."
     )
 
 
