@@ -80,8 +80,8 @@ class Manifest:
 class Rows:
     """The rows of a part as they come, and of the next part in the same memory.
 
-    Features that were kept batch by batch would lie between the network's large blocks, which could then not be used
-    again: the process would grow with every part.
+    Features that were kept batch by batch would lie between the network's large blocks, of which fewer could be used
+    again.
     """
 
     def __init__(self, manifest: Manifest) -> None:

@@ -1,7 +1,7 @@
 """Measure how accurately a rotation head predicts which way up photographs are, and for how many it is confident.
 
     python -m training orientation rotnet_alexnet.photos --photos DIR
-    python -m training orientation rotnet_alexnet.photos --photos DIR --fit --size 192
+    python -m training orientation rotnet_alexnet.photos --photos DIR --fit --size 160
 
 DIR contains imagenette2-320, imagewoof2-320, caltech101 and VOCdevkit. Whole photographs are processed as in
 `rotation-ssl orient`. --fit fits, on Imagewoof val and Caltech-101 test, the temperature that calibrates the
@@ -172,7 +172,7 @@ def calibration_of(subject: Subject) -> dict[str, float]:
     found = zoo.manifest().get(subject.name, {}).get("orientation")
     if not found:
         raise ValueError(f"no temperature is known for {subject.name}: give --fit first")
-    return {"size": subject.size, **found}
+    return dict(found)
 
 
 def fit_calibration(subject: Subject, root: Path, size: int) -> dict[str, float]:
@@ -180,10 +180,10 @@ def fit_calibration(subject: Subject, root: Path, size: int) -> dict[str, float]
     parts = {DATASETS[name].name: picture_logits(subject, photo_list(name, root), size) for name in FITTED_ON}
     logits = [each for part in parts.values() for each in part]
     temperature = fit_temperature(logits)
-    for name, part in parts.items():
-        right = answers(part, temperature).rotation == UPRIGHT
-        print(f"{name}, {size} pixels: {right.double().mean():.2%} correct")
     found = answers(logits, temperature)
+    right = (found.rotation == UPRIGHT).double().split([len(part) for part in parts.values()])
+    for name, own in zip(parts, right, strict=True):
+        print(f"{name}, {size} pixels: {own.mean():.2%} correct")
     thresholds = {field: fit_threshold(found, precision) for field, (precision, _) in PRECISIONS.items()}
     return {"size": size, "temperature": round(temperature, 6), **thresholds}
 
