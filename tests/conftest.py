@@ -5,6 +5,7 @@ so no test can reach the real one.
 """
 
 import dataclasses
+import hashlib
 import importlib
 import json
 import os
@@ -34,6 +35,7 @@ import pytest
 import timm
 import torch
 from hypothesis import settings
+from safetensors.torch import save
 
 import rotation_ssl  # noqa: F401  registers the models with timm
 from rotation_ssl import zoo
@@ -51,6 +53,7 @@ DATA = Path(__file__).parent / "data"
 ARCHIVE = DATA / "CIFAR10_RotNet_NIN4blocks.tar.gz"  # of the authors' release
 SAMPLES = ROOT / "rotation_ssl" / "samples"
 MODELS = timm.list_models("rotnet_*")
+EXPORTED: dict[str, bytes] = {}  # ONNX files by the sha256 of their weights
 WITHOUT_WEIGHTS = [model for model in MODELS if not timm.get_pretrained_cfg(model).has_weights]
 
 
@@ -153,6 +156,21 @@ def public_address(monkeypatch):
 
     for module in (card, upload):
         monkeypatch.setattr(module, "REPOSITORY", "ORG/rotation_ssl")
+
+
+@pytest.fixture
+def export_once(monkeypatch):
+    """Publications reuse the first ONNX export of a network, which takes seconds."""
+    from training.reporting.hub import files
+
+    def exported(network, *arguments):
+        key = hashlib.sha256(save(network.state_dict())).hexdigest()
+        if key not in EXPORTED:
+            EXPORTED[key] = export(network, *arguments)
+        return EXPORTED[key]
+
+    export = files.onnx_file
+    monkeypatch.setattr(files, "onnx_file", exported)
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from safetensors.torch import load, load_file
 from torch import nn
 
 from rotation_ssl.convert import Converted, write_folder
+from training.export import onnx_file
 from training.reporting import publish
 from training.reporting.hub import card
 
@@ -62,6 +63,7 @@ def test_every_snippet_of_the_card_runs(hub, weights_dir, folder_with_photo, tmp
     assert all(label in out for label in ("upright", "90° ccw", "180°", "90° cw"))
 
 
+@pytest.mark.usefixtures("export_once")
 def test_the_card_opens_with_the_import(hub, weights_dir):
     text = publish_files(hub, REPOSITORY, "--weights", NAME)["README.md"].decode()
     _, _, body = text.split("---\n", 2)
@@ -87,6 +89,13 @@ def test_onnx_gives_the_logits_of_the_model(hub, weights_dir, name):
     assert str(ROOT).encode() not in files["onnx/model.onnx"]
 
 
+def test_the_same_network_gives_the_same_onnx_file():
+    network = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Flatten(), nn.Linear(5 * 6 * 6, 4)).eval()
+    first, again = (onnx_file(network, torch.zeros(2, 3, 8, 8), "images", ["logits"]) for _ in range(2))
+    assert first == again
+
+
+@pytest.mark.usefixtures("export_once")
 def test_labels_and_metadata(hub, weights_dir):
     files = publish_files(hub, REPOSITORY, "--weights", NAME)
     assert json.loads(files["config.json"])["label_names"] == ["upright", "90° ccw", "180°", "90° cw"]
@@ -124,6 +133,7 @@ def test_timm_alone_loads_a_resnet(hub, weights_dir, tmp_path):
     assert loaded.keys() == state.keys() and all(torch.equal(loaded[key], state[key]) for key in state)
 
 
+@pytest.mark.usefixtures("export_once")
 @pytest.mark.parametrize(
     ("metadata", "status", "message"),
     [("model-index: [{name: x, results: [{task: 1}]}]", 200, "Invalid `model_index`"), ("license: no", 400, "as told")],

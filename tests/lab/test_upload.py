@@ -22,7 +22,7 @@ from training.reporting.hub.weights import Upload
 from training.reporting.rows import read_rows
 
 pytestmark = [
-    pytest.mark.usefixtures("public_address"),
+    pytest.mark.usefixtures("public_address", "export_once"),
     # the Hub's client, with its own HTTP library
     pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),
 ]
