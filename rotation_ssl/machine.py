@@ -15,7 +15,9 @@ import rotation_ssl
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 
 # for the commands' --help
-TURN_OFF = "On Linux this makes glibc keep large memory blocks, which is faster; ROTATION_SSL_MALLOPT=0 disables it."
+TURN_OFF = (
+    "On Linux this command makes glibc keep large memory blocks, for speed; ROTATION_SSL_MALLOPT=0 disables this."
+)
 CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 

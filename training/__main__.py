@@ -1,4 +1,4 @@
-"""Research code of rotation_ssl: train, evaluate, check and publish weights.
+"""Research code for rotation_ssl: train, evaluate, check and publish weights.
 
 Run `python -m training COMMAND --help` for the options of a command.
 """

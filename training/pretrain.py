@@ -6,7 +6,7 @@
 DIR is the folder of the recipe's dataset, for example CIFAR-10 as train/<class>/*.png; --download downloads it.
 --dataset selects another one: a folder of images, or a dataset of timm. If the resized images fit into half of the
 free memory they are decoded once; otherwise --workers processes decode them as they are needed. Broken images are
-skipped and named. A GPU is used if there is one; several processes share the images of a step.
+skipped and listed. A GPU is used if there is one; several processes share the images of a step.
 
 The output folder gets a checkpoint every few minutes, of which the last two are kept, and at the end a model that
 timm.create_model("local-dir:OUTPUT", pretrained=True) loads (model.safetensors, config.json), run.json (recipe, images,

@@ -5,18 +5,18 @@
     rotation-ssl fetch NAME                    download weights, verify and cache them
     rotation-ssl verify [NAME | FILE]          verify the weights on this machine
     rotation-ssl convert FILE -o FOLDER        convert another project's checkpoint
-    rotation-ssl features IMAGES -o FILE       extract features of a folder of images
-    rotation-ssl features IMAGES -o FOLDER/    extract features of millions of images, in parts
-    rotation-ssl neighbours FOLDER PICTURE     find the images most similar to PICTURE, by features in FOLDER/
+    rotation-ssl features IMAGES -o FILE       extract features from a folder of images
+    rotation-ssl features IMAGES -o FOLDER/    extract features from millions of images, in parts
+    rotation-ssl neighbours FOLDER PICTURE     find the images most similar to PICTURE, using the features in FOLDER/
     rotation-ssl orient PICTURES               find out which way up photos are, and turn them
     rotation-ssl outliers IMAGES -o FILE       rank images by how little they resemble normal ones
     rotation-ssl evaluate MODEL --data FOLDER --output DIR
                                                evaluate every layer with k-NN and probes on labelled images
     rotation-ssl pretrain --data IMAGES        pretrain a backbone on your own images
 
-NAME is that of published weights, such as rotnet_nin.cifar10; rotnet_nin selects its default tag. Exit status: 0 for
-success, 1 if weights fail verification or images were skipped, 2 for invalid input or weights that could not be loaded,
-130 if interrupted.
+NAME is the name of published weights, such as rotnet_nin.cifar10; rotnet_nin selects its default tag. Exit status: 0
+for success, 1 if weights fail verification or images were skipped, 2 for invalid input or weights that could not be
+loaded, 130 if interrupted.
 """
 
 import argparse

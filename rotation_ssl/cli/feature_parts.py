@@ -30,12 +30,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this form; those that are not given are None."""
     parts = parser.add_argument_group("features in parts (-o FOLDER/)")
     parts.add_argument("--engine", choices=ENGINES, help="this machine, or a Ray cluster [local]")
-    parts.add_argument("--address", metavar="HOST:PORT", help="Ray cluster [a new one, of this machine]")
+    parts.add_argument("--address", metavar="HOST:PORT", help="Ray cluster [a new one on this machine]")
     parts.add_argument(
-        "--shard-size", type=positive, metavar="N", help=f"images in a part [{DEFAULTS['shard_size']}; of a tar, all]"
+        "--shard-size",
+        type=positive,
+        metavar="N",
+        help=f"images in a part [{DEFAULTS['shard_size']}; for a tar: all]",
     )
     parts.add_argument(
-        "--workers", type=_whole, metavar="N", help="decoding processes [one for each CPU; --engine ray: none]"
+        "--workers", type=_whole, metavar="N", help="decoding processes [one for each CPU; none with --engine ray]"
     )
     add_precision_argument(parser, "auto; FOLDER/ only")
     parts.add_argument("--dtype", choices=DTYPES, help="type of the stored features [float32]")

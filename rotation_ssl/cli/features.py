@@ -35,13 +35,13 @@ Formats, by the suffix of FILE:
     .csv          a row for each image: 'file', then the columns LAYER_0, LAYER_1, ... of each layer;
                   pandas.read_csv(FILE, index_col="file") reads it
 
-File names are relative to IMAGES, in the order of the rows. Broken images are skipped and named, and the exit status is
-then 1. With --strict, the first broken image is an error and nothing is written.
+File names are relative to IMAGES, in the order of the rows. Broken images are skipped and listed, and the exit status
+is then 1. With --strict, the first broken image is an error and nothing is written.
 
 If the output is a folder (-o FOLDER/, or a name without a suffix), features are written in parts, for any number of
 images:
     manifest.json, part-00000.parquet, part-00001.parquet, ..., and errors.parquet with the broken images
-IMAGES may then also be tar files, '{{000..999}}.tar'; parquet files with a column of bytes or a column 'path'; or a URL
+IMAGES may then also be tar files, '{{000..999}}.tar'; parquet files with a column of bytes or a 'path' column; or a URL
 that fsspec opens. Parts that exist are complete, and --resume continues an interrupted run. --format is parquet, npy or
 safetensors; with npy and safetensors, part-00000.parquet has the paths of part 0, and so on. Writing parts requires the
 `scale` extra.
@@ -52,7 +52,7 @@ safetensors; with npy and safetensors, part-00000.parquet has the paths of part 
 
 def add(commands: Any) -> None:
     """Add the command."""
-    added = add_command(commands, "features", run, "extract features of a folder of images", DETAILS)
+    added = add_command(commands, "features", run, "extract features from a folder of images", DETAILS)
     added.add_argument("images", metavar="IMAGES", help="folder of images, searched recursively; see above")
     added.add_argument("-o", "--output", required=True, metavar="FILE", help="output file, or FOLDER/ for parts")
     added.add_argument(

@@ -38,11 +38,10 @@ leaving it alone.
 
 Without --apply, no picture is changed; --apply needs either -o DIR or --in-place. --apply exif writes the EXIF
 orientation of JPEG, PNG, WebP and TIFF files; all other bytes stay the same. --apply pixels turns the pixels and
-removes the orientation; this encodes JPEG files again. HEIC files are never written, and in folders they are skipped
-unless pillow-heif is installed. The pictures that need turning are written to the folder -o DIR, or replaced with
---in-place.
+removes the orientation; this re-encodes JPEG files. HEIC files are never written, and in folders they are skipped
+unless pillow-heif is installed. Pictures that need turning are written to DIR (-o DIR) or overwritten (--in-place).
 
-Pictures that cannot be read or written are named and skipped, and the exit status is then 1.
+Pictures that cannot be read or written are skipped and listed, and the exit status is then 1.
 """
 
 
@@ -72,7 +71,7 @@ def add(commands: Any) -> None:
     out.add_argument("--csv", type=Path, metavar="FILE", help="write the table to a CSV file")
     added.add_argument("--apply", choices=("exif", "pixels"), help="how to turn the pictures that need turning")
     where = added.add_mutually_exclusive_group()
-    where.add_argument("-o", "--output", type=Path, metavar="DIR", help="folder of the fixed pictures")
+    where.add_argument("-o", "--output", type=Path, metavar="DIR", help="folder for the fixed pictures")
     where.add_argument("--in-place", action="store_true", help="replace the pictures")
     added.add_argument("--keep-times", action="store_true", help="keep the modification times of fixed pictures")
     added.add_argument(

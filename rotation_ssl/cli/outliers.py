@@ -28,7 +28,7 @@ With --normal the score is the cosine distance to the Nth nearest normal image i
 how unsure the network is which way up the image is, which needs a network with four outputs. Higher means more
 outlying. FILE gets a row for each image, the most outlying first; --sheet draws the first 30.
 
-Images that cannot be read are named and skipped, and the exit status is then 1.
+Images that cannot be read are skipped and listed, and the exit status is then 1.
 """
 
 

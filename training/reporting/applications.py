@@ -67,13 +67,13 @@ def outliers_table(rows: Sequence[Row]) -> str:
 
 def one_class_line(rows: Sequence[Row]) -> str:
     """The mean AUROC of one-class detection: ours, then those of networks that were trained for it."""
-    told = "One class of CIFAR-10 against the other nine, mean AUROC over the classes"
+    told = "With one class of CIFAR-10 as normal and the other nine as outliers, the mean AUROC over the classes is"
     own = [f"{percent(row)} by k-NN (`{row.weights}`)" for row in rows if row.protocol == "one-class-knn"]
     quoted = [f"{percent(row)} ({row.source.split(' (')[0]})" for row in rows if row.protocol == "one-class-rotation"]
     if not own:
         return ""
-    beside = f" Rotation networks trained for each class: {'; '.join(quoted)}." if quoted else ""
-    return f"{told}: {'; '.join(own)}. This network was trained on all ten classes.{beside}"
+    beside = f" Rotation networks trained for each class reach {'; '.join(quoted)}." if quoted else ""
+    return f"{told} {'; '.join(own)}. This network was trained on all ten classes.{beside}"
 
 
 def orientation_line(rows: Sequence[Row]) -> str:

@@ -4,13 +4,13 @@
     python -m training check --data DIR
     python -m training check --data DIR --only knn linear --weights rotnet_nin.cifar10
 
-DIR is the folder of CIFAR-10. Numbers of other datasets are measured if their folder is given, and are otherwise listed
-as not measured. The sha256 and the golden outputs of the weights, and the rows, are always checked first. --quick takes
-minutes: it measures rotation accuracy and k-NN accuracy of the bundled weights on the first fifth of the test images.
-Without it every row of bundled and random weights (training/results/*.jsonl) on the given data is measured, and the
-command first prints how long this took on the machine where the reported numbers were measured. The exit status is 1 if
-a number does not match, if a row was edited or is missing, or if the weights are not those that were measured; 2 if the
-data or the device is missing.
+DIR is the folder of CIFAR-10. Numbers for other datasets are measured if their folder is given, and are otherwise
+listed as not measured. The sha256 and the golden outputs of the weights, and the rows, are always checked first.
+--quick takes minutes: it measures rotation accuracy and k-NN accuracy of the bundled weights on the first fifth of the
+test images. Without it every row of bundled and random weights (training/results/*.jsonl) on the given data is
+measured, and the command first prints how long this took on the machine where the reported numbers were measured. The
+exit status is 1 if a number does not match, if a row was edited or is missing, or if the weights are not those that
+were measured; 2 if the data or the device is missing.
 
 A number matches if it is within its tolerance. If nothing is trained, the predictions may differ on at most one image
 in a thousand, to allow for different hardware. If a probe is trained, the tolerance is three standard deviations over
@@ -176,7 +176,7 @@ def _difference(row: Row, new: Row) -> str:
 def build_parser() -> argparse.ArgumentParser:
     """The command's options."""
     parser = create_parser("check", __doc__)
-    parser.add_argument("--quick", action="store_true", help="check a part of the numbers, in minutes")
+    parser.add_argument("--quick", action="store_true", help="check some of the numbers, in minutes")
     add_only(parser)
     parser.add_argument("--weights", nargs="+", metavar="NAME", help="check the numbers of these weights [all]")
     add_data_arguments(parser)

@@ -34,7 +34,7 @@ def add_only(parser: argparse.ArgumentParser) -> None:
     """Add the option that chooses protocols."""
     parser.add_argument(
         "--only", nargs="+", choices=PROTOCOLS, metavar="ID",
-        help="protocols, such as rotation, knn, linear-sgd or voc-segmentation; a wrong one lists all [all]",
+        help="protocols, such as rotation, knn, linear-sgd or voc-segmentation; an unknown one lists them [all]",
     )  # fmt: skip
 
 

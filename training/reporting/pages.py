@@ -130,7 +130,8 @@ def default_weights(entries: Mapping[str, Any]) -> str:
 def elsewhere(entries: Mapping[str, Any]) -> str:
     """One line for each of the weights that are not in the wheel."""
     return "\n".join(
-        f"- `{name}`: {entry['origin']}; {entry['data']}; {_address(entry)}; {entry['license'].upper()} licence."
+        f"- `{name}` was pretrained on {entry['data']}. It comes from {entry['origin']}."
+        f" {entry['license'].upper()} licence; {_address(entry)}"
         for name, entry in entries.items()
         if entry["source"] != "bundled"
     )
@@ -260,8 +261,8 @@ def embedding_line(measured: Mapping[str, Any]) -> str:
     """What README says of :func:`embedding_text`."""
     rates = measured["images_per_second"]
     return (
-        f"On {measured['threads']} threads, the second command has {rates['ours'] / rates['timm']:.2f} times the speed"
-        f" of timm's loader and `forward_features` ({measured['images']:,} photographs, `{measured['model']}`)."
+        f"On {measured['threads']} threads, the second command is {rates['ours'] / rates['timm']:.2f} times as fast"
+        f" as timm's loader and `forward_features` ({measured['images']:,} photographs, `{measured['model']}`)."
     )
 
 
