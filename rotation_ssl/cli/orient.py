@@ -219,7 +219,7 @@ def _summary(counts: dict[str, int], args: argparse.Namespace, threshold: float)
 
 def _threshold(chosen: float | None, model: str) -> float:
     if chosen is None:
-        raise ValueError(f"no threshold is known for {model}: give --threshold, a confidence of 0.25 to 1")
+        raise ValueError(f"no threshold is known for {model}: give --threshold, a confidence of 0 to 1")
     if not 0 <= chosen <= 1:
         raise ValueError(f"--threshold must be 0 to 1, got {chosen}")
     return chosen

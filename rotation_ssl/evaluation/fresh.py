@@ -4,12 +4,14 @@ This is the paper's protocol. Nothing is stored but the probes: memory does not 
 """
 
 import dataclasses
+import hashlib
 import io
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+from safetensors.torch import save
 from torch import nn
 from torch.nn import functional as F
 
@@ -128,8 +130,8 @@ def _shared(heads: Sequence[Head]) -> ProbeRecipe:
 
 def _identity(frozen: Frozen, train: LabelledImages, heads: Sequence[Head], seed: int) -> str:
     """All that decides the probes but machine and library versions, in one line."""
-    first = next(frozen.backbone.parameters()).detach().double()
-    weights = f"{type(frozen.backbone).__name__} {first.sum().item()!r} {first.square().sum().item()!r}"
+    state = {name: tensor.cpu().contiguous() for name, tensor in frozen.backbone.state_dict().items()}
+    weights = f"{type(frozen.backbone).__name__} {hashlib.sha256(save(state)).hexdigest()}"
     data = f"{tuple(train.images.shape)} {int(train.images.long().sum())} {int(train.labels.sum())}"
     trained = "; ".join(f"{head.name} {head.recipe}" for head in heads)
     return f"{weights}, {frozen.size} pixels, features in {frozen.precision}, images {data}, seed {seed}: {trained}"

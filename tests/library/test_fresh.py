@@ -1,5 +1,6 @@
 """Probes on new crops every epoch: trained together as each alone, resumable, in memory that does not grow."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -96,7 +97,11 @@ def test_a_checkpoint_of_other_probes_images_or_weights_is_refused_and_kept(froz
     content = file.read_bytes()
     longer = dataclasses.replace(RECIPE, epochs=9)
     torch.manual_seed(1)
+    # the same first layer
+    deeper = copy.deepcopy(frozen.backbone)
+    list(deeper.parameters())[-1].data += 1
     others = [
+        (dataclasses.replace(frozen, backbone=deeper), images, heads(), 0),
         (frozen, images, heads(longer), 0),
         (frozen, images, heads(), 1),
         (frozen, images.subset(torch.arange(10)), heads(), 0),
