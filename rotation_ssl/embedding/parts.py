@@ -221,13 +221,11 @@ def write_part(folder: Path, number: int, manifest: Manifest, rows: Rows, digest
     table = pyarrow.table(columns).replace_schema_metadata({"shard": digest})
     try:
         _write_errors(folder, number, rows.errors)
+        # what made these features goes before what tells that they are there
+        replace_file(folder / f"{part_name(number)}.parquet", lambda file: parquet.write_table(table, file))
         if manifest.format != "parquet":
             path = folder / f"{part_name(number)}.{manifest.format}"
-            # what made these features goes before what tells that they are there
-            replace_file(folder / f"{part_name(number)}.parquet", lambda file: parquet.write_table(table, file))
             replace_file(path, lambda file: _write_arrays(file, manifest.format, arrays))
-        else:
-            replace_file(folder / f"{part_name(number)}.parquet", lambda file: parquet.write_table(table, file))
     except OSError as error:
         reason = error.strerror or str(error)
         raise OSError(
