@@ -11,7 +11,6 @@ from PIL import Image, ImageDraw
 from rotation_ssl.cli.features import file_name, read_batches
 from rotation_ssl.cli.options import add_command, positive
 from rotation_ssl.embedding.backbone import load_model, recommended_layer
-from rotation_ssl.features import extract_features
 from rotation_ssl.files import replace_file, write_csv
 from rotation_ssl.images import find_images, read_image, square
 from rotation_ssl.messages import counted, printable, some
@@ -70,8 +69,7 @@ def run(args: argparse.Namespace) -> int:
     detector = RotationOutlierDetector(model, score, layer, args.neighbours)
     broken: dict[Path, str] = {}
     if normal:
-        batches = read_batches(model, normal, BATCH, broken)
-        detector.fit_features(torch.cat([extract_features(model, batch, [layer])[layer] for batch in batches]))
+        detector.fit(read_batches(model, normal, BATCH, broken))
     scores = [detector.predict(batch.to(args.device)) for batch in read_batches(model, images, BATCH, broken)]
     read = [file for file in images if file not in broken]
     if not read:

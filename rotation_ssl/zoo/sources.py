@@ -263,7 +263,7 @@ def _fetch_release(name: str, entry: dict[str, Any], file: Path, record: Path, a
         converted = convert(read_checkpoint(archive, content=downloaded))
         if converted.model != name.split(".", 1)[0]:
             raise ValueError(f"{entry['url']} contains a {converted.model}, not {name}; nothing was kept")
-        content = save({key: tensor.contiguous() for key, tensor in converted.state_dict.items()})
+        content = save(converted.state_dict)
         provenance = {
             "name": name,
             "url": entry["url"],
