@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from rotation_ssl.images import image_suffixes
+from rotation_ssl.images import is_image_name
 from rotation_ssl.messages import first_line, some
 
 __all__ = ["expand_braces", "tar_members"]
@@ -135,13 +135,7 @@ class Member(tarfile.TarInfo):
 
 def is_image_member(member: tarfile.TarInfo) -> bool:
     """Whether a member is a regular file with an image's suffix, whose name does not begin with a dot."""
-    path = PurePosixPath(member.name)
-    return (
-        member.isreg()
-        and not member.issparse()
-        and not path.name.startswith(".")
-        and path.suffix.lower() in image_suffixes()
-    )
+    return member.isreg() and not member.issparse() and is_image_name(PurePosixPath(member.name).name)
 
 
 def _read(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
