@@ -175,32 +175,22 @@ def _cached_numbers(
     frozen: Frozen, images: Images, measurements: Sequence[Measurement], grid: int, precision: str | None
 ) -> Iterator[Found]:
     """Each measurement on the features of one pass, layer by layer."""
-    layers = list(dict.fromkeys(m.layer for m in measurements))
+    layers, train = list(dict.fromkeys(m.layer for m in measurements)), images.train
     views, test_maps = _cache(frozen, images, layers, grid, max(m.inputs[0] for m in measurements))
     for layer in layers:
         maps, tested = [view.pop(layer) for view in views], test_maps.pop(layer)
         for measurement in (m for m in measurements if m.layer == layer):
             started = time.monotonic()
-            predictions, settings, strength = _measure(frozen, measurement, images.train, maps, tested, precision)
-            yield dataclasses.replace(measurement, strength=strength), predictions, settings, time.monotonic() - started
+            if measurement.protocol == "linear":
+                predictions, settings, strength = _linear_probe(train, maps[0], tested, measurement.strength)
+                measurement = dataclasses.replace(measurement, strength=strength)
+            elif measurement.protocol == "knn":
+                predictions, settings = _nearest(train, maps[0], tested)
+            else:
+                predictions, settings = _cached_probe(frozen, measurement, train, maps, tested, precision)
+            yield measurement, predictions, settings, time.monotonic() - started
         # gigabytes, which the next layers do not need
         del maps, tested
-
-
-def _measure(
-    frozen: Frozen,
-    measurement: Measurement,
-    train: LabelledImages,
-    maps: list[torch.Tensor],
-    test: torch.Tensor,
-    precision: str | None,
-) -> tuple[torch.Tensor, str, float | None]:
-    """Predictions, settings, and the strength of a linear probe, chosen or given."""
-    if measurement.protocol == "linear":
-        return _linear_probe(train, maps[0], test, measurement.strength)
-    if measurement.protocol == "knn":
-        return (*_nearest(train, maps[0], test), measurement.strength)
-    return (*_cached_probe(frozen, measurement, train, maps, test, precision), measurement.strength)
 
 
 def _cache(
