@@ -22,9 +22,8 @@ from torchvision.transforms.v2 import functional as TF
 import rotation_ssl  # noqa: F401  registers the models with timm
 from rotation_ssl.features import attention_map, extract_features
 from rotation_ssl.images import read_image
+from rotation_ssl.zoo.golden import SAMPLES_DIR
 
-SAMPLES_DIR = Path(__file__).parent / "samples"
-NEEDS_MATPLOTLIB = "needs matplotlib: pip install 'rotation-ssl[demo]'"
 POWERS = {"block1": 1.0, "block2": 2.0, "block3": 4.0}
 
 
@@ -57,21 +56,13 @@ def draw(
     maps: dict[str, torch.Tensor],
     file: Path,
 ) -> None:
-    """Draw each image as given, rotated back by the prediction, and its attention maps.
+    """Draw each image as given, rotated back by the prediction, and its attention maps; this needs matplotlib."""
+    from matplotlib.figure import Figure
 
-    Raises:
-        ValueError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError(f"the figure {NEEDS_MATPLOTLIB}") from error
     columns = 3 if len(squares) > 15 else 1
     rows = -(-len(squares) // columns)
     pictures = 2 + len(maps)
     figure = Figure(figsize=(columns * (pictures * 0.95 + 0.3), rows * 1.12 + 0.6), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = np.atleast_2d(figure.subplots(rows, columns * pictures))
     for axis in axes.flat:
         axis.axis("off")
@@ -117,7 +108,7 @@ def show(files: list[Path], turns: list[int] | None, figure: Path) -> None:
         print(f"{right} of {len(files)} predictions correct (chance is a quarter)")
     print(f"features of each image: {shapes}")
     if find_spec("matplotlib") is None:
-        print(f"no figure: it {NEEDS_MATPLOTLIB}")
+        print("no figure: it needs matplotlib: pip install 'rotation-ssl[demo]'")
         return
     size = (batch.shape[-2], batch.shape[-1])
     maps = {layer: attention_map(features[layer], power, size) for layer, power in POWERS.items()}

@@ -1,8 +1,9 @@
-"""Write files completely or not at all, and hash them."""
+"""Write files completely or not at all, write tables, and hash files."""
 
+import csv
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 
@@ -36,6 +37,14 @@ def replace_file(file: Path, write: Callable[[Path], object]) -> None:
 def replace_bytes(file: Path, content: bytes) -> None:
     """:func:`replace_file` with the content given."""
     replace_file(file, lambda path: path.write_bytes(content))
+
+
+def write_csv(file: Path, header: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
+    """Write a table. File names in it need not be text: their bytes are written as they are."""
+    with file.open("w", newline="", encoding="utf-8", errors="surrogateescape") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(header)
+        writer.writerows(rows)
 
 
 def sync(path: Path) -> None:

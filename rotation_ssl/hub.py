@@ -153,12 +153,10 @@ def rotnet_resnet50(*, pretrained: bool = True, weights: str | None = None, **kw
 
 
 def _load(name: str, pretrained: bool, weights: str | None, kwargs: dict[str, Any]) -> nn.Module:
-    if not pretrained:
-        if weights is not None:
-            raise ValueError(f"weights={weights!r} needs pretrained=True; pretrained=False gives random weights")
-        return timm.create_model(name, pretrained=False, **kwargs)
     if weights is None:
-        return timm.create_model(name, pretrained=True, **kwargs)
+        return timm.create_model(name, pretrained=pretrained, **kwargs)
+    if not pretrained:
+        raise ValueError(f"weights={weights!r} needs pretrained=True; pretrained=False gives random weights")
     tags = [full.split(".", 1)[1] for full in timm.list_models(f"{name}.*", include_tags=True, pretrained=True)]
     if weights in tags:
         return timm.create_model(f"{name}.{weights}", pretrained=True, **kwargs)

@@ -1,6 +1,7 @@
 """Image files -> batches that a backbone takes."""
 
 import io
+import posixpath
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -90,6 +91,11 @@ class NamedBytes(io.BytesIO):
 def image_suffixes() -> set[str]:
     """The suffixes of image files, in lower case: those of HEIF too where Pillow reads it."""
     return {*IMAGE_SUFFIXES, *(suffix for suffix in HEIF_SUFFIXES if suffix in Image.registered_extensions())}
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file name is that of an image: it ends in one of :func:`image_suffixes`, and begins with no dot."""
+    return not name.startswith(".") and posixpath.splitext(name)[1].lower() in image_suffixes()
 
 
 def find_images(folder: Path) -> list[Path]:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from rotation_ssl.images import image_suffixes
+from rotation_ssl.images import is_image_name
 from rotation_ssl.messages import first_line, some
 
 __all__ = ["expand_braces", "tar_members"]
@@ -93,7 +93,7 @@ def tar_members(
                     if member.size <= max_bytes:
                         yield member.name, _read(archive, member)
                     elif skipped is None:
-                        raise _TooLarge(f"member {_reason(member, max_bytes)}")
+                        raise ValueError(f"{told}: member {_reason(member, max_bytes)}")
                     else:
                         skipped[member.name] = _reason(member, max_bytes)
                 # tarfile keeps a list of what it has read
@@ -102,15 +102,9 @@ def tar_members(
         if not isinstance(file, Path):
             raise
         raise ValueError(f"{told} does not exist") from error
-    except _TooLarge as error:
-        raise ValueError(f"{told}: {error}") from error
     # an OSError is of the disk or the network, which may work again: the file is not what is wrong
     except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, RecursionError) as error:
         raise ValueError(f"{told} is damaged, cut or no tar file ({first_line(error)}); replace it") from error
-
-
-class _TooLarge(Exception):
-    """A member that is not read."""
 
 
 class Member(tarfile.TarInfo):
@@ -141,13 +135,7 @@ class Member(tarfile.TarInfo):
 
 def is_image_member(member: tarfile.TarInfo) -> bool:
     """Whether a member is a regular file with an image's suffix, whose name does not begin with a dot."""
-    path = PurePosixPath(member.name)
-    return (
-        member.isreg()
-        and not member.issparse()
-        and not path.name.startswith(".")
-        and path.suffix.lower() in image_suffixes()
-    )
+    return member.isreg() and not member.issparse() and is_image_name(PurePosixPath(member.name).name)
 
 
 def _read(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:

@@ -5,6 +5,10 @@ from dataclasses import dataclass
 
 from timm.models import is_model, model_entrypoint
 
+#: What the configurations of all networks tell timm. Where they say nothing, timm's defaults hold: images of 224
+#: pixels, ImageNet's mean and deviation, bicubic resizing, a centre crop of 0.875.
+ROTNET_CFG = {"num_classes": 4, "license": "mit", "paper_ids": "arXiv:1803.07728"}
+
 
 @dataclass(frozen=True)
 class NetworkFacts:

@@ -17,7 +17,7 @@ from timm.models._features import feature_take_indices
 from torch import nn
 
 from rotation_ssl import zoo
-from rotation_ssl.backbones.about import NetworkFacts
+from rotation_ssl.backbones.about import ROTNET_CFG, NetworkFacts
 
 __all__ = ["FcHead", "RotNetAlexNet", "rotnet_alexnet"]
 
@@ -256,23 +256,6 @@ def _fc(in_features: int, out_features: int, **dd: Any) -> nn.Sequential:
     )
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "num_classes": 4,
-        "input_size": (3, 224, 224),
-        "pool_size": (6, 6),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
-        "first_conv": "features.conv1.conv",
-        "classifier": "head.fc",
-        "license": "mit",
-        "paper_ids": "arXiv:1803.07728",
-        **kwargs,
-    }
-
-
 def _pooled_side(pixels: int) -> int:
     """Side of pool5's map: conv1 of 11 pixels, stride 4 and padding 2, then three poolings of 3 pixels and stride 2."""
     side = (pixels + 4 - 11) // 4 + 1
@@ -281,9 +264,10 @@ def _pooled_side(pixels: int) -> int:
     return side
 
 
-def _published_cfg(published: dict[str, Any]) -> dict[str, Any]:
+def _cfg(published: dict[str, Any]) -> dict[str, Any]:
     side = _pooled_side(published.get("input_size", (3, 224, 224))[-1])
-    return _cfg(**published, pool_size=(side, side))
+    names = {"first_conv": "features.conv1.conv", "classifier": "head.fc"}
+    return {**ROTNET_CFG, **names, **published, "pool_size": (side, side)}
 
 
 FACTS = {
@@ -291,7 +275,7 @@ FACTS = {
 }
 
 default_cfgs = generate_default_cfgs(
-    {name: _published_cfg(published) for name, published in zoo.published_cfgs("rotnet_alexnet").items()}
+    {name: _cfg(published) for name, published in zoo.published_cfgs("rotnet_alexnet").items()}
 )
 
 

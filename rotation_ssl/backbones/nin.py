@@ -18,7 +18,7 @@ from timm.models._features import feature_take_indices
 from torch import nn
 
 from rotation_ssl import zoo
-from rotation_ssl.backbones.about import NetworkFacts
+from rotation_ssl.backbones.about import ROTNET_CFG, NetworkFacts
 
 __all__ = ["RotNetNIN", "rotnet_nin", "rotnet_nin3", "rotnet_nin5"]
 
@@ -177,31 +177,24 @@ def _block(channels: tuple[int, ...], kernel_size: int, pool: nn.Module | None, 
     return nn.Sequential(*layers) if pool is None else nn.Sequential(*layers, pool)
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "num_classes": 4,
-        "input_size": (3, 32, 32),
-        "pool_size": (8, 8),
-        "crop_pct": 1.0,
-        "interpolation": "bicubic",
-        # of CIFAR-10's training images, as in the authors' code: 125.3, 123.0, 113.9 and 63.0, 62.1, 66.7 of 255
-        "mean": (125.3 / 255, 123.0 / 255, 113.9 / 255),
-        "std": (63.0 / 255, 62.1 / 255, 66.7 / 255),
-        "first_conv": "blocks.block1.0.conv",
-        "classifier": "head.fc",
-        "license": "mit",
-        "paper_ids": "arXiv:1803.07728",
-        **kwargs,
-    }
-
-
+CFG = {
+    **ROTNET_CFG,
+    "input_size": (3, 32, 32),
+    "pool_size": (8, 8),
+    "crop_pct": 1.0,
+    # of CIFAR-10's training images, as in the authors' code: 125.3, 123.0, 113.9 and 63.0, 62.1, 66.7 of 255
+    "mean": (125.3 / 255, 123.0 / 255, 113.9 / 255),
+    "std": (63.0 / 255, 62.1 / 255, 66.7 / 255),
+    "first_conv": "blocks.block1.0.conv",
+    "classifier": "head.fc",
+}
 FACTS = dict.fromkeys(
     ("rotnet_nin", "rotnet_nin3", "rotnet_nin5"),
     NetworkFacts(recommended_layer="block2", paper_epochs=100, paper_images=50_000, authors_size=32),
 )
 
 default_cfgs = generate_default_cfgs(
-    {name: _cfg(**published) for model in FACTS for name, published in zoo.published_cfgs(model).items()}
+    {name: CFG | published for model in FACTS for name, published in zoo.published_cfgs(model).items()}
 )
 
 

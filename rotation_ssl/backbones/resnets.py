@@ -13,40 +13,19 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from rotation_ssl import zoo
-from rotation_ssl.backbones.about import NetworkFacts
+from rotation_ssl.backbones.about import ROTNET_CFG, NetworkFacts
 
 __all__ = ["rotnet_resnet18", "rotnet_resnet50"]
 
-
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "num_classes": 4,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
-        "first_conv": "conv1",
-        "classifier": "fc",
-        "license": "mit",
-        "paper_ids": "arXiv:1803.07728",
-        **kwargs,
-    }
-
-
-default_cfgs = generate_default_cfgs(
-    {
-        name: _cfg(**published)
-        for model in ("rotnet_resnet18", "rotnet_resnet50")
-        for name, published in zoo.published_cfgs(model).items()
-    }
-)
-
+CFG = {**ROTNET_CFG, "pool_size": (7, 7), "first_conv": "conv1", "classifier": "fc"}
 FACTS = {
     "rotnet_resnet18": NetworkFacts(timm_name="resnet18"),
     "rotnet_resnet50": NetworkFacts(timm_name="resnet50"),
 }
+
+default_cfgs = generate_default_cfgs(
+    {name: CFG | published for model in FACTS for name, published in zoo.published_cfgs(model).items()}
+)
 
 
 @register_model

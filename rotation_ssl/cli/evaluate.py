@@ -1,6 +1,7 @@
 """rotation-ssl evaluate."""
 
 import argparse
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -61,19 +62,17 @@ def run(args: argparse.Namespace) -> int:
     train, test = (load_folder_split(args.data, split, size) for split in ("train", "test"))
     check_same_classes(train, test)
     images = Images(args.data.resolve().name, train, test)
-    results: list[Reported] = []
     wanted = args.only or [name for name in PROTOCOLS if name != "rotation" or model.num_classes == 4]
     measurements = plan(layers, wanted, "cached", [0])
+    numbers = measure_features(frozen, images, measurements, precision=precision)
     if "rotation" in wanted:
-        results.append(_keep(reported(measure_rotation(frozen, test), args.model, images.name), results, args.output))
-    for number in measure_features(frozen, images, measurements, precision=precision):
-        results.append(_keep(reported(number, args.model, images.name), results, args.output))
+        numbers = itertools.chain([measure_rotation(frozen, test)], numbers)
+    results: list[Reported] = []
+    for number in numbers:
+        result = reported(number, args.model, images.name)
+        of = " ".join(part for part in (result.title, result.layer) if part)
+        tqdm.write(f"  {of}: {100 * result.value:.2f} % ({result.correct:,} of {result.n:,}, {result.seconds:.0f} s)")
+        results.append(result)
+        write_report(args.output, results)
     print(f"the report is in {args.output}: report.md, report.json, report.png")
     return 0
-
-
-def _keep(result: Reported, earlier: list[Reported], output: Path) -> Reported:
-    of = " ".join(part for part in (result.title, result.layer) if part)
-    tqdm.write(f"  {of}: {100 * result.value:.2f} % ({result.correct:,} of {result.n:,}, {result.seconds:.0f} s)")
-    write_report(output, [*earlier, result])
-    return result

@@ -13,17 +13,8 @@ from rotation_ssl.embedding.run import ENGINES, embed
 from rotation_ssl.messages import counted
 from rotation_ssl.precision import add_precision_argument
 
-# the options of this form alone, and what they are where they are not given
-DEFAULTS: dict[str, Any] = {
-    "engine": "local",
-    "shard_size": 10_000,
-    "workers": None,
-    "precision": "auto",
-    "dtype": "float32",
-    "sha1": False,
-    "resume": False,
-    "address": None,
-}
+# the options of this form alone
+OPTIONS = ("engine", "shard_size", "workers", "precision", "dtype", "sha1", "resume", "address")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -31,12 +22,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parts = parser.add_argument_group("features in parts (-o FOLDER/)")
     parts.add_argument("--engine", choices=ENGINES, help="this machine, or a Ray cluster [local]")
     parts.add_argument("--address", metavar="HOST:PORT", help="Ray cluster [a new one on this machine]")
-    parts.add_argument(
-        "--shard-size",
-        type=positive,
-        metavar="N",
-        help=f"images in a part [{DEFAULTS['shard_size']}; for a tar: all]",
-    )
+    parts.add_argument("--shard-size", type=positive, metavar="N", help="images in a part [10000; for a tar: all]")
     parts.add_argument(
         "--workers", type=_whole, metavar="N", help="decoding processes [one for each CPU; none with --engine ray]"
     )
@@ -60,8 +46,7 @@ def check_no_options(args: argparse.Namespace) -> None:
     Raises:
         ValueError: one of them was given.
     """
-    given = [f"--{name.replace('_', '-')}" for name in DEFAULTS if getattr(args, name) is not None]
-    if given:
+    if given := [f"--{name.replace('_', '-')}" for name in _given(args)]:
         raise ValueError(f"{given[0]} is for features in parts: give a folder, -o {args.output}/, or leave it out")
 
 
@@ -69,7 +54,6 @@ def run(args: argparse.Namespace) -> int:
     """Write the parts; returns the exit status, 1 where there are errors."""
     if args.strict or args.force:
         raise ValueError(f"--{'strict' if args.strict else 'force'} is for a single file, not for a folder of parts")
-    options = {name: value if getattr(args, name) is None else getattr(args, name) for name, value in DEFAULTS.items()}
     summary = embed(
         args.images,
         args.output,
@@ -80,11 +64,15 @@ def run(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         device=args.device,
         format=args.format or "parquet",
-        **options,
+        **_given(args),
     )
     result = {"folder": args.output, **dataclasses.asdict(summary)}
     print(json.dumps(result, indent=1) if args.json else _report(result))
     return 1 if summary.errors else 0
+
+
+def _given(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: value for name in OPTIONS if (value := getattr(args, name)) is not None}
 
 
 def _report(result: Mapping[str, Any]) -> str:

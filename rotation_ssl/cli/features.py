@@ -1,7 +1,6 @@
 """rotation-ssl features."""
 
 import argparse
-import csv
 import json
 import os
 from collections import Counter
@@ -21,7 +20,7 @@ from rotation_ssl.cli.options import add_command, positive
 from rotation_ssl.embedding.backbone import load_model, model_name, recommended_layer
 from rotation_ssl.embedding.parts import FORMATS as PART_FORMATS
 from rotation_ssl.features import POOLS, extract_features
-from rotation_ssl.files import replace_file
+from rotation_ssl.files import replace_file, write_csv
 from rotation_ssl.images import OVERSIZE, count_suffixes, find_files, normalize, read_images
 from rotation_ssl.machine import TURN_OFF, keep_large_blocks
 
@@ -100,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"none of the {len(images):,} images can be read: {broken[images[0]]}")
     features = {layer: torch.cat(part) for layer, part in parts.items()}
     metadata = {
-        "files": json.dumps([_name(file, args.images) for file in images if file not in broken]),
+        "files": json.dumps([file_name(file, args.images) for file in images if file not in broken]),
         "model": model_name(model, args.model),
         "pool": args.pool,
         "grid": str(args.grid),
@@ -111,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
         "model": metadata["model"],
         "images": len(images) - len(broken),
         "shapes": {layer: list(tensor.shape) for layer, tensor in features.items()},
-        "broken": {_name(file, args.images): why for file, why in broken.items()},
+        "broken": {file_name(file, args.images): why for file, why in broken.items()},
         "not_read": dict(Counter(file.suffix.lower() for file in others)),
     }
     print(json.dumps(result, indent=1) if args.json else _report(result, others))
@@ -179,18 +178,14 @@ def write(file: Path, form: str, features: Mapping[str, torch.Tensor], metadata:
         with file.open("wb") as stream:
             np.savez(stream, files=np.array(files), **arrays)
     else:
-        # file names need not be text: their bytes are written as they are
-        with file.open("w", newline="", encoding="utf-8", errors="surrogateescape") as stream:
-            writer = csv.writer(stream)
-            writer.writerow(
-                ["file", *(f"{layer}_{i}" for layer, array in arrays.items() for i in range(array.shape[1]))]
-            )
-            for name, *rows in zip(files, *arrays.values(), strict=True):
-                # numpy writes a float32 with the fewest digits that give it back
-                writer.writerow([name, *np.concatenate(rows).astype(str)])
+        header = ["file", *(f"{layer}_{i}" for layer, array in arrays.items() for i in range(array.shape[1]))]
+        # numpy writes a float32 with the fewest digits that give it back
+        rows = ([name, *np.concatenate(row).astype(str)] for name, *row in zip(files, *arrays.values(), strict=True))
+        write_csv(file, header, rows)
 
 
-def _name(file: Path, folder: Path) -> str:
+def file_name(file: Path, folder: Path) -> str:
+    """What an image is called: its path below the folder."""
     return file.relative_to(folder).as_posix()
 
 

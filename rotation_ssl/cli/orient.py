@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import csv
 import dataclasses
 import json
 import os
@@ -18,7 +17,7 @@ from tqdm import tqdm
 
 from rotation_ssl.cli.options import add_command, positive
 from rotation_ssl.embedding.backbone import load_model
-from rotation_ssl.files import replace_file
+from rotation_ssl.files import replace_file, write_csv
 from rotation_ssl.images import HEIF_SUFFIXES, find_images, register_heif
 from rotation_ssl.messages import counted, printable
 from rotation_ssl.orientation import calibration, predict_orientation
@@ -189,14 +188,7 @@ def _table(args: argparse.Namespace) -> Iterator[Callable[[Record], None]]:
     elif args.csv:
         rows: list[Record] = []
         yield rows.append
-
-        def write(file: Path) -> None:
-            with file.open("w", newline="", encoding="utf-8", errors="surrogateescape") as stream:
-                writer = csv.DictWriter(stream, names)
-                writer.writeheader()
-                writer.writerows(map(dataclasses.asdict, rows))
-
-        replace_file(args.csv, write)
+        replace_file(args.csv, lambda file: write_csv(file, names, map(dataclasses.astuple, rows)))
     else:
         tqdm.write("k   cw  ccw  exif  confidence  picture")
         yield lambda record: tqdm.write(_line(record))

@@ -1,7 +1,6 @@
 """rotation-ssl outliers."""
 
 import argparse
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,11 +8,10 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw
 
-from rotation_ssl.cli.features import read_batches
+from rotation_ssl.cli.features import file_name, read_batches
 from rotation_ssl.cli.options import add_command, positive
 from rotation_ssl.embedding.backbone import load_model, recommended_layer
-from rotation_ssl.features import extract_features
-from rotation_ssl.files import replace_file
+from rotation_ssl.files import replace_file, write_csv
 from rotation_ssl.images import find_images, read_image, square
 from rotation_ssl.messages import counted, printable, some
 from rotation_ssl.outliers import RotationOutlierDetector
@@ -71,31 +69,23 @@ def run(args: argparse.Namespace) -> int:
     detector = RotationOutlierDetector(model, score, layer, args.neighbours)
     broken: dict[Path, str] = {}
     if normal:
-        batches = read_batches(model, normal, BATCH, broken)
-        detector.fit_features(torch.cat([extract_features(model, batch, [layer])[layer] for batch in batches]))
+        detector.fit(read_batches(model, normal, BATCH, broken))
     scores = [detector.predict(batch.to(args.device)) for batch in read_batches(model, images, BATCH, broken)]
     read = [file for file in images if file not in broken]
     if not read:
         raise ValueError(f"none of the {len(images):,} images can be read: {broken[images[0]]}")
     ranked = sorted(zip(torch.cat(scores).tolist(), read, strict=True), key=lambda pair: -pair[0])
-    replace_file(args.output, lambda path: write_scores(path, ranked, args.images))
+    scored = [(file_name(file, args.images), f"{value:.6g}") for value, file in ranked]
+    replace_file(args.output, lambda path: write_csv(path, ["file", "score"], scored))
     if args.sheet:
         replace_file(args.sheet, lambda path: draw_sheet(ranked[: SHEET[0] * SHEET[1]], args.images).save(path, "PNG"))
     by = f"distance in {layer} to {counted(len(normal), 'normal image')}" if normal else "rotation"
     print(f"{args.output}: {counted(len(read), 'image')} by {by}, with {args.model}")
     for value, file in ranked[:5]:
-        print(f"{value:9.4f}  {printable(_name(file, args.images))}")
+        print(f"{value:9.4f}  {printable(file_name(file, args.images))}")
     if broken:
         print(f"skipped {counted(len(broken), 'broken image')}: {some([printable(file) for file in broken])}")
     return 1 if broken else 0
-
-
-def write_scores(path: Path, ranked: Sequence[tuple[float, Path]], folder: Path) -> None:
-    """Write the file of scores, the most outlying first."""
-    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(["file", "score"])
-        writer.writerows([_name(file, folder), f"{value:.6g}"] for value, file in ranked)
 
 
 def draw_sheet(ranked: Sequence[tuple[float, Path]], folder: Path) -> Image.Image:
@@ -107,10 +97,6 @@ def draw_sheet(ranked: Sequence[tuple[float, Path]], folder: Path) -> Image.Imag
     for number, (value, file) in enumerate(ranked):
         left, top = number % columns * CELL, number // columns * (CELL + CAPTION)
         sheet.paste(square(read_image(file), CELL - 4), (left + 2, top + 2))
-        name = printable(_name(file, folder)).encode("ascii", "replace").decode()
+        name = printable(file_name(file, folder)).encode("ascii", "replace").decode()
         draw.text((left + 4, top + CELL), f"{value:.3f}  {name[-16:]}", fill="black")
     return sheet
-
-
-def _name(file: Path, folder: Path) -> str:
-    return file.relative_to(folder).as_posix()

@@ -51,21 +51,8 @@ def verify_tag(name: str) -> dict[str, Any]:
     file = zoo.cached_file(name)
     if file is None and zoo.manifest()[name]["source"] != "bundled":
         return {"name": name, "file": None, "holds": None, "why": f"not here; rotation-ssl fetch {name}"}
-    wrong, known = _hash_difference(name, file)
-    if wrong:
-        return {"name": name, "file": str(file), "holds": False, "why": wrong}
-    if not golden_file(name).is_file():
-        return {"name": name, "file": str(file), "holds": True, "why": f"{known}; no golden outputs to compare"}
-    try:
-        furthest = golden_difference(name)
-    except ValueError as error:
-        return {"name": name, "file": str(file), "holds": False, "why": str(error)}
-    return {
-        "name": name,
-        "file": str(file),
-        "holds": furthest < GOLDEN_TOLERANCE,
-        "why": f"{known}; golden outputs differ by {furthest:.1e}, allowed are {GOLDEN_TOLERANCE:g}",
-    }
+    holds, why = _verify_published(name, file)
+    return {"name": name, "file": file and str(file), "holds": holds, "why": why}
 
 
 def verify_file(path: Path) -> dict[str, Any]:
@@ -79,11 +66,9 @@ def verify_file(path: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(f"{file} does not exist")
     digest = sha256_of(file)
-    for name, entry in zoo.manifest().items():
-        release = entry["source"] == "release"
-        record = sources.read_record(name) or {} if release else entry
-        if record.get("sha256") == digest:
-            told = "as recorded at the download" if release else "as published"
+    for name in zoo.manifest():
+        known, told = _known_bytes(name)
+        if known.get("sha256") == digest:
             return {"name": name, "file": str(file), "holds": True, "why": f"sha256 {digest}, {told}"}
     config = json.loads(folder_config.read_text()) if path.is_dir() and folder_config.is_file() else {}
     expected = config.get("sha256") if isinstance(config, dict) else None
@@ -118,13 +103,25 @@ def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
             yield from _tensors(part, f"{name}[{i}]")
 
 
-def _hash_difference(name: str, file: Path | None) -> tuple[str, str]:
-    """What is wrong with the bytes of published weights, and how far good ones are known."""
-    entry = zoo.manifest()[name]
+def _verify_published(name: str, file: Path | None) -> tuple[bool, str]:
+    """Whether the bytes and the outputs of published weights hold, and what is wrong or how far good ones are known."""
     if file is None:
-        return f"{entry['file']} is missing from the package; reinstall rotation-ssl", ""
+        return False, f"{zoo.manifest()[name]['file']} is missing from the package; reinstall rotation-ssl"
+    known, told = _known_bytes(name)
+    try:
+        sources.read_verified(file, known["sha256"], known["size"])
+        if not golden_file(name).is_file():
+            return True, f"sha256 {told}; no golden outputs to compare"
+        furthest = golden_difference(name)
+    except ValueError as error:
+        return False, str(error)
+    allowed = f"golden outputs differ by {furthest:.1e}, allowed are {GOLDEN_TOLERANCE:g}"
+    return furthest < GOLDEN_TOLERANCE, f"sha256 {told}; {allowed}"
+
+
+def _known_bytes(name: str) -> tuple[dict[str, Any], str]:
+    """'sha256' and 'size' of published weights, of a release once it was downloaded, and who says so."""
+    entry = zoo.manifest()[name]
     if entry["source"] == "release":
-        record = sources.read_record(name)
-        assert record is not None
-        return sources.difference(file, record["sha256"], record["size"]), "sha256 as recorded at the download"
-    return sources.difference(file, entry["sha256"], entry["size"]), "sha256 as published"
+        return sources.read_record(name) or {}, "as recorded at the download"
+    return entry, "as published"

@@ -24,7 +24,6 @@ from rotation_ssl.embedding.sources import Shard
 from rotation_ssl.messages import first_line
 
 RETRIES = 3  # of a shard whose actor dies
-NEEDS_RAY = "--engine ray needs ray: pip install 'rotation-ssl[scale]'"
 
 
 class Embedder:
@@ -80,16 +79,13 @@ def embed_on_cluster(
     ends with the work.
 
     Raises:
-        ImportError: Ray is not installed.
         ValueError: no machine of the cluster has room for an actor, and what :func:`embed_shards` raises.
         OSError: the cluster cannot be reached, an actor died several times at the same shard, and what
             :func:`embed_shards` raises.
     """
-    try:
-        import ray
-        from ray.util import ActorPool
-    except ImportError as error:
-        raise ImportError(NEEDS_RAY) from error
+    import ray
+    from ray.util import ActorPool
+
     threads = torch.get_num_threads()
     room: dict[str, int] = {"num_cpus": max(workers, 1 if device.startswith("cuda") else threads)}
     if device.startswith("cuda"):

@@ -3,12 +3,11 @@
 import contextlib
 import io
 import os
-import posixpath
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
-from rotation_ssl.images import image_suffixes
+from rotation_ssl.images import is_image_name
 from rotation_ssl.messages import first_line
 from rotation_ssl.shards import MAX_IMAGE_BYTES, url_scheme
 
@@ -76,18 +75,16 @@ def list_folder(url: str) -> list[str]:
 
 
 def _local_entries(folder: str) -> Iterator[str]:
-    suffixes = image_suffixes()
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):
                 yield f"{entry.name}/"
             # a link that leads nowhere is an image that cannot be read
-            elif _is_image(entry.name, suffixes) and (entry.is_file() or not Path(entry.path).exists()):
+            elif is_image_name(entry.name) and (entry.is_file() or not Path(entry.path).exists()):
                 yield entry.name
 
 
 def _remote_entries(url: str) -> Iterator[str]:
-    suffixes = image_suffixes()
     file_system, path = _file_system(url)
     with _plain_errors(url):
         infos = file_system.ls(path, detail=True)
@@ -95,14 +92,10 @@ def _remote_entries(url: str) -> Iterator[str]:
         name = info["name"].rstrip("/").rsplit("/", 1)[-1]
         if info["type"] == "directory":
             yield f"{name}/"
-        elif _is_image(name, suffixes):
+        elif is_image_name(name):
             yield name
     # it would keep the list of every folder
     file_system.invalidate_cache()
-
-
-def _is_image(name: str, suffixes: set[str]) -> bool:
-    return not name.startswith(".") and posixpath.splitext(name)[1].lower() in suffixes
 
 
 def _file_system(url: str) -> tuple[Any, str]:

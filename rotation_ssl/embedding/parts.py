@@ -217,17 +217,16 @@ def write_part(folder: Path, number: int, manifest: Manifest, rows: Rows, digest
     if manifest.sha1:
         columns["sha1"] = pyarrow.array(rows.sha1, pyarrow.string())
     if manifest.format == "parquet":
-        columns |= {layer: _fixed_size_list(array) for layer, array in arrays.items()}
+        lists = pyarrow.FixedSizeListArray
+        columns |= {layer: lists.from_arrays(array.reshape(-1), array.shape[1]) for layer, array in arrays.items()}
     table = pyarrow.table(columns).replace_schema_metadata({"shard": digest})
     try:
         _write_errors(folder, number, rows.errors)
+        # what made these features goes before what tells that they are there
+        replace_file(folder / f"{part_name(number)}.parquet", lambda file: parquet.write_table(table, file))
         if manifest.format != "parquet":
             path = folder / f"{part_name(number)}.{manifest.format}"
-            # what made these features goes before what tells that they are there
-            replace_file(folder / f"{part_name(number)}.parquet", lambda file: parquet.write_table(table, file))
             replace_file(path, lambda file: _write_arrays(file, manifest.format, arrays))
-        else:
-            replace_file(folder / f"{part_name(number)}.parquet", lambda file: parquet.write_table(table, file))
     except OSError as error:
         reason = error.strerror or str(error)
         raise OSError(
@@ -299,12 +298,6 @@ def _write_arrays(file: Path, form: str, arrays: Mapping[str, np.ndarray]) -> No
         from safetensors.numpy import save
 
         file.write_bytes(save(dict(arrays)))
-
-
-def _fixed_size_list(array: np.ndarray) -> Any:
-    import pyarrow
-
-    return pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(array.reshape(-1)), array.shape[1])
 
 
 def _differences(there: Manifest, now: Manifest) -> list[str]:

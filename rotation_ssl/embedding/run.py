@@ -11,7 +11,7 @@ from timm.data import resolve_model_data_config
 
 import rotation_ssl
 from rotation_ssl.embedding.backbone import load_model, model_name, recommended_layer, weights_digest
-from rotation_ssl.embedding.cluster import NEEDS_RAY, embed_on_cluster
+from rotation_ssl.embedding.cluster import embed_on_cluster
 from rotation_ssl.embedding.files import absolute
 from rotation_ssl.embedding.local import embed_shards, make_extractor
 from rotation_ssl.embedding.parts import (
@@ -153,7 +153,7 @@ def _check_options(
         raise ValueError(f"address {address} is of a Ray cluster: give the engine ray too")
     require_pyarrow()
     if engine == "ray" and importlib.util.find_spec("ray") is None:
-        raise ImportError(NEEDS_RAY)
+        raise ImportError("--engine ray needs ray: pip install 'rotation-ssl[scale]'")
 
 
 def _check_features(pool: str, grid: int, batch_size: int, precision: str) -> None:

@@ -60,7 +60,11 @@ def train_fresh(
     shared = _shared(heads)
     maps = frozen.whole_maps(list(dict.fromkeys(head.layer for head in heads)))
     example = maps(train.images[:1])
-    probes = nn.ModuleList(_built(head, example[head.layer], seed) for head in heads).to(frozen.device)
+    probes = nn.ModuleList()
+    for head in heads:
+        torch.manual_seed(seed)
+        probes.append(head.build(example[head.layer]))
+    probes.to(frozen.device)
     optimizer = torch.optim.SGD(
         [{"params": list(probe.parameters())} for probe in probes],
         shared.lr, momentum=shared.momentum, weight_decay=shared.weight_decay, nesterov=shared.momentum > 0, fused=True,
@@ -112,11 +116,6 @@ def _crops(
             images.labels[own],
         )
         show(len(chosen))
-
-
-def _built(head: Head, example: torch.Tensor, seed: int) -> nn.Module:
-    torch.manual_seed(seed)
-    return head.build(example)
 
 
 def _shared(heads: Sequence[Head]) -> ProbeRecipe:

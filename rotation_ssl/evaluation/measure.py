@@ -7,7 +7,7 @@ images. Nothing is chosen on test images.
 
 import dataclasses
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -156,69 +156,50 @@ def measure_features(
     if any(m.protocol == "knn" for m in measurements) and len(images.train) < NEIGHBOURS:
         raise ValueError(f"k-NN asks {NEIGHBOURS} neighbours of {counted(len(images.train), 'training image')}")
     tenths = torch.arange(len(images.test)).tensor_split(PARTS)
-    test = images.test.subset(torch.cat([tenths[part] for part in test_parts]))
+    images = dataclasses.replace(images, test=images.test.subset(torch.cat([tenths[part] for part in test_parts])))
     lengths = [len(tenths[part]) for part in test_parts]
     for grid in dict.fromkeys(m.inputs[1] for m in measurements):
         own = [m for m in measurements if m.inputs[1] == grid]
         found = (
-            _fresh_numbers(frozen, images.train, test, own, precision, checkpoints)
+            _fresh_numbers(frozen, images, own, precision, checkpoints)
             if grid is None
-            else _cached_numbers(frozen, images.train, test, own, grid, precision)
+            else _cached_numbers(frozen, images, own, grid, precision)
         )
         for measurement, predictions, settings, seconds in found:
-            counts = tuple(int(part.sum()) for part in (predictions == test.labels).split(lengths))
+            counts = tuple(int(part.sum()) for part in (predictions == images.test.labels).split(lengths))
             settings += "" if frozen.precision is None else f"; features in {frozen.precision}"
-            yield Number(measurement, counts, len(test), settings, seconds)
+            yield Number(measurement, counts, len(images.test), settings, seconds)
 
 
 def _cached_numbers(
-    frozen: Frozen,
-    train: LabelledImages,
-    test: LabelledImages,
-    measurements: Sequence[Measurement],
-    grid: int,
-    precision: str | None,
+    frozen: Frozen, images: Images, measurements: Sequence[Measurement], grid: int, precision: str | None
 ) -> Iterator[Found]:
     """Each measurement on the features of one pass, layer by layer."""
-    layers = list(dict.fromkeys(m.layer for m in measurements))
-    views, test_maps = _cache(frozen, train, test, layers, grid, max(m.inputs[0] for m in measurements))
+    layers, train = list(dict.fromkeys(m.layer for m in measurements)), images.train
+    views, test_maps = _cache(frozen, images, layers, grid, max(m.inputs[0] for m in measurements))
     for layer in layers:
         maps, tested = [view.pop(layer) for view in views], test_maps.pop(layer)
         for measurement in (m for m in measurements if m.layer == layer):
             started = time.monotonic()
-            predictions, settings, measurement = _measure(frozen, measurement, train, test, maps, tested, precision)
+            if measurement.protocol == "linear":
+                predictions, settings, strength = _linear_probe(train, maps[0], tested, measurement.strength)
+                measurement = dataclasses.replace(measurement, strength=strength)
+            elif measurement.protocol == "knn":
+                predictions, settings = _nearest(train, maps[0], tested)
+            else:
+                predictions, settings = _cached_probe(frozen, measurement, train, maps, tested, precision)
             yield measurement, predictions, settings, time.monotonic() - started
         # gigabytes, which the next layers do not need
         del maps, tested
 
 
-def _measure(
-    frozen: Frozen,
-    measurement: Measurement,
-    train: LabelledImages,
-    test: LabelledImages,
-    maps: list[torch.Tensor],
-    test_maps: torch.Tensor,
-    precision: str | None,
-) -> tuple[torch.Tensor, str, Measurement]:
-    """Predictions, settings, and the measurement with the chosen strength."""
-    if measurement.protocol == "linear":
-        found = _linear_probe(train, maps[0], test_maps, measurement.strength)
-        return found[0], found[1], dataclasses.replace(measurement, strength=found[2])
-    if measurement.protocol == "knn":
-        return (*_nearest(train, maps[0], test_maps), measurement)
-    recipe = measurement.recipe
-    assert recipe is not None
-    recipe = resolved(dataclasses.replace(recipe, precision=precision or recipe.precision), frozen.device)
-    return (*_cached_probe(recipe, train, maps, test_maps, measurement, frozen.device), measurement)
-
-
 def _cache(
-    frozen: Frozen, train: LabelledImages, test: LabelledImages, layers: Sequence[str], grid: int, views: int
+    frozen: Frozen, images: Images, layers: Sequence[str], grid: int, views: int
 ) -> tuple[list[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
     """Pooled maps by layer, (N, C, g, g) bfloat16, of each view of the training images and of the test images."""
-    grids = map_grids(frozen, test.images[:1], layers, grid)
-    one = frozen.maps(test.images[:1], grids)
+    train, test = images.train.images, images.test.images
+    grids = map_grids(frozen, test[:1], layers, grid)
+    one = frozen.maps(test[:1], grids)
     needed = sum(m.nbytes for m in one.values()) * (views * len(train) + len(test))
     available = available_memory()
     if available is not None and needed > available:
@@ -227,8 +208,8 @@ def _cache(
             "available: measure fewer layers at a time with --layers"
         )
     with progress("features", views * len(train) + len(test)) as bar:
-        cached = [frozen.maps(_view(train.images, view), grids, bar) for view in range(views)]
-        return cached, frozen.maps(test.images, grids, bar)
+        cached = [frozen.maps(_view(train, view), grids, bar) for view in range(views)]
+        return cached, frozen.maps(test, grids, bar)
 
 
 def images_to_run(measurements: Sequence[Measurement], train: int, test: int) -> int:
@@ -239,12 +220,12 @@ def images_to_run(measurements: Sequence[Measurement], train: int, test: int) ->
     return total
 
 
-def _view(images: torch.Tensor, view: int, padding: int = 4, padding_mode: str = "reflect") -> torch.Tensor:
+def _view(images: torch.Tensor, view: int) -> torch.Tensor:
     """The images themselves (view 0), or random crops and flips of them that are the same at every call."""
     if view == 0:
         return images
     generator = torch.Generator().manual_seed(view)
-    return crop_and_flip(images, images.shape[-1], padding, padding_mode, True, generator)
+    return crop_and_flip(images, images.shape[-1], 4, "reflect", True, generator)
 
 
 def _linear_probe(
@@ -273,15 +254,17 @@ def _nearest(train: LabelledImages, maps: torch.Tensor, test: torch.Tensor) -> t
 
 
 def _cached_probe(
-    recipe: ProbeRecipe,
+    frozen: Frozen,
+    measurement: Measurement,
     train: LabelledImages,
     maps: list[torch.Tensor],
     test: torch.Tensor,
-    measurement: Measurement,
-    device: str,
+    precision: str | None,
 ) -> tuple[torch.Tensor, str]:
-    classes, side = len(train.classes), test.shape[-1]
-    probe = _new_probe(measurement, test[:1], classes, device)
+    device, side = frozen.device, test.shape[-1]
+    recipe, build = _training(measurement, device, precision)
+    torch.manual_seed(measurement.seed or 0)
+    probe = build(test[:1], len(train.classes)).to(device)
     views = maps[: recipe.views]
     with progress(f"{measurement.layer} {PROTOCOLS[measurement.protocol].title}", recipe.epochs * len(train)) as bar:
 
@@ -304,23 +287,22 @@ def _cached_probe(
 
 def _fresh_numbers(
     frozen: Frozen,
-    train: LabelledImages,
-    test: LabelledImages,
+    images: Images,
     measurements: Sequence[Measurement],
     precision: str | None,
     checkpoints: Path | None,
 ) -> Iterator[Found]:
     """Each measurement on new crops, an equal part of the time for each: one training of all of a seed."""
-    classes = len(train.classes)
+    classes = len(images.train.classes)
     for seed in dict.fromkeys(m.seed for m in measurements):
         started, own = time.monotonic(), [m for m in measurements if m.seed == seed]
         heads = [_head(m, classes, frozen.device, precision) for m in own]
         # what is computed anew every epoch takes the precision of what it is for
         backbone = dataclasses.replace(frozen, precision=frozen.precision or heads[0].recipe.precision)
         checkpoint = checkpoints and checkpoints / f"probes-seed{seed or 0}.pt"
-        probes = train_fresh(backbone, train, heads, seed or 0, checkpoint)
+        probes = train_fresh(backbone, images.train, heads, seed or 0, checkpoint)
         maps = backbone.whole_maps(list(dict.fromkeys(m.layer for m in own)))
-        parts = test.images.split(1000)
+        parts = images.test.images.split(1000)
         predicted = []
         for part in progress("measuring", len(parts), "batch", parts):
             found = maps(part)
@@ -333,15 +315,15 @@ def _fresh_numbers(
 
 
 def _head(measurement: Measurement, classes: int, device: str, precision: str | None) -> Head:
-    build, recipe = PROTOCOLS[measurement.protocol].build, measurement.recipe
-    assert build is not None and recipe is not None
-    recipe = resolved(dataclasses.replace(recipe, precision=precision or recipe.precision), device)
+    recipe, build = _training(measurement, device, precision)
     name = f"{measurement.protocol} of {measurement.layer}"
     return Head(name, measurement.layer, recipe, lambda example: build(example, classes))
 
 
-def _new_probe(measurement: Measurement, features: torch.Tensor, classes: int, device: str) -> nn.Module:
-    build = PROTOCOLS[measurement.protocol].build
-    assert build is not None
-    torch.manual_seed(measurement.seed or 0)
-    return build(features, classes).to(device)
+def _training(
+    measurement: Measurement, device: str, precision: str | None
+) -> tuple[ProbeRecipe, Callable[[torch.Tensor, int], nn.Module]]:
+    """How the probe of a protocol is trained on a device, and what builds it."""
+    build, recipe = PROTOCOLS[measurement.protocol].build, measurement.recipe
+    assert build is not None and recipe is not None
+    return resolved(dataclasses.replace(recipe, precision=precision or recipe.precision), device), build

@@ -72,13 +72,10 @@ def new_figure() -> Any:
         ImportError: matplotlib is not installed; the error tells how to install it.
     """
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("no figure without matplotlib: pip install 'rotation-ssl[demo]'") from error
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(8, 5), layout="constrained")
 
 
 def report_text(rows: Sequence[Result]) -> str:

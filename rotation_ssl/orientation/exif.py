@@ -62,7 +62,7 @@ def _tiff(content: bytes, orientation: int) -> bytes:
     The tag is changed in place or, where there is none, its first list of tags is copied to the end, with the tag:
     nothing that other tags point to moves.
     """
-    order = {b"II": "<", b"MM": ">"}[content[:2]] if content[:2] in (b"II", b"MM") else None
+    order = {b"II": "<", b"MM": ">"}.get(content[:2])
     if order is None:
         raise struct.error("neither byte order")
     (start,) = struct.unpack_from(f"{order}I", content, 4)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils.memory import should_reduce_batch_size
 
 from rotation_ssl.machine import keep_large_blocks
@@ -78,7 +77,9 @@ def run(
     if accelerator.is_main_process:
         warn_if_emulated(recipe.precision, accelerator.device)
     if isinstance(images, UnlabelledImages):
-        _prepare_images(images, recipe, accelerator, workers, stream)
+        images.set_holdout(recipe.holdout)
+        if not stream and images.fits_memory(accelerator.num_processes):
+            images.read_all(workers, quiet=not accelerator.is_main_process)
     watch = None
     if monitor is not None and accelerator.is_main_process:
         watch = Monitor(Path(monitor), recipe.input_size, resolve_precision(recipe.precision, accelerator.device))
@@ -86,15 +87,6 @@ def run(
         recipe, images, output, accelerator, resume, checkpoint_seconds, workers, sync_batchnorm, commit,
         watch, monitor_every,
     )  # fmt: skip
-
-
-def _prepare_images(
-    images: UnlabelledImages, recipe: Recipe, accelerator: Accelerator, workers: int, stream: bool
-) -> None:
-    """Set the holdout apart, and read the images into memory if they fit."""
-    images.set_holdout(recipe.holdout)
-    if not stream and images.fits_memory(accelerator.num_processes):
-        images.read_all(workers, quiet=not accelerator.is_main_process)
 
 
 def pretrain_model(

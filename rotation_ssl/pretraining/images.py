@@ -235,7 +235,7 @@ def stream(
         return
     loader = DataLoader(
         cast(UnlabelledImages, images),
-        batch_sampler=_Lists(indices),
+        batch_sampler=(index.tolist() for index in indices),
         num_workers=workers,
         collate_fn=_collate,
         pin_memory=pin,
@@ -310,16 +310,6 @@ def _open_entry(reader: Any, index: int) -> IO[bytes]:
         return file
     entry = reader.dataset[index][reader.image_key]  # of the datasets library, not decoded
     return io.BytesIO(entry["bytes"]) if entry.get("bytes") else Path(entry["path"]).open("rb")
-
-
-class _Lists:
-    """Index batches as the lists that a DataLoader's batch_sampler gives."""
-
-    def __init__(self, indices: Iterable[torch.Tensor]) -> None:
-        self.indices = indices
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return (index.tolist() for index in self.indices)
 
 
 def _collate(

@@ -68,18 +68,14 @@ def pretrain(
 ) -> Path:
     """Train ``recipe`` on ``images`` and write the weights.
 
+    Arguments that are not described here are those of :func:`rotation_ssl.pretraining.command.run`.
+
     Args:
         recipe: all settings of the training.
         images: the upright training images: (N, 3, H, H) uint8, or files that are decoded as they are needed.
         output: folder for checkpoints, weights, run.json, metrics.jsonl and curve.png; created if missing.
         accelerator: devices, processes, precision and gradient accumulation; None: this process, on the CPU.
-        resume: continue from the last checkpoint in ``output``.
-        checkpoint_seconds: time between checkpoints.
-        workers: data-loading worker processes of each training process.
-        sync_batchnorm: batch norm over the images of all processes, on GPUs.
-        commit: of the code, for run.json.
         monitor: called with the backbone during training; what it returns goes to metrics.jsonl. It changes nothing.
-        monitor_every: steps between two calls.
 
     Returns:
         The weights file, or the checkpoint if the run was stopped by Ctrl-C or SIGTERM.

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from filelock import FileLock, Timeout
+from matplotlib.figure import Figure
 from safetensors.torch import save
 from torch import nn
 
@@ -173,13 +173,10 @@ def write_run(output: Path, recipe: Recipe, run: dict[str, Any], model: nn.Modul
 
 def draw_curve(run: dict[str, Any], file: Path) -> None:
     """The loss over rotated images seen, as a png."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     per_step = run["rotated_images"] / run["curve"][-1]["step"]
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
     axes.plot([point["step"] * per_step for point in run["curve"]], [point["loss"] for point in run["curve"]], lw=1)
     axes.set(xlabel="rotated images seen", ylabel="rotation loss (cross-entropy)", title=run["recipe"]["name"])
     axes.grid(alpha=0.3)
     figure.savefig(file, dpi=120)
-    plt.close(figure)

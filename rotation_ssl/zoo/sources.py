@@ -60,15 +60,6 @@ def read_verified(file: Path, sha256: str, size: int) -> bytes:
     return content
 
 
-def difference(file: Path, sha256: str, size: int) -> str:
-    """What tells a file from the one that has this size and sha256, for an error; '' when it is that one."""
-    try:
-        read_verified(file, sha256, size)
-    except Mismatch as error:
-        return str(error)
-    return ""
-
-
 def release_cache() -> Path:
     """The folder of weights converted from a release."""
     return Path(torch.hub.get_dir()) / "rotation_ssl"
@@ -90,27 +81,24 @@ def read_hub(name: str, entry: dict[str, Any], cache_dir: str | Path | None = No
     """
     hub = entry["hub"]
     where = f"{hub['file']} of {hub['repository']}@{hub['revision']}"
-    file = download_from_hub(name, hub["repository"], hub["revision"], hub["file"], cache_dir)
-    try:
-        return file, read_verified(file, entry["sha256"], entry["size"])
-    except Mismatch as error:
-        wrong = error
-    try:
-        file = download_from_hub(name, hub["repository"], hub["revision"], hub["file"], cache_dir, force=True)
-    except OSError as error:
-        raise OSError(
-            f"the cached weights of {name} are corrupt ({wrong}), and downloading them failed: {error}"
-        ) from error
-    try:
-        return file, read_verified(file, entry["sha256"], entry["size"])
-    except Mismatch as error:
-        # of no use to anyone: the next load would only find it corrupt again
-        with contextlib.suppress(OSError):
-            file.resolve().unlink()
-            file.unlink(missing_ok=True)
-        raise ValueError(
-            f"{where} is not what rotation_ssl published as {name}: {error}; nothing was loaded"
-        ) from error
+    wrong: Mismatch | None = None
+    for force in (False, True):
+        try:
+            file = download_from_hub(name, hub["repository"], hub["revision"], hub["file"], cache_dir, force)
+            return file, read_verified(file, entry["sha256"], entry["size"])
+        except Mismatch as error:
+            wrong = error
+        except OSError as error:
+            if wrong is None:
+                raise
+            raise OSError(
+                f"the cached weights of {name} are corrupt ({wrong}), and downloading them failed: {error}"
+            ) from error
+    # of no use to anyone: the next load would only find it corrupt again
+    with contextlib.suppress(OSError):
+        file.resolve().unlink()
+        file.unlink(missing_ok=True)
+    raise ValueError(f"{where} is not what rotation_ssl published as {name}: {wrong}; nothing was loaded") from wrong
 
 
 def cached_hub_file(repository: str, revision: str, file: str, cache_dir: str | Path | None = None) -> Path | None:
@@ -275,7 +263,7 @@ def _fetch_release(name: str, entry: dict[str, Any], file: Path, record: Path, a
         converted = convert(read_checkpoint(archive, content=downloaded))
         if converted.model != name.split(".", 1)[0]:
             raise ValueError(f"{entry['url']} contains a {converted.model}, not {name}; nothing was kept")
-        content = save({key: tensor.contiguous() for key, tensor in converted.state_dict.items()})
+        content = save(converted.state_dict)
         provenance = {
             "name": name,
             "url": entry["url"],
