@@ -3,6 +3,7 @@
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,23 @@ from training.transfer.rescale import centre, fold_batch_norms, rescale
 
 RESCALING_IMAGES = 32
 NETWORK = "network.safetensors"
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a transfer is computed: the ``device`` that the network is on, and the ``seed`` of samples and layers.
+
+    ``workers`` are the processes that read images, 0 for this one. The trained network is written into the folder
+    ``output``, if any, before anything is measured that may fail.
+    """
+
+    device: str = "cpu"
+    seed: int = 0
+    workers: int = 0
+    output: Path | None = None
+
+
+DEFAULT_RUN = Run()
 
 
 class Draws(Dataset):
@@ -221,27 +239,32 @@ def check_apart(train: Sequence[Any], test: Sequence[Any]) -> None:
 def train_network(
     training: Training,
     network: nn.Module,
-    samples: Iterator[list[Any]],
+    load: Callable[[int, random.Random], Any],
+    count: int,
     loss_of: Callable[[list[Any]], torch.Tensor],
     name: str,
-    output: Path | None = None,
+    run: Run,
 ) -> None:
     """Train those of the network's parameters that want gradients; it is in eval mode afterwards.
 
     Args:
         training: the settings.
         network: trained in place.
-        samples: lists of as many samples as a step has images.
-        loss_of: the loss of such a list.
+        load: a sample of one of the images, as :class:`Draws` takes it.
+        count: of the images.
+        loss_of: the loss of a list of as many samples as a step has images.
         name: for the progress bar and errors.
-        output: a folder that the trained network is written to, before anything is measured that may fail.
+        run: how it is computed.
 
     Raises:
-        ValueError: too few samples, or a loss that is not finite.
+        ValueError: an image that does not decode, or a loss that is not finite.
         OSError: the folder cannot be made or written to.
     """
-    if output:
-        output.mkdir(parents=True, exist_ok=True)
+    if run.output:
+        run.output.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(run.seed)
+    draws = Draws(load, count, training.steps * training.images_per_step, run.seed)
+    samples = batches(draws, training.images_per_step, run.workers)
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(
         parameters, training.lr, momentum=training.momentum, weight_decay=training.weight_decay, fused=True
@@ -251,14 +274,14 @@ def train_network(
         scheduler=create_scheduler(training.schedule, optimizer, training.steps), clip=training.clip,
         autocast=autocast_type(resolve_precision(training.precision, next(network.parameters()).device)),
     )  # fmt: skip
-    if output:
-        save_model(network, str(output / NETWORK))
+    if run.output:
+        save_model(network, str(run.output / NETWORK))
 
 
-def has_fresh_fc(subject: Subject, network: nn.Module) -> bool:
-    """Whether a transferred network has fc6 and fc7 that its subject's weights have not, or of another width."""
-    wanted = getattr(getattr(network, "head", None), "fc_size", 0)
-    return bool(wanted) and wanted != getattr(getattr(subject.backbone, "head", None), "fc_size", 0)
+def fc_size_of(network: nn.Module) -> int:
+    """The width of AlexNet's fc6 and fc7; 0 of a network without them."""
+    size: int = getattr(getattr(network, "head", None), "fc_size", 0)
+    return size
 
 
 def _loaded(load: Callable[..., Any], *arguments: Any) -> Any:

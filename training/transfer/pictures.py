@@ -43,8 +43,8 @@ def draw_segmentation(output: Path, file: Path, predicted: torch.Tensor, classes
     return _written(output, file, draw_segmentation_masks(image, masks, alpha=0.6, colors=palette(classes)[1:]))
 
 
-def draw_sheet(pictures: Sequence[Path], file: Path) -> None:
-    """Write pictures, made smaller, onto one sheet: in their order, row by row."""
+def draw_sheet(output: Path, pictures: Sequence[Path]) -> None:
+    """Write pictures, made smaller, onto one sheet, pictures.jpg: in their order, row by row."""
     width, height = CELL
     sheet = Image.new("RGB", (COLUMNS * width, -(-len(pictures) // COLUMNS) * height), "white")
     for number, picture in enumerate(pictures):
@@ -52,7 +52,7 @@ def draw_sheet(pictures: Sequence[Path], file: Path) -> None:
             small = ImageOps.contain(image, (width - 6, height - 6))
         left, top = number % COLUMNS * width, number // COLUMNS * height
         sheet.paste(small, (left + (width - small.width) // 2, top + (height - small.height) // 2))
-    sheet.save(file, quality=85)
+    sheet.save(output / "pictures.jpg", quality=85)
 
 
 def palette(classes: int) -> list[tuple[int, int, int]]:
