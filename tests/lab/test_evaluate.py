@@ -288,7 +288,7 @@ def test_damaged_weights_of_another_network_are_refused(small_cifar10, tmp_path,
     (tmp_path / "half.safetensors").write_bytes(golden_file(NAME).read_bytes()[:1000])
     save_file(timm.create_model("resnet18").state_dict(), tmp_path / "other.safetensors")
     for model, file, message in (
-        ("resnet34", "half.safetensors", "is not a safetensors file"),
+        ("resnet34", "half.safetensors", "is not a whole safetensors file"),
         ("resnet34", "other.safetensors", "does not fit resnet34: it lacks"),
         ("rotnet_nin", "half.safetensors", "half.safetensors"),
     ):

@@ -149,8 +149,7 @@ def run_variant(recipe: Recipe, images: Images, output: Path, file: Path, device
     count = FEW_IMAGES if recipe.name.startswith("few-images") else len(images.train)
     everything = torch.cat([images.train.images[:count], images.test.images])
     weights = finished_run(recipe, everything, output, device)
-    subject = load_subject(recipe.model, weights=weights)
-    subject.backbone.to(device).to(memory_format=torch.channels_last)
+    subject = load_subject(recipe.model, weights=weights).on(device)
     run = json.loads((output / "run.json").read_text())
     accuracy = run["holdout_rotation_accuracy"]
     row = measured_row(

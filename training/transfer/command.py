@@ -19,7 +19,7 @@ from rotation_ssl.machine import device_name
 from rotation_ssl.messages import counted
 from rotation_ssl.precision import AnyRecipe, add_precision_argument, resolved, warn_if_emulated
 from training.evaluation.subject import Subject, load_subject, measured_value
-from training.reporting.report import check_rows, keep_row, write_report
+from training.reporting.report import check_rows, keep_rows
 from training.reporting.rows import Row
 from training.transfer.data import CLASSES
 from training.transfer.metrics import mean_over_classes
@@ -193,8 +193,8 @@ def keep_numbers(
     classes: Sequence[str],
     layer: str = "all",
 ) -> Path:
-    """Write a row for each mean over classes and their report, and the numbers of every class as classes.json, which
-    are printed in percent.
+    """Write a row for each mean over classes, and the numbers of every class as classes.json, which are printed in
+    percent.
 
     Args:
         transfer: what was trained.
@@ -219,11 +219,7 @@ def keep_numbers(
         for title, values in by_class.items()
     }
     (transfer.output / "classes.json").write_text(json.dumps(numbers, indent=1) + "\n")
-    file = transfer.output / "rows.jsonl"
-    for row in rows:
-        keep_row(row, file)
-    write_report(transfer.output, file)
-    return file
+    return keep_rows(rows, transfer.output / "rows.jsonl")
 
 
 def classes_shown(by_class: Mapping[str, Sequence[float]]) -> str:
