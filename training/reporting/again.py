@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import functools
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +13,7 @@ from typing import Any
 from rotation_ssl.evaluation.frozen import PARTS
 from rotation_ssl.evaluation.measure import Measurement
 from rotation_ssl.labelled import Images
+from rotation_ssl.progress import progress
 from training.datasets import DATASETS, check_whole, dataset_of, load_images
 from training.evaluation.finetune import measure_transfer, transfer_subject
 from training.evaluation.layers import measure_layers, square_size
@@ -69,6 +70,15 @@ def measure_source(rows: Sequence[Row], source: Source, quick: bool = False, dev
     yield from transfer_again([row for row in rows if command_of(row) in TRANSFERS], source, device)
     yield from outliers_again([row for row in rows if command_of(row) == "outliers"], source, device)
     yield from orientation_again([row for row in rows if command_of(row) == "orientation"], source, device)
+
+
+def measure_sources(
+    rows: Sequence[Row], sources: Mapping[Any, Source | None], quick: bool = False, device: str = "cpu"
+) -> Pairs:
+    """Each row that has a source, by its key, and what is measured now: source by source, with a progress bar."""
+    for source in filter(None, dict.fromkeys(sources.values())):
+        own = [row for row in rows if sources[row.key] == source]
+        yield from progress(own[0].data, len(own), "number", measure_source(own, source, quick, device))
 
 
 def measure_again(rows: Sequence[Row], load: Load, quick: bool = False, device: str = "cpu") -> Pairs:
