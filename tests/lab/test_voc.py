@@ -226,7 +226,7 @@ def test_crops_are_squares_inside_the_image():
 
 
 def test_a_sample_is_the_same_whoever_loads_it():
-    draws = Draws(lambda index, rng: (index, rng.random()), 5, 20, seed=3)
+    draws = Draws(range(5), lambda image, rng: (image, rng.random()), 20, seed=3)
     backwards = [draws[i] for i in reversed(range(20))][::-1]
     assert backwards == [draws[i] for i in range(20)]
     assert all(sorted(index for index, _ in backwards[k : k + 5]) == list(range(5)) for k in range(0, 20, 5))
@@ -250,8 +250,8 @@ def test_an_image_that_does_not_decode_is_named_by_whoever_reads_it(workers, tmp
 # Python 3.12 and later warn of every fork beside torch's threads
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_processes_that_read_images_change_nothing(devkit):
-    files = tuple(files_of(read_annotations(devkit, "2007", "train")))
-    draws = Draws(functools.partial(voc._crop, files, 16, (0.5, 2.0)), len(files), 12, seed=0)
+    files = list(enumerate(files_of(read_annotations(devkit, "2007", "train"))))
+    draws = Draws(files, functools.partial(voc._crop, 16, (0.5, 2.0)), 12, seed=0)
     alone, together = (list(batches(draws, 4, workers)) for workers in (0, 2))
     assert [[index for index, _ in batch] for batch in alone] == [[index for index, _ in batch] for batch in together]
     assert all(torch.equal(a[1], b[1]) for x, y in zip(alone, together, strict=True) for a, b in zip(x, y, strict=True))

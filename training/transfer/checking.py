@@ -55,9 +55,8 @@ def _check(kind: str, files: Sequence[Path], read: Callable[[Path], object], wor
     new = [file for name, file in named.items() if known.get(name) != now[name]]
     if not new:
         return
-    load = InOrder(functools.partial(_decode, read, new), len(new))
     with progress(f"checking {kind.split()[0]}s", len(new), disable=len(new) < FEW) as bar:
-        for _ in batches(load, 1, workers):
+        for _ in batches(InOrder(new, functools.partial(_decode, read)), 1, workers):
             bar.update()
     if len(files) >= FEW:
         record = record_file(files[0].parent)
@@ -81,6 +80,6 @@ def _state(file: Path) -> list[int]:
     return [status.st_size, status.st_mtime_ns]
 
 
-def _decode(read: Callable[[Path], object], files: Sequence[Path], index: int) -> None:
+def _decode(read: Callable[[Path], object], file: Path) -> None:
     # what is read stays in the process that read it
-    read(files[index])
+    read(file)

@@ -116,13 +116,13 @@ def train_classifier(
     if layers == "fc6-8":
         network.requires_grad_(False)
         head.requires_grad_(True)
-    load = functools.partial(_crop, tuple(image.file for image in images), size, recipe.scales)
+    load = functools.partial(_crop, size, recipe.scales)
 
     def loss_of(batch: list[tuple[int, torch.Tensor]]) -> torch.Tensor:
         logits = network(prepare(torch.stack([crop for _, crop in batch]).to(run.device))).float()
         return multi_label_loss(logits, labels[[index for index, _ in batch]].to(run.device))
 
-    train_network(recipe.training, network, load, len(images), loss_of, f"classification, {layers}", run)
+    train_network(recipe.training, network, _numbered(images), load, loss_of, f"classification, {layers}", run)
 
 
 def classify(
@@ -138,11 +138,10 @@ def classify(
     Raises:
         ValueError: logits that are not finite.
     """
-    files = tuple(image.file for image in images)
-    load = functools.partial(_crops, files, size, recipe.scales, recipe.test_crops, run.seed)
+    load = functools.partial(_crops, size, recipe.scales, recipe.test_crops, run.seed)
     logits = []
     with torch.inference_mode(), autocast_of(recipe.training, network), progress("test", len(images)) as bar:
-        for batch in batches(InOrder(load, len(images)), TEST_IMAGES, run.workers):
+        for batch in batches(InOrder(_numbered(images), load), TEST_IMAGES, run.workers):
             scores = network(prepare(torch.cat(batch).to(run.device))).float()
             logits.append(scores.view(len(batch), recipe.test_crops, -1).mean(1).cpu())
             bar.update(len(batch))
@@ -178,17 +177,20 @@ def measure_classification(
     return {kind: classification_precisions(scores, truth, kind) for kind in KINDS}
 
 
+def _numbered(images: Sequence[AnnotatedImage]) -> list[tuple[int, Path]]:
+    return list(enumerate(image.file for image in images))
+
+
 def _crop(
-    files: tuple[Path, ...], size: int, scales: tuple[float, float], index: int, rng: random.Random
+    size: int, scales: tuple[float, float], numbered: tuple[int, Path], rng: random.Random
 ) -> tuple[int, torch.Tensor]:
-    return index, random_crop(open_pixels(files[index]), size, scales, rng)
+    index, file = numbered
+    return index, random_crop(open_pixels(file), size, scales, rng)
 
 
-def _crops(
-    files: tuple[Path, ...], size: int, scales: tuple[float, float], crops: int, seed: int, index: int
-) -> torch.Tensor:
-    rng = random.Random(f"{seed} test {index}")
-    image = open_pixels(files[index])
+def _crops(size: int, scales: tuple[float, float], crops: int, seed: int, numbered: tuple[int, Path]) -> torch.Tensor:
+    index, file = numbered
+    rng, image = random.Random(f"{seed} test {index}"), open_pixels(file)
     return torch.stack([random_crop(image, size, scales, rng) for _ in range(crops)])
 
 

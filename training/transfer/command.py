@@ -93,16 +93,16 @@ def recipe_of(named: AnyRecipe, args: argparse.Namespace, **own: Any) -> AnyReci
     Raises:
         ValueError: a value out of range.
     """
-    named = _changed(named, training=resolved(named.training, args.device))
+    named = dataclasses.replace(named, training=resolved(named.training, args.device))
     given = _given(named.training, args)
     if args.random:
         # random weights are reported rescaled and as they are, by other names
-        named = _changed(named, training=_changed(named.training, rescale=given["rescale"]))
-    training = resolved(_changed(named.training, **given), args.device)
-    splits = _changed(named.splits, **_given(named.splits, args))
-    recipe = _changed(named, **_given(named, args) | own, training=training, splits=splits)
+        named = dataclasses.replace(named, training=dataclasses.replace(named.training, rescale=given["rescale"]))
+    training = resolved(dataclasses.replace(named.training, **given), args.device)
+    splits = dataclasses.replace(named.splits, **_given(named.splits, args))
+    recipe = dataclasses.replace(named, **_given(named, args) | own, training=training, splits=splits)
     as_it_is = recipe == named and tuple(args.classes) == CLASSES
-    return recipe if as_it_is else _changed(recipe, budget="")
+    return recipe if as_it_is else dataclasses.replace(recipe, budget="")
 
 
 def prepare_transfer(
@@ -231,7 +231,3 @@ def _given(fields: Any, args: argparse.Namespace) -> dict[str, Any]:
     """The fields of a recipe, or of a part of it, that the command line has options for and gives."""
     names = {field.name for field in dataclasses.fields(fields)}
     return {name: value for name, value in vars(args).items() if name in names - {"budget"} and value is not None}
-
-
-def _changed(recipe: AnyRecipe, **changes: Any) -> AnyRecipe:
-    return dataclasses.replace(recipe, **changes)

@@ -72,11 +72,11 @@ def train_detector(
     Raises:
         ValueError: no such image, proposals that are none, or a loss that is not finite.
     """
-    useful = tuple(image for image in images if bool((~image.difficult).any()))
+    useful = [image for image in images if bool((~image.difficult).any())]
     if not useful:
         raise ValueError("no training image shows an object that is not difficult: there is nothing to train on")
     set_sides(detector, recipe.train_sides, recipe.longest)
-    load = functools.partial(_training_sample, useful, proposals)
+    load = functools.partial(_training_sample, proposals)
 
     def loss_of(batch: list[tuple[torch.Tensor, torch.Tensor | None, dict[str, torch.Tensor]]]) -> torch.Tensor:
         pixels = [image.to(run.device) / 255 for image, _, _ in batch]
@@ -86,7 +86,7 @@ def train_detector(
         return sum(losses.values(), torch.zeros((), device=run.device))
 
     name = "Fast R-CNN" if proposals else "Faster R-CNN"
-    train_network(recipe.training, detector, load, len(useful), loss_of, name, run)
+    train_network(recipe.training, detector, useful, load, loss_of, name, run)
 
 
 def detect(
@@ -99,10 +99,10 @@ def detect(
     """Of each image 'boxes' (n, 4) in its pixels, 'labels' (n,) from 1 and 'scores' (n,), on the CPU."""
     set_sides(detector, (recipe.test_side,), recipe.longest)
     detector.eval()
-    load = functools.partial(_test_sample, tuple(images), proposals, recipe.test_proposals)
+    load = functools.partial(_test_sample, proposals, recipe.test_proposals)
     found = []
     with torch.inference_mode(), autocast_of(recipe.training, detector), progress("test", len(images)) as bar:
-        for ((image, boxes),) in batches(InOrder(load, len(images)), 1, run.workers):
+        for ((image, boxes),) in batches(InOrder(images, load), 1, run.workers):
             pixels = [image.to(run.device) / 255]
             (result,) = detector(pixels) if boxes is None else detector(pixels, [boxes.to(run.device)])
             found.append({name: tensor.cpu() for name, tensor in result.items()})
@@ -167,10 +167,9 @@ def measure_detection(
 
 
 def _training_sample(
-    images: tuple[AnnotatedImage, ...], proposals: Path | None, index: int, rng: random.Random
+    proposals: Path | None, image: AnnotatedImage, rng: random.Random
 ) -> tuple[torch.Tensor, torch.Tensor | None, dict[str, torch.Tensor]]:
-    image = images[index]
-    pixels, regions = _test_sample(images, proposals, None, index)
+    pixels, regions = _test_sample(proposals, None, image)
     boxes, labels = image.boxes[~image.difficult], image.labels[~image.difficult] + 1
     if rng.random() < 0.5:
         pixels, boxes = pixels.flip(-1), _mirrored(boxes, image.width)
@@ -179,9 +178,8 @@ def _training_sample(
 
 
 def _test_sample(
-    images: tuple[AnnotatedImage, ...], proposals: Path | None, most: int | None, index: int
+    proposals: Path | None, most: int | None, image: AnnotatedImage
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    image = images[index]
     return pixels_tensor(open_pixels(image.file)), None if proposals is None else read_proposals(proposals, image, most)
 
 

@@ -47,42 +47,44 @@ DEFAULT_RUN = Run()
 
 
 class Draws(Dataset):
-    """``total`` samples of ``count`` images, a new order every epoch; sample i is the same whoever loads it.
+    """``total`` samples of images, a new order every epoch; sample i is the same whoever loads it.
 
     Args:
-        load: from an image's position and a source of randomness of its own to a sample.
-        count: images.
+        images: whatever ``load`` takes.
+        load: from an image and a source of randomness of its own to a sample.
         total: samples.
         seed: of the orders and the samples.
     """
 
-    def __init__(self, load: Callable[[int, random.Random], Any], count: int, total: int, seed: int) -> None:
-        self.load, self.count, self.total, self.seed = load, count, total, seed
+    def __init__(self, images: Sequence[Any], load: Callable[[Any, random.Random], Any], total: int, seed: int) -> None:
+        self.images, self.load, self.total, self.seed = images, load, total, seed
         self.epoch, self.order = -1, [0]
 
     def __len__(self) -> int:
         return self.total
 
     def __getitem__(self, index: int) -> Any:
-        epoch, position = divmod(index, self.count)
+        epoch, position = divmod(index, len(self.images))
         if epoch != self.epoch:
             # kept: an order takes milliseconds
             self.epoch = epoch
-            self.order = random.Random(f"{self.seed} epoch {epoch}").sample(range(self.count), self.count)
-        return _loaded(self.load, self.order[position], random.Random(f"{self.seed} sample {index}"))
+            count = len(self.images)
+            self.order = random.Random(f"{self.seed} epoch {epoch}").sample(range(count), count)
+        image = self.images[self.order[position]]
+        return _loaded(self.load, image, random.Random(f"{self.seed} sample {index}"))
 
 
 class InOrder(Dataset):
-    """Every one of ``count`` images once, in their order; ``load`` takes an image's position."""
+    """Every image once, in their order; ``load`` takes one."""
 
-    def __init__(self, load: Callable[[int], Any], count: int) -> None:
-        self.load, self.count = load, count
+    def __init__(self, images: Sequence[Any], load: Callable[[Any], Any]) -> None:
+        self.images, self.load = images, load
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.images)
 
     def __getitem__(self, index: int) -> Any:
-        return _loaded(self.load, index)
+        return _loaded(self.load, self.images[index])
 
 
 def transfer_network(
@@ -179,21 +181,21 @@ class Backbone(nn.Module):
         return network.forward_intermediates(images, 1, stop_early=True, intermediates_only=True)[-1].float()
 
 
-def smallest_side(network: nn.Module, most: int = 512) -> int:
+def smallest_side(network: nn.Module) -> int:
     """The least side in pixels of a square image that the network's strides leave something of.
 
     Raises:
-        ValueError: it takes none of up to ``most`` pixels.
+        ValueError: it takes none of up to 512 pixels.
     """
     device = next(network.parameters()).device
     with torch.inference_mode():
-        for side in range(1, most + 1):
+        for side in range(1, 513):
             try:
                 network(torch.zeros(1, 3, side, side, device=device))
             except (RuntimeError, AssertionError):
                 continue
             return side
-    raise ValueError(f"the network takes no images of up to {most} pixels")
+    raise ValueError("the network takes no images of up to 512 pixels")
 
 
 def autocast_of(training: Training, network: nn.Module) -> torch.autocast:
@@ -212,9 +214,7 @@ def batches(draws: Dataset, size: int, workers: int) -> Iterator[list[Any]]:
     """
     # forked, as Python's default was up to 3.13: otherwise every tensor of the annotations takes a file descriptor
     context = "fork" if workers and sys.platform == "linux" else None
-    loader = DataLoader(
-        draws, batch_size=size, num_workers=workers, collate_fn=list, multiprocessing_context=context
-    )  # fmt: skip
+    loader = DataLoader(draws, size, num_workers=workers, collate_fn=list, multiprocessing_context=context)
     for batch in loader:
         for sample in batch:
             if isinstance(sample, Exception):
@@ -239,8 +239,8 @@ def check_apart(train: Sequence[Any], test: Sequence[Any]) -> None:
 def train_network(
     training: Training,
     network: nn.Module,
-    load: Callable[[int, random.Random], Any],
-    count: int,
+    images: Sequence[Any],
+    load: Callable[[Any, random.Random], Any],
     loss_of: Callable[[list[Any]], torch.Tensor],
     name: str,
     run: Run,
@@ -250,8 +250,8 @@ def train_network(
     Args:
         training: the settings.
         network: trained in place.
-        load: a sample of one of the images, as :class:`Draws` takes it.
-        count: of the images.
+        images: to train on, and
+        load: what makes a sample of one, as :class:`Draws` takes them.
         loss_of: the loss of a list of as many samples as a step has images.
         name: for the progress bar and errors.
         run: how it is computed.
@@ -263,7 +263,7 @@ def train_network(
     if run.output:
         run.output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(run.seed)
-    draws = Draws(load, count, training.steps * training.images_per_step, run.seed)
+    draws = Draws(images, load, training.steps * training.images_per_step, run.seed)
     samples = batches(draws, training.images_per_step, run.workers)
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(

@@ -12,19 +12,16 @@ from training.transfer.data import open_pixels, pixels_tensor
 COLUMNS, CELL = 4, (300, 225)  # of the sheet; width and height in pixels
 
 
-def draw_detections(
-    output: Path, file: Path, found: Mapping[str, torch.Tensor], classes: Sequence[str], least: float = 0.2
-) -> Path:
-    """Write an image with the detections that are sure by ``least`` or more; returns the picture's file.
+def draw_detections(output: Path, file: Path, found: Mapping[str, torch.Tensor], classes: Sequence[str]) -> Path:
+    """Write an image with the detections whose score is 0.2 or more; returns the picture's file.
 
     Args:
         output: the folder ``pictures`` is made in.
         file: the image.
         found: 'boxes' (n, 4) in pixels, 'labels' (n,) from 1, 'scores' (n,).
         classes: the names of the K classes.
-        least: the lowest score that is drawn.
     """
-    sure = found["scores"] >= least
+    sure = found["scores"] >= 0.2
     names = [
         f"{classes[label - 1]} {score:.2f}"
         for label, score in zip(found["labels"][sure].tolist(), found["scores"][sure].tolist(), strict=True)

@@ -122,13 +122,13 @@ def train_segmenter(
     Raises:
         ValueError: a mask with a class that there is not, or a loss that is not finite.
     """
-    load = functools.partial(_training_sample, tuple(images), network.score.out_channels - 1, recipe.longest)
+    load = functools.partial(_training_sample, network.score.out_channels - 1, recipe.longest)
 
     def loss_of(batch: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
         pixels, masks = together(batch, network.mean)
         return pixel_loss(network(pixels.to(run.device)), masks.to(run.device))
 
-    train_network(recipe.training, network, load, len(images), loss_of, "segmentation", run)
+    train_network(recipe.training, network, images, load, loss_of, "segmentation", run)
 
 
 def together(
@@ -166,9 +166,9 @@ def segment(
     network.eval()
     classes = network.score.out_channels
     confusion = torch.zeros(classes, classes, dtype=torch.int64)
-    load = functools.partial(_test_sample, tuple(images), classes - 1, recipe.longest)
+    load = functools.partial(_test_sample, classes - 1, recipe.longest)
     with torch.inference_mode(), autocast_of(recipe.training, network), progress("test", len(images)) as bar:
-        for ((pixels, mask),) in batches(InOrder(load, len(images)), 1, run.workers):
+        for ((pixels, mask),) in batches(InOrder(images, load), 1, run.workers):
             confusion += confusion_matrix(predict(network, pixels.to(run.device), mask.shape).cpu(), mask, classes)
             bar.update()
     return confusion
@@ -189,8 +189,8 @@ def draw_pictures(
     classes = network.score.out_channels - 1
     pictures = []
     with torch.inference_mode(), autocast_of(recipe.training, network):
-        for index, image in enumerate(images):
-            pixels, mask = _test_sample(tuple(images), classes, recipe.longest, index)
+        for image in images:
+            pixels, mask = _test_sample(classes, recipe.longest, image)
             predicted = predict(network, pixels.to(device), mask.shape).cpu()
             pictures.append(draw_segmentation(output, image.file, predicted, classes))
     if pictures:
@@ -242,19 +242,16 @@ def scaled_size(width: int, height: int, longest: int | None) -> tuple[int, int]
 
 
 def _training_sample(
-    images: tuple[MaskedImage, ...], classes: int, longest: int | None, index: int, rng: random.Random
+    classes: int, longest: int | None, image: MaskedImage, rng: random.Random
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    pixels, mask = _test_sample(images, classes, longest, index)
+    pixels, mask = _test_sample(classes, longest, image)
     if mask.shape != pixels.shape[1:]:
         # classes have no values in between
         mask = F.interpolate(mask[None, None].float(), size=pixels.shape[1:], mode="nearest-exact")[0, 0].byte()
     return (pixels.flip(-1), mask.flip(-1)) if rng.random() < 0.5 else (pixels, mask)
 
 
-def _test_sample(
-    images: tuple[MaskedImage, ...], classes: int, longest: int | None, index: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    image = images[index]
+def _test_sample(classes: int, longest: int | None, image: MaskedImage) -> tuple[torch.Tensor, torch.Tensor]:
     pixels = open_pixels(image.file)
     size = scaled_size(image.width, image.height, longest)
     if size != pixels.size:
