@@ -247,36 +247,24 @@ def predict(
     return logits.argmax(1)
 
 
-def transfer_subject(
-    recipe: TransferRecipe,
-    model: str,
-    seed: int,
-    random_seed: int = 0,
-    *,
-    random: bool = False,
-    weights: Path | None = None,
-    size: int | None = None,
-) -> Subject:
+def transfer_subject(recipe: TransferRecipe, model: str, training_seed: int, **options: Any) -> Subject:
     """The backbone that a recipe starts from.
 
     Args:
-        recipe: one that starts from random weights takes those of ``seed``.
-        model: as in :func:`training.evaluation.subject.load_subject`, like the options.
-        seed: of the training.
-        random_seed: of the weights with ``random``.
-        random: take random weights.
-        weights: a safetensors file.
-        size: image size in pixels.
+        recipe: one that starts from random weights takes those of ``training_seed``.
+        model: as in :func:`training.evaluation.subject.load_subject`.
+        training_seed: of the training.
+        options: of ``load_subject``.
 
     Raises:
         ValueError: a weights file for a recipe that starts from random weights, or as ``load_subject``.
     """
     if recipe.start != "random":
-        return load_subject(model, random=random, seed=random_seed, weights=weights, size=size)
-    if weights:
+        return load_subject(model, **options)
+    if options.get("weights"):
         raise ValueError(f"{recipe.name} starts from random weights: leave the weights file out")
     architecture = model.split(".", 1)[0]
-    subject = load_subject(architecture, random=True, seed=seed, size=size)
+    subject = load_subject(architecture, random=True, seed=training_seed, size=options.get("size"))
     return dataclasses.replace(subject, name=f"{architecture}.random")
 
 
@@ -333,5 +321,5 @@ def _recipe(args: argparse.Namespace) -> TransferRecipe:
 def _subject(recipe: TransferRecipe, args: argparse.Namespace, seed: int) -> Subject:
     """A backbone of its own for the training of a seed, which changes it; ``--random`` weights are those of --seed."""
     return transfer_subject(
-        recipe, args.model, seed, args.seed, random=args.random, weights=args.weights, size=args.size
+        recipe, args.model, seed, random=args.random, seed=args.seed, weights=args.weights, size=args.size
     )

@@ -233,7 +233,8 @@ def measure_layers(
     check_decoding(of, measured, workers)
     train_probes(recipe, subject, probes, train, chosen, seed, workers, autocast)
     found = count_correct(subject, probes, of, measured, workers, autocast)
-    seconds = time.monotonic() - started
+    # all are trained in one pass: each row gets its share of the time
+    seconds = (time.monotonic() - started) / len(probes)
     for layer, counts in found.items():
         probe: Any = probes[layer]
         if recipe.classifier == "linear":
@@ -242,12 +243,10 @@ def measure_layers(
             kind = f"the rest of the network, fc layers of {recipe.fc_size}"
         epochs = counted(recipe.epochs, "epoch")
         settings = f"{kind}; {epochs} of SGD, {subject.size} pixels, {recipe.precision}"
-        row = measured_row(
-            subject, counts, len(measured), name, settings, time.monotonic() - started,
+        yield measured_row(
+            subject, counts, len(measured), name, settings, seconds,
             protocol=recipe.protocol, budget=recipe.budget, layer=layer, seed=seed,
         )  # fmt: skip
-        # all are trained in one pass: each row gets its share of the time
-        yield dataclasses.replace(row, seconds=round(seconds / len(probes), 1))
 
 
 def _rest_of_network(subject: Subject, index: int, classes: int, fc_size: int) -> nn.Module:

@@ -7,7 +7,8 @@ from pathlib import Path
 from rotation_ssl.labelled import Images
 from rotation_ssl.precision import add_precision_argument
 from training.datasets import DATASETS, FOLDER, check_whole, load_images
-from training.evaluation.subject import Subject, load_subject, record_file
+from training.evaluation.subject import Subject, load_subject
+from training.reporting.rows import RESULTS_DIR, require_committed
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -88,12 +89,22 @@ def output_of(args: argparse.Namespace, subject: Subject) -> Path:
 
 
 def rows_file(args: argparse.Namespace, subject: Subject, own_settings: object = False) -> Path:
-    """The file of a subject's rows; nothing is written yet.
+    """The file of a subject's rows, with --record the project's own, whose numbers the card reports.
+
+    Nothing is written yet.
 
     Raises:
-        ValueError: as :func:`training.evaluation.subject.record_file`.
+        ValueError: the project does not report such numbers: weights without an entry in the manifest, ``own_settings``
+            of the user (data, image size, budget), or code that is not committed.
     """
-    return record_file(subject, bool(own_settings)) if args.record else output_of(args, subject) / "rows.jsonl"
+    if not args.record:
+        return output_of(args, subject) / "rows.jsonl"
+    if not (subject.published or subject.name == f"{subject.architecture}.random"):
+        raise ValueError(f"--record is for weights of the manifest and random ones: {subject.name} has no entry there")
+    if own_settings:
+        raise ValueError("--record is for whole datasets and the recipes as they are: leave out what changes them")
+    require_committed("--record")
+    return RESULTS_DIR / f"{subject.name}.jsonl"
 
 
 def sized_name(data: str, args: argparse.Namespace) -> str:

@@ -42,6 +42,7 @@ TEMPERATURES = [1.02**step for step in range(-80, 81)]
 # the share of right decisions that each of the manifest's thresholds was fitted for, and its name in protocols
 PRECISIONS = {"threshold": (0.99, "99"), "sure_threshold": (0.995, "99.5")}
 UPRIGHT = 0
+DECODERS = 4  # threads
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Answers:
     confidence: torch.Tensor
 
 
-def picture_logits(subject: Subject, files: Sequence[Path], size: int, workers: int = 4) -> list[torch.Tensor]:
+def picture_logits(subject: Subject, files: Sequence[Path], size: int) -> list[torch.Tensor]:
     """What the network says of each picture, in squares of ``size`` pixels: (squares, 4 turns, 4 rotations).
 
     Raises:
@@ -67,7 +68,7 @@ def picture_logits(subject: Subject, files: Sequence[Path], size: int, workers: 
     def squares_of(file: Path) -> torch.Tensor:
         return picture_squares(open_picture(file, size).image, size)
 
-    with ThreadPoolExecutor(workers) as pool, torch.inference_mode(), progress("pictures", len(files)) as bar:
+    with ThreadPoolExecutor(DECODERS) as pool, torch.inference_mode(), progress("pictures", len(files)) as bar:
         for part in parts:
             views = list(pool.map(squares_of, part))
             squares = normalize(torch.cat(views).to(device), cfg["mean"], cfg["std"])

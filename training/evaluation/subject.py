@@ -21,7 +21,7 @@ from rotation_ssl.features import layer_modules
 from rotation_ssl.machine import device_name, library_versions
 from rotation_ssl.messages import first_line
 from rotation_ssl.zoo.checks import read_tensors
-from training.reporting.rows import RESULTS_DIR, Row, current_commit, require_committed
+from training.reporting.rows import Row, current_commit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,16 +83,14 @@ def load_subject(
     except RuntimeError as error:
         reason = first_line(error)
         raise ValueError(f"{model} could not be loaded ({reason}); --random measures it with random weights") from error
-    digest = hashlib.sha256(save({k: v.contiguous() for k, v in backbone.state_dict().items()})).hexdigest()
+    content = weights.read_bytes() if weights else save({k: v.contiguous() for k, v in backbone.state_dict().items()})
+    digest = hashlib.sha256(content).hexdigest()
     name = f"{architecture}@{digest[:12]}"
     if random:
         # the name model.random is for the network of the bundled weights
         beside = model in zoo.manifest() and model not in zoo.bundled()
         name = f"{model}-random{seed or ''}" if beside else f"{architecture}.random{seed or ''}"
-    elif weights:
-        digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-        name = f"{architecture}@{digest[:12]}"
-    elif (tagged := f"{architecture}.{backbone.pretrained_cfg.get('tag')}") in zoo.bundled():
+    elif not weights and (tagged := f"{architecture}.{backbone.pretrained_cfg.get('tag')}") in zoo.bundled():
         name, digest = tagged, zoo.bundled()[tagged]["sha256"]
     size = size or (weights and _described_size(weights)) or resolve_model_data_config(backbone)["input_size"][-1]
     try:
@@ -156,21 +154,6 @@ def measured_value(subject: Subject, value: float, data: str, settings: str, sec
         seconds=round(seconds, 1),
         **fields,
     )
-
-
-def record_file(subject: Subject, own_settings: bool) -> Path:
-    """The project's results file for a subject, whose numbers the card reports; nothing is written yet.
-
-    Raises:
-        ValueError: the project does not report such numbers: weights without an entry in the manifest, ``own_settings``
-            of the user (data, image size, budget), or code that is not committed.
-    """
-    if not (subject.published or subject.name == f"{subject.architecture}.random"):
-        raise ValueError(f"--record is for weights of the manifest and random ones: {subject.name} has no entry there")
-    if own_settings:
-        raise ValueError("--record is for whole datasets and the recipes as they are: leave out what changes them")
-    require_committed("--record")
-    return RESULTS_DIR / f"{subject.name}.jsonl"
 
 
 def _published_args(model: str) -> dict[str, Any]:
