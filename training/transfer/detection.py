@@ -20,7 +20,6 @@ classes.json with the numbers of every class, and the trained network as network
 
 import argparse
 import functools
-import hashlib
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rotation_ssl.files import sha256_of
 from rotation_ssl.progress import progress
 from training.command import create_parser
 from training.reporting.report import run_measuring
@@ -194,7 +194,7 @@ def measure(args: argparse.Namespace) -> Path:
     name, given = "Faster R-CNN", ""
     if args.proposals:
         check_proposals_file(args.proposals, [])
-        digest = hashlib.sha256(args.proposals.read_bytes()).hexdigest()[:12]
+        digest = sha256_of(args.proposals)[:12]
         name, given = "Fast R-CNN", f", proposals {digest}, the first {recipe.test_proposals:,} in the test"
     transfer = prepare_transfer(
         args, recipe, recipe.protocol.removeprefix("voc-"),

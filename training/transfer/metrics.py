@@ -112,8 +112,6 @@ def match_detections(
     Raises:
         ValueError: sequences of different lengths.
     """
-    if not len(boxes) == len(scores) == len(truths) == len(difficult):
-        raise ValueError("detections and objects must be of the same images, one entry for each")
     kept, right = [torch.empty(0)], [torch.empty(0, dtype=torch.bool)]
     for own_boxes, own_scores, own_truths, own_difficult in zip(boxes, scores, truths, difficult, strict=True):
         order = own_scores.argsort(descending=True, stable=True)

@@ -58,7 +58,7 @@ class Draws(Dataset):
 
     def __init__(self, images: Sequence[Any], load: Callable[[Any, random.Random], Any], total: int, seed: int) -> None:
         self.images, self.load, self.total, self.seed = images, load, total, seed
-        self.epoch, self.order = -1, [0]
+        self.epoch, self.order = -1, images
 
     def __len__(self) -> int:
         return self.total
@@ -68,10 +68,8 @@ class Draws(Dataset):
         if epoch != self.epoch:
             # kept: an order takes milliseconds
             self.epoch = epoch
-            count = len(self.images)
-            self.order = random.Random(f"{self.seed} epoch {epoch}").sample(range(count), count)
-        image = self.images[self.order[position]]
-        return _loaded(self.load, image, random.Random(f"{self.seed} sample {index}"))
+            self.order = random.Random(f"{self.seed} epoch {epoch}").sample(self.images, len(self.images))
+        return _loaded(self.load, self.order[position], random.Random(f"{self.seed} sample {index}"))
 
 
 class InOrder(Dataset):
