@@ -81,7 +81,7 @@ def load_cifar10(data_dir: Path, split: str, download: bool = False) -> Labelled
     return LabelledImages(images, torch.tensor(dataset.targets), CIFAR10_CLASSES)
 
 
-def tinyimagenet_files(data_dir: Path, split: str) -> tuple[list[Path], list[int], tuple[str, ...]]:
+def tinyimagenet_files(data_dir: Path, split: str) -> Listed:
     """The image files of Tiny-ImageNet (200 classes of ImageNet at 64 pixels), their labels and the classes.
 
     Args:

@@ -8,7 +8,6 @@ folder, and it can be uploaded as a static Space to the Hugging Face Hub. An exi
 Building requires npm.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -141,16 +140,11 @@ def build_page(output: Path) -> int:
     return sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command's options."""
-    parser = create_parser("page", __doc__)
-    parser.add_argument("--output", type=Path, default=Path("build/page"), metavar="DIR", help="folder [%(default)s]")
-    return parser
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    args = build_parser().parse_args(arguments)
+    parser = create_parser("page", __doc__)
+    parser.add_argument("--output", type=Path, default=Path("build/page"), metavar="DIR", help="folder [%(default)s]")
+    args = parser.parse_args(arguments)
 
     def work() -> None:
         size = build_page(args.output)

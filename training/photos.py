@@ -19,7 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypedDict, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -40,14 +40,6 @@ IMAGES = 114_334
 SHA256_OF_NAMES = "8e17ba2ba123bb558ebfd5581c75c2cd4544fae69f4155b7d64f3ca2ced820ca"
 
 Value = TypeVar("Value")
-
-
-class Listing(TypedDict):
-    """What photos.json holds: how many images, the sha256 of their names, and the images left out."""
-
-    images: int
-    sha256_of_names: str
-    left_out: list[dict[str, str | int]]
 
 
 @dataclass(frozen=True)
@@ -90,11 +82,6 @@ def training_files(root: Path) -> list[Path]:
     if missing:
         raise ValueError(f"{root} lacks {', '.join(missing)}: give the folder that holds the datasets")
     return sorted(file for source in SOURCES for file in source.train(root / source.folder))
-
-
-def held_out_files(root: Path) -> list[Path]:
-    """The held-out images of all sources."""
-    return [file for source in SOURCES for file in source.held_out(root / source.folder)]
 
 
 def listed_files(root: Path, source: str) -> list[Path]:
@@ -186,19 +173,20 @@ def write_square(size: int, root: Path, output: Path, file: Path) -> None:
         square(image, size).save(target, quality=QUALITY)
 
 
-def prepare(root: Path, output: Path, workers: int) -> Listing:
-    """Write the set, and photos.json last; returns what it says.
+def prepare(root: Path, output: Path, workers: int) -> dict[str, Any]:
+    """Write the set, and photos.json last: how many images, the sha256 of their names, and the images left out.
 
     Raises:
         ValueError: a source is missing, an image does not decode, or ``output`` holds a set.
     """
     if (output / LIST).exists():
         raise ValueError(f"{output} already contains the set: give another --output")
-    train, held_out = training_files(root), held_out_files(root)
+    train = training_files(root)
+    held_out = [file for source in SOURCES for file in source.held_out(root / source.folder)]
     duplicates = find_duplicates(train, held_out, workers)
     kept = [file for i, file in enumerate(train) if i not in duplicates]
     _map(partial(write_square, SIZE, root, output / "train"), kept, workers, "writing squares")
-    listing: Listing = {
+    listing = {
         "images": len(kept),
         "sha256_of_names": sha256_of_names(root, kept),
         "left_out": [
@@ -219,20 +207,15 @@ def _map(function: Callable[[Path], Value], files: Sequence[Path], workers: int,
         return list(progress(what, len(files), items=pool.map(function, files, chunksize=64)))
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command's options."""
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m training photos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=Path, required=True, help="folder of the datasets")
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
     parser.add_argument("--workers", type=int, default=2, help="processes that read and write images [%(default)s]")
-    return parser
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
-    args = build_parser().parse_args(arguments)
+    args = parser.parse_args(arguments)
 
     def work() -> None:
         listing = prepare(args.data, args.output, args.workers)

@@ -15,7 +15,6 @@ checkpoint and stops; --resume continues from it and gives the same weights as a
 the curve during the training: tensorboard --logdir OUTPUT.
 """
 
-import argparse
 import dataclasses
 from pathlib import Path
 
@@ -48,8 +47,8 @@ def finished_run(recipe: Recipe, images: torch.Tensor, output: Path, device: str
     return weights
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command's options."""
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
     recipes = (
         f"{r.name:24s} {r.model}, {r.rotated_images:,} rotated images of {r.data}{'; ' + r.note if r.note else ''}"
         for r in RECIPES.values()
@@ -61,12 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--dataset",
         help="dataset in --data: cifar10, tinyimagenet, photos, folder, or a name of timm (torch/..., hfds/...)",
     )
-    return parser
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
-    args = build_parser().parse_args(arguments)
+    args = parser.parse_args(arguments)
     recipe = RECIPES[args.recipe]
     recipe = dataclasses.replace(recipe, data=args.dataset or recipe.data)
     return execute(

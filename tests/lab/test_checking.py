@@ -23,7 +23,9 @@ def decoded(monkeypatch):
     names = []
     for name in ("open_pixels", "open_mask"):
         read = getattr(checking, name)
-        monkeypatch.setattr(checking, name, lambda file, *args, read=read: names.append(file.name) or read(file, *args))
+        monkeypatch.setattr(
+            checking, name, lambda file, read=read, **options: names.append(file.name) or read(file, **options)
+        )
     return names
 
 

@@ -14,10 +14,9 @@ from small_voc import write_small_voc
 from training.evaluation.subject import load_subject
 from training.reporting.rows import read_file
 from training.transfer import detection as detect
-from training.transfer.command import averages
 from training.transfer.data import CLASSES, AnnotatedImage, open_pixels, read_annotations
 from training.transfer.detector import build_detector
-from training.transfer.metrics import average_precision, match_detections
+from training.transfer.metrics import average_precision, match_detections, mean_over_classes
 from training.transfer.network import transfer_network
 from training.transfer.pictures import draw_detections
 from training.transfer.proposals import check_proposals_file, grid_proposals, read_proposals, write_proposals
@@ -117,8 +116,8 @@ def test_pictures_have_the_sure_detections(devkit, proposals, tmp_path):
 
 def test_proposals_of_the_test_are_the_first_ones(devkit, proposals):
     images = read_annotations(devkit, "2007", "test")
-    _, some = detect._test_sample(images, proposals, 7, 0)
-    _, all_of_them = detect._test_sample(images, proposals, None, 0)
+    _, some = detect._test_sample(proposals, 7, images[0])
+    _, all_of_them = detect._test_sample(proposals, None, images[0])
     assert len(some) == 7 < len(all_of_them) and torch.equal(some, all_of_them[:7])
 
 
@@ -166,15 +165,15 @@ def test_mirrored_samples(devkit, proposals):
     images = read_annotations(devkit, "2007", "train")
     seen = set()
     for seed in range(8):
-        plain, regions, target = detect._training_sample(images, proposals, 0, random.Random(seed))
         image = images[0]
+        plain, regions, target = detect._training_sample(proposals, image, random.Random(seed))
         easy = image.boxes[~image.difficult]
         moved = not torch.equal(target["boxes"], easy)
         seen.add(moved)
         # what is inside of a box stays inside
         left, top, right, bottom = target["boxes"][0].int().tolist()
         x0, y0, x1, y1 = easy[0].int().tolist()
-        original, _ = detect._test_sample(images, proposals, None, 0)
+        original, _ = detect._test_sample(proposals, None, image)
         inside = original[:, y0:y1, x0:x1]
         assert torch.equal(plain[:, top:bottom, left:right], inside.flip(-1) if moved else inside)
         assert (target["labels"] == image.labels[~image.difficult] + 1).all()
@@ -271,7 +270,7 @@ def test_it_learns(mode, tmp_path):
     assert max(chances) < 0.05
     recipe = small(VOC_FAST_RCNN if file else VOC_FASTER_RCNN, steps=150 if file else 110, lr=0.004 if file else 0.006)
     _, by_class = detect.measure_detection(recipe, network_for(train, 128), train, test, 20, file)
-    found = averages(by_class)
+    found = {kind: mean_over_classes(values) for kind, values in by_class.items()}
     assert min(found.values()) > 0.05 + (0.2 if file else 0.15), found
 
 

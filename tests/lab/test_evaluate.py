@@ -1,5 +1,6 @@
 """The measurements end to end on a small CIFAR-10, and against the published rows where the whole one is there."""
 
+import argparse
 import dataclasses
 import json
 import os
@@ -24,6 +25,7 @@ from rotation_ssl.zoo.golden import golden_file
 from training.datasets import load_cifar10, load_images
 from training.evaluation import probes as evaluate
 from training.evaluation import subject
+from training.evaluation.options import rows_file
 from training.reporting.rows import RESULTS_DIR, read_file, read_rows
 
 NAME = "rotnet_nin.cifar10"
@@ -204,7 +206,7 @@ def test_random_weights_beside_a_tag_are_of_its_network_and_size():
     assert (beside.size, beside.backbone.head.fc_size) == (224, 4096)
     assert (default.name, beside.name) == ("rotnet_alexnet.random", "rotnet_alexnet.gidaris_in1k-random")
     with pytest.raises(ValueError, match="in1k-random has no entry there"):
-        subject.record_file(beside, own_settings=False)
+        rows_file(argparse.Namespace(record=True), beside)
 
 
 def test_maps_are_pooled_to_what_memory_bears():
@@ -288,7 +290,7 @@ def test_damaged_weights_of_another_network_are_refused(small_cifar10, tmp_path,
     (tmp_path / "half.safetensors").write_bytes(golden_file(NAME).read_bytes()[:1000])
     save_file(timm.create_model("resnet18").state_dict(), tmp_path / "other.safetensors")
     for model, file, message in (
-        ("resnet34", "half.safetensors", "is not a safetensors file"),
+        ("resnet34", "half.safetensors", "is not a whole safetensors file"),
         ("resnet34", "other.safetensors", "does not fit resnet34: it lacks"),
         ("rotnet_nin", "half.safetensors", "half.safetensors"),
     ):

@@ -106,10 +106,10 @@ def test_images_of_different_sizes_make_a_batch():
 
 def test_image_and_mask_are_mirrored_together(devkit):
     images = read_masks(devkit, "2007", "train")
-    plain, mask = segment._test_sample(images, 20, None, 0)
+    plain, mask = segment._test_sample(20, None, images[0])
     seen = set()
     for seed in range(8):
-        pixels, own = segment._training_sample(images, 20, None, 0, random.Random(seed))
+        pixels, own = segment._training_sample(20, None, images[0], random.Random(seed))
         mirrored = torch.equal(pixels, plain.flip(-1)) and torch.equal(own, mask.flip(-1))
         assert mirrored or (torch.equal(pixels, plain) and torch.equal(own, mask))
         seen.add(mirrored)
@@ -119,7 +119,7 @@ def test_image_and_mask_are_mirrored_together(devkit):
 def test_scaled_images_are_judged_on_every_pixel(devkit):
     """Training sees image and mask at the smaller size, the test counts the pixels of the stored mask."""
     images = read_masks(devkit, "2007", "train")
-    pixels, mask = segment._training_sample(images, 20, 80, 0, random.Random(0))
+    pixels, mask = segment._training_sample(20, 80, images[0], random.Random(0))
     assert pixels.shape == (3, 64, 80) and mask.shape == (64, 80)
     stored = open_mask(images[0].mask, 20)
     assert set(mask.unique().tolist()) <= set(stored.unique().tolist()), "no classes in between"

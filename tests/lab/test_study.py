@@ -49,7 +49,7 @@ def test_a_variant_is_measured_on_the_held_out_images(small_study, tmp_path):
     assert (rotation.correct, rotation.n) == tuple(run["holdout_rotation_accuracy"].values())
     assert {row.n for row in rows if row.layer == "block2"} == {10}
     assert all("; features in fp32; 20 labelled images" in row.settings for row in rows if row.layer)
-    assert study.measured(small_study) == {"base", "seed-1"}
+    assert set(study.results(small_study)) == {"base", "seed-1"}
 
 
 def test_page_and_figure_follow_the_rows(small_study, tmp_path, monkeypatch):

@@ -38,12 +38,11 @@ from rotation_ssl.pretraining.optim import create_scheduler
 from rotation_ssl.probes import convolutional_probe, nonlinear_probe
 from rotation_ssl.progress import progress
 from training.command import create_parser
-from training.datasets import check_whole, load_images
 from training.evaluation import options
 from training.evaluation.recipes import TRANSFERS, TransferRecipe
-from training.evaluation.subject import Subject, load_subject, measured_row, recommended_layer, record_file
+from training.evaluation.subject import Subject, load_subject, measured_row, recommended_layer
 from training.protocols import PROTOCOLS
-from training.reporting.report import check_rows, keep_row, run_measuring, write_report
+from training.reporting.report import keep_rows, run_measuring
 from training.reporting.rows import Row
 
 
@@ -248,36 +247,24 @@ def predict(
     return logits.argmax(1)
 
 
-def transfer_subject(
-    recipe: TransferRecipe,
-    model: str,
-    seed: int,
-    random_seed: int = 0,
-    *,
-    random: bool = False,
-    weights: Path | None = None,
-    size: int | None = None,
-) -> Subject:
+def transfer_subject(recipe: TransferRecipe, model: str, training_seed: int, **options: Any) -> Subject:
     """The backbone that a recipe starts from.
 
     Args:
-        recipe: one that starts from random weights takes those of ``seed``.
-        model: as in :func:`training.evaluation.subject.load_subject`, like the options.
-        seed: of the training.
-        random_seed: of the weights with ``random``.
-        random: take random weights.
-        weights: a safetensors file.
-        size: image size in pixels.
+        recipe: one that starts from random weights takes those of ``training_seed``.
+        model: as in :func:`training.evaluation.subject.load_subject`.
+        training_seed: of the training.
+        options: of ``load_subject``.
 
     Raises:
         ValueError: a weights file for a recipe that starts from random weights, or as ``load_subject``.
     """
     if recipe.start != "random":
-        return load_subject(model, random=random, seed=random_seed, weights=weights, size=size)
-    if weights:
+        return load_subject(model, **options)
+    if options.get("weights"):
         raise ValueError(f"{recipe.name} starts from random weights: leave the weights file out")
     architecture = model.split(".", 1)[0]
-    subject = load_subject(architecture, random=True, seed=seed, size=size)
+    subject = load_subject(architecture, random=True, seed=training_seed, size=options.get("size"))
     return dataclasses.replace(subject, name=f"{architecture}.random")
 
 
@@ -307,27 +294,21 @@ def _measure(args: argparse.Namespace) -> Path:
     recipe = _recipe(args)
     subject = _subject(recipe, args, args.seed)
     layer = args.layer or recommended_layer(subject)
-    output = args.output or Path("runs") / "finetune" / subject.name
     cifar10 = args.dataset == "cifar10" and not args.holdout and not args.size
     own = not cifar10 or resolved(recipe, args.device) != resolved(TRANSFERS[args.recipe], args.device)
-    file = record_file(subject, own) if args.record else output / "rows.jsonl"
+    file = options.rows_file(args, subject, own)
     # what the options ask for in vain is an error now, not after the first training
     build_network(recipe, subject, layer, num_classes=2)
-    images = load_images(args.dataset, args.data, subject.size, args.download, args.holdout)
-    images = dataclasses.replace(images, name=options.sized_name(images.name, args))
-    if args.record:
-        check_whole(args.dataset, len(images.train), len(images.test))
+    images = options.images_of(args, subject.size)
     for labels in args.labels_per_class or []:
         labels_subset(images.train, labels)
-    check_rows(file)
     trainings = [(labels, seed) for labels in args.labels_per_class or [None] for seed in options.seeds(args)]
-    for labels, seed in progress("trainings", len(trainings), "training", trainings, disable=len(trainings) == 1):
-        subject = _subject(recipe, args, seed)
-        row = measure_transfer(recipe, subject, layer, images, labels, args.draw, seed, args.device)
-        keep_row(row, file)
-    if not args.record:
-        write_report(output, file)
-    return file
+    bar = progress("trainings", len(trainings), "training", trainings, disable=len(trainings) == 1)
+    rows = (
+        measure_transfer(recipe, _subject(recipe, args, seed), layer, images, labels, args.draw, seed, args.device)
+        for labels, seed in bar
+    )
+    return keep_rows(rows, file)
 
 
 def _recipe(args: argparse.Namespace) -> TransferRecipe:
@@ -340,5 +321,5 @@ def _recipe(args: argparse.Namespace) -> TransferRecipe:
 def _subject(recipe: TransferRecipe, args: argparse.Namespace, seed: int) -> Subject:
     """A backbone of its own for the training of a seed, which changes it; ``--random`` weights are those of --seed."""
     return transfer_subject(
-        recipe, args.model, seed, args.seed, random=args.random, weights=args.weights, size=args.size
+        recipe, args.model, seed, random=args.random, seed=args.seed, weights=args.weights, size=args.size
     )

@@ -89,15 +89,15 @@ def read_into_memory(data: Labelled, workers: int) -> Labelled:
     return LabelledImages(data.images.squares, data.labels, data.classes)
 
 
-def split_holdout(data: Labelled, holdout: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices to train on, and ``holdout`` random others to test on.
+def split_holdout(data: Labelled, holdout: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices to train on, and ``holdout`` random others to test on, always the same ones.
 
     Raises:
         ValueError: a holdout out of range.
     """
     if not 0 < holdout < len(data):
         raise ValueError(f"holdout must be 1 to {len(data) - 1} of the training images, got {holdout}")
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
     return order[:-holdout], order[-holdout:]
 
 

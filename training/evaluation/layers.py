@@ -32,7 +32,7 @@ from rotation_ssl.features import layer_modules
 from rotation_ssl.fit import fit
 from rotation_ssl.messages import counted
 from rotation_ssl.precision import autocast_type, resolved, warn_if_emulated
-from rotation_ssl.pretraining.augment import Windows, crop_and_flip, take_windows
+from rotation_ssl.pretraining.augment import crop_and_flip
 from rotation_ssl.probes import max_pooled_probe
 from rotation_ssl.progress import progress
 from training.command import create_parser
@@ -47,8 +47,8 @@ from training.evaluation.labelled import (
     squares_of,
 )
 from training.evaluation.recipes import LAYER_PROBES, LayerProbeRecipe
-from training.evaluation.subject import Subject, load_subject, measured_row, record_file
-from training.reporting.report import check_rows, keep_row, run_measuring, write_report
+from training.evaluation.subject import Subject, measured_row
+from training.reporting.report import keep_rows, run_measuring
 from training.reporting.rows import Row
 
 MAX_VALUES = 9600  # of 12 x 12 x 64, 7 x 7 x 192, 5 x 5 x 384, 6 x 6 x 256: AlexNet's layers at 224 pixels
@@ -98,10 +98,9 @@ def layer_maps(subject: Subject, images: torch.Tensor, layers: Sequence[str]) ->
     """
     backbone: Any = subject.backbone.eval()
     modules = [entry["module"] for entry in backbone.feature_info]
-    indices = [modules.index(module) for name, module in layer_modules(backbone).items() if name in layers]
-    names = [name for name in layer_modules(backbone) if name in layers]
-    maps = backbone.forward_intermediates(images, indices, stop_early=True, intermediates_only=True)
-    return dict(zip(names, maps, strict=True))
+    indices = {name: modules.index(module) for name, module in layer_modules(backbone).items() if name in layers}
+    maps = backbone.forward_intermediates(images, list(indices.values()), stop_early=True, intermediates_only=True)
+    return dict(zip(indices, maps, strict=True))
 
 
 def train_probes(
@@ -234,7 +233,8 @@ def measure_layers(
     check_decoding(of, measured, workers)
     train_probes(recipe, subject, probes, train, chosen, seed, workers, autocast)
     found = count_correct(subject, probes, of, measured, workers, autocast)
-    seconds = time.monotonic() - started
+    # all are trained in one pass: each row gets its share of the time
+    seconds = (time.monotonic() - started) / len(probes)
     for layer, counts in found.items():
         probe: Any = probes[layer]
         if recipe.classifier == "linear":
@@ -243,12 +243,10 @@ def measure_layers(
             kind = f"the rest of the network, fc layers of {recipe.fc_size}"
         epochs = counted(recipe.epochs, "epoch")
         settings = f"{kind}; {epochs} of SGD, {subject.size} pixels, {recipe.precision}"
-        row = measured_row(
-            subject, counts, len(measured), name, settings, time.monotonic() - started,
+        yield measured_row(
+            subject, counts, len(measured), name, settings, seconds,
             protocol=recipe.protocol, budget=recipe.budget, layer=layer, seed=seed,
         )  # fmt: skip
-        # all are trained in one pass: each row gets its share of the time
-        yield dataclasses.replace(row, seconds=round(seconds / len(probes), 1))
 
 
 def _rest_of_network(subject: Subject, index: int, classes: int, fc_size: int) -> nn.Module:
@@ -261,10 +259,9 @@ def _rest_of_network(subject: Subject, index: int, classes: int, fc_size: int) -
 
 
 def _central(pixels: torch.Tensor) -> torch.Tensor:
-    size = pixels.shape[-1]
-    crop = round(CROP * size)
-    start = torch.full((len(pixels),), (size - crop) // 2)
-    return take_windows(pixels, Windows(start, start, torch.zeros(len(pixels), dtype=torch.bool)), crop, "reflect")
+    crop = round(CROP * pixels.shape[-1])
+    start = (pixels.shape[-1] - crop) // 2
+    return pixels[..., start : start + crop, start : start + crop]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -286,27 +283,24 @@ def _measure(args: argparse.Namespace) -> Path:
     """Train and measure what the options ask for; returns the file of the rows."""
     warn_if_emulated(args.precision, args.device)
     recipe = _recipe(args)
-    subject = load_subject(args.model, random=args.random, seed=args.seed, weights=args.weights, size=args.size)
-    subject.backbone.to(args.device).to(memory_format=torch.channels_last)
+    subject = options.subject_of(args)
     layers = args.layers or list(layer_modules(subject.backbone))
     # a wrong layer is an error now, not after the images are read
     build_probes(recipe, subject, layers, classes=2)
-    output = args.output or Path("runs") / "imagenet" / subject.name
     own = args.dataset not in DATASETS or args.holdout or args.size or not recipe.budget
-    file = record_file(subject, bool(own)) if args.record else output / "rows.jsonl"
+    file = options.rows_file(args, subject, own)
     train, val = _open(args)
     if args.record:
         check_whole(args.dataset, len(train), len(val))
     train = read_into_memory(train, args.workers)
     val = train if args.holdout else read_into_memory(val, args.workers)
     name = name_of(args.dataset, args.data, "val")
-    check_rows(file)
-    for seed in progress("seeds", args.seeds, "seed", options.seeds(args), disable=args.seeds == 1):
-        for row in measure_layers(recipe, subject, layers, train, val, name, args.holdout, seed, args.workers):
-            keep_row(dataclasses.replace(row, data=options.sized_name(row.data, args)), file)
-    if not args.record:
-        write_report(output, file)
-    return file
+    rows = (
+        dataclasses.replace(row, data=options.sized_name(row.data, args))
+        for seed in progress("seeds", args.seeds, "seed", options.seeds(args), disable=args.seeds == 1)
+        for row in measure_layers(recipe, subject, layers, train, val, name, args.holdout, seed, args.workers)
+    )
+    return keep_rows(rows, file)
 
 
 def _recipe(args: argparse.Namespace) -> LayerProbeRecipe:

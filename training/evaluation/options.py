@@ -1,10 +1,14 @@
 """Options that several commands of this folder have: the same name and the same meaning everywhere."""
 
 import argparse
+import dataclasses
 from pathlib import Path
 
+from rotation_ssl.labelled import Images
 from rotation_ssl.precision import add_precision_argument
-from training.datasets import DATASETS, FOLDER
+from training.datasets import DATASETS, FOLDER, check_whole, load_images
+from training.evaluation.subject import Subject, load_subject
+from training.reporting.rows import RESULTS_DIR, require_committed
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -46,6 +50,7 @@ def add_output(parser: argparse.ArgumentParser, output: str) -> None:
     """Where it is computed and where the results go; ``output`` is the default folder."""
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps [%(default)s]")
     parser.add_argument("--output", type=Path, help=f"folder of rows and report [{output}/<weights>]")
+    parser.set_defaults(runs=Path(output))
     parser.add_argument("--record", action="store_true", help="write the rows to training/results/, for the model card")
 
 
@@ -58,6 +63,48 @@ def seeds(args: argparse.Namespace) -> range:
     if args.seeds < 1:
         raise ValueError(f"--seeds must be at least 1, got {args.seeds}")
     return range(args.seed, args.seed + args.seeds)
+
+
+def subject_of(args: argparse.Namespace) -> Subject:
+    """The backbone that the options name, on the device; errors as of ``load_subject``."""
+    subject = load_subject(args.model, random=args.random, seed=args.seed, weights=args.weights, size=args.size)
+    return subject.on(args.device)
+
+
+def images_of(args: argparse.Namespace, size: int, test_only: bool = False) -> Images:
+    """The images that the options name, in memory: the whole dataset where rows are to be recorded.
+
+    Raises:
+        ValueError: as :func:`training.datasets.load_images`, or a part of a dataset.
+    """
+    images = load_images(args.dataset, args.data, size, args.download, args.holdout, test_only)
+    if args.record:
+        check_whole(args.dataset, len(images.train), len(images.test))
+    return dataclasses.replace(images, name=sized_name(images.name, args))
+
+
+def output_of(args: argparse.Namespace, subject: Subject) -> Path:
+    """The folder of a subject's rows and report."""
+    return Path(args.output or args.runs / subject.name)
+
+
+def rows_file(args: argparse.Namespace, subject: Subject, own_settings: object = False) -> Path:
+    """The file of a subject's rows, with --record the project's own, whose numbers the card reports.
+
+    Nothing is written yet.
+
+    Raises:
+        ValueError: the project does not report such numbers: weights without an entry in the manifest, ``own_settings``
+            of the user (data, image size, budget), or code that is not committed.
+    """
+    if not args.record:
+        return output_of(args, subject) / "rows.jsonl"
+    if not (subject.published or subject.name == f"{subject.architecture}.random"):
+        raise ValueError(f"--record is for weights of the manifest and random ones: {subject.name} has no entry there")
+    if own_settings:
+        raise ValueError("--record is for whole datasets and the recipes as they are: leave out what changes them")
+    require_committed("--record")
+    return RESULTS_DIR / f"{subject.name}.jsonl"
 
 
 def sized_name(data: str, args: argparse.Namespace) -> str:

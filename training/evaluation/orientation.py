@@ -14,7 +14,7 @@ prediction with it, so measuring upright photographs is enough.
 import argparse
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,10 +31,10 @@ from rotation_ssl.progress import progress
 from training.command import create_parser
 from training.datasets import DATASETS
 from training.evaluation import options
-from training.evaluation.subject import Subject, load_subject, measured_row, record_file
+from training.evaluation.subject import Subject, load_subject, measured_row
 from training.protocols import COVERAGES
 from training.reporting.manifest import enter_manifest, read_manifest
-from training.reporting.report import check_rows, keep_row, run_measuring, write_report
+from training.reporting.report import keep_rows, run_measuring
 from training.reporting.rows import Row
 
 FITTED_ON, MEASURED_ON = ("imagewoof", "caltech101"), ("imagenette", "voc2007")
@@ -42,6 +42,7 @@ TEMPERATURES = [1.02**step for step in range(-80, 81)]
 # the share of right decisions that each of the manifest's thresholds was fitted for, and its name in protocols
 PRECISIONS = {"threshold": (0.99, "99"), "sure_threshold": (0.995, "99.5")}
 UPRIGHT = 0
+DECODERS = 4  # threads
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Answers:
     confidence: torch.Tensor
 
 
-def picture_logits(subject: Subject, files: Sequence[Path], size: int, workers: int = 4) -> list[torch.Tensor]:
+def picture_logits(subject: Subject, files: Sequence[Path], size: int) -> list[torch.Tensor]:
     """What the network says of each picture, in squares of ``size`` pixels: (squares, 4 turns, 4 rotations).
 
     Raises:
@@ -67,7 +68,7 @@ def picture_logits(subject: Subject, files: Sequence[Path], size: int, workers: 
     def squares_of(file: Path) -> torch.Tensor:
         return picture_squares(open_picture(file, size).image, size)
 
-    with ThreadPoolExecutor(workers) as pool, torch.inference_mode(), progress("pictures", len(files)) as bar:
+    with ThreadPoolExecutor(DECODERS) as pool, torch.inference_mode(), progress("pictures", len(files)) as bar:
         for part in parts:
             views = list(pool.map(squares_of, part))
             squares = normalize(torch.cat(views).to(device), cfg["mean"], cfg["std"])
@@ -201,10 +202,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _work(args: argparse.Namespace) -> Path:
-    subject = load_subject(args.model)
-    subject.backbone.to(args.device).to(memory_format=torch.channels_last)
-    output = args.output or Path("runs") / "orientation" / subject.name
-    file = record_file(subject, False) if args.record else output / "rows.jsonl"
+    subject = load_subject(args.model).on(args.device)
+    file = options.rows_file(args, subject)
     if args.size and not args.fit:
         raise ValueError("--size is for --fit: a threshold is fitted for a size")
     calibration = (
@@ -213,17 +212,12 @@ def _work(args: argparse.Namespace) -> Path:
     if args.fit and subject.published:
         enter_manifest(subject.name, {**read_manifest()[subject.name], "orientation": calibration})
     print(", ".join(f"{name} {value:g}" for name, value in calibration.items()))
-    check_rows(file)
-    for row in _rows(subject, args.photos, calibration):
-        keep_row(row, file)
-    if not args.record:
-        write_report(output, file)
-    return file
-
-
-def _rows(subject: Subject, root: Path, calibration: dict[str, float]) -> Iterator[Row]:
-    for dataset in MEASURED_ON:
-        yield from measure_orientation(subject, photo_list(dataset, root), DATASETS[dataset].name, calibration)
+    rows = (
+        row
+        for dataset in MEASURED_ON
+        for row in measure_orientation(subject, photo_list(dataset, args.photos), DATASETS[dataset].name, calibration)
+    )
+    return keep_rows(rows, file)
 
 
 def _probabilities(logits: Sequence[torch.Tensor], temperature: float) -> torch.Tensor:

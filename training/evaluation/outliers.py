@@ -29,11 +29,11 @@ from training.command import create_parser
 from training.datasets import check_whole, load_images, load_split
 from training.evaluation import options
 from training.evaluation.orientation import photo_list
-from training.evaluation.subject import Subject, load_subject, measured_value, recommended_layer, record_file
-from training.reporting.report import check_rows, keep_row, run_measuring, write_report
+from training.evaluation.subject import Subject, load_subject, measured_value, recommended_layer
+from training.reporting.report import keep_rows, run_measuring
 from training.reporting.rows import Row
 
-NORMAL, OUTLYING, PHOTOS = "CIFAR-10 test", "CIFAR-100 test", "Imagenette val"
+OUTLYING, PHOTOS = "CIFAR-100 test", "Imagenette val"
 NEIGHBOURS = 10
 BATCH = 250
 
@@ -70,13 +70,17 @@ def measure_outliers(
             where = layer if score == "knn" else ""
             of = f"against {len(normal.test):,} images of {normal.name}"
             seconds = time.monotonic() - started
-            yield _row(subject, auroc(found[score], values), f"outliers-{score}", name, where, of, seconds)
-            rate = false_positive_rate(found[score], values)
-            yield _row(subject, rate, f"outliers-{score}-fpr95", name, where, of, seconds)
+            for kind, value in (
+                ("", auroc(found[score], values)),
+                ("-fpr95", false_positive_rate(found[score], values)),
+            ):
+                protocol = f"outliers-{score}{kind}"
+                yield measured_value(subject, value, name, of, seconds, protocol=protocol, layer=where)
             started = time.monotonic()
     value = one_class(subject.backbone, layer, (train, normal.train), (test, normal.test))
     settings = f"mean over {len(normal.test.classes)} classes, {NEIGHBOURS} neighbours"
-    yield _row(subject, value, "one-class-knn", normal.name, layer, settings, time.monotonic() - started)
+    seconds = time.monotonic() - started
+    yield measured_value(subject, value, normal.name, settings, seconds, protocol="one-class-knn", layer=layer)
 
 
 def one_class(
@@ -134,10 +138,6 @@ def _surprise(subject: Subject, detector: RotationOutlierDetector, images: torch
         return torch.cat([detector.predict(prepare(part.to(device))) for part in images.split(BATCH)])
 
 
-def _row(subject: Subject, value: float, protocol: str, data: str, layer: str, settings: str, seconds: float) -> Row:
-    return measured_value(subject, value, data, settings, seconds, protocol=protocol, layer=layer)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     parser = create_parser("outliers", __doc__)
@@ -153,14 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _work(args: argparse.Namespace) -> Path:
-    subject = load_subject(args.model)
-    subject.backbone.to(args.device).to(memory_format=torch.channels_last)
-    output = args.output or Path("runs") / "outliers" / subject.name
-    file = record_file(subject, bool(args.layer)) if args.record else output / "rows.jsonl"
-    check_rows(file)
+    subject = load_subject(args.model).on(args.device)
+    file = options.rows_file(args, subject, args.layer)
     normal, outlying = outlier_data(args.data, args.cifar100, args.photos, subject.size, args.download)
-    for row in measure_outliers(subject, normal, outlying, args.layer or recommended_layer(subject)):
-        keep_row(row, file)
-    if not args.record:
-        write_report(output, file)
-    return file
+    return keep_rows(measure_outliers(subject, normal, outlying, args.layer or recommended_layer(subject)), file)

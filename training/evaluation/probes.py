@@ -22,8 +22,6 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
-
 from rotation_ssl.evaluation import measure as frozen_measure
 from rotation_ssl.evaluation.frozen import PARTS, Frozen, map_grids
 from rotation_ssl.evaluation.measure import LINEAR_GRID, Measurement, Number, plan
@@ -33,10 +31,10 @@ from rotation_ssl.labelled import Images, LabelledImages
 from rotation_ssl.precision import resolve_precision, warn_if_emulated
 from rotation_ssl.progress import progress
 from training.command import create_parser
-from training.datasets import DATASETS, check_whole, load_images
+from training.datasets import DATASETS
 from training.evaluation import options
-from training.evaluation.subject import Subject, load_subject, measured_row, record_file
-from training.reporting.report import check_rows, keep_row, run_measuring, write_report
+from training.evaluation.subject import Subject, measured_row
+from training.reporting.report import keep_rows, run_measuring
 from training.reporting.rows import Row
 
 DEFAULT = ("rotation", "knn", "linear", "nonlinear")
@@ -108,33 +106,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _measure(args: argparse.Namespace) -> Path:
     """Measure what the options ask for; returns the file of the rows."""
     warn_if_emulated(args.precision, args.device)
-    subject = load_subject(args.model, random=args.random, seed=args.seed, weights=args.weights, size=args.size)
+    subject = options.subject_of(args)
     layers = args.layers or list(layer_modules(subject.backbone))
-    subject.backbone.to(args.device).to(memory_format=torch.channels_last)
     wanted = set(args.only or DEFAULT)
     if not args.only and subject.backbone.num_classes != 4:
         wanted.remove("rotation")
     measurements = plan(layers, wanted, args.budget, options.seeds(args))
-    output = args.output or Path("runs") / "evaluate" / subject.name
     own = args.dataset not in DATASETS or args.holdout or args.size or args.precision
-    file = record_file(subject, bool(own)) if args.record else output / "rows.jsonl"
-    images = load_images(args.dataset, args.data, subject.size, args.download, args.holdout, not measurements)
-    images = dataclasses.replace(images, name=options.sized_name(images.name, args))
+    file = options.rows_file(args, subject, own)
+    images = options.images_of(args, subject.size, test_only=not measurements)
     if measurements:
         # a wrong layer is an error now, not after the rotation accuracy
         map_grids(Frozen(subject.backbone, subject.size, args.device), images.test.images[:1], layers, LINEAR_GRID)
-    if args.record:
-        check_whole(args.dataset, len(images.train), len(images.test))
-    check_rows(file)
-    if "rotation" in wanted:
-        keep_row(measure_rotation(subject, images.test, images.name, args.device), file)
-    if measurements:
-        rows = measure_features(
-            subject, images, measurements, args.device, features=args.precision, probes=args.precision,
-            checkpoints=output,
-        )  # fmt: skip
-        for row in progress("numbers", len(measurements), "number", rows):
-            keep_row(row, file)
-    if not args.record:
-        write_report(output, file)
-    return file
+
+    def rows() -> Iterator[Row]:
+        if "rotation" in wanted:
+            yield measure_rotation(subject, images.test, images.name, args.device)
+        if measurements:
+            numbers = measure_features(
+                subject, images, measurements, args.device, features=args.precision, probes=args.precision,
+                checkpoints=options.output_of(args, subject),
+            )  # fmt: skip
+            yield from progress("numbers", len(measurements), "number", numbers)
+
+    return keep_rows(rows(), file)

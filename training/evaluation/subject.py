@@ -9,18 +9,19 @@ from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from timm.data import resolve_model_data_config
 from torch import nn
 
 import rotation_ssl  # noqa: F401  registers the models with timm
 from rotation_ssl import zoo
 from rotation_ssl.backbones.about import network_facts
+from rotation_ssl.convert import misfits
 from rotation_ssl.features import layer_modules
 from rotation_ssl.machine import device_name, library_versions
 from rotation_ssl.messages import first_line
-from training.reporting.rows import RESULTS_DIR, Row, current_commit, require_committed
+from rotation_ssl.zoo.checks import read_tensors
+from training.reporting.rows import Row, current_commit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +37,11 @@ class Subject:
     sha256: str
     size: int
     random: bool = False
+
+    def on(self, device: str) -> "Subject":
+        """The subject, its backbone moved to a device, in the memory order that convolutions are fastest in."""
+        self.backbone.to(device).to(memory_format=torch.channels_last)
+        return self
 
     @property
     def published(self) -> bool:
@@ -77,16 +83,14 @@ def load_subject(
     except RuntimeError as error:
         reason = first_line(error)
         raise ValueError(f"{model} could not be loaded ({reason}); --random measures it with random weights") from error
-    digest = hashlib.sha256(save({k: v.contiguous() for k, v in backbone.state_dict().items()})).hexdigest()
+    content = weights.read_bytes() if weights else save({k: v.contiguous() for k, v in backbone.state_dict().items()})
+    digest = hashlib.sha256(content).hexdigest()
     name = f"{architecture}@{digest[:12]}"
     if random:
         # the name model.random is for the network of the bundled weights
         beside = model in zoo.manifest() and model not in zoo.bundled()
         name = f"{model}-random{seed or ''}" if beside else f"{architecture}.random{seed or ''}"
-    elif weights:
-        digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-        name = f"{architecture}@{digest[:12]}"
-    elif (tagged := f"{architecture}.{backbone.pretrained_cfg.get('tag')}") in zoo.bundled():
+    elif not weights and (tagged := f"{architecture}.{backbone.pretrained_cfg.get('tag')}") in zoo.bundled():
         name, digest = tagged, zoo.bundled()[tagged]["sha256"]
     size = size or (weights and _described_size(weights)) or resolve_model_data_config(backbone)["input_size"][-1]
     try:
@@ -152,21 +156,6 @@ def measured_value(subject: Subject, value: float, data: str, settings: str, sec
     )
 
 
-def record_file(subject: Subject, own_settings: bool) -> Path:
-    """The project's results file for a subject, whose numbers the card reports; nothing is written yet.
-
-    Raises:
-        ValueError: the project does not report such numbers: weights without an entry in the manifest, ``own_settings``
-            of the user (data, image size, budget), or code that is not committed.
-    """
-    if not (subject.published or subject.name == f"{subject.architecture}.random"):
-        raise ValueError(f"--record is for weights of the manifest and random ones: {subject.name} has no entry there")
-    if own_settings:
-        raise ValueError("--record is for whole datasets and the recipes as they are: leave out what changes them")
-    require_committed("--record")
-    return RESULTS_DIR / f"{subject.name}.jsonl"
-
-
 def _published_args(model: str) -> dict[str, Any]:
     """The arguments that the weights published as ``model.tag``, or the bundled ones of ``model``, were built with, so
     that random weights can be compared with them.
@@ -191,27 +180,16 @@ def _described_size(weights: Path) -> int | None:
 def _with_file(architecture: str, file: Path) -> nn.Module:
     if not file.is_file():
         raise ValueError(f"weights file {file} does not exist")
+    # those of this package are checked as they are loaded
     if architecture in timm.list_models("rotnet_*"):
         return timm.create_model(architecture, pretrained=True, pretrained_cfg_overlay={"file": str(file)})
-    try:
-        state = load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file} is not a safetensors file ({error}): convert the weights first") from error
     backbone = timm.create_model(architecture, num_classes=0)
-    broken = [key for key, value in state.items() if value.is_floating_point() and not value.float().isfinite().all()]
-    if broken:
-        raise ValueError(f"{file} contains values that are not finite in {', '.join(broken[:3])}")
-    expected = backbone.state_dict()
-    wrong = [key for key, value in state.items() if key in expected and value.shape != expected[key].shape]
-    if wrong:
-        raise ValueError(f"{file} does not fit {architecture}: the shapes differ of {', '.join(wrong[:3])}")
     classifier = backbone.pretrained_cfg.get("classifier") or ()
     heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-    missing, unknown = backbone.load_state_dict(state, strict=False)
-    unknown = [key for key in unknown if not key.startswith(heads)]
-    if missing or unknown:
-        raise ValueError(
-            f"{file} does not fit {architecture}: it lacks {', '.join(missing[:3]) or 'nothing'} and has "
-            f"{', '.join(unknown[:3]) or 'nothing'} that the model does not"
-        )
+    expected = backbone.state_dict()
+    state = read_tensors(file.read_bytes(), f"weights file {file}")
+    state = {key: value for key, value in state.items() if key in expected or not key.startswith(heads)}
+    if told := misfits(state, expected, most=3):
+        raise ValueError(f"{file} does not fit {architecture}: it {told}")
+    backbone.load_state_dict(state)
     return backbone

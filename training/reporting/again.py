@@ -4,17 +4,16 @@ import argparse
 import dataclasses
 import functools
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
-
 from rotation_ssl.evaluation.frozen import PARTS
 from rotation_ssl.evaluation.measure import Measurement
 from rotation_ssl.labelled import Images
+from rotation_ssl.progress import progress
 from training.datasets import DATASETS, check_whole, dataset_of, load_images
 from training.evaluation.finetune import measure_transfer, transfer_subject
 from training.evaluation.layers import measure_layers, square_size
@@ -73,6 +72,15 @@ def measure_source(rows: Sequence[Row], source: Source, quick: bool = False, dev
     yield from orientation_again([row for row in rows if command_of(row) == "orientation"], source, device)
 
 
+def measure_sources(
+    rows: Sequence[Row], sources: Mapping[Any, Source | None], quick: bool = False, device: str = "cpu"
+) -> Pairs:
+    """Each row that has a source, by its key, and what is measured now: source by source, with a progress bar."""
+    for source in filter(None, dict.fromkeys(sources.values())):
+        own = [row for row in rows if sources[row.key] == source]
+        yield from progress(own[0].data, len(own), "number", measure_source(own, source, quick, device))
+
+
 def measure_again(rows: Sequence[Row], load: Load, quick: bool = False, device: str = "cpu") -> Pairs:
     """Each row and what is measured now: features of a network are taken once for all of its rows.
 
@@ -86,10 +94,7 @@ def measure_again(rows: Sequence[Row], load: Load, quick: bool = False, device: 
         ValueError: rows of weights that are not in the manifest, or that have no recipe.
     """
     parts = QUICK_PARTS if quick else tuple(range(PARTS))
-    for weights in dict.fromkeys(row.weights for row in rows):
-        subject = subject_of_row(weights)
-        subject.backbone.to(device).to(memory_format=torch.channels_last)
-        own = [row for row in rows if row.weights == weights]
+    for subject, own in _by_subject(rows, device):
         for command in dict.fromkeys(map(command_of, own)):
             yield from AGAIN[command]([row for row in own if command_of(row) == command], subject, load, parts, device)
 
@@ -141,15 +146,11 @@ def outliers_again(rows: Sequence[Row], source: Source, device: str = "cpu") -> 
     Raises:
         ValueError: CIFAR-10 or CIFAR-100 is not there, or a part of it.
     """
-    for weights in dict.fromkeys(row.weights for row in rows):
-        subject = subject_of_row(weights)
-        subject.backbone.to(device).to(memory_format=torch.channels_last)
+    for subject, own in _by_subject(rows, device):
         assert source.cifar100 is not None
         normal, outlying = outlier_data(source.folder, source.cifar100, source.photos, subject.size, source.download)
-        own = [row for row in rows if row.weights == weights]
         layer = next((row.layer for row in own if row.layer), recommended_layer(subject))
-        new = {row.key: row for row in measure_outliers(subject, normal, outlying, layer)}
-        yield from ((row, new[row.key]) for row in own)
+        yield from _paired(own, measure_outliers(subject, normal, outlying, layer))
 
 
 def orientation_again(rows: Sequence[Row], source: Source, device: str = "cpu") -> Pairs:
@@ -158,13 +159,10 @@ def orientation_again(rows: Sequence[Row], source: Source, device: str = "cpu") 
     Raises:
         ValueError: rows of weights without a temperature, or photographs that are not all there.
     """
-    for weights in dict.fromkeys(row.weights for row in rows):
-        subject = subject_of_row(weights)
-        subject.backbone.to(device).to(memory_format=torch.channels_last)
+    for subject, own in _by_subject(rows, device):
         files = photo_list(source.dataset, source.folder)
-        new = measure_orientation(subject, files, DATASETS[source.dataset].name, calibration_of(subject))
-        by_key = {row.key: row for row in new}
-        yield from ((row, by_key[row.key]) for row in rows if row.weights == weights)
+        name = DATASETS[source.dataset].name
+        yield from _paired(own, measure_orientation(subject, files, name, calibration_of(subject)))
 
 
 def transfer_again(rows: Sequence[Row], source: Source, device: str = "cpu") -> Pairs:
@@ -182,8 +180,8 @@ def transfer_again(rows: Sequence[Row], source: Source, device: str = "cpu") -> 
         own = [row for row in rows if transfer_training(row) == training]
         with tempfile.TemporaryDirectory() as output:
             module, args = transfer_arguments(own[0], source, Path(output), device)
-            new = {row.key: row for row in read_file(module.measure(args))}
-        yield from ((row, new[row.key]) for row in own)
+            new = read_file(module.measure(args))
+        yield from _paired(own, new)
 
 
 def transfer_arguments(
@@ -215,6 +213,17 @@ def transfer_training(row: Row) -> tuple[object, ...]:
     """One training of a transfer gives several average precisions."""
     kind = row.protocol.removesuffix("-11-point").removesuffix("-area").removesuffix("-steps")
     return row.weights, kind, row.budget, row.layer, row.data, row.seed
+
+
+def _by_subject(rows: Sequence[Row], device: str) -> Iterator[tuple[Subject, list[Row]]]:
+    """Each network of the rows, on the device, and its rows."""
+    for weights in dict.fromkeys(row.weights for row in rows):
+        yield subject_of_row(weights).on(device), [row for row in rows if row.weights == weights]
+
+
+def _paired(rows: Sequence[Row], measured: Iterable[Row]) -> Pairs:
+    new = {row.key: row for row in measured}
+    return ((row, new[row.key]) for row in rows)
 
 
 def _recipe(row: Row) -> Any:

@@ -5,7 +5,7 @@ from typing import Any
 
 from training.protocols import COVERAGES, PROTOCOLS
 from training.reporting.rows import Row
-from training.reporting.tables import markdown_table, percent
+from training.reporting.tables import cell_table, markdown_table, percent
 
 
 def orientation_table(rows: Sequence[Row]) -> str:
@@ -33,14 +33,16 @@ def orientation_table(rows: Sequence[Row]) -> str:
 
 def coverage_table(rows: Sequence[Row]) -> str:
     """The accuracy on the most confident photographs, over their share."""
-    columns = [*(f"orientation-top-{share}" for share in COVERAGES), "orientation"]
+    columns = {f"orientation-top-{share}": f"{share} %" for share in COVERAGES} | {"orientation": "all"}
     found = [row for row in rows if row.protocol in columns]
-    lines = []
-    for weights, data in dict.fromkeys((row.weights, row.data) for row in found if row.protocol in columns[:-1]):
-        own = {row.protocol: percent(row) for row in found if (row.weights, row.data) == (weights, data)}
-        lines.append((f"`{weights}`, {data}", *(own[column] for column in columns)))
-    header = ("most confident photographs", *(f"{share} %" for share in COVERAGES), "all")
-    return markdown_table(header, lines) if lines else ""
+    ranked = {_label(row) for row in found if row.protocol != "orientation"}
+    found = [row for row in found if _label(row) in ranked]
+    return cell_table(("most confident photographs",), found, _label, lambda row: row.protocol, columns)
+
+
+def _label(row: Row) -> tuple[str]:
+    measured = row.source == "measured"
+    return (f"`{row.weights}`, {row.data}" if measured else f"_{row.source.split(' (')[0]}, {row.data}_",)
 
 
 def thresholds_line(entries: Mapping[str, Mapping[str, Any]]) -> str:
@@ -55,14 +57,8 @@ def thresholds_line(entries: Mapping[str, Mapping[str, Any]]) -> str:
 def outliers_table(rows: Sequence[Row]) -> str:
     """How well images that do not belong are told from the normal ones: both scores on every kind of outlier."""
     found = sorted((r for r in rows if r.protocol.startswith("outliers-")), key=lambda row: row.source != "measured")
-    columns = list(dict.fromkeys(row.protocol for row in found))
-    lines = []
-    for weights, data, source in dict.fromkeys((row.weights, row.data, row.source) for row in found):
-        own = {r.protocol: percent(r) for r in found if (r.weights, r.data, r.source) == (weights, data, source)}
-        label = f"`{weights}`, {data}" if source == "measured" else f"_{source.split(' (')[0]}, {data}_"
-        lines.append((label, *(own.get(column, "") for column in columns)))
-    titles = (PROTOCOLS[column].title.removeprefix("outliers by ") for column in columns)
-    return markdown_table(("outliers", *titles), lines) if lines else ""
+    columns = {row.protocol: PROTOCOLS[row.protocol].title.removeprefix("outliers by ") for row in found}
+    return cell_table(("outliers",), found, _label, lambda row: row.protocol, columns)
 
 
 def one_class_line(rows: Sequence[Row]) -> str:

@@ -121,15 +121,9 @@ def _departures(recipe: dict[str, Any]) -> list[str]:
         return [f"there is no recipe {recipe['name']!r}"]
     ours = RECIPES[recipe["name"]]
     named = json.loads(json.dumps(dataclasses.asdict(ours)))
-    run = {**_defaults(ours), **recipe, "schedule": {**_defaults(ours.schedule), **recipe["schedule"]}}
-    run = json.loads(json.dumps(run))  # a default is a tuple, what was read a list
-    if isinstance(run["flip"], bool):
-        run["flip"] = "random" if run["flip"] else "none"
+    defaults = {f.name: f.default for f in dataclasses.fields(ours) if f.default is not dataclasses.MISSING}
+    run = json.loads(json.dumps({**defaults, **recipe}))  # a default is a tuple, what was read a list
     if named["precision"] == "auto" and run["precision"] in ("bf16", "fp32"):
         named["precision"] = run["precision"]  # what 'auto' was there
     run = {field: run[field] for field in named if field not in ("seed", "note")}
     return [f"{field} {named[field]} -> {value}" for field, value in run.items() if value != named[field]]
-
-
-def _defaults(settings: Any) -> dict[str, Any]:
-    return {f.name: f.default for f in dataclasses.fields(settings) if f.default is not dataclasses.MISSING}

@@ -37,7 +37,6 @@ from rotation_ssl.evaluation.frozen import PARTS
 from rotation_ssl.evaluation.measure import images_to_run
 from rotation_ssl.machine import keep_large_blocks
 from rotation_ssl.messages import counted
-from rotation_ssl.progress import progress
 from rotation_ssl.zoo.golden import GOLDEN_TOLERANCE, golden_difference
 from training.command import create_parser, run
 from training.datasets import DATASETS
@@ -46,13 +45,13 @@ from training.reporting.again import (
     QUICK_PARTS,
     TRANSFERS,
     command_of,
-    measure_source,
+    measure_sources,
     measurement_of,
     transfer_training,
 )
 from training.reporting.options import add_data_arguments, add_only, option_of, source_of
 from training.reporting.required import complaints
-from training.reporting.rows import RESULTS_DIR, Row, check_device, read_rows
+from training.reporting.rows import RESULTS_DIR, Row, check_device, model_of, read_rows
 
 QUICK_PROTOCOLS = ("rotation", "knn")
 FLIPS = 1e-3
@@ -98,12 +97,6 @@ def check_weights(name: str) -> Iterator[Verdict]:
     yield Verdict(
         f"{name} golden outputs", "0", f"{furthest:.1e}", f"{GOLDEN_TOLERANCE:g}", furthest < GOLDEN_TOLERANCE
     )
-
-
-def check_rows(rows: Sequence[Row]) -> Iterator[Verdict]:
-    """What keeps the rows from being reported: other bytes, weights that are not published, missing numbers."""
-    for complaint in complaints(rows, zoo.bundled()):
-        yield Verdict(complaint, "", "", "none", False)
 
 
 def judge(row: Row, new: Row, rows: Sequence[Row]) -> Verdict:
@@ -155,7 +148,7 @@ def expected_seconds(rows: Sequence[Row], every: Sequence[Row], quick: bool) -> 
         own = [row for row in rows if (row.weights, row.data) == (weights, data)]
         probed = [measurement_of(row) for row in own if row.protocol in FROZEN and row.protocol != "rotation"]
         train, test = counts.get(data, (0, 0))
-        passes = [row for row in every if (_model(row), row.data) == (_model(own[0]), data)]
+        passes = [row for row in every if (model_of(row.weights), row.data) == (model_of(weights), data)]
         rates = [row.seconds / row.n for row in passes if row.protocol == "rotation" and row.seconds and row.n]
         rate = statistics.mean(rates) if rates else 0.0
         seconds += rate * images_to_run(probed, train, round(part * test))
@@ -163,26 +156,10 @@ def expected_seconds(rows: Sequence[Row], every: Sequence[Row], quick: bool) -> 
     return seconds
 
 
-def _model(row: Row) -> str:
-    return row.weights.split(".", 1)[0]
-
-
 def _difference(row: Row, new: Row) -> str:
     if new.sha256 != row.sha256:
         return f"bytes ({new.sha256[:8]})"
     return f"images ({new.data}, {new.n:,})"
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command's options."""
-    parser = create_parser("check", __doc__)
-    parser.add_argument("--quick", action="store_true", help="check some of the numbers, in minutes")
-    add_only(parser)
-    parser.add_argument("--weights", nargs="+", metavar="NAME", help="check the numbers of these weights [all]")
-    add_data_arguments(parser)
-    parser.add_argument("--results", type=Path, default=RESULTS_DIR, help="folder of the rows [training/results]")
-    parser.add_argument("--device", default="cpu", help="device: cpu, cuda, cuda:1, mps [%(default)s]")
-    return parser
 
 
 def chosen_rows(every: Sequence[Row], args: argparse.Namespace) -> list[Row]:
@@ -212,10 +189,8 @@ def check_numbers(every: Sequence[Row], args: argparse.Namespace) -> Iterator[Ve
     given = [row for row in rows if sources[row.key]]
     minutes = counted(round(expected_seconds(given, every, args.quick) / 60), "minute")
     print(f"{counted(len(given), 'number')}; measuring took {minutes} where they were reported")
-    for source in filter(None, dict.fromkeys(sources.values())):
-        own = [row for row in given if sources[row.key] == source]
-        for row, new in progress(own[0].data, len(own), "number", measure_source(own, source, args.quick, args.device)):
-            yield judge(row, new, every)
+    for row, new in measure_sources(given, sources, args.quick, args.device):
+        yield judge(row, new, every)
     lacking = [(row.data, option_of(row)) for row in rows if not sources[row.key]]
     for data, option in dict.fromkeys(lacking):
         numbers = counted(lacking.count((data, option)), "number")
@@ -228,7 +203,8 @@ def _work(args: argparse.Namespace) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    verdicts = [*(v for name in zoo.bundled() for v in check_weights(name)), *check_rows(every)]
+    verdicts = [verdict for name in zoo.bundled() for verdict in check_weights(name)]
+    verdicts += [Verdict(complaint, "", "", "none", False) for complaint in complaints(every, zoo.bundled())]
     print(*verdicts, sep="\n")
     if any(not verdict.holds for verdict in verdicts):
         print("error: the weights or rows above are not what was reported: nothing was measured", file=sys.stderr)
@@ -243,6 +219,13 @@ def _work(args: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    args = build_parser().parse_args(arguments)
+    parser = create_parser("check", __doc__)
+    parser.add_argument("--quick", action="store_true", help="check some of the numbers, in minutes")
+    add_only(parser)
+    parser.add_argument("--weights", nargs="+", metavar="NAME", help="check the numbers of these weights [all]")
+    add_data_arguments(parser)
+    parser.add_argument("--results", type=Path, default=RESULTS_DIR, help="folder of the rows [training/results]")
+    parser.add_argument("--device", default="cpu", help="device: cpu, cuda, cuda:1, mps [%(default)s]")
+    args = parser.parse_args(arguments)
     keep_large_blocks()
     return run(lambda: _work(args), "stopped; what was not measured is not known to hold")

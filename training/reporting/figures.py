@@ -8,7 +8,7 @@ their file. :func:`stamp_of` reads either back, so that a figure older than what
 
 import hashlib
 import statistics
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from PIL import Image, UnidentifiedImageError
 from rotation_ssl.files import replace_file
 from training.protocols import COVERAGES, PROTOCOLS
 from training.reporting.required import main_data
-from training.reporting.rows import Row
+from training.reporting.rows import Row, model_of
 
 PROBES = ("knn", "linear", "nonlinear", "conv", "linear-sgd", "nonlinear-sgd")  # of any layer
 MARKERS = {"": "o", "paper": "s", "cached": "D", "cpu": "^"}  # by a row's budget
@@ -28,22 +28,21 @@ DPI = 120
 STAMP_KEY = "drawn from"
 
 
-def rows_by_layer(rows: Iterable[Row], name: str, data: str = "") -> list[Row]:
-    """The rows that :func:`draw_accuracy_by_layer` shows of weights ``name`` ('rotnet_nin.cifar10') on ``data``.
+def rows_by_layer(rows: Iterable[Row], name: str) -> list[Row]:
+    """The rows that :func:`draw_accuracy_by_layer` shows of published weights ``name`` ('rotnet_nin.cifar10').
 
-    Without ``data`` they are those of what published weights are first of all measured on. These are the probes of any
-    layer: measured of ``name`` and of the model's random weights, and quoted from the paper. There are none, and no
-    figure, where nothing was measured of ``name``.
+    These are the probes of any layer, on what the weights are first of all measured on: measured of ``name`` and of the
+    model's random weights, and quoted from the paper. There are none, and no figure, where nothing was measured of
+    ``name``.
     """
-    model = _model_of(name)
-    data = data or main_data(name)
+    model = model_of(name)
     shown = [
         row
         for row in rows
         if row.protocol in PROBES
         and row.layer
         and row.labels_per_class is None
-        and row.data == data
+        and row.data == main_data(name)
         and (
             (_is_measured(row) and row.weights in (name, f"{model}.random"))
             # not what others got when they ran the authors' code
@@ -53,21 +52,21 @@ def rows_by_layer(rows: Iterable[Row], name: str, data: str = "") -> list[Row]:
     return shown if any(row.weights == name for row in shown) else []
 
 
-def rows_few_labels(rows: Iterable[Row], name: str, data: str = "CIFAR-10 test") -> list[Row]:
-    """The rows that :func:`draw_few_labels` shows of weights ``name`` ('rotnet_nin.cifar10') on ``data``.
+def rows_few_labels(rows: Iterable[Row], name: str) -> list[Row]:
+    """The rows that :func:`draw_few_labels` shows of published weights ``name`` ('rotnet_nin.cifar10').
 
     These are the convolutional probe on few labels measured of ``name``, the supervised network measured from the
     model's random weights, and every quoted number of that model with ``labels_per_class``. There are none, and no
     figure, where no few labels were measured of ``name``.
     """
-    model = _model_of(name)
+    model = model_of(name)
     measured = ((name, "few-labels"), (f"{model}.random", "supervised"))
     shown = [
         row
         for row in rows
         if row.labels_per_class is not None
-        and row.data == data
-        and ((row.weights, row.protocol) in measured if _is_measured(row) else _model_of(row.weights) == model)
+        and row.data == main_data(name)
+        and ((row.weights, row.protocol) in measured if _is_measured(row) else model_of(row.weights) == model)
     ]
     return shown if any(_is_measured(row) and row.weights == name for row in shown) else []
 
@@ -109,20 +108,12 @@ def curve_points(rows: Iterable[Row], position: Callable[[Row], int]) -> list[tu
     ]
 
 
-def draw_accuracy_by_layer(rows: Iterable[Row], name: str, file: Path, data: str = "") -> None:
-    """Accuracy over layers, one line a protocol: of ``name``, of random weights (dashed) and the paper's (dotted).
-
-    Raises:
-        ValueError: no probe of ``name`` was measured on ``data``.
-    """
-    data = data or main_data(name)
-    shown = rows_by_layer(rows, name, data)
-    if not shown:
-        raise ValueError(f"no row of a probe of {name} measured on {data}: run `python -m training measure {name}`")
+def draw_accuracy_by_layer(shown: Sequence[Row], name: str, file: Path) -> None:
+    """Accuracy over layers, one line a protocol: of ``name``, of random weights (dashed) and the paper's (dotted)."""
     layers = sorted({row.layer for row in shown}, key=lambda layer: (len(layer), layer))
     looks: dict[str, dict[str, Any]] = {
-        f"{_model_of(name)}.random": {"linestyle": "--", "alpha": 0.55},
-        f"{_model_of(name)}.paper": {"linestyle": ":", "markerfacecolor": "white"},
+        f"{model_of(name)}.random": {"linestyle": "--", "alpha": 0.55},
+        f"{model_of(name)}.paper": {"linestyle": ":", "markerfacecolor": "white"},
         name: {"linestyle": "-", "linewidth": 2.0},
     }
     titles = dict(zip(looks, ("random weights", "the paper's (quoted)", name), strict=True))
@@ -133,7 +124,7 @@ def draw_accuracy_by_layer(rows: Iterable[Row], name: str, file: Path, data: str
         _line(axes, points, color=PROTOCOLS[protocol].color, marker=MARKERS[budget], **looks[weights])
     axes.set_xticks(range(len(layers)), layers)
     axes.set_xlabel("layer whose frozen features are classified")
-    axes.set_ylabel(f"accuracy on {data} (%)")
+    axes.set_ylabel(f"accuracy on {shown[0].data} (%)")
     axes.margins(x=0.06)
     # colour and marker say the protocol, the line says the weights: a legend each. Quoted points are of the protocol's
     # colour; it has an entry for them only where nothing was measured
@@ -160,15 +151,8 @@ def draw_accuracy_by_layer(rows: Iterable[Row], name: str, file: Path, data: str
     save_figure(figure, file, rows_stamp(shown))
 
 
-def draw_few_labels(rows: Iterable[Row], name: str, file: Path, data: str = "CIFAR-10 test") -> bool:
-    """Accuracy over labels a class: ``name`` with a convolutional probe, supervised training, quoted curves (dotted).
-
-    Returns:
-        False, and nothing is drawn, where no few labels were measured of ``name`` on ``data``.
-    """
-    shown = rows_few_labels(rows, name, data)
-    if not shown:
-        return False
+def draw_few_labels(shown: Sequence[Row], name: str, file: Path) -> None:
+    """Accuracy over labels a class: ``name`` with a convolutional probe, supervised training, quotes (dotted)."""
     figure, axes = _plot((8.0, 4.8))
     curves = _grouped(shown, lambda r: (_is_measured(r), r.source, r.weights, r.protocol, r.layer, r.budget, r.draw))
     # ours first, in the legend as well
@@ -188,10 +172,9 @@ def draw_few_labels(rows: Iterable[Row], name: str, file: Path, data: str = "CIF
     axes.set_xticks(counts, [f"{count:,}" for count in counts])
     axes.set_xticks([], minor=True)
     axes.set_xlabel("labels per class (log scale)")
-    axes.set_ylabel(f"accuracy on {data} (%)")
+    axes.set_ylabel(f"accuracy on {shown[0].data} (%)")
     figure.legend(loc="outside lower center", ncols=1, frameon=False, fontsize=9)
     save_figure(figure, file, rows_stamp(shown))
-    return True
 
 
 def rows_coverage(rows: Iterable[Row], name: str) -> list[Row]:
@@ -201,15 +184,8 @@ def rows_coverage(rows: Iterable[Row], name: str) -> list[Row]:
     return shown if any(row.protocol != "orientation" for row in shown) else []
 
 
-def draw_coverage(rows: Iterable[Row], name: str, file: Path) -> bool:
-    """Accuracy of the orientation of photographs over the share of them that is decided, a line a dataset.
-
-    Returns:
-        False, and nothing is drawn, where nothing was measured of ``name``.
-    """
-    shown = rows_coverage(rows, name)
-    if not shown:
-        return False
+def draw_coverage(shown: Sequence[Row], name: str, file: Path) -> None:
+    """Accuracy of the orientation of photographs over the share of them that is decided, a line a dataset."""
     figure, axes = _plot((6.4, 4.0))
     for (data,), group in _grouped(shown, lambda row: (row.data,)).items():
         points = curve_points(group, lambda row: 100 if row.protocol == "orientation" else int(row.protocol[-2:]))
@@ -219,11 +195,6 @@ def draw_coverage(rows: Iterable[Row], name: str, file: Path) -> bool:
     axes.set_ylabel("correct (%)")
     axes.legend(frameon=False)
     save_figure(figure, file, rows_stamp(shown))
-    return True
-
-
-def _model_of(weights: str) -> str:
-    return weights.split("@", 1)[0].split(".", 1)[0]
 
 
 def _is_measured(row: Row) -> bool:
@@ -263,3 +234,11 @@ def save_figure(figure: Any, file: Path, stamp: str) -> None:
     metadata = {STAMP_KEY: stamp, "Software": None}
     options = {"format": "png", "dpi": DPI, "metadata": metadata, "pil_kwargs": {"optimize": True}}
     replace_file(file, lambda path: figure.savefig(path, **options))
+
+
+# by kind of figure, the rows that it shows, none where there is no figure, and what draws them
+ROW_FIGURES = {
+    "layers": (rows_by_layer, draw_accuracy_by_layer),
+    "few-labels": (rows_few_labels, draw_few_labels),
+    "coverage": (rows_coverage, draw_coverage),
+}

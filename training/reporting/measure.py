@@ -17,9 +17,8 @@ from pathlib import Path
 from rotation_ssl import zoo
 from rotation_ssl.machine import keep_large_blocks
 from rotation_ssl.messages import counted
-from rotation_ssl.progress import progress
 from training.command import create_parser, run
-from training.reporting.again import Source, measure_source
+from training.reporting.again import measure_sources
 from training.reporting.options import add_data_arguments, add_only, option_of, source_of
 from training.reporting.report import keep_row
 from training.reporting.required import REQUIRED, missing_rows
@@ -38,11 +37,6 @@ def missing(weights: str, results: Path) -> list[Row]:
     return missing_rows([row for row in read_rows(results) if row.weights != weights or row.sha256 == sha256], weights)
 
 
-def _measure(wanted: Sequence[Row], source: Source, args: argparse.Namespace) -> None:
-    for _, row in progress(wanted[0].data, len(wanted), "number", measure_source(wanted, source, device=args.device)):
-        keep_row(row, args.results / f"{row.weights}.jsonl")
-
-
 def _work(args: argparse.Namespace) -> None:
     check_device(args.device)
     wanted = missing(args.weights, args.results)
@@ -56,8 +50,8 @@ def _work(args: argparse.Namespace) -> None:
     for row in wanted:
         if not sources[row.key]:
             raise ValueError(f"{args.weights} is measured on {row.data}: give --{option_of(row)} DIR")
-    for source in filter(None, dict.fromkeys(sources.values())):
-        _measure([row for row in wanted if sources[row.key] == source], source, args)
+    for _, row in measure_sources(wanted, sources, device=args.device):
+        keep_row(row, args.results / f"{row.weights}.jsonl")
     print("next: python -m training publish figures, then python -m training publish render")
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import timm
 
 from rotation_ssl.backbones.about import network_facts
+from rotation_ssl.messages import counted
 from training.reporting.again import transfer_training
 from training.reporting.applications import (
     coverage_table,
@@ -23,15 +24,14 @@ from training.reporting.applications import (
     thresholds_line,
 )
 from training.reporting.required import RANDOM, RESCALED
-from training.reporting.rows import RESULTS_DIR, Row, read_file
+from training.reporting.rows import RESULTS_DIR, Row, model_of, read_file
 from training.reporting.tables import (
     QUOTED,
     ablation_table,
+    cell_table,
     evaluation_lines,
     headline_tables,
     markdown_table,
-    model_of,
-    percent,
     results_tables,
     select,
     weights_table,
@@ -149,7 +149,7 @@ def training(name: str, entry: Mapping[str, Any], figures: str) -> str:
         f" {entry['license'].upper()} licence.",
         f"- Recipe `{entry['recipe']}`, seed {entry['seed']}, commit `{entry['commit']}`, on {entry['data']}:"
         f" {entry['rotated_images']:,} rotated images.",
-        f"- Time: {_minutes(run['seconds'])} on {run['threads']} threads ({run['device']}).",
+        f"- Time: {counted(round(run['seconds'] / 60), 'minute')} on {run['threads']} threads ({run['device']}).",
         f"- Budget: {entry['rotated_images'] / budget:.1%} of the paper's {budget / 1e6:.0f} million rotated images"
         f" ({facts.paper_epochs} epochs of 4 x {facts.paper_images:,}). Expect lower accuracy than with"
         " the paper's weights.",
@@ -180,7 +180,8 @@ def compute(bundled: Mapping[str, Any], rows: Sequence[Row]) -> str:
         key = f"`{row.weights}`", f"{row.threads} threads ({row.device})", row.versions["torch"], f"`{row.commit[:7]}`"
         seconds[key] = seconds.get(key, 0.0) + (row.seconds or 0.0)
     header = ("numbers of", "machine", "torch", "commit", "time, without passes to cache features")
-    return markdown_table(header, ((*key, _minutes(value)) for key, value in sorted(seconds.items())))
+    lines = ((*key, counted(round(value / 60), "minute")) for key, value in sorted(seconds.items()))
+    return markdown_table(header, lines)
 
 
 def layer_table(rows: Sequence[Row]) -> str:
@@ -190,12 +191,10 @@ def layer_table(rows: Sequence[Row]) -> str:
     tables = []
     for data in dict.fromkeys(row.data for row in sorted(probes, key=lambda row: row.source != "measured")):
         own = [row for row in probes if row.data == data]
-        layers = sorted({row.layer for row in own})
-        lines = []
-        for title, whose in dict.fromkeys((row.title, _whose(row)) for row in own):
-            found = {row.layer: percent(row) for row in own if (row.title, _whose(row)) == (title, whose)}
-            lines.append((title, whose, *(found.get(layer, "") for layer in layers)))
-        tables.append(f"{data}:\n\n{markdown_table(('protocol', 'weights', *layers), lines)}")
+        layers = {layer: layer for layer in sorted({row.layer for row in own})}
+        header = ("protocol", "weights")
+        table = cell_table(header, own, lambda row: (row.title, _whose(row)), lambda row: row.layer, layers)
+        tables.append(f"{data}:\n\n{table}")
     return "\n\n".join(tables)
 
 
@@ -288,11 +287,6 @@ def _figures(name: str, titles: Mapping[str, str], figures: str) -> list[str]:
         for kind, title in titles.items()
         if (ROOT / FIGURES / f"{name}.{kind}.png").exists()
     ]
-
-
-def _minutes(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return "1 minute" if minutes == 1 else f"{minutes} minutes"
 
 
 def _address(entry: Mapping[str, Any]) -> str:

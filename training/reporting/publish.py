@@ -31,16 +31,7 @@ from training.command import create_parser, run
 from training.datasets import load_cifar10
 from training.protocols import PROTOCOLS
 from training.reporting.bundle import bundle
-from training.reporting.figures import (
-    draw_accuracy_by_layer,
-    draw_coverage,
-    draw_few_labels,
-    rows_by_layer,
-    rows_coverage,
-    rows_few_labels,
-    rows_stamp,
-    stamp_of,
-)
+from training.reporting.figures import ROW_FIGURES, rows_stamp, stamp_of
 from training.reporting.hub.files import hub_files
 from training.reporting.hub.upload import current_version, publish
 from training.reporting.hub.weights import Upload, upload_of, upload_of_folder
@@ -50,6 +41,8 @@ from training.reporting.pictures import draw_attention, draw_filters, draw_neigh
 from training.reporting.required import complaints, main_data
 from training.reporting.rows import Row, read_rows
 from training.reporting.tables import is_application, select
+
+WEIGHTS_FIGURES = ("filters", "attention", "neighbours")
 
 
 def render(check: bool = False) -> list[Path]:
@@ -90,16 +83,12 @@ def draw_figures(data_dir: Path, download: bool = False) -> list[Path]:
     show([file for file in photos if file.stem in ("chelsea", "rocket")], [1, 3], written[0])
     for name, entry in zoo.bundled().items():
         backbone, stamp = timm.create_model(name, pretrained=True).eval(), entry["sha256"]
-        kinds = ("layers", "few-labels", "coverage", "filters", "attention", "neighbours")
-        files = {kind: FIGURES_DIR / f"{name}.{kind}.png" for kind in kinds}
-        if rows_by_layer(rows, name):
-            draw_accuracy_by_layer(rows, name, files["layers"])
-        else:
-            files.pop("layers").unlink(missing_ok=True)
-        if not draw_few_labels(rows, name, files["few-labels"]):
-            files.pop("few-labels").unlink(missing_ok=True)
-        if not draw_coverage(rows, name, files["coverage"]):
-            files.pop("coverage").unlink(missing_ok=True)
+        files = {kind: FIGURES_DIR / f"{name}.{kind}.png" for kind in (*ROW_FIGURES, *WEIGHTS_FIGURES)}
+        for kind, (select_rows, draw) in ROW_FIGURES.items():
+            if shown := select_rows(rows, name):
+                draw(shown, name, files[kind])
+            else:
+                files.pop(kind).unlink(missing_ok=True)
         draw_filters(backbone, files["filters"], stamp)
         # enlarged small images would show little of a network for larger ones
         side = entry["input_size"][-1]
@@ -127,9 +116,8 @@ def stale_figures(rows: list[Row], entries: dict[str, Any]) -> list[Path]:
     """Figures that are missing, or were drawn from other rows or other weights than those of now."""
     stale = []
     for name, entry in entries.items():
-        wanted = {kind: entry["sha256"] for kind in ("filters", "attention", "neighbours")}
-        of_rows = {"layers": rows_by_layer, "few-labels": rows_few_labels, "coverage": rows_coverage}
-        for kind, select_rows in of_rows.items():
+        wanted = dict.fromkeys(WEIGHTS_FIGURES, entry["sha256"])
+        for kind, (select_rows, _) in ROW_FIGURES.items():
             if shown := select_rows(rows, name):
                 wanted[kind] = rows_stamp(shown)
         for kind, stamp in wanted.items():
@@ -166,10 +154,6 @@ def metrics(rows: list[Row]) -> dict[str, float]:
             what = (PROTOCOLS[row.protocol].title, row.budget, row.layer, data)
             values.setdefault(" ".join(filter(None, what)), []).append(row.value)
     return {name: round(statistics.mean(numbers), 6) for name, numbers in values.items()}
-
-
-def _model(name: str) -> str:
-    return name.split(".", 1)[0]
 
 
 def _print_uploads(uploads: list[Upload], namespace: str, version: str) -> None:

@@ -1,7 +1,7 @@
 """What comes of measuring: rows as they are measured, and the report of a file of them."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from tqdm import tqdm
@@ -16,7 +16,7 @@ def run_measuring(measure: Callable[[], Path], device: str) -> int:
     """Do the work of a command that measures: an error is one line, and what was measured before it is kept.
 
     Args:
-        measure: the work; it returns the file of its rows, with the report beside where they are the user's own.
+        measure: the work; it returns the file of its rows. Beside rows of the user's own their report is written.
         device: where it is to be done, checked first.
 
     Returns:
@@ -26,8 +26,11 @@ def run_measuring(measure: Callable[[], Path], device: str) -> int:
     def work() -> None:
         check_device(device)
         file = measure()
-        recorded = file.parent == RESULTS_DIR
-        print(f"rows are in {file}" + ("" if recorded else "; report.md, report.json and report.png beside it"))
+        if file.parent == RESULTS_DIR:
+            print(f"rows are in {file}")
+        else:
+            report.write_report(file.parent, read_file(file))
+            print(f"rows are in {file}; report.md, report.json and report.png beside it")
 
     keep_large_blocks()
     return run(work, "stopped; numbers that were measured are kept")
@@ -56,13 +59,9 @@ def keep_row(row: Row, file: Path) -> None:
     write_rows(file, [row])
 
 
-def write_report(folder: Path, rows_file: Path) -> None:
-    """Write report.md, report.json and report.png of a results file into a folder.
-
-    Raises:
-        ValueError: a results file without rows, or with rows that cannot be read.
-    """
-    rows = read_file(rows_file)
-    if not rows:
-        raise ValueError(f"{rows_file} holds no rows: measure something first")
-    report.write_report(folder, rows)
+def keep_rows(rows: Iterable[Row], file: Path) -> Path:
+    """:func:`keep_row` of rows that are measured as they are asked for, after :func:`check_rows`; returns the file."""
+    check_rows(file)
+    for row in rows:
+        keep_row(row, file)
+    return file

@@ -94,6 +94,11 @@ class Row:
         return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()
 
 
+def model_of(weights: str) -> str:
+    """The network of ``model.tag`` or ``model@sha256``."""
+    return weights.split("@", 1)[0].split(".", 1)[0]
+
+
 def read_rows(folder: Path = RESULTS_DIR) -> list[Row]:
     """All rows of a results folder, file by file.
 

@@ -1,13 +1,13 @@
 """Result rows as Markdown tables. Quoted numbers are in italics, and name their source."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from rotation_ssl.evaluation.report import spread_text
 from training.protocols import PROTOCOLS
 from training.recipes import RECIPES
 from training.reporting.required import main_data
-from training.reporting.rows import Row
+from training.reporting.rows import Row, model_of
 
 # whose quoted numbers are, by the weights that the rows name
 QUOTED = {
@@ -25,9 +25,27 @@ def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str
     return "\n".join(f"| {' | '.join(row)} |" if row is not rows[1] else f"|{'|'.join(row)}|" for row in rows)
 
 
-def model_of(name: str) -> str:
-    """The network of ``model.tag``."""
-    return name.split(".", 1)[0]
+def cell_table(
+    header: Sequence[str],
+    rows: Iterable[Row],
+    line: Callable[[Row], tuple[str, ...]],
+    column: Callable[[Row], str],
+    columns: Mapping[str, str],
+) -> str:
+    """The rows' values in a table; '' without rows.
+
+    Args:
+        header: titles of what ``line`` gives.
+        rows: one for each cell.
+        line: the first cells of the line that a row stands in; rows of equal ones share it.
+        column: the column that a row stands in.
+        columns: their titles, in their order.
+    """
+    cells: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in rows:
+        cells.setdefault(line(row), {})[column(row)] = percent(row)
+    lines = [(*first, *(found.get(key, "") for key in columns)) for first, found in cells.items()]
+    return markdown_table((*header, *columns.values()), lines) if lines else ""
 
 
 def percent(row: Row) -> str:
@@ -113,13 +131,9 @@ def headline_tables(rows: Sequence[Row], entries: Mapping[str, Mapping[str, Any]
 def _rotation_tables(rows: Sequence[Row]) -> list[str]:
     """One table of rotation accuracies, a column for each dataset; no table without any."""
     rows = [row for row in rows if row.protocol == "rotation"]
-    if not rows:
-        return []
-    data = list(dict.fromkeys(row.data for row in rows))
-    names = dict.fromkeys(row.weights for row in rows)
-    cells = {(row.weights, row.data): percent(row) for row in rows}
-    lines = [(f"`{name}`", *(cells.get((name, one), "") for one in data)) for name in names]
-    return [f"Rotation accuracy on other held-out photographs:\n\n{markdown_table(('weights', *data), lines)}"]
+    data = {row.data: row.data for row in rows}
+    table = cell_table(("weights",), rows, lambda row: (f"`{row.weights}`",), lambda row: row.data, data)
+    return [f"Rotation accuracy on other held-out photographs:\n\n{table}"] if rows else []
 
 
 def _results_table(rows: Sequence[Row], bundled: Mapping[str, Mapping[str, Any]], ids: Iterable[str]) -> str:
@@ -261,6 +275,8 @@ def ablation_table(measured: Sequence[Row], rows: Sequence[Row]) -> str:
         cells = [f"{percent(row)} ({row.source})" for row in paper if row.source.startswith("paper")]
         own = spread_text([row for row in measured if row.recipe == name])
         lines.append((f"`{recipe.model}`: {degrees}", f"`{name}`", own, ", ".join(cells)))
+    computed = {row.settings.rpartition("features in ")[2] for row in measured if "features in " in row.settings}
+    precision = " or ".join(sorted(computed)) or "fp32"
     header = ("network, degrees", "recipe", "non-linear probe (cached) of block2", "paper, 100 epochs")
     return f"""### Which rotations to tell apart
 
@@ -269,14 +285,9 @@ Networks pretrained on {" or ".join(f"{count:,}" for count in seen)} rotated ima
 seeds of the probe. Each was pretrained once: another pretraining seed moves such numbers by some tenths of a point
 (training/studies/nin_cifar10.md), so differences of that size say nothing. With fewer rotations, as many rotated images
 come from more upright ones: two rotations have seen twice as many as four, eight half as many. In steps of 45 degrees
-all eight views are resampled and masked to a circle. {_features_precision(measured)}
+all eight views are resampled and masked to a circle. Features are computed in {precision}.
 
 {markdown_table(header, lines)}"""
-
-
-def _features_precision(measured: Sequence[Row]) -> str:
-    found = sorted({row.settings.rpartition("features in ")[2] for row in measured if "features in " in row.settings})
-    return f"Features are computed in {' or '.join(found)}." if found else "Features are computed in fp32."
 
 
 def _probe_line(first: Row, label: str, cells: Mapping[str, Sequence[Row]]) -> tuple[str, ...]:

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from rotation_ssl.evaluation.report import spread_text
 from training.reporting.required import RANDOM, RESCALED
-from training.reporting.rows import Row
-from training.reporting.tables import QUOTED, is_transfer, markdown_table, model_of, quoted_text
+from training.reporting.rows import Row, model_of
+from training.reporting.tables import QUOTED, is_transfer, markdown_table, quoted_text
 
 # protocol without the kind of average precision, what is trained, and the column's title
 COLUMNS = (

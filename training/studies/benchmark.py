@@ -27,6 +27,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import timm
@@ -57,16 +58,6 @@ def compare(base: Callable[[], object], ours: Callable[[], object], rounds: int)
     return statistics.median(seconds[base]), statistics.median(seconds[ours])
 
 
-def import_timm() -> None:
-    """`import timm` in a fresh process."""
-    _run("import timm")
-
-
-def import_ours() -> None:
-    """`import timm, rotation_ssl` in a fresh process."""
-    _run("import timm, rotation_ssl")
-
-
 def load_by_timm() -> RotNetNIN:
     """The bundled weights as timm would load them: no hash, no look at keys, shapes or values but its own."""
     name = "rotnet_nin.cifar10"
@@ -81,12 +72,16 @@ def load_ours() -> RotNetNIN:
     return model
 
 
-def _run(statement: str) -> None:
+def run_fresh(statement: str) -> None:
+    """Run a statement in a fresh process."""
     subprocess.run([sys.executable, "-c", statement], check=True, cwd=ROOT)
 
 
 CALLS: dict[str, tuple[tuple[Callable[[], object], str], tuple[Callable[[], object], str]]] = {
-    "import": ((import_timm, "import timm"), (import_ours, "import timm and rotation_ssl")),
+    "import": (
+        (partial(run_fresh, "import timm"), "import timm"),
+        (partial(run_fresh, "import timm, rotation_ssl"), "import timm and rotation_ssl"),
+    ),
     "load": ((load_by_timm, "timm by itself"), (load_ours, "verified by rotation_ssl")),
 }
 

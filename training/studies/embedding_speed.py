@@ -17,7 +17,6 @@ import timm
 import torch
 from timm.data import ImageDataset, create_loader, resolve_model_data_config
 from torch import nn
-from tqdm import tqdm
 
 import rotation_ssl
 from rotation_ssl.embedding import embed
@@ -29,6 +28,7 @@ from rotation_ssl.images import OVERSIZE, find_images
 from rotation_ssl.machine import device_name, keep_large_blocks, library_versions
 from rotation_ssl.precision import autocast_type, resolve_precision
 from training.reporting.rows import current_commit
+from training.studies.speed import in_turns
 
 # the last layer: timm's forward_features ends there
 MODEL, LAYER, WIDTH, BATCH = "rotnet_alexnet.photos", "conv5", 256, 64
@@ -104,14 +104,11 @@ def measure_embedding(folder: Path, count: int, workers: int, rounds: int) -> di
     if len(found) < count:
         raise ValueError(f"{folder} holds {len(found):,} photographs, not {count:,}: give fewer with --images")
     rates: dict[str, list[float]] = {way: [] for way in WAYS}
-    with tempfile.TemporaryDirectory() as links, tqdm(total=rounds * len(WAYS), unit="measurement") as bar:
+    with tempfile.TemporaryDirectory() as links:
         for number, file in enumerate(found):
             Path(links, f"{number:06d}{file.suffix}").symlink_to(file.absolute())
-        for number in range(rounds):
-            for way in WAYS if number % 2 == 0 else reversed(WAYS):
-                bar.set_description(way)
-                rates[way].append(measure(way, Path(links), workers))
-                bar.update()
+        for way in in_turns(WAYS, rounds):
+            rates[way].append(measure(way, Path(links), workers))
     return {
         "device": device_name("cpu"),
         "threads": torch.get_num_threads(),

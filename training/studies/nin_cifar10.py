@@ -130,12 +130,6 @@ CHANCE = [recipe.name for recipe in next(iter(QUESTIONS.values()))]
 VARIANTS = {recipe.name: recipe for recipes in QUESTIONS.values() for recipe in recipes}
 
 
-def measured(file: Path) -> set[str]:
-    """The variants that have all of their numbers."""
-    rows = read_file(file) if file.exists() else []
-    return {name for name in VARIANTS if {row.protocol for row in rows if row.recipe == name} >= set(MEASURED)}
-
-
 def run_variant(recipe: Recipe, images: Images, output: Path, file: Path, device: str = "cpu") -> None:
     """Pretrain a variant, or go on with it, and measure it: three rows.
 
@@ -149,8 +143,7 @@ def run_variant(recipe: Recipe, images: Images, output: Path, file: Path, device
     count = FEW_IMAGES if recipe.name.startswith("few-images") else len(images.train)
     everything = torch.cat([images.train.images[:count], images.test.images])
     weights = finished_run(recipe, everything, output, device)
-    subject = load_subject(recipe.model, weights=weights)
-    subject.backbone.to(device).to(memory_format=torch.channels_last)
+    subject = load_subject(recipe.model, weights=weights).on(device)
     run = json.loads((output / "run.json").read_text())
     accuracy = run["holdout_rotation_accuracy"]
     row = measured_row(
@@ -181,8 +174,8 @@ def pixels(recipe: Recipe) -> int:
 def results(file: Path) -> dict[str, dict[str, Row]]:
     """The rows of each variant that has all of its numbers, by protocol, in the study's order."""
     rows = read_file(file) if file.exists() else []
-    done = measured(file)
-    return {name: {row.protocol: row for row in rows if row.recipe == name} for name in VARIANTS if name in done}
+    found = {name: {row.protocol: row for row in rows if row.recipe == name} for name in VARIANTS}
+    return {name: own for name, own in found.items() if own.keys() >= set(MEASURED)}
 
 
 def table(found: dict[str, dict[str, Row]]) -> str:
@@ -243,7 +236,7 @@ def render(check: bool = False) -> list[Path]:
 def _run(args: argparse.Namespace) -> None:
     images = load_images("cifar10", args.data, 32, holdout=HOLDOUT)
     warn_if_emulated(args.precision, args.device)
-    done = measured(args.rows)
+    done = results(args.rows)
     todo = [VARIANTS[name] for name in args.only or VARIANTS if name not in done]
     for recipe in progress("variants", len(todo), "variant", todo):
         asked = dataclasses.replace(recipe, precision=args.precision or recipe.precision)

@@ -14,8 +14,6 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from rotation_ssl.evaluation.measure import plan
 from rotation_ssl.labelled import Images
 from rotation_ssl.machine import keep_large_blocks
@@ -62,8 +60,7 @@ def run_ablation(
         KeyboardInterrupt: pretraining was stopped; its checkpoint is kept.
     """
     weights = finished_run(recipe, images.train.images, output, device)
-    subject = load_subject(recipe.model, weights=weights)
-    subject.backbone.to(device).to(memory_format=torch.channels_last)
+    subject = load_subject(recipe.model, weights=weights).on(device)
     for row in measure_features(
         subject, images, plan([LAYER], ["nonlinear"], "cached", seeds), device, features=recipe.precision
     ):

@@ -8,7 +8,7 @@ import platform
 import resource
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -69,11 +69,6 @@ class Speed:
     flop: float
     peak_bytes: int
 
-    @property
-    def flops(self) -> float:
-        """FLOP a second."""
-        return self.images_per_second * self.flop
-
 
 def measure(case: Case, steps: int = 4) -> Speed:
     """Run a case in a process of its own.
@@ -118,7 +113,7 @@ def _training(case: Case) -> tuple[Callable[[], object], int, float]:
     accelerator = create_accelerator(recipe, cpu=True)
     model = create_model(recipe).to(memory_format=torch.channels_last)
     batches = augmented_batches(recipe, model, images, len(images), accelerator, 0, set())
-    flop = training_flop(case.size)
+    flop = flop_per_image(case.size, training=True)
     prepared = accelerator.prepare(model)
     optimizers = [accelerator.prepare(o) for o in create_optimizers(recipe.optimizer, model, recipe.precision)]
     return lambda: train_step(recipe, prepared, optimizers, batches, accelerator), case.images, flop
@@ -138,7 +133,7 @@ def _naive(case: Case) -> tuple[Callable[[], object], int, float]:
         loss.backward()
         optimizer.step()
 
-    return step, case.images, training_flop(case.size)
+    return step, case.images, flop_per_image(case.size, training=True)
 
 
 class NaiveDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
@@ -178,7 +173,7 @@ def _features(case: Case) -> tuple[Callable[[], object], int, float]:
             model, images, ["block2"], prepare=prepare, batch_size=case.images, autocast=autocast, dtype=torch.bfloat16
         )
 
-    return step, len(images), inference_flop(case.size)
+    return step, len(images), flop_per_image(case.size, training=False)
 
 
 def _product(case: Case) -> tuple[Callable[[], object], int, float]:
@@ -193,17 +188,8 @@ def _product(case: Case) -> tuple[Callable[[], object], int, float]:
     return step, repeats, 2.0 * case.size**3
 
 
-def training_flop(size: int) -> float:
-    """FLOP that an image takes in training: forward and backward of all convolutions and the head."""
-    return _flop(size, training=True)
-
-
-def inference_flop(size: int) -> float:
-    """FLOP that an image takes forward, all of the network."""
-    return _flop(size, training=False)
-
-
-def _flop(size: int, training: bool) -> float:
+def flop_per_image(size: int, training: bool) -> float:
+    """FLOP that an image takes in all of the network: forward, and in training backward too."""
     model = timm.create_model(MODEL, num_classes=ROTATIONS)
     images = torch.zeros(1, 3, size, size)
     with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(training):
@@ -237,12 +223,8 @@ def measure_speed(rounds: int = 3) -> dict[str, Any]:
         **{f"product {size} in fp32": Case("product", size=size, precision="fp32") for size in GEMM_SIZES},
     }
     speeds: dict[str, list[Speed]] = {name: [] for name in headline}
-    with tqdm(total=rounds * len(headline), unit="measurement") as bar:
-        for number in range(rounds):
-            for name, case in _in_turns(headline, number):
-                bar.set_description(name)
-                speeds[name].append(measure(case))
-                bar.update()
+    for name in in_turns(headline, rounds):
+        speeds[name].append(measure(headline[name]))
     return {
         "device": device_name("cpu"),
         "threads": torch.get_num_threads(),
@@ -253,9 +235,15 @@ def measure_speed(rounds: int = 3) -> dict[str, Any]:
     }
 
 
-def _in_turns(cases: dict[str, Case], number: int) -> Iterator[tuple[str, Case]]:
-    items = list(cases.items())
-    yield from items if number % 2 == 0 else reversed(items)
+def in_turns(names: Iterable[str], rounds: int) -> Iterator[str]:
+    """What to measure next, every other round backwards, with a progress bar: other load meets all of them alike."""
+    order = list(names)
+    with tqdm(total=rounds * len(order), unit="measurement") as bar:
+        for number in range(rounds):
+            for name in order if number % 2 == 0 else reversed(order):
+                bar.set_description(name)
+                yield name
+                bar.update()
 
 
 def _plain(speeds: list[Speed]) -> dict[str, float]:

@@ -30,7 +30,7 @@ def check_images(files: Sequence[Path], workers: int = 0) -> None:
     Raises:
         ValueError: an image does not decode; the error names it.
     """
-    _check("image", files, functools.partial(_read_image, tuple(files)), workers)
+    _check("image", files, open_pixels, workers)
 
 
 def check_masks(files: Sequence[Path], classes: int, workers: int = 0) -> None:
@@ -39,7 +39,7 @@ def check_masks(files: Sequence[Path], classes: int, workers: int = 0) -> None:
     Raises:
         ValueError: a mask does not decode, or has a class out of range; the error names it.
     """
-    _check(f"mask of {classes} classes", files, functools.partial(_read_mask, tuple(files), classes), workers)
+    _check(f"mask of {classes} classes", files, functools.partial(open_mask, classes=classes), workers)
 
 
 def record_file(folder: Path) -> Path:
@@ -48,15 +48,15 @@ def record_file(folder: Path) -> Path:
     return release_cache() / "checked" / f"{folder.name}-{digest}.json"
 
 
-def _check(kind: str, files: Sequence[Path], read: Callable[[int], None], workers: int) -> None:
+def _check(kind: str, files: Sequence[Path], read: Callable[[Path], object], workers: int) -> None:
     known = _recorded(files)
-    now = {f"{kind} {file.name}": _state(file) for file in files}
-    new = [index for index, (name, state) in enumerate(now.items()) if known.get(name) != state]
+    named = {f"{kind} {file.name}": file for file in files}
+    now = {name: _state(file) for name, file in named.items()}
+    new = [file for name, file in named.items() if known.get(name) != now[name]]
     if not new:
         return
-    load = InOrder(functools.partial(_at, read, new), len(new))
     with progress(f"checking {kind.split()[0]}s", len(new), disable=len(new) < FEW) as bar:
-        for (_,) in batches(load, 1, workers):
+        for _ in batches(InOrder(new, functools.partial(_decode, read)), 1, workers):
             bar.update()
     if len(files) >= FEW:
         record = record_file(files[0].parent)
@@ -80,13 +80,6 @@ def _state(file: Path) -> list[int]:
     return [status.st_size, status.st_mtime_ns]
 
 
-def _at(read: Callable[[int], None], indices: Sequence[int], position: int) -> None:
-    read(indices[position])
-
-
-def _read_image(files: tuple[Path, ...], index: int) -> None:
-    open_pixels(files[index])
-
-
-def _read_mask(files: tuple[Path, ...], classes: int, index: int) -> None:
-    open_mask(files[index], classes)
+def _decode(read: Callable[[Path], object], file: Path) -> None:
+    # what is read stays in the process that read it
+    read(file)

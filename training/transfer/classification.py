@@ -35,14 +35,7 @@ from training.command import create_parser
 from training.evaluation.subject import Subject
 from training.reporting.report import run_measuring
 from training.transfer.checking import check_images
-from training.transfer.command import (
-    add_arguments,
-    count_present,
-    keep_numbers,
-    prepare_transfer,
-    recipe_of,
-    transfer_rows,
-)
+from training.transfer.command import add_arguments, classes_shown, keep_numbers, prepare_transfer, recipe_of
 from training.transfer.data import (
     AnnotatedImage,
     check_countable,
@@ -52,11 +45,11 @@ from training.transfer.data import (
     read_annotations,
 )
 from training.transfer.metrics import KINDS, classification_precisions
-from training.transfer.network import Draws, InOrder, autocast_of, batches, train_network
+from training.transfer.network import DEFAULT_RUN, InOrder, Run, autocast_of, batches, fc_size_of, train_network
 from training.transfer.recipes import CLASSIFICATIONS, VocClassification
 
 LAYERS = ("fc6-8", "all")
-TEST_IMAGES = 8  # whose crops are one batch
+TEST_IMAGES = 8  # whose crops are one batch; how many changes the logits by rounding alone
 
 
 def random_crop(image: Image.Image, size: int, scales: tuple[float, float], rng: random.Random) -> torch.Tensor:
@@ -96,10 +89,7 @@ def train_classifier(
     labels: torch.Tensor,
     prepare: Callable[[torch.Tensor], torch.Tensor],
     size: int,
-    device: str = "cpu",
-    seed: int = 0,
-    workers: int = 0,
-    output: Path | None = None,
+    run: Run = DEFAULT_RUN,
 ) -> None:
     """Train a transferred network on labelled images, in place.
 
@@ -111,16 +101,13 @@ def train_classifier(
         labels: (N, K), of :func:`training.transfer.data.class_labels`.
         prepare: from uint8 crops to what the network takes.
         size: side of the crops.
-        device: where the network is.
-        seed: of the crops and the dropout.
-        workers: processes that read images.
-        output: as :func:`training.transfer.network.train_network`.
+        run: how it is computed.
 
     Raises:
         ValueError: 'fc6-8' of a network without fc layers, or a loss that is not finite.
     """
     head: Any = getattr(network, "head", None)
-    has_fc = getattr(head, "fc_size", 0) > 0
+    has_fc = fc_size_of(network) > 0
     if layers == "fc6-8" and not has_fc:
         raise ValueError("fc6-8 needs a network with fc6 and fc7, an AlexNet: give --layers all")
     if has_fc:
@@ -129,17 +116,13 @@ def train_classifier(
     if layers == "fc6-8":
         network.requires_grad_(False)
         head.requires_grad_(True)
-    torch.manual_seed(seed)
-    load = functools.partial(_crop, tuple(image.file for image in images), size, recipe.scales)
-    training = recipe.training
-    draws = Draws(load, len(images), training.steps * training.images_per_step, seed)
+    load = functools.partial(_crop, size, recipe.scales)
 
     def loss_of(batch: list[tuple[int, torch.Tensor]]) -> torch.Tensor:
-        logits = network(prepare(torch.stack([crop for _, crop in batch]).to(device))).float()
-        return multi_label_loss(logits, labels[[index for index, _ in batch]].to(device))
+        logits = network(prepare(torch.stack([crop for _, crop in batch]).to(run.device))).float()
+        return multi_label_loss(logits, labels[[index for index, _ in batch]].to(run.device))
 
-    samples = batches(draws, training.images_per_step, workers)
-    train_network(training, network, samples, loss_of, f"classification, {layers}", output)
+    train_network(recipe.training, network, _numbered(images), load, loss_of, f"classification, {layers}", run)
 
 
 def classify(
@@ -148,25 +131,18 @@ def classify(
     images: Sequence[AnnotatedImage],
     prepare: Callable[[torch.Tensor], torch.Tensor],
     size: int,
-    device: str = "cpu",
-    seed: int = 0,
-    workers: int = 0,
-    images_per_batch: int = TEST_IMAGES,
+    run: Run = DEFAULT_RUN,
 ) -> torch.Tensor:
     """Mean logits of each image's crops: (N, K) float32 on the CPU.
-
-    The crops of ``images_per_batch`` images are one batch; how many changes the logits by rounding alone.
 
     Raises:
         ValueError: logits that are not finite.
     """
-    load = functools.partial(
-        _crops, tuple(image.file for image in images), size, recipe.scales, recipe.test_crops, seed
-    )
+    load = functools.partial(_crops, size, recipe.scales, recipe.test_crops, run.seed)
     logits = []
     with torch.inference_mode(), autocast_of(recipe.training, network), progress("test", len(images)) as bar:
-        for batch in batches(InOrder(load, len(images)), images_per_batch, workers):
-            scores = network(prepare(torch.cat(batch).to(device))).float()
+        for batch in batches(InOrder(_numbered(images), load), TEST_IMAGES, run.workers):
+            scores = network(prepare(torch.cat(batch).to(run.device))).float()
             logits.append(scores.view(len(batch), recipe.test_crops, -1).mean(1).cpu())
             bar.update(len(batch))
     result = torch.cat(logits)
@@ -183,10 +159,7 @@ def measure_classification(
     train: Sequence[AnnotatedImage],
     test: Sequence[AnnotatedImage],
     classes: int,
-    device: str = "cpu",
-    seed: int = 0,
-    workers: int = 0,
-    output: Path | None = None,
+    run: Run = DEFAULT_RUN,
 ) -> dict[str, Sequence[float]]:
     """Train a transferred network and measure it: by kind of average precision those of the K classes.
 
@@ -195,27 +168,29 @@ def measure_classification(
             :func:`train_classifier` and :func:`classify`.
     """
     check_countable(test)
-    check_images([image.file for image in (*train, *test)], workers)
+    check_images([image.file for image in (*train, *test)], run.workers)
     prepare = preparation(subject.backbone, subject.size)
-    network.to(device)
-    labels = class_labels(train, classes)
-    train_classifier(recipe, network, layers, train, labels, prepare, subject.size, device, seed, workers, output)
-    scores = classify(recipe, network, test, prepare, subject.size, device, seed, workers)
+    network.to(run.device)
+    train_classifier(recipe, network, layers, train, class_labels(train, classes), prepare, subject.size, run)
+    scores = classify(recipe, network, test, prepare, subject.size, run)
     truth = class_labels(test, classes)
     return {kind: classification_precisions(scores, truth, kind) for kind in KINDS}
 
 
+def _numbered(images: Sequence[AnnotatedImage]) -> list[tuple[int, Path]]:
+    return list(enumerate(image.file for image in images))
+
+
 def _crop(
-    files: tuple[Path, ...], size: int, scales: tuple[float, float], index: int, rng: random.Random
+    size: int, scales: tuple[float, float], numbered: tuple[int, Path], rng: random.Random
 ) -> tuple[int, torch.Tensor]:
-    return index, random_crop(open_pixels(files[index]), size, scales, rng)
+    index, file = numbered
+    return index, random_crop(open_pixels(file), size, scales, rng)
 
 
-def _crops(
-    files: tuple[Path, ...], size: int, scales: tuple[float, float], crops: int, seed: int, index: int
-) -> torch.Tensor:
-    rng = random.Random(f"{seed} test {index}")
-    image = open_pixels(files[index])
+def _crops(size: int, scales: tuple[float, float], crops: int, seed: int, numbered: tuple[int, Path]) -> torch.Tensor:
+    index, file = numbered
+    rng, image = random.Random(f"{seed} test {index}"), open_pixels(file)
     return torch.stack([random_crop(image, size, scales, rng) for _ in range(crops)])
 
 
@@ -226,15 +201,12 @@ def measure(args: argparse.Namespace) -> Path:
         args, recipe, f"classification-{args.layers}",
         lambda split: read_annotations(args.data, recipe.splits.year, split, args.classes), recipe.size,
     )  # fmt: skip
-    size = transfer.subject.size
     by_class = measure_classification(
         recipe, transfer.subject, transfer.network, args.layers, transfer.train, transfer.test, len(args.classes),
-        args.device, args.seed, args.workers, transfer.output,
+        transfer.run,
     )  # fmt: skip
-    classes, crops = counted(count_present(by_class), "class", "classes"), counted(recipe.test_crops, "crop")
-    settings = f"{classes}, {crops} of {size} pixels"
-    rows = transfer_rows(transfer, args, by_class, recipe.protocol, settings, args.layers)
-    return keep_numbers(transfer.output, rows, by_class, args.classes)
+    crops = f"{counted(recipe.test_crops, 'crop')} of {transfer.subject.size} pixels"
+    return keep_numbers(transfer, args, by_class, f"{classes_shown(by_class)}, {crops}", args.classes, args.layers)
 
 
 def build_parser() -> argparse.ArgumentParser:

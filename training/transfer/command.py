@@ -10,41 +10,42 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import torchvision
 from torch import nn
 from tqdm import tqdm
 
 from rotation_ssl.cli.options import positive
-from rotation_ssl.machine import device_name, library_versions
+from rotation_ssl.machine import device_name
 from rotation_ssl.messages import counted
 from rotation_ssl.precision import AnyRecipe, add_precision_argument, resolved, warn_if_emulated
-from training.evaluation.subject import Subject, load_subject
-from training.reporting.report import check_rows, keep_row, write_report
-from training.reporting.rows import Row, current_commit
+from training.evaluation.subject import Subject, load_subject, measured_value
+from training.reporting.report import check_rows, keep_rows
+from training.reporting.rows import Row
 from training.transfer.data import CLASSES
 from training.transfer.metrics import mean_over_classes
-from training.transfer.network import NETWORK, check_apart, has_fresh_fc, transfer_network
+from training.transfer.network import NETWORK, Run, check_apart, fc_size_of, transfer_network
 from training.transfer.recipes import VocRecipe
 
 RESCALED = "-rescaled"  # random weights whose layers are rescaled have it after their name
+IOU = "IoU"  # the kind of number of segmentation: its protocol has no other
 
 
 @dataclasses.dataclass(frozen=True)
 class Transfer:
     """A transfer that is ready to be trained: the ``network`` of a ``subject``, and the images of two splits.
 
-    ``output`` is a new folder's path, ``settings`` is a part of the rows, ``started`` is the time (time.monotonic()).
+    ``settings`` is a part of the rows, written before the network is cut to what the transfer needs. ``output`` is a
+    new folder's path, which ``run`` has too, ``started`` is the time (time.monotonic()).
     """
 
     recipe: VocRecipe
-
     subject: Subject
     network: nn.Module
     train: Sequence[Any]
     test: Sequence[Any]
     output: Path
     settings: str
+    run: Run
     started: float
 
 
@@ -92,47 +93,16 @@ def recipe_of(named: AnyRecipe, args: argparse.Namespace, **own: Any) -> AnyReci
     Raises:
         ValueError: a value out of range.
     """
-    named = _changed(named, training=resolved(named.training, args.device))
+    named = dataclasses.replace(named, training=resolved(named.training, args.device))
     given = _given(named.training, args)
     if args.random:
         # random weights are reported rescaled and as they are, by other names
-        named = _changed(named, training=_changed(named.training, rescale=given["rescale"]))
-    training = resolved(_changed(named.training, **given), args.device)
-    splits = _changed(named.splits, **_given(named.splits, args))
-    recipe = _changed(named, **_given(named, args) | own, training=training, splits=splits)
+        named = dataclasses.replace(named, training=dataclasses.replace(named.training, rescale=given["rescale"]))
+    training = resolved(dataclasses.replace(named.training, **given), args.device)
+    splits = dataclasses.replace(named.splits, **_given(named.splits, args))
+    recipe = dataclasses.replace(named, **_given(named, args) | own, training=training, splits=splits)
     as_it_is = recipe == named and tuple(args.classes) == CLASSES
-    return recipe if as_it_is else _changed(recipe, budget="")
-
-
-def output_of(args: argparse.Namespace, subject: Subject, what: str) -> Path:
-    """The folder of a training, a new one for each.
-
-    Args:
-        args: of the command line.
-        subject: the backbone.
-        what: is trained, in a word that is good as a folder's name.
-
-    Raises:
-        ValueError: it has a trained network already.
-    """
-    output = args.output or Path("runs") / "voc" / subject.name / f"{what}-seed{args.seed}"
-    if (output / NETWORK).exists():
-        raise ValueError(f"{output / NETWORK} is another training's: give a new --output, or remove it")
-    return output
-
-
-def data_name(recipe: VocRecipe, args: argparse.Namespace) -> str:
-    """What the row calls the measured images: VOC's own name where the classes are VOC's, else the folder's as well."""
-    name = f"VOC{recipe.splits.year} {recipe.splits.test}"
-    return name if tuple(args.classes) == CLASSES else f"{args.data.resolve().name}, {name}"
-
-
-def subject_of(args: argparse.Namespace, size: int | None = None) -> Subject:
-    """The backbone that the command line names, as :func:`training.evaluation.subject.load_subject`."""
-    if len(set(args.classes)) != len(args.classes):
-        raise ValueError(f"--classes names a class twice: {', '.join(args.classes)}")
-    seed = args.seed if args.random else 0
-    return load_subject(args.model, random=args.random, seed=seed, weights=args.weights, size=size)
+    return recipe if as_it_is else dataclasses.replace(recipe, budget="")
 
 
 def prepare_transfer(
@@ -157,10 +127,16 @@ def prepare_transfer(
     """
     started = time.monotonic()
     warn_if_emulated(args.precision, args.device)
-    subject = subject_of(args, size)
+    if len(set(args.classes)) != len(args.classes):
+        raise ValueError(f"--classes names a class twice: {', '.join(args.classes)}")
+    seed = args.seed if args.random else 0
+    subject = load_subject(args.model, random=args.random, seed=seed, weights=args.weights, size=size)
     if args.random and recipe.training.rescale:
         subject = dataclasses.replace(subject, name=f"{subject.name}{RESCALED}")
-    output = output_of(args, subject, what)
+    # a new folder for each training
+    output = args.output or Path("runs") / "voc" / subject.name / f"{what}-seed{args.seed}"
+    if (output / NETWORK).exists():
+        raise ValueError(f"{output / NETWORK} is another training's: give a new --output, or remove it")
     train, test = read(recipe.splits.train), read(recipe.splits.test)
     check_apart(train, test)
     files = [image.file for image in train]
@@ -169,63 +145,39 @@ def prepare_transfer(
         subject, len(args.classes), files, training.fc_size, training.rescale, args.seed, training.fresh_fc_size
     )
     check_rows(output / "rows.jsonl")
-    return Transfer(recipe, subject, network, train, test, output, settings_text(recipe, subject, network), started)
+    run = Run(args.device, args.seed, args.workers, output)
+    settings = settings_text(recipe, subject, network)
+    return Transfer(recipe, subject, network, train, test, output, settings, run, started)
 
 
 def transfer_row(
-    transfer: Transfer, args: argparse.Namespace, value: float, protocol: str, settings: str, layer: str = "all"
+    transfer: Transfer, args: argparse.Namespace, kind: str, value: float, settings: str, layer: str
 ) -> Row:
-    """The row of a number that is no count: a mean of precisions or overlaps.
-
-    Args:
-        transfer: what was trained.
-        args: of the command line.
-        value: the number.
-        protocol: its id.
-        settings: in words, beside those of the transfer.
-        layer: which layers were trained.
-    """
-    return Row(
-        weights=transfer.subject.name,
-        protocol=protocol,
-        layer=layer,
-        value=value,
-        source="measured",
-        data=data_name(transfer.recipe, args),
-        budget=transfer.recipe.budget,
-        settings=f"{settings}, {transfer.settings}",
+    """The row of a number that is no count, a mean over classes; arguments as of :func:`keep_numbers`."""
+    recipe = transfer.recipe
+    data = f"VOC{recipe.splits.year} {recipe.splits.test}"
+    if tuple(args.classes) != CLASSES:
+        data = f"{args.data.resolve().name}, {data}"
+    row = measured_value(
+        transfer.subject, value, data, f"{settings}, {transfer.settings}", time.monotonic() - transfer.started,
+        protocol=recipe.protocol if kind == IOU else f"{recipe.protocol}-{kind}", budget=recipe.budget, layer=layer,
         seed=args.seed,
-        sha256=transfer.subject.sha256,
-        commit=current_commit(),
-        versions=library_versions() | {"torchvision": torchvision.__version__},
-        device=device_name(args.device),
-        threads=torch.get_num_threads(),
-        seconds=round(time.monotonic() - transfer.started, 1),
-    )
-
-
-def transfer_rows(
-    transfer: Transfer,
-    args: argparse.Namespace,
-    by_class: Mapping[str, Sequence[float]],
-    protocol: str,
-    settings: str,
-    layer: str = "all",
-) -> list[Row]:
-    """A row for each kind of average precision, the mean over classes; arguments as of :func:`transfer_row`."""
-    means = averages(by_class).items()
-    return [transfer_row(transfer, args, value, f"{protocol}-{kind}", settings, layer) for kind, value in means]
+    )  # fmt: skip
+    # the subject itself was not trained: it is where it was loaded
+    versions = row.versions | {"torchvision": torchvision.__version__}
+    return dataclasses.replace(row, versions=versions, device=device_name(args.device))
 
 
 def settings_text(recipe: VocRecipe, subject: Subject, network: nn.Module) -> str:
     """What a row says of its training, in a few words: data, steps, and what was done to the network before."""
     training = recipe.training
-    fc_size = getattr(getattr(network, "head", None), "fc_size", 0)
+    fc_size = fc_size_of(network)
+    fresh = "fresh " if fc_size != fc_size_of(subject.backbone) else ""
     parts = [
         f"trained on {recipe.splits.train}",
         f"{training.steps:,} step{'s' * (training.steps != 1)} of {counted(training.images_per_step, 'image')}",
         f"rate {training.lr:g}",
-        f"{'fresh ' if has_fresh_fc(subject, network) else ''}fc6 and fc7 of {fc_size:,}" if fc_size else "",
+        f"{fresh}fc6 and fc7 of {fc_size:,}" if fc_size else "",
         "batch norm folded",
         "layers rescaled" if training.rescale else "",
         training.precision,
@@ -234,19 +186,29 @@ def settings_text(recipe: VocRecipe, subject: Subject, network: nn.Module) -> st
 
 
 def keep_numbers(
-    output: Path, rows: Sequence[Row], by_class: Mapping[str, Sequence[float]], classes: Sequence[str]
+    transfer: Transfer,
+    args: argparse.Namespace,
+    by_class: Mapping[str, Sequence[float]],
+    settings: str,
+    classes: Sequence[str],
+    layer: str = "all",
 ) -> Path:
-    """Write rows and their report into a folder, and the numbers of every class as classes.json; print them in percent.
+    """Write a row for each mean over classes, and the numbers of every class as classes.json, which are printed in
+    percent.
 
     Args:
-        output: the folder.
-        rows: the means.
-        by_class: of each row's protocol the numbers of the classes.
+        transfer: what was trained.
+        args: of the command line.
+        by_class: by kind of number, a kind of average precision or :data:`IOU`, those of the classes.
+        settings: in words, beside those of the transfer.
         classes: their names, as many.
+        layer: which layers were trained.
 
     Returns:
         The rows' file.
     """
+    means = {kind: mean_over_classes(values) for kind, values in by_class.items()}
+    rows = [transfer_row(transfer, args, kind, mean, settings, layer) for kind, mean in means.items()]
     names = [name for name, value in zip(classes, next(iter(by_class.values())), strict=True) if value == value]
     tqdm.write(f"  {'':24s}{' '.join(f'{name[:8]:>8s}' for name in names)}")
     for title, values in by_class.items():
@@ -256,29 +218,16 @@ def keep_numbers(
         title: {name: value for name, value in zip(classes, values, strict=True) if value == value}
         for title, values in by_class.items()
     }
-    (output / "classes.json").write_text(json.dumps(numbers, indent=1) + "\n")
-    file = output / "rows.jsonl"
-    for row in rows:
-        keep_row(row, file)
-    write_report(output, file)
-    return file
+    (transfer.output / "classes.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    return keep_rows(rows, transfer.output / "rows.jsonl")
 
 
-def averages(by_class: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """The mean over classes of each kind of number."""
-    return {kind: mean_over_classes(values) for kind, values in by_class.items()}
-
-
-def count_present(by_class: Mapping[str, Sequence[float]]) -> int:
-    """How many classes have a number: those that the measured images show."""
-    return sum(not math.isnan(value) for value in next(iter(by_class.values())))
+def classes_shown(by_class: Mapping[str, Sequence[float]]) -> str:
+    """How many classes have a number, in words: those that the measured images show."""
+    return counted(sum(not math.isnan(value) for value in next(iter(by_class.values()))), "class", "classes")
 
 
 def _given(fields: Any, args: argparse.Namespace) -> dict[str, Any]:
     """The fields of a recipe, or of a part of it, that the command line has options for and gives."""
     names = {field.name for field in dataclasses.fields(fields)}
     return {name: value for name, value in vars(args).items() if name in names - {"budget"} and value is not None}
-
-
-def _changed(recipe: AnyRecipe, **changes: Any) -> AnyRecipe:
-    return dataclasses.replace(recipe, **changes)

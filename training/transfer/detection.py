@@ -20,7 +20,6 @@ classes.json with the numbers of every class, and the trained network as network
 
 import argparse
 import functools
-import hashlib
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rotation_ssl.messages import counted
+from rotation_ssl.files import sha256_of
 from rotation_ssl.progress import progress
 from training.command import create_parser
 from training.reporting.report import run_measuring
@@ -37,11 +36,10 @@ from training.transfer.checking import check_images
 from training.transfer.command import (
     add_arguments,
     add_pictures_argument,
-    count_present,
+    classes_shown,
     keep_numbers,
     prepare_transfer,
     recipe_of,
-    transfer_rows,
 )
 from training.transfer.data import (
     AnnotatedImage,
@@ -53,7 +51,7 @@ from training.transfer.data import (
 )
 from training.transfer.detector import build_detector, set_sides
 from training.transfer.metrics import average_precision, match_detections
-from training.transfer.network import Draws, InOrder, autocast_of, batches, smallest_side, train_network
+from training.transfer.network import DEFAULT_RUN, InOrder, Run, autocast_of, batches, smallest_side, train_network
 from training.transfer.pictures import draw_detections, draw_sheet
 from training.transfer.proposals import check_proposals_file, read_proposals
 from training.transfer.recipes import FAST_RCNNS, FASTER_RCNNS, VocDetection
@@ -67,38 +65,28 @@ def train_detector(
     detector: nn.Module,
     images: Sequence[AnnotatedImage],
     proposals: Path | None = None,
-    device: str = "cpu",
-    seed: int = 0,
-    workers: int = 0,
-    output: Path | None = None,
+    run: Run = DEFAULT_RUN,
 ) -> None:
     """Train a detector in place, on the images that show an object which is not difficult.
 
     Raises:
         ValueError: no such image, proposals that are none, or a loss that is not finite.
     """
-    useful = tuple(image for image in images if bool((~image.difficult).any()))
+    useful = [image for image in images if bool((~image.difficult).any())]
     if not useful:
         raise ValueError("no training image shows an object that is not difficult: there is nothing to train on")
-    torch.manual_seed(seed)
     set_sides(detector, recipe.train_sides, recipe.longest)
-    training = recipe.training
-    draws = Draws(
-        functools.partial(_training_sample, useful, proposals),
-        len(useful),
-        training.steps * training.images_per_step,
-        seed,
-    )
+    load = functools.partial(_training_sample, proposals)
 
     def loss_of(batch: list[tuple[torch.Tensor, torch.Tensor | None, dict[str, torch.Tensor]]]) -> torch.Tensor:
-        pixels = [image.to(device) / 255 for image, _, _ in batch]
-        targets = [{name: tensor.to(device) for name, tensor in target.items()} for _, _, target in batch]
-        regions = [boxes.to(device) for _, boxes, _ in batch if boxes is not None]
+        pixels = [image.to(run.device) / 255 for image, _, _ in batch]
+        targets = [{name: tensor.to(run.device) for name, tensor in target.items()} for _, _, target in batch]
+        regions = [boxes.to(run.device) for _, boxes, _ in batch if boxes is not None]
         losses = detector(pixels, regions, targets) if proposals else detector(pixels, targets)
-        return sum(losses.values(), torch.zeros((), device=device))
+        return sum(losses.values(), torch.zeros((), device=run.device))
 
     name = "Fast R-CNN" if proposals else "Faster R-CNN"
-    train_network(training, detector, batches(draws, training.images_per_step, workers), loss_of, name, output)
+    train_network(recipe.training, detector, useful, load, loss_of, name, run)
 
 
 def detect(
@@ -106,18 +94,17 @@ def detect(
     detector: nn.Module,
     images: Sequence[AnnotatedImage],
     proposals: Path | None = None,
-    device: str = "cpu",
-    workers: int = 0,
+    run: Run = DEFAULT_RUN,
 ) -> list[Detections]:
     """Of each image 'boxes' (n, 4) in its pixels, 'labels' (n,) from 1 and 'scores' (n,), on the CPU."""
     set_sides(detector, (recipe.test_side,), recipe.longest)
     detector.eval()
-    load = functools.partial(_test_sample, tuple(images), proposals, recipe.test_proposals)
+    load = functools.partial(_test_sample, proposals, recipe.test_proposals)
     found = []
     with torch.inference_mode(), autocast_of(recipe.training, detector), progress("test", len(images)) as bar:
-        for ((image, boxes),) in batches(InOrder(load, len(images)), 1, workers):
-            pixels = [image.to(device) / 255]
-            (result,) = detector(pixels) if boxes is None else detector(pixels, [boxes.to(device)])
+        for ((image, boxes),) in batches(InOrder(images, load), 1, run.workers):
+            pixels = [image.to(run.device) / 255]
+            (result,) = detector(pixels) if boxes is None else detector(pixels, [boxes.to(run.device)])
             found.append({name: tensor.cpu() for name, tensor in result.items()})
             bar.update()
     return found
@@ -151,10 +138,7 @@ def measure_detection(
     test: Sequence[AnnotatedImage],
     classes: int,
     proposals: Path | None = None,
-    device: str = "cpu",
-    seed: int = 0,
-    workers: int = 0,
-    output: Path | None = None,
+    run: Run = DEFAULT_RUN,
 ) -> tuple[nn.Module, dict[str, Sequence[float]]]:
     """Build a detector on a transferred network, train it, measure it.
 
@@ -168,25 +152,24 @@ def measure_detection(
     check_countable(test)
     if proposals:
         check_proposals_file(proposals, [*train, *test])
-    torch.manual_seed(seed)
-    detector: Any = build_detector(recipe, network, classes, proposals is not None).to(device)
+    torch.manual_seed(run.seed)
+    detector: Any = build_detector(recipe, network, classes, proposals is not None).to(run.device)
     smallest = smallest_side(detector.backbone)
     for images, sides in ((train, recipe.train_sides), (test, (recipe.test_side,))):
         for image in images:
             scale = min(min(sides) / min(image.width, image.height), recipe.longest / max(image.width, image.height))
             width, height = round(image.width * scale), round(image.height * scale)
             check_large_enough(image.file, width, height, smallest, " as it is scaled")
-    check_images([image.file for image in (*train, *test)], workers)
-    train_detector(recipe, detector, train, proposals, device, seed, workers, output)
-    found = detect(recipe, detector, test, proposals, device, workers)
+    check_images([image.file for image in (*train, *test)], run.workers)
+    train_detector(recipe, detector, train, proposals, run)
+    found = detect(recipe, detector, test, proposals, run)
     return detector, {kind: detection_precisions(found, test, classes, kind) for kind in KINDS}
 
 
 def _training_sample(
-    images: tuple[AnnotatedImage, ...], proposals: Path | None, index: int, rng: random.Random
+    proposals: Path | None, image: AnnotatedImage, rng: random.Random
 ) -> tuple[torch.Tensor, torch.Tensor | None, dict[str, torch.Tensor]]:
-    image = images[index]
-    pixels, regions = _test_sample(images, proposals, None, index)
+    pixels, regions = _test_sample(proposals, None, image)
     boxes, labels = image.boxes[~image.difficult], image.labels[~image.difficult] + 1
     if rng.random() < 0.5:
         pixels, boxes = pixels.flip(-1), _mirrored(boxes, image.width)
@@ -195,9 +178,8 @@ def _training_sample(
 
 
 def _test_sample(
-    images: tuple[AnnotatedImage, ...], proposals: Path | None, most: int | None, index: int
+    proposals: Path | None, most: int | None, image: AnnotatedImage
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    image = images[index]
     return pixels_tensor(open_pixels(image.file)), None if proposals is None else read_proposals(proposals, image, most)
 
 
@@ -212,32 +194,30 @@ def measure(args: argparse.Namespace) -> Path:
     name, given = "Faster R-CNN", ""
     if args.proposals:
         check_proposals_file(args.proposals, [])
-        digest = hashlib.sha256(args.proposals.read_bytes()).hexdigest()[:12]
+        digest = sha256_of(args.proposals)[:12]
         name, given = "Fast R-CNN", f", proposals {digest}, the first {recipe.test_proposals:,} in the test"
     transfer = prepare_transfer(
         args, recipe, recipe.protocol.removeprefix("voc-"),
         lambda split: read_annotations(args.data, recipe.splits.year, split, args.classes),
     )  # fmt: skip
     detector, by_class = measure_detection(
-        recipe, transfer.network, transfer.train, transfer.test, len(args.classes), args.proposals, args.device,
-        args.seed, args.workers, transfer.output,
+        recipe, transfer.network, transfer.train, transfer.test, len(args.classes), args.proposals,
+        transfer.run,
     )  # fmt: skip
     if pictured := transfer.test[: args.pictures]:
-        detections = detect(recipe, detector, pictured, args.proposals, args.device)
+        detections = detect(recipe, detector, pictured, args.proposals, Run(args.device))
         draw_sheet(
+            transfer.output,
             [
                 draw_detections(transfer.output, image.file, found, args.classes)
                 for image, found in zip(pictured, detections, strict=True)
             ],
-            transfer.output / "pictures.jpg",
         )
-    classes = counted(count_present(by_class), "class", "classes")
     settings = (
-        f"{name}, {classes}, shorter side {', '.join(map(str, recipe.train_sides))} in training and"
+        f"{name}, {classes_shown(by_class)}, shorter side {', '.join(map(str, recipe.train_sides))} in training and"
         f" {recipe.test_side} in the test{given}"
     )
-    rows = transfer_rows(transfer, args, by_class, recipe.protocol, settings)
-    return keep_numbers(transfer.output, rows, by_class, args.classes)
+    return keep_numbers(transfer, args, by_class, settings, args.classes)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -17,7 +17,7 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 from torchvision.ops import roi_align, roi_pool
 
-from training.transfer.network import Backbone
+from training.transfer.network import Backbone, fc_size_of
 from training.transfer.recipes import VocDetection
 
 POOLED = 6  # side of a region's map for AlexNet's fc6
@@ -106,7 +106,7 @@ def build_detector(recipe: VocDetection, network: nn.Module, classes: int, given
     """
     cfg = resolve_model_data_config(network)
     head: Any = getattr(network, "head", None)
-    fc_size = getattr(head, "fc_size", 0)
+    fc_size = fc_size_of(network)
     fc_layers = (head.fc6, head.fc7) if fc_size else None
     backbone = Backbone(network)
     width = fc_size or 1024

@@ -15,6 +15,7 @@ from torchvision.ops import box_iou
 # scikit-learn calls average precision.
 KINDS = ("11-point", "area", "steps")
 IGNORED = 255
+OVERLAP = 0.5
 
 
 def average_precision(scores: torch.Tensor, right: torch.Tensor, kind: str, total: int | None = None) -> float:
@@ -91,19 +92,18 @@ def match_detections(
     scores: Sequence[torch.Tensor],
     truths: Sequence[torch.Tensor],
     difficult: Sequence[torch.Tensor],
-    overlap: float = 0.5,
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
     """Which detections of one class are right, as VOC's development kit decides it.
 
-    In the order of their scores detections take the object that they overlap most, if by ``overlap`` or more: the first
-    one is right, later ones of the same object are wrong, those of a difficult object do not count either way.
+    In the order of their scores detections take the object that they overlap most, if by an intersection over union of
+    0.5 or more: the first one is right, later ones of the same object are wrong, those of a difficult object do not
+    count either way.
 
     Args:
         boxes: of each image (n, 4), left, top, right, bottom in pixels.
         scores: of each image (n,).
         truths: of each image the objects' boxes (m, 4).
         difficult: of each image (m,) bool.
-        overlap: the least intersection over union.
 
     Returns:
         The scores (N,) of the detections that count, whether they are right (N,), and the number of objects to find,
@@ -112,8 +112,6 @@ def match_detections(
     Raises:
         ValueError: sequences of different lengths.
     """
-    if not len(boxes) == len(scores) == len(truths) == len(difficult):
-        raise ValueError("detections and objects must be of the same images, one entry for each")
     kept, right = [torch.empty(0)], [torch.empty(0, dtype=torch.bool)]
     for own_boxes, own_scores, own_truths, own_difficult in zip(boxes, scores, truths, difficult, strict=True):
         order = own_scores.argsort(descending=True, stable=True)
@@ -122,7 +120,7 @@ def match_detections(
         if len(own_truths) and len(order):
             best, target = box_iou(own_boxes[order].double(), own_truths.double()).max(1)
             taken: set[int] = set()
-            for rank in (best >= overlap).nonzero()[:, 0].tolist():
+            for rank in (best >= OVERLAP).nonzero()[:, 0].tolist():
                 found = int(target[rank])
                 if own_difficult[found]:
                     verdicts[rank] = -1

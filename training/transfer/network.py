@@ -3,6 +3,7 @@
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,43 +29,60 @@ RESCALING_IMAGES = 32
 NETWORK = "network.safetensors"
 
 
+@dataclass(frozen=True)
+class Run:
+    """How a transfer is computed: the ``device`` that the network is on, and the ``seed`` of samples and layers.
+
+    ``workers`` are the processes that read images, 0 for this one. The trained network is written into the folder
+    ``output``, if any, before anything is measured that may fail.
+    """
+
+    device: str = "cpu"
+    seed: int = 0
+    workers: int = 0
+    output: Path | None = None
+
+
+DEFAULT_RUN = Run()
+
+
 class Draws(Dataset):
-    """``total`` samples of ``count`` images, a new order every epoch; sample i is the same whoever loads it.
+    """``total`` samples of images, a new order every epoch; sample i is the same whoever loads it.
 
     Args:
-        load: from an image's position and a source of randomness of its own to a sample.
-        count: images.
+        images: whatever ``load`` takes.
+        load: from an image and a source of randomness of its own to a sample.
         total: samples.
         seed: of the orders and the samples.
     """
 
-    def __init__(self, load: Callable[[int, random.Random], Any], count: int, total: int, seed: int) -> None:
-        self.load, self.count, self.total, self.seed = load, count, total, seed
-        self.epoch, self.order = -1, [0]
+    def __init__(self, images: Sequence[Any], load: Callable[[Any, random.Random], Any], total: int, seed: int) -> None:
+        self.images, self.load, self.total, self.seed = images, load, total, seed
+        self.epoch, self.order = -1, images
 
     def __len__(self) -> int:
         return self.total
 
     def __getitem__(self, index: int) -> Any:
-        epoch, position = divmod(index, self.count)
+        epoch, position = divmod(index, len(self.images))
         if epoch != self.epoch:
             # kept: an order takes milliseconds
             self.epoch = epoch
-            self.order = random.Random(f"{self.seed} epoch {epoch}").sample(range(self.count), self.count)
+            self.order = random.Random(f"{self.seed} epoch {epoch}").sample(self.images, len(self.images))
         return _loaded(self.load, self.order[position], random.Random(f"{self.seed} sample {index}"))
 
 
 class InOrder(Dataset):
-    """Every one of ``count`` images once, in their order; ``load`` takes an image's position."""
+    """Every image once, in their order; ``load`` takes one."""
 
-    def __init__(self, load: Callable[[int], Any], count: int) -> None:
-        self.load, self.count = load, count
+    def __init__(self, images: Sequence[Any], load: Callable[[Any], Any]) -> None:
+        self.images, self.load = images, load
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.images)
 
     def __getitem__(self, index: int) -> Any:
-        return _loaded(self.load, index)
+        return _loaded(self.load, self.images[index])
 
 
 def transfer_network(
@@ -161,21 +179,21 @@ class Backbone(nn.Module):
         return network.forward_intermediates(images, 1, stop_early=True, intermediates_only=True)[-1].float()
 
 
-def smallest_side(network: nn.Module, most: int = 512) -> int:
+def smallest_side(network: nn.Module) -> int:
     """The least side in pixels of a square image that the network's strides leave something of.
 
     Raises:
-        ValueError: it takes none of up to ``most`` pixels.
+        ValueError: it takes none of up to 512 pixels.
     """
     device = next(network.parameters()).device
     with torch.inference_mode():
-        for side in range(1, most + 1):
+        for side in range(1, 513):
             try:
                 network(torch.zeros(1, 3, side, side, device=device))
             except (RuntimeError, AssertionError):
                 continue
             return side
-    raise ValueError(f"the network takes no images of up to {most} pixels")
+    raise ValueError("the network takes no images of up to 512 pixels")
 
 
 def autocast_of(training: Training, network: nn.Module) -> torch.autocast:
@@ -194,9 +212,7 @@ def batches(draws: Dataset, size: int, workers: int) -> Iterator[list[Any]]:
     """
     # forked, as Python's default was up to 3.13: otherwise every tensor of the annotations takes a file descriptor
     context = "fork" if workers and sys.platform == "linux" else None
-    loader = DataLoader(
-        draws, batch_size=size, num_workers=workers, collate_fn=list, multiprocessing_context=context
-    )  # fmt: skip
+    loader = DataLoader(draws, size, num_workers=workers, collate_fn=list, multiprocessing_context=context)
     for batch in loader:
         for sample in batch:
             if isinstance(sample, Exception):
@@ -221,27 +237,32 @@ def check_apart(train: Sequence[Any], test: Sequence[Any]) -> None:
 def train_network(
     training: Training,
     network: nn.Module,
-    samples: Iterator[list[Any]],
+    images: Sequence[Any],
+    load: Callable[[Any, random.Random], Any],
     loss_of: Callable[[list[Any]], torch.Tensor],
     name: str,
-    output: Path | None = None,
+    run: Run,
 ) -> None:
     """Train those of the network's parameters that want gradients; it is in eval mode afterwards.
 
     Args:
         training: the settings.
         network: trained in place.
-        samples: lists of as many samples as a step has images.
-        loss_of: the loss of such a list.
+        images: to train on, and
+        load: what makes a sample of one, as :class:`Draws` takes them.
+        loss_of: the loss of a list of as many samples as a step has images.
         name: for the progress bar and errors.
-        output: a folder that the trained network is written to, before anything is measured that may fail.
+        run: how it is computed.
 
     Raises:
-        ValueError: too few samples, or a loss that is not finite.
+        ValueError: an image that does not decode, or a loss that is not finite.
         OSError: the folder cannot be made or written to.
     """
-    if output:
-        output.mkdir(parents=True, exist_ok=True)
+    if run.output:
+        run.output.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(run.seed)
+    draws = Draws(images, load, training.steps * training.images_per_step, run.seed)
+    samples = batches(draws, training.images_per_step, run.workers)
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(
         parameters, training.lr, momentum=training.momentum, weight_decay=training.weight_decay, fused=True
@@ -251,14 +272,14 @@ def train_network(
         scheduler=create_scheduler(training.schedule, optimizer, training.steps), clip=training.clip,
         autocast=autocast_type(resolve_precision(training.precision, next(network.parameters()).device)),
     )  # fmt: skip
-    if output:
-        save_model(network, str(output / NETWORK))
+    if run.output:
+        save_model(network, str(run.output / NETWORK))
 
 
-def has_fresh_fc(subject: Subject, network: nn.Module) -> bool:
-    """Whether a transferred network has fc6 and fc7 that its subject's weights have not, or of another width."""
-    wanted = getattr(getattr(network, "head", None), "fc_size", 0)
-    return bool(wanted) and wanted != getattr(getattr(subject.backbone, "head", None), "fc_size", 0)
+def fc_size_of(network: nn.Module) -> int:
+    """The width of AlexNet's fc6 and fc7; 0 of a network without them."""
+    size: int = getattr(getattr(network, "head", None), "fc_size", 0)
+    return size
 
 
 def _loaded(load: Callable[..., Any], *arguments: Any) -> Any:

@@ -12,19 +12,16 @@ from training.transfer.data import open_pixels, pixels_tensor
 COLUMNS, CELL = 4, (300, 225)  # of the sheet; width and height in pixels
 
 
-def draw_detections(
-    output: Path, file: Path, found: Mapping[str, torch.Tensor], classes: Sequence[str], least: float = 0.2
-) -> Path:
-    """Write an image with the detections that are sure by ``least`` or more; returns the picture's file.
+def draw_detections(output: Path, file: Path, found: Mapping[str, torch.Tensor], classes: Sequence[str]) -> Path:
+    """Write an image with the detections whose score is 0.2 or more; returns the picture's file.
 
     Args:
         output: the folder ``pictures`` is made in.
         file: the image.
         found: 'boxes' (n, 4) in pixels, 'labels' (n,) from 1, 'scores' (n,).
         classes: the names of the K classes.
-        least: the lowest score that is drawn.
     """
-    sure = found["scores"] >= least
+    sure = found["scores"] >= 0.2
     names = [
         f"{classes[label - 1]} {score:.2f}"
         for label, score in zip(found["labels"][sure].tolist(), found["scores"][sure].tolist(), strict=True)
@@ -43,8 +40,8 @@ def draw_segmentation(output: Path, file: Path, predicted: torch.Tensor, classes
     return _written(output, file, draw_segmentation_masks(image, masks, alpha=0.6, colors=palette(classes)[1:]))
 
 
-def draw_sheet(pictures: Sequence[Path], file: Path) -> None:
-    """Write pictures, made smaller, onto one sheet: in their order, row by row."""
+def draw_sheet(output: Path, pictures: Sequence[Path]) -> None:
+    """Write pictures, made smaller, onto one sheet, pictures.jpg: in their order, row by row."""
     width, height = CELL
     sheet = Image.new("RGB", (COLUMNS * width, -(-len(pictures) // COLUMNS) * height), "white")
     for number, picture in enumerate(pictures):
@@ -52,7 +49,7 @@ def draw_sheet(pictures: Sequence[Path], file: Path) -> None:
             small = ImageOps.contain(image, (width - 6, height - 6))
         left, top = number % COLUMNS * width, number // COLUMNS * height
         sheet.paste(small, (left + (width - small.width) // 2, top + (height - small.height) // 2))
-    sheet.save(file, quality=85)
+    sheet.save(output / "pictures.jpg", quality=85)
 
 
 def palette(classes: int) -> list[tuple[int, int, int]]:

@@ -123,6 +123,14 @@ class VocSegmentation:
 
 
 VOC2007 = Splits("2007", "trainval", "test")
+CPU_TRAINING = Training(
+    steps=3_000,
+    images_per_step=4,
+    lr=0.005,
+    schedule=CosineSchedule(warmup=0.05),
+    weight_decay=5e-4,
+    fresh_fc_size=1024,
+)
 # steps, rate, its halving, weight decay, clipping, scales and crops as in philkr/voc-classification, the code of
 # Kraehenbuehl et al. 2016; dropout of AlexNet (Krizhevsky et al. 2012)
 VOC_CLASSIFICATION = VocClassification(
@@ -146,14 +154,7 @@ VOC_CLASSIFICATION_CPU = dataclasses.replace(
     VOC_CLASSIFICATION,
     name="voc-classification-cpu",
     budget="cpu",
-    training=Training(
-        steps=3_000,
-        images_per_step=32,
-        lr=0.005,
-        schedule=CosineSchedule(warmup=0.05),
-        weight_decay=1e-4,
-        fresh_fc_size=1024,
-    ),
+    training=dataclasses.replace(CPU_TRAINING, images_per_step=32, weight_decay=1e-4),
     # crops of 128 pixels show as much of a photo as those of 224 do in the paper's recipe
     scales=(0.3, 1.2),
     size=None,
@@ -193,14 +194,7 @@ VOC_FAST_RCNN_CPU = dataclasses.replace(
     VOC_FAST_RCNN,
     name="voc-fast-rcnn-cpu",
     budget="cpu",
-    training=Training(
-        steps=3_000,
-        images_per_step=4,
-        lr=0.005,
-        schedule=CosineSchedule(warmup=0.05),
-        weight_decay=5e-4,
-        fresh_fc_size=1024,
-    ),
+    training=CPU_TRAINING,
     train_sides=(320, 360, 400),
     test_side=360,
     longest=600,
@@ -231,14 +225,7 @@ VOC_SEGMENTATION_CPU = dataclasses.replace(
     name="voc-segmentation-cpu",
     budget="cpu",
     splits=VOC2007,
-    training=Training(
-        steps=1_200,
-        images_per_step=4,
-        lr=0.005,
-        schedule=CosineSchedule(warmup=0.05),
-        weight_decay=5e-4,
-        fresh_fc_size=1024,
-    ),
+    training=dataclasses.replace(CPU_TRAINING, steps=1_200),
     longest=320,
 )
 VocRecipe = VocClassification | VocDetection | VocSegmentation

@@ -86,7 +86,7 @@ def rescale(model: nn.Module, images: torch.Tensor) -> nn.Module:
             raise ValueError(f"rescaling needs two layers or more, this network has {len(layers)}")
         _equalise_channels(rescaled, layers, images)
         passed = torch.ones((), device=images.device)
-    rates = _relative_gradients(rescaled, layers, images)
+    rates = relative_gradients(rescaled, images)
     if not (rates.isfinite() & (rates > 0)).all():
         raise ValueError("a layer of this network gets no gradient from these images: give other images, or weights")
     with torch.no_grad():
@@ -155,10 +155,6 @@ def relative_gradients(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """
     with torch.no_grad():
         layers = _chain(model, images)
-    return _relative_gradients(model, layers, images)
-
-
-def _relative_gradients(model: nn.Module, layers: list[Layer], images: torch.Tensor) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     squares = torch.zeros(len(layers), device=images.device)
     weights = [layer.weight for layer in layers]

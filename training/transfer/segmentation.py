@@ -30,23 +30,22 @@ from torch.nn import functional as F
 
 from rotation_ssl.backbones.alexnet import POOL_SIZE, RotNetAlexNet
 from rotation_ssl.images import normalize
-from rotation_ssl.messages import counted
 from rotation_ssl.progress import progress
 from training.command import create_parser
 from training.reporting.report import run_measuring
 from training.transfer.checking import check_images, check_masks
 from training.transfer.command import (
+    IOU,
     add_arguments,
     add_pictures_argument,
-    count_present,
+    classes_shown,
     keep_numbers,
     prepare_transfer,
     recipe_of,
-    transfer_row,
 )
 from training.transfer.data import MaskedImage, check_large_enough, open_mask, open_pixels, pixels_tensor, read_masks
-from training.transfer.metrics import IGNORED, confusion_matrix, intersections_over_unions, mean_over_classes
-from training.transfer.network import Backbone, Draws, InOrder, autocast_of, batches, train_network
+from training.transfer.metrics import IGNORED, confusion_matrix, intersections_over_unions
+from training.transfer.network import DEFAULT_RUN, Backbone, InOrder, Run, autocast_of, batches, train_network
 from training.transfer.pictures import draw_segmentation, draw_sheet
 from training.transfer.recipes import SEGMENTATIONS, VocSegmentation
 
@@ -116,26 +115,20 @@ def train_segmenter(
     recipe: VocSegmentation,
     network: Fcn,
     images: Sequence[MaskedImage],
-    device: str = "cpu",
-    seed: int = 0,
-    workers: int = 0,
-    output: Path | None = None,
+    run: Run = DEFAULT_RUN,
 ) -> None:
     """Train a network on images and masks, in place.
 
     Raises:
         ValueError: a mask with a class that there is not, or a loss that is not finite.
     """
-    torch.manual_seed(seed)
-    training = recipe.training
-    load = functools.partial(_training_sample, tuple(images), network.score.out_channels - 1, recipe.longest)
-    draws = Draws(load, len(images), training.steps * training.images_per_step, seed)
+    load = functools.partial(_training_sample, network.score.out_channels - 1, recipe.longest)
 
     def loss_of(batch: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
         pixels, masks = together(batch, network.mean)
-        return pixel_loss(network(pixels.to(device)), masks.to(device))
+        return pixel_loss(network(pixels.to(run.device)), masks.to(run.device))
 
-    train_network(training, network, batches(draws, training.images_per_step, workers), loss_of, "segmentation", output)
+    train_network(recipe.training, network, images, load, loss_of, "segmentation", run)
 
 
 def together(
@@ -161,7 +154,7 @@ def together(
 
 
 def segment(
-    recipe: VocSegmentation, network: Fcn, images: Sequence[MaskedImage], device: str = "cpu", workers: int = 0
+    recipe: VocSegmentation, network: Fcn, images: Sequence[MaskedImage], run: Run = DEFAULT_RUN
 ) -> torch.Tensor:
     """Pixels of all images by true (rows) and predicted class: (K + 1, K + 1) int64.
 
@@ -173,10 +166,10 @@ def segment(
     network.eval()
     classes = network.score.out_channels
     confusion = torch.zeros(classes, classes, dtype=torch.int64)
-    load = functools.partial(_test_sample, tuple(images), classes - 1, recipe.longest)
+    load = functools.partial(_test_sample, classes - 1, recipe.longest)
     with torch.inference_mode(), autocast_of(recipe.training, network), progress("test", len(images)) as bar:
-        for ((pixels, mask),) in batches(InOrder(load, len(images)), 1, workers):
-            confusion += confusion_matrix(predict(network, pixels.to(device), mask.shape).cpu(), mask, classes)
+        for ((pixels, mask),) in batches(InOrder(images, load), 1, run.workers):
+            confusion += confusion_matrix(predict(network, pixels.to(run.device), mask.shape).cpu(), mask, classes)
             bar.update()
     return confusion
 
@@ -196,12 +189,12 @@ def draw_pictures(
     classes = network.score.out_channels - 1
     pictures = []
     with torch.inference_mode(), autocast_of(recipe.training, network):
-        for index, image in enumerate(images):
-            pixels, mask = _test_sample(tuple(images), classes, recipe.longest, index)
+        for image in images:
+            pixels, mask = _test_sample(classes, recipe.longest, image)
             predicted = predict(network, pixels.to(device), mask.shape).cpu()
             pictures.append(draw_segmentation(output, image.file, predicted, classes))
     if pictures:
-        draw_sheet(pictures, output / "pictures.jpg")
+        draw_sheet(output, pictures)
 
 
 def measure_segmentation(
@@ -210,10 +203,7 @@ def measure_segmentation(
     train: Sequence[MaskedImage],
     test: Sequence[MaskedImage],
     classes: int,
-    device: str = "cpu",
-    seed: int = 0,
-    workers: int = 0,
-    output: Path | None = None,
+    run: Run = DEFAULT_RUN,
 ) -> tuple[Fcn, list[float]]:
     """Build a fully convolutional network on a transferred one, train it, measure it.
 
@@ -224,16 +214,16 @@ def measure_segmentation(
         ValueError: an image too small for the network, an image or mask that does not decode or a mask with a class
             that there is not, or as :func:`train_segmenter`.
     """
-    torch.manual_seed(seed)
-    fcn = Fcn(network, classes, recipe.dropout).to(device)
+    torch.manual_seed(run.seed)
+    fcn = Fcn(network, classes, recipe.dropout).to(run.device)
     for image in (*train, *test):
         width, height = scaled_size(image.width, image.height, recipe.longest)
         scaled = " as it is scaled" if (width, height) != (image.width, image.height) else ""
         check_large_enough(image.file, width, height, fcn.stride, scaled)
-    check_images([image.file for image in (*train, *test)], workers)
-    check_masks([image.mask for image in (*train, *test)], classes, workers)
-    train_segmenter(recipe, fcn, train, device, seed, workers, output)
-    return fcn, intersections_over_unions(segment(recipe, fcn, test, device, workers))
+    check_images([image.file for image in (*train, *test)], run.workers)
+    check_masks([image.mask for image in (*train, *test)], classes, run.workers)
+    train_segmenter(recipe, fcn, train, run)
+    return fcn, intersections_over_unions(segment(recipe, fcn, test, run))
 
 
 def _as_convolution(layer: Any, side: int) -> nn.Conv2d:
@@ -252,19 +242,16 @@ def scaled_size(width: int, height: int, longest: int | None) -> tuple[int, int]
 
 
 def _training_sample(
-    images: tuple[MaskedImage, ...], classes: int, longest: int | None, index: int, rng: random.Random
+    classes: int, longest: int | None, image: MaskedImage, rng: random.Random
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    pixels, mask = _test_sample(images, classes, longest, index)
+    pixels, mask = _test_sample(classes, longest, image)
     if mask.shape != pixels.shape[1:]:
         # classes have no values in between
         mask = F.interpolate(mask[None, None].float(), size=pixels.shape[1:], mode="nearest-exact")[0, 0].byte()
     return (pixels.flip(-1), mask.flip(-1)) if rng.random() < 0.5 else (pixels, mask)
 
 
-def _test_sample(
-    images: tuple[MaskedImage, ...], classes: int, longest: int | None, index: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    image = images[index]
+def _test_sample(classes: int, longest: int | None, image: MaskedImage) -> tuple[torch.Tensor, torch.Tensor]:
     pixels = open_pixels(image.file)
     size = scaled_size(image.width, image.height, longest)
     if size != pixels.size:
@@ -279,17 +266,13 @@ def measure(args: argparse.Namespace) -> Path:
         args, recipe, "segmentation", lambda split: read_masks(args.data, recipe.splits.year, split)
     )
     network, values = measure_segmentation(
-        recipe, transfer.network, transfer.train, transfer.test, len(args.classes), args.device, args.seed,
-        args.workers, transfer.output,
-    )  # fmt: skip
+        recipe, transfer.network, transfer.train, transfer.test, len(args.classes), transfer.run
+    )
     draw_pictures(recipe, network, transfer.test[: args.pictures], transfer.output, args.device)
-    by_class = {"IoU": values}
-    row = transfer_row(
-        transfer, args, mean_over_classes(values), "voc-segmentation",
-        f"FCN, {counted(count_present(by_class), 'class', 'classes')} with the background"
-        + (f", longer side {recipe.longest} pixels" if recipe.longest else ""),
-    )  # fmt: skip
-    return keep_numbers(transfer.output, [row], by_class, ("background", *args.classes))
+    by_class = {IOU: values}
+    scaled = f", longer side {recipe.longest} pixels" if recipe.longest else ""
+    settings = f"FCN, {classes_shown(by_class)} with the background{scaled}"
+    return keep_numbers(transfer, args, by_class, settings, ("background", *args.classes))
 
 
 def build_parser() -> argparse.ArgumentParser:

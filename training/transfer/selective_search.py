@@ -103,11 +103,13 @@ def search_images(
         if not there:
             todo.append(members)
     waiting = [image for members in todo for image in members]
-    load = functools.partial(_search, tuple(waiting), scale, most)
     with progress("selective search", len(images), initial=len(found)) as bar:
-        regions = batches(InOrder(load, len(waiting)), 1, workers)
+        regions = batches(InOrder(waiting, functools.partial(_search, scale, most)), 1, workers)
         for members in todo:
-            new = {image.name: next(regions)[0] for image in _counting(members, bar)}
+            new = {}
+            for image in members:
+                new[image.name] = next(regions)[0]
+                bar.update()
             write_proposals(_part_file(parts, members), new, {"made": _digest(members, settings)})
             found |= new
     ordered = {image.name: found[image.name] for image in images}
@@ -130,16 +132,9 @@ def recall(images: Sequence[AnnotatedImage], regions: Mapping[str, torch.Tensor]
     return hits / total if total else float("nan")
 
 
-def _search(images: tuple[AnnotatedImage, ...], scale: int, most: int, index: int) -> torch.Tensor:
-    image = images[index]
+def _search(scale: int, most: int, image: AnnotatedImage) -> torch.Tensor:
     # the same regions whoever searches, and in whatever order
     return selective_search(open_pixels(image.file), scale, most, zlib.crc32(image.name.encode()))
-
-
-def _counting(members: Sequence[AnnotatedImage], bar: tqdm) -> Any:
-    for image in members:
-        yield image
-        bar.update()
 
 
 def _part_file(parts: Path, members: Sequence[AnnotatedImage]) -> Path:
