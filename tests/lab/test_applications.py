@@ -78,7 +78,7 @@ def test_outliers_by_both_scores():
     assert outliers_line(OUTLIERS) == f"{told} 70.00 % by rotation and 80.00 % by k-NN."
     assert "75.00 % by k-NN (`rotnet_nin.cifar10`)" in one_class_line(OUTLIERS)
     theirs = Row("x", "one-class-rotation", "", 0.905, "Someone 2019 (unchecked)", "CIFAR-10 test")
-    assert one_class_line([*OUTLIERS, theirs]).endswith("each class: _90.5 %_ (unchecked) (Someone 2019).")
+    assert one_class_line([*OUTLIERS, theirs]).endswith("each class reach _90.5 %_ (unchecked) (Someone 2019).")
     assert "trained for each class" not in one_class_line(OUTLIERS)
 
 
