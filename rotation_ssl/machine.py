@@ -37,6 +37,18 @@ def keep_large_blocks() -> bool:
     return all([mallopt(parameter, value) == 1 for parameter, value in settings])
 
 
+def release_free_memory() -> bool:
+    """Have glibc give all free memory back to the system (malloc_trim(3)); whether there is such a function.
+
+    Blocks kept by :func:`keep_large_blocks` are faulted in again when they are used: call it seldom.
+    """
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
+    if malloc_trim is None:
+        return False
+    malloc_trim(0)
+    return True
+
+
 def available_memory() -> int | None:
     """Bytes that can be had without swapping, as Linux says, and within a container's limit; None elsewhere."""
     lines = (_read(Path("/proc/meminfo")) or "").splitlines()

@@ -23,10 +23,12 @@ from rotation_ssl.embedding.parts import Manifest, Rows, part_name, write_part
 from rotation_ssl.embedding.sources import Item, Shard, read_items
 from rotation_ssl.features import batch_extractor
 from rotation_ssl.images import NamedBytes, normalize, read_image, square
+from rotation_ssl.machine import release_free_memory
 from rotation_ssl.messages import first_line
 from rotation_ssl.precision import autocast_type
 
 AHEAD = 2  # batches that each process may be ahead
+RELEASE_EVERY = 32  # batches, after which free memory goes back to the system
 # what a disk or a network says that fails: it is not the file that is broken
 _FAILURES = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET, errno.EHOSTUNREACH, errno.EMFILE, errno.ENFILE}
 UNOPENED = 100  # files of a shard, all of which cannot be opened, mean that it is not the files
@@ -101,9 +103,12 @@ def embed_shards(
     """
     rows = Rows(manifest)
     try:
-        for decoded in _decode(_blocks(shards, manifest.batch_size), manifest, workers):
+        for number, decoded in enumerate(_decode(_blocks(shards, manifest.batch_size), manifest, workers), 1):
             _add(rows, decoded, manifest, extract)
             progressed(len(decoded.paths) + len(decoded.errors))
+            # small blocks between large ones would let the memory grow
+            if number % RELEASE_EVERY == 0 or decoded.block.is_last:
+                release_free_memory()
             if decoded.block.is_last:
                 _check_opened(rows, decoded.block.shard)
                 write_part(folder, decoded.block.shard, manifest, rows, decoded.block.digest)
