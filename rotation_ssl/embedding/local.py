@@ -28,7 +28,7 @@ from rotation_ssl.messages import first_line
 from rotation_ssl.precision import autocast_type
 
 AHEAD = 2  # batches that each process may be ahead
-RELEASE_EVERY = 32  # batches, after which free memory goes back to the system
+RELEASE_EVERY = 8  # batches, after which free memory goes back to the system
 # what a disk or a network says that fails: it is not the file that is broken
 _FAILURES = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET, errno.EHOSTUNREACH, errno.EMFILE, errno.ENFILE}
 UNOPENED = 100  # files of a shard, all of which cannot be opened, mean that it is not the files
