@@ -4,17 +4,16 @@ This is the paper's protocol. Nothing is stored but the probes: memory does not 
 """
 
 import dataclasses
-import hashlib
 import io
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
 from torch import nn
 from torch.nn import functional as F
 
+from rotation_ssl.embedding.backbone import weights_digest
 from rotation_ssl.evaluation.frozen import Frozen
 from rotation_ssl.evaluation.protocols import ProbeRecipe
 from rotation_ssl.files import replace_bytes
@@ -129,8 +128,7 @@ def _shared(heads: Sequence[Head]) -> ProbeRecipe:
 
 def _identity(frozen: Frozen, train: LabelledImages, heads: Sequence[Head], seed: int) -> str:
     """All that decides the probes but machine and library versions, in one line."""
-    state = {name: tensor.cpu().contiguous() for name, tensor in frozen.backbone.state_dict().items()}
-    weights = f"{type(frozen.backbone).__name__} {hashlib.sha256(save(state)).hexdigest()}"
+    weights = f"{type(frozen.backbone).__name__} {weights_digest(frozen.backbone)}"
     data = f"{tuple(train.images.shape)} {int(train.images.long().sum())} {int(train.labels.sum())}"
     trained = "; ".join(f"{head.name} {head.recipe}" for head in heads)
     return f"{weights}, {frozen.size} pixels, features in {frozen.precision}, images {data}, seed {seed}: {trained}"
