@@ -95,7 +95,9 @@ def image_suffixes() -> set[str]:
 
 def is_image_name(name: str) -> bool:
     """Whether a file name is that of an image: it ends in one of :func:`image_suffixes`, and begins with no dot."""
-    return not name.startswith(".") and posixpath.splitext(name)[1].lower() in image_suffixes()
+    suffix = posixpath.splitext(name)[1].lower()
+    # the set is built for the other names alone: folders have millions of images
+    return not name.startswith(".") and (suffix in IMAGE_SUFFIXES or suffix in image_suffixes())
 
 
 def find_images(folder: Path) -> list[Path]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from rotation_ssl.cli.options import positive
 from rotation_ssl.embedding.parts import DTYPES
-from rotation_ssl.embedding.run import ENGINES, embed
+from rotation_ssl.embedding.run import ENGINES, SHARD_SIZE, embed
 from rotation_ssl.messages import counted
 from rotation_ssl.precision import add_precision_argument
 
@@ -22,7 +22,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parts = parser.add_argument_group("features in parts (-o FOLDER/)")
     parts.add_argument("--engine", choices=ENGINES, help="this machine, or a Ray cluster [local]")
     parts.add_argument("--address", metavar="HOST:PORT", help="Ray cluster [a new one on this machine]")
-    parts.add_argument("--shard-size", type=positive, metavar="N", help="images in a part [10000; for a tar: all]")
+    size = f"images in a part [{SHARD_SIZE}; for a tar: all]"
+    parts.add_argument("--shard-size", type=positive, metavar="N", help=size)
     parts.add_argument(
         "--workers", type=_whole, metavar="N", help="decoding processes [one for each CPU; none with --engine ray]"
     )

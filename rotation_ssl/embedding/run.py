@@ -34,6 +34,7 @@ from rotation_ssl.precision import resolve_precision
 from rotation_ssl.progress import progress
 
 ENGINES = ("local", "ray")
+SHARD_SIZE = 10_000  # images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,7 @@ def embed(
     grid: int = 1,
     engine: str = "local",
     format: str = "parquet",
-    shard_size: int = 10_000,
+    shard_size: int = SHARD_SIZE,
     batch_size: int = 64,
     workers: int | None = None,
     device: str = "cpu",
