@@ -14,7 +14,7 @@ from rotation_ssl.files import sha256_of
 def add(commands: Any) -> None:
     """Add the command."""
     added = add_command(
-        commands, "convert", run, "convert another project's checkpoint to a folder for timm's local-dir:"
+        commands, "convert", run, "convert another project's checkpoint to a folder that timm loads (local-dir:FOLDER)"
     )
     added.add_argument(
         "file",

@@ -37,7 +37,7 @@ def add(commands: Any) -> None:
     added.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="folder of labelled images")
     added.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the report")
     added.add_argument(
-        "--only", nargs="+", choices=PROTOCOLS, help="what to measure [all; rotation only if the network has 4 outputs]"
+        "--only", nargs="+", choices=PROTOCOLS, help="what to measure [all; rotation requires a network with 4 outputs]"
     )
     added.add_argument("--layers", nargs="+", metavar="LAYER", help="layers to probe [all feature layers]")
     added.add_argument("--size", type=positive, help="input size of the backbone in pixels [the model's own]")

@@ -49,7 +49,7 @@ def add_options(
     instead.add_argument("--model", help="name of any timm model")
     instead.add_argument("--size", type=int, help="image size in pixels; crops and padding change in proportion")
     instead.add_argument("--images-per-step", type=int, help="images per step; each one is used in every rotation")
-    instead.add_argument("--steps", type=int, help="number of steps; schedule and crop sizes are scaled to it")
+    instead.add_argument("--steps", type=int, help="number of steps; schedule and crop stages are scaled to it")
     instead.add_argument("--precision", choices=PRECISIONS, help="auto: bf16 if the hardware supports it, else fp32")
     instead.add_argument("--holdout", type=int, help="hold out the last N training images for evaluation", metavar="N")
     instead.add_argument("--seed", type=int, help="random seed")

@@ -41,8 +41,8 @@ def test_precision_is_of_what_was_decided():
         "| `rotnet_alexnet.photos`, VOC2007 test | 80.00 % | 40.00 % | 97.50 % | 25.00 % | 100.00 % |"
     )
     told = (
-        "At the default threshold it is confident enough for 40.00 % of VOC2007 test, with 97.50 % of these predictions"
-        " correct."
+        "At the default threshold, `orient` decides on 40.00 % of VOC2007 test"
+        " (97.50 % of these decisions are correct)."
     )
     assert orientation_line(ORIENTATION) == told
 
@@ -78,8 +78,8 @@ def test_outliers_by_both_scores():
     assert outliers_line(OUTLIERS) == f"{told} 70.00 % by rotation and 80.00 % by k-NN."
     assert "75.00 % by k-NN (`rotnet_nin.cifar10`)" in one_class_line(OUTLIERS)
     theirs = Row("x", "one-class-rotation", "", 0.905, "Someone 2019 (unchecked)", "CIFAR-10 test")
-    assert one_class_line([*OUTLIERS, theirs]).endswith("each class reach _90.5 %_ (unchecked) (Someone 2019).")
-    assert "trained for each class" not in one_class_line(OUTLIERS)
+    assert one_class_line([*OUTLIERS, theirs]).endswith("separately reach _90.5 %_ (unchecked) (Someone 2019).")
+    assert "on each class separately" not in one_class_line(OUTLIERS)
 
 
 def test_without_rows_nothing_is_told():

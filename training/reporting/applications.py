@@ -68,7 +68,7 @@ def one_class_line(rows: Sequence[Row]) -> str:
     quoted = [f"{percent(row)} ({row.source.split(' (')[0]})" for row in rows if row.protocol == "one-class-rotation"]
     if not own:
         return ""
-    beside = f" Rotation networks trained for each class reach {'; '.join(quoted)}." if quoted else ""
+    beside = f" Networks trained on each class separately reach {'; '.join(quoted)}." if quoted else ""
     return f"{told} {'; '.join(own)}. This network was trained on all ten classes.{beside}"
 
 
@@ -79,8 +79,8 @@ def orientation_line(rows: Sequence[Row]) -> str:
     parts = []
     for row in decided:
         right = 1 - (wrong[row.weights, row.data].correct or 0) / (row.correct or 1)
-        parts.append(f"for {percent(row)} of {row.data}, with {100 * right:.2f} % of these predictions correct")
-    return f"At the default threshold it is confident enough {', and '.join(parts)}." if parts else ""
+        parts.append(f"{percent(row)} of {row.data} ({100 * right:.2f} % of these decisions are correct)")
+    return f"At the default threshold, `orient` decides on {' and on '.join(parts)}." if parts else ""
 
 
 def outliers_line(rows: Sequence[Row]) -> str:

@@ -119,10 +119,10 @@ def default_weights(entries: Mapping[str, Any]) -> str:
     for name, entry in entries.items():
         if entry["source"] == "bundled":
             default.setdefault(model_of(name), name)
-    with_weights = _and([f"`{name}` for `{model}`" for model, name in default.items()])
-    without = _and([f"`{model}`" for model in timm.list_models("rotnet_*") if model not in default])
+    with_weights = _series([f"`{name}` for `{model}`" for model, name in default.items()], "and")
+    without = _series([f"`{model}`" for model in timm.list_models("rotnet_*") if model not in default], "or")
     return (
-        f"`pretrained=True` loads {with_weights}. There are no published weights for {without}: `pretrained=True`"
+        f"`pretrained=True` loads {with_weights}. This package has no weights for {without}: `pretrained=True`"
         " raises an error for them."
     )
 
@@ -277,8 +277,8 @@ def hub_snippet() -> str:
     return f"```python\nimport torch\n\n{call}\n```"
 
 
-def _and(words: Sequence[str]) -> str:
-    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+def _series(words: Sequence[str], conjunction: str) -> str:
+    return f" {conjunction} ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
 def _figures(name: str, titles: Mapping[str, str], figures: str) -> list[str]:

@@ -118,14 +118,12 @@ def headline_tables(rows: Sequence[Row], entries: Mapping[str, Mapping[str, Any]
     """The first tables of the README: of each network the data and protocols that it is first of all measured by."""
     bundled = {name: entry for name, entry in entries.items() if entry["source"] == "bundled"}
     tables = []
-    main = dict.fromkeys(map(main_data, bundled))
-    for data in main:
+    for data in dict.fromkeys(map(main_data, bundled)):
         own = {name: entry for name, entry in bundled.items() if main_data(name) == data}
         table = _results_table([row for row in rows if row.data == data], own, HEADLINE)
         models = " and ".join(f"`{model}`" for model in dict.fromkeys(map(model_of, own)))
         tables.append(f"{models} on {data_in_words(data)}:\n\n{table}")
-    measured = [row for name in bundled for row in select(rows, name)]
-    return "\n\n".join([*tables, *_rotation_tables([row for row in measured if row.data not in main])])
+    return "\n\n".join(tables)
 
 
 def _rotation_tables(rows: Sequence[Row]) -> list[str]:

@@ -74,9 +74,9 @@ def transfer_lines(rows: Sequence[Row]) -> str:
     table = transfer_table(rows)
     spread = " ± is the standard deviation over seeds." if "±" in table else ""
     parts = [
-        "Classification and detection are mean average precision, segmentation is mean intersection over union. We"
-        " report VOC2007's 11-point average precision; the paper does not say which variant its classification numbers"
-        f" use.{spread}",
+        "Classification and detection are measured by mean average precision, segmentation by mean intersection over"
+        " union. We report VOC2007's 11-point average precision; the paper does not say which variant its"
+        f" classification numbers use.{spread}",
         table,
         transfer_margin(rows),
         f"With average precision as the area under the precision-recall curve:\n\n{transfer_table(measured, 'area')}"
