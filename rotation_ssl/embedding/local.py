@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +29,6 @@ from rotation_ssl.messages import first_line
 from rotation_ssl.precision import autocast_type
 
 AHEAD = 2  # batches that each process may be ahead
-RELEASE_EVERY = 8  # batches, after which free memory goes back to the system
 # what a disk or a network says that fails: it is not the file that is broken
 _FAILURES = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET, errno.EHOSTUNREACH, errno.EMFILE, errno.ENFILE}
 UNOPENED = 100  # files of a shard, all of which cannot be opened, mean that it is not the files
@@ -103,17 +103,15 @@ def embed_shards(
     """
     rows = Rows(manifest)
     try:
-        for number, decoded in enumerate(_decode(_blocks(shards, manifest.batch_size), manifest, workers), 1):
+        for decoded in _from_thread(_decode(_blocks(shards, manifest.batch_size), manifest, workers)):
             _add(rows, decoded, manifest, extract)
             progressed(len(decoded.paths) + len(decoded.errors))
-            # small blocks between large ones would let the memory grow
-            if number % RELEASE_EVERY == 0 or decoded.block.is_last:
-                release_free_memory()
             if decoded.block.is_last:
                 _check_opened(rows, decoded.block.shard)
                 write_part(folder, decoded.block.shard, manifest, rows, decoded.block.digest)
                 yield Done(decoded.block.shard, len(rows.paths), len(rows.errors))
                 rows.clear()
+                release_free_memory()
     except RuntimeError as error:
         if "DataLoader worker (pid" not in str(error):
             raise
@@ -180,6 +178,19 @@ def _decode(blocks: Iterable[Block], manifest: Manifest, workers: int) -> Iterat
         collate_fn=_as_it_is,
     )
     return iter(loader)
+
+
+def _from_thread(batches: Iterator[Decoded]) -> Iterator[Decoded]:
+    """The same batches, which a thread waits for while this one computes.
+
+    Threads allocate apart from each other: the small blocks of what is read and received do not come to lie between
+    the network's large ones, of which fewer could be used again.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, batches, None)
+        while (decoded := coming.result()) is not None:
+            coming = thread.submit(next, batches, None)
+            yield decoded
 
 
 def _as_it_is(decoded: Any) -> Any:

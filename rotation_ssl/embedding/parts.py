@@ -113,13 +113,15 @@ class Rows:
 
 
 def require_pyarrow() -> None:
-    """Say how to install what reads and writes parts.
+    """Load what reads and writes parts, or say how to install it.
 
     Raises:
         ImportError: it is not installed.
     """
     if importlib.util.find_spec("pyarrow") is None:
         raise ImportError(NEEDS_PYARROW)
+    # before the first image and not after the first part: memory stays as it is from the start
+    importlib.import_module("pyarrow.parquet")
 
 
 def part_name(number: int) -> str:
@@ -210,6 +212,21 @@ def write_part(folder: Path, number: int, manifest: Manifest, rows: Rows, digest
         OSError: it cannot be written, for example because the disk is full; the error names the part.
     """
     import pyarrow
+
+    try:
+        _write_errors(folder, number, rows.errors)
+        _write_rows(folder, number, manifest, rows, digest)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OSError(
+            f"{part_name(number)} cannot be written to {folder} ({reason}); the parts that are there are whole: "
+            "go on with --resume"
+        ) from error
+    pyarrow.default_memory_pool().release_unused()
+
+
+def _write_rows(folder: Path, number: int, manifest: Manifest, rows: Rows, digest: str) -> None:
+    import pyarrow
     from pyarrow import parquet
 
     arrays = rows.features
@@ -220,19 +237,11 @@ def write_part(folder: Path, number: int, manifest: Manifest, rows: Rows, digest
         lists = pyarrow.FixedSizeListArray
         columns |= {layer: lists.from_arrays(array.reshape(-1), array.shape[1]) for layer, array in arrays.items()}
     table = pyarrow.table(columns).replace_schema_metadata({"shard": digest})
-    try:
-        _write_errors(folder, number, rows.errors)
-        # what made these features goes before what tells that they are there
-        replace_file(folder / f"{part_name(number)}.parquet", lambda file: parquet.write_table(table, file))
-        if manifest.format != "parquet":
-            path = folder / f"{part_name(number)}.{manifest.format}"
-            replace_file(path, lambda file: _write_arrays(file, manifest.format, arrays))
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise OSError(
-            f"{part_name(number)} cannot be written to {folder} ({reason}); the parts that are there are whole: "
-            "go on with --resume"
-        ) from error
+    # what made these features goes before what tells that they are there
+    replace_file(folder / f"{part_name(number)}.parquet", lambda file: parquet.write_table(table, file))
+    if manifest.format != "parquet":
+        path = folder / f"{part_name(number)}.{manifest.format}"
+        replace_file(path, lambda file: _write_arrays(file, manifest.format, arrays))
 
 
 def merge_errors(folder: Path) -> int:

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -151,7 +150,8 @@ def test_errors_of_actors_are_one_line(tmp_path):
     result = on_ray(code, f"{tmp_path}/{{0..2}}.tar", tmp_path / "other")
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert result.returncode == 2 and len(lines) == 1 and "2.tar" in lines[0], result.stderr
-    assert Path(tmp_path / "other" / "part-00000.parquet").exists()
+    # the third shard is begun when one of the others is done
+    assert list((tmp_path / "other").glob("part-*.parquet"))
 
 
 def test_room_for_actors():
