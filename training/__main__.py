@@ -47,7 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: no command {name!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     # late: a command takes seconds to import
-    status: int = importlib.import_module(COMMANDS[name][0]).main(rest)
+    try:
+        module = importlib.import_module(COMMANDS[name][0])
+    except ModuleNotFoundError as error:
+        print(f"error: {name} needs {error.name}: pip install -e '.[train]'", file=sys.stderr)
+        return 2
+    status: int = module.main(rest)
     return status
 
 

@@ -1,8 +1,8 @@
 """Shards -> parts on a Ray cluster: an actor for each device embeds one shard after another, as one machine does.
 
 Ray Data streams rows between tasks and puts them into blocks of its own. A part needs all rows of its shard in one
-place, and batches that do not depend on blocks; so actors get whole shards. Each is a retry of its own: an actor that
-dies is started again, and its shard with it.
+place, and batches that do not depend on blocks; so actors get whole shards. The shard of an actor that dies, with its
+machine or without, goes to another one.
 """
 
 import contextlib
@@ -11,7 +11,8 @@ import itertools
 import os
 import platform
 import socket
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,32 +85,60 @@ def embed_on_cluster(
             :func:`embed_shards` raises.
     """
     import ray
-    from ray.util import ActorPool
 
     threads = torch.get_num_threads()
     room: dict[str, int] = {"num_cpus": max(workers, 1 if device.startswith("cuda") else threads)}
     if device.startswith("cuda"):
         room["num_gpus"] = 1
     waiting = iter(shards)
-    with _connected(address):
+    with _connected(address), _plain_errors():
         # no more actors than there is work for
         first = list(itertools.islice(waiting, _count_actors(ray.nodes(), room)))
-        remote = ray.remote(max_restarts=-1, max_task_retries=RETRIES, **room)(Embedder)
-        actors = [remote.remote(folder, manifest, name, device, workers, threads) for _ in first]
-        pool = ActorPool(actors)
-        with _plain_errors():
-            for shard in first:
-                pool.submit(_embed, shard)
-            while pool.has_next():
-                done = pool.get_next_unordered()
-                progressed(done.images + done.errors)
-                yield done
-                for shard in itertools.islice(waiting, 1):
-                    pool.submit(_embed, shard)
+        remote = ray.remote(**room)(Embedder)
+        start = functools.partial(remote.remote, folder, manifest, name, device, workers, threads)
+        for done in _embed_by_actors([start() for _ in first], start, itertools.chain(first, waiting)):
+            progressed(done.images + done.errors)
+            yield done
 
 
-def _embed(actor: Any, shard: Shard) -> Any:
-    return actor.embed.remote(shard)
+def _embed_by_actors(actors: Sequence[Any], start: Callable[[], Any], shards: Iterator[Shard]) -> Iterator[Done]:
+    """The parts as the actors write them.
+
+    The shard of an actor that died goes to one that waits for work. The actor that takes its place may wait for room in
+    the cluster, for ever if its machine is lost: it gets work when it has started.
+    """
+    import ray
+    from ray import exceptions
+
+    # what each actor does: a shard, or None while it starts
+    tasks: dict[Any, tuple[Any, Shard | None]] = {actor.__ray_ready__.remote(): (actor, None) for actor in actors}
+    idle: list[Any] = []
+    again: list[Shard] = []
+    deaths: Counter[Shard | None] = Counter()
+    while True:
+        while idle and (following := again.pop() if again else next(shards, None)):
+            actor = idle.pop()
+            tasks[actor.embed.remote(following)] = actor, following
+        if idle and not any(shard for _, shard in tasks.values()):
+            return
+        (task,), _ = ray.wait(list(tasks), num_returns=1)
+        actor, shard = tasks.pop(task)
+        try:
+            done = ray.get(task)
+        except exceptions.RayActorError:
+            ray.kill(actor)  # one that cannot be reached may be alive
+            deaths[shard] += 1
+            if deaths[shard] > (RETRIES if shard else RETRIES * len(actors)):
+                raise
+            again += [shard] if shard else []
+            replacement = start()
+            tasks[replacement.__ray_ready__.remote()] = replacement, None
+            continue
+        idle.append(actor)
+        if shard:
+            yield done
+        else:
+            del deaths[None]
 
 
 @contextlib.contextmanager

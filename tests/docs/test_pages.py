@@ -32,6 +32,12 @@ def test_the_lab_lists_its_commands(capsys):
     assert main(["prettrain"]) == 2 and "no command 'prettrain'; there are pretrain, " in capsys.readouterr().err
 
 
+def test_a_missing_package_is_one_line(monkeypatch, capsys):
+    monkeypatch.setitem(COMMANDS, "pretrain", ("not_installed.pretrain", ""))
+    assert main(["pretrain"]) == 2
+    assert capsys.readouterr().err == "error: pretrain needs not_installed: pip install -e '.[train]'\n"
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_options_are_those_of_the_command(command, capsys):
     told = ""

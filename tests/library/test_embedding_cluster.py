@@ -34,7 +34,9 @@ def actors():
     return sorted(filter(is_mine, found))
 
 source, out, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+"""
+ONE_MACHINE = """
+ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
 """
 EMBED = "print(embed(source, out, engine='ray', **options))\n"
 # when the second part is there, each actor that is running dies; and again at the next part
@@ -48,6 +50,25 @@ def watched(*args):
             for pid in actors():
                 os.kill(pid, signal.SIGKILL)
                 killed.append(pid)
+        yield done
+import rotation_ssl.embedding.run as run
+run.embed_on_cluster = watched
+"""
+# two machines, of which one is lost when the second part is there
+LOSE_MACHINE = """
+import atexit
+from ray.cluster_utils import Cluster
+machines = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+atexit.register(machines.shutdown)
+lost = machines.add_node(num_cpus=1)
+ray.init(address=machines.address, logging_level="ERROR", log_to_driver=False)
+progressed = []
+embed_on_cluster = cluster.embed_on_cluster
+def watched(*args):
+    for done in embed_on_cluster(*args):
+        progressed.append(done)
+        if len(progressed) == 2:
+            machines.remove_node(lost, allow_graceful=False)
         yield done
 import rotation_ssl.embedding.run as run
 run.embed_on_cluster = watched
@@ -72,9 +93,9 @@ def environment(home, **more):
     return {**os.environ, **quiet, "OMP_NUM_THREADS": "1", "HOME": str(home), **more}
 
 
-def on_ray(code, source, out, options=SMALL, **more):
+def on_ray(code, source, out, options=SMALL, start=ONE_MACHINE, **more):
     return subprocess.run(
-        [sys.executable, "-c", PROLOGUE + code, str(source), str(out), json.dumps({"workers": 0, **options})],
+        [sys.executable, "-c", PROLOGUE + start + code, str(source), str(out), json.dumps({"workers": 0, **options})],
         cwd=ROOT,
         env=environment(out.parent, **more),
         capture_output=True,
@@ -120,6 +141,13 @@ def test_the_command_with_decoding_processes(images, whole, tmp_path):
 def test_actors_that_are_killed(images, whole, tmp_path):
     told = "assert len(set(killed)) >= 2, killed\n"
     result = on_ray(KILL_ACTORS + EMBED + told, images, tmp_path / "out")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert part_bytes(tmp_path / "out") == part_bytes(whole)
+
+
+def test_a_machine_that_is_lost(images, whole, tmp_path):
+    told = "assert len(progressed) == 13 and len(ray.nodes()) == 2, progressed\n"
+    result = on_ray(EMBED + told, images, tmp_path / "out", start=LOSE_MACHINE)
     assert result.returncode == 0, result.stdout + result.stderr
     assert part_bytes(tmp_path / "out") == part_bytes(whole)
 

@@ -152,8 +152,7 @@ def _results_table(rows: Sequence[Row], bundled: Mapping[str, Mapping[str, Any]]
     titles = [next(cells[id][0].title for cells in ours if cells[id]) for id in columns]
 
     def shown(label: str, found: Sequence[Row]) -> str:
-        text = spread_text(found)
-        return quoted_text(text) if label.startswith("_") else text
+        return " ".join(map(percent, found)) if label.startswith("_") else spread_text(found)
 
     return markdown_table(
         ("weights", "layer", *titles),
