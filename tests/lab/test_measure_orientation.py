@@ -119,6 +119,11 @@ def test_what_cannot_be_measured_is_refused(small, capsys, monkeypatch):
     output = ["--photos", str(small), "--output", str(small / "out")]
     assert orientation.main(["rotnet_alexnet.photos", *output, "--size", "160"]) == 2
     assert "--size is for --fit" in capsys.readouterr().err
+    taken = small / "taken"
+    taken.touch()
+    fit = ["rotnet_alexnet.photos", "--fit", "--photos", str(small / "none"), "--output", str(taken)]
+    assert orientation.main(fit) == 2, "before any photograph is read"
+    assert f"{taken / 'rows.jsonl'} cannot be written" in capsys.readouterr().err
     monkeypatch.setitem(
         datasets.DATASETS, "imagenette", dataclasses.replace(datasets.DATASETS["imagenette"], counts=(0, 9))
     )

@@ -8,6 +8,7 @@ from rotation_ssl.labelled import Images
 from rotation_ssl.precision import add_precision_argument
 from training.datasets import DATASETS, FOLDER, check_whole, load_images
 from training.evaluation.subject import Subject, load_subject
+from training.reporting.report import check_rows
 from training.reporting.rows import RESULTS_DIR, require_committed
 
 
@@ -91,20 +92,26 @@ def output_of(args: argparse.Namespace, subject: Subject) -> Path:
 def rows_file(args: argparse.Namespace, subject: Subject, own_settings: object = False) -> Path:
     """The file of a subject's rows, with --record the project's own, whose numbers the card reports.
 
-    Nothing is written yet.
+    Nothing is written yet, but it can be.
 
     Raises:
         ValueError: the project does not report such numbers: weights without an entry in the manifest, ``own_settings``
-            of the user (data, image size, budget), or code that is not committed.
+            of the user (data, image size, budget), or code that is not committed; and as :func:`check_rows`.
+        OSError: as :func:`check_rows`.
     """
-    if not args.record:
-        return output_of(args, subject) / "rows.jsonl"
+    if args.record:
+        _check_reported(subject, own_settings)
+    file = RESULTS_DIR / f"{subject.name}.jsonl" if args.record else output_of(args, subject) / "rows.jsonl"
+    check_rows(file)
+    return file
+
+
+def _check_reported(subject: Subject, own_settings: object) -> None:
     if not (subject.published or subject.name == f"{subject.architecture}.random"):
         raise ValueError(f"--record is for weights of the manifest and random ones: {subject.name} has no entry there")
     if own_settings:
         raise ValueError("--record is for whole datasets and the recipes as they are: leave out what changes them")
     require_committed("--record")
-    return RESULTS_DIR / f"{subject.name}.jsonl"
 
 
 def sized_name(data: str, args: argparse.Namespace) -> str:

@@ -154,10 +154,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _work(args: argparse.Namespace) -> Path:
     subject = load_subject(args.model).on(args.device)
-    return keep_rows(_rows(args, subject), options.rows_file(args, subject, args.layer))
-
-
-def _rows(args: argparse.Namespace, subject: Subject) -> Iterator[Row]:
-    # the data are read when the first row is asked for: after the file of the rows is checked
+    file = options.rows_file(args, subject, args.layer)
     normal, outlying = outlier_data(args.data, args.cifar100, args.photos, subject.size, args.download)
-    yield from measure_outliers(subject, normal, outlying, args.layer or recommended_layer(subject))
+    return keep_rows(measure_outliers(subject, normal, outlying, args.layer or recommended_layer(subject)), file)
