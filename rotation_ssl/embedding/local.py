@@ -109,9 +109,9 @@ def embed_shards(
             if decoded.block.is_last:
                 _check_opened(rows, decoded.block.shard)
                 write_part(folder, decoded.block.shard, manifest, rows, decoded.block.digest)
+                release_free_memory()
                 yield Done(decoded.block.shard, len(rows.paths), len(rows.errors))
                 rows.clear()
-                release_free_memory()
     except RuntimeError as error:
         if "DataLoader worker (pid" not in str(error):
             raise
