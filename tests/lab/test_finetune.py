@@ -74,8 +74,11 @@ def test_a_handful_is_overfitted(images):
         images, train=images.train.subset(torch.arange(8)), test=images.train.subset(torch.arange(8))
     )
     recipe = short("supervised-cpu", images=640, batch_size=8, padding=0, lr=0.02)
-    subject = finetune.transfer_subject(recipe, "rotnet_nin", 0)
-    assert finetune.measure_transfer(recipe, subject, "block1", few).value == 1.0
+    wrong = dataclasses.replace(few.test, labels=(few.test.labels + 1) % 10)
+    for test, accuracy in ((few.test, 1.0), (wrong, 0.0)):
+        subject = finetune.transfer_subject(recipe, "rotnet_nin", 0)
+        row = finetune.measure_transfer(recipe, subject, "block1", dataclasses.replace(few, test=test))
+        assert row.value == accuracy and row.settings.endswith(", training accuracy 100.0 %")
 
 
 def test_the_seed_decides(images):

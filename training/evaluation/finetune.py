@@ -59,7 +59,8 @@ def measure_transfer(
     """Train a recipe's network on labelled images and test it.
 
     Args:
-        recipe: all settings of the training; the row says which precision 'auto' became.
+        recipe: all settings of the training; the row says which precision 'auto' became, and the accuracy on the
+            training images themselves.
         subject: the backbone, which the training changes.
         layer: last layer of the backbone that is kept.
         images: training and test images.
@@ -85,9 +86,12 @@ def measure_transfer(
     prepare = preparation(subject.backbone, subject.size)
     autocast = autocast_type(recipe.precision)
     train_network(recipe, network, train, prepare, seed, autocast)
-    right = predict(network, images.test, prepare, autocast) == images.test.labels
+    learned, right = (predict(network, part, prepare, autocast) == part.labels for part in (train, images.test))
     crops = recipe.images // recipe.batch_size * recipe.batch_size
-    settings = f"{crops:,} crops seen, {recipe.classifier} classifier, {recipe.start} backbone, {recipe.precision}"
+    settings = (
+        f"{crops:,} crops seen, {recipe.classifier} classifier, {recipe.start} backbone, {recipe.precision}, "
+        f"training accuracy {100 * float(learned.double().mean()):.1f} %"
+    )
     return measured_row(
         subject,
         [int(part.sum()) for part in right.tensor_split(PARTS)],
@@ -228,17 +232,17 @@ def sample_stream(count: int, size: int, generator: torch.Generator) -> Iterator
 
 def predict(
     network: nn.Module,
-    test: LabelledImages,
+    images: LabelledImages,
     prepare: Callable[[torch.Tensor], torch.Tensor],
     autocast: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """The classes that the network predicts for the test images: (M,) int64.
+    """The classes that the network predicts for the images: (M,) int64.
 
     Raises:
         ValueError: logits that are not finite.
     """
     device = next(network.parameters()).device
-    parts = test.images.split(250)
+    parts = images.images.split(250)
     bar = progress("measuring", len(parts), "batch", parts)
     with torch.inference_mode(), torch.autocast(device.type, autocast, enabled=autocast is not None):
         logits = torch.cat([network(prepare(part.to(device))).cpu() for part in bar])

@@ -221,7 +221,13 @@ def few_labels_table(name: str, rows: Sequence[Row]) -> list[str]:
         lines.append((what, label, *texts))
     everything = " (5,000 are all of CIFAR-10)" if 5000 in labels else ""
     header = ("protocol", "weights", *(f"{count:,}" for count in labels))
-    return [f"Accuracy by number of labels of each class{everything}:", "", markdown_table(header, lines), ""]
+    # those of several seeds once
+    settings: dict[tuple[str, str], dict[str, None]] = {}
+    for row in own:
+        settings.setdefault((row.title, row.settings), {}).setdefault(f"{row.labels_per_class:,}")
+    trained = [f"- {title}, {', '.join(counts)} labels: {text}." for (title, text), counts in settings.items()]
+    title = f"Accuracy by number of labels of each class{everything}:"
+    return [title, "", markdown_table(header, lines), "", *trained, ""]
 
 
 def rotation_lines(name: str, rows: Sequence[Row]) -> list[str]:
