@@ -17,7 +17,8 @@ COVERAGES = range(10, 100, 10)  # percent of photographs, the most confident one
 
 
 def _protocol(command: str, named: Mapping[str, Any], id: str, title: str, color: str = "") -> Protocol:
-    recipes = {recipe.budget: recipe for recipe in named.values() if recipe.protocol == id}
+    own = (recipe for recipe in named.values() if recipe.protocol == id)
+    recipes = {recipe.budget: recipe for recipe in sorted(own, key=lambda recipe: recipe.budget == "paper")}
     # '' is a training with one's own settings
     return Protocol(id, title, color, {"": None, **recipes}, command=command)
 

@@ -46,8 +46,8 @@ class Protocol:
     """One way to measure a backbone.
 
     ``id`` is its name in options and numbers, ``title`` in text, ``color`` its color in figures. ``recipes`` has a
-    recipe for each budget, which is what a number may cost: 'paper' (new crops every epoch, the authors' epochs),
-    'cached' (probes trained on the features of a few views), 'cpu' (a fixed number of images), or '' if nothing is
+    recipe for each budget, which is what a number may cost: 'cached' (probes trained on the features of a few views),
+    'cpu' (a fixed number of images), or last 'paper' (new crops every epoch, the authors' epochs); '' if nothing is
     trained. The recipe is None if there is nothing to set. ``build`` creates the probe that SGD trains, from features
     of one or more images (N, ...) and the number of classes K: a module that gives logits (N, K). ``command`` is the
     command that measures it.

@@ -135,7 +135,8 @@ def _rotation_tables(rows: Sequence[Row]) -> list[str]:
 
 
 def _results_table(rows: Sequence[Row], bundled: Mapping[str, Mapping[str, Any]], ids: Iterable[str]) -> str:
-    lines: dict[tuple[str, ...], dict[str, list[Row]]] = {}
+    """A column for each protocol and budget of ours; the paper's numbers stand at the last, largest budget of ours."""
+    lines: dict[tuple[str, ...], list[Row]] = {}
     for weights, entry in bundled.items():
         if not select(rows, weights):
             continue
@@ -146,17 +147,21 @@ def _results_table(rows: Sequence[Row], bundled: Mapping[str, Mapping[str, Any]]
         for label, group in groups:
             found = [row for row in group if row.layer in ("", layer) and row.labels_per_class is None]
             if found:
-                lines[label, f"`{layer}`"] = {id: [r for r in found if r.protocol == id] for id in ids}
-    ours = [cells for (label, _), cells in lines.items() if label.strip("`") in bundled]
-    columns = [id for id in ids if any(cells[id] for cells in ours)]
-    titles = [next(cells[id][0].title for cells in ours if cells[id]) for id in columns]
+                lines[label, f"`{layer}`"] = found
+    have = {
+        (row.protocol, row.budget) for (label, _), own in lines.items() if label.strip("`") in bundled for row in own
+    }
+    columns = [(id, budget) for id in ids for budget in PROTOCOLS[id].recipes if (id, budget) in have]
+    largest = dict(columns)
 
-    def shown(label: str, found: Sequence[Row]) -> str:
-        return " ".join(map(percent, found)) if label.startswith("_") else spread_text(found)
+    def shown(label: str, found: Sequence[Row], id: str, budget: str) -> str:
+        if not label.startswith("_"):
+            return spread_text([row for row in found if (row.protocol, row.budget) == (id, budget)])
+        return " ".join(percent(row) for row in found if row.protocol == id and budget == largest[id])
 
     return markdown_table(
-        ("weights", "layer", *titles),
-        ((*key, *(shown(key[0], cells[id]) for id in columns)) for key, cells in lines.items()),
+        ("weights", "layer", *(PROTOCOLS[id].titled(budget) for id, budget in columns)),
+        ((*key, *(shown(key[0], found, *column) for column in columns)) for key, found in lines.items()),
     )
 
 
@@ -179,8 +184,10 @@ def probe_table(name: str, rows: Sequence[Row]) -> list[str]:
     for protocol in (id for id in PROTOCOLS if any(row.protocol == id for row in probed)):
         ours: dict[str, list[Row]] = {}
         for label, group in groups.items():
-            for budget in dict.fromkeys(row.budget for row in group if row.protocol == protocol):
-                chosen = [row for row in group if (row.protocol, row.budget) == (protocol, budget)]
+            # the gap is that of the last, largest budget of ours
+            for budget in PROTOCOLS[protocol].recipes:
+                if not (chosen := [row for row in group if (row.protocol, row.budget) == (protocol, budget)]):
+                    continue
                 cells = {layer: [row for row in chosen if row.layer == layer] for layer in layers}
                 lines.append(_probe_line(chosen[0], label, cells))
                 if label == f"`{name}`":
