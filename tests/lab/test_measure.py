@@ -3,7 +3,9 @@
 import dataclasses
 
 import pytest
+from conftest import shorten_probes
 
+from rotation_ssl.evaluation import fresh
 from training.datasets import DATASETS
 from training.reporting import again, measure
 from training.reporting.required import CIFAR10, PUBLISHED, REQUIRED, Required
@@ -55,8 +57,8 @@ def test_a_stopped_command_keeps_what_it_measured(small, tmp_path, monkeypatch, 
     folder.mkdir()
     original = again.measure_features
 
-    def stopped(*arguments):
-        rows = original(*arguments)
+    def stopped(*arguments, **more):
+        rows = original(*arguments, **more)
         yield next(rows)
         raise KeyboardInterrupt
 
@@ -67,6 +69,31 @@ def test_a_stopped_command_keeps_what_it_measured(small, tmp_path, monkeypatch, 
     assert len(numbers(folder)) == 2
     assert run(small, folder) == 0
     assert len(numbers(folder)) == 7
+
+
+def test_a_stopped_training_on_new_crops_goes_on(small, tmp_path, monkeypatch):
+    monkeypatch.setitem(REQUIRED, NAME, (Required(CIFAR10, "nonlinear", "paper", ("block1",), (0,), of=(PUBLISHED,)),))
+    monkeypatch.setattr(fresh, "CHECKPOINT_SECONDS", 0.0)
+    shorten_probes(monkeypatch, epochs=3, milestones=(), precision="fp32")
+    original, epochs = fresh.fit, []
+
+    def fit(*arguments, name, **more):
+        if len(epochs) == 2:
+            epochs.clear()
+            raise KeyboardInterrupt
+        original(*arguments, name=name, **more)
+        epochs.append(name)
+
+    def measured(name, status, patch=fit):
+        (tmp_path / name).mkdir(exist_ok=True)
+        monkeypatch.setattr(fresh, "fit", patch)
+        assert run(small, tmp_path / name, "--output", str(tmp_path / "states" / name)) == status
+        return [row.counts for file in (tmp_path / name).iterdir() for row in read_file(file)]
+
+    whole = measured("whole", 0, original)
+    assert measured("stopped", 130) == [] and epochs == []
+    assert measured("stopped", 0) == whole
+    assert epochs == ["the probes in epoch 3"]
 
 
 def test_rows_of_other_bytes_are_measured_anew(small, tmp_path):

@@ -52,8 +52,22 @@ def command_of(row: Row) -> str:
     return PROTOCOLS[row.protocol].command
 
 
-def measure_source(rows: Sequence[Row], source: Source, quick: bool = False, device: str = "cpu") -> Pairs:
-    """Each row and what is measured now, of rows that all are of one dataset.
+@dataclass(frozen=True)
+class Setting:
+    """How rows are measured again: on which tenths of the test images and where, and the folder that trainings on new
+    crops keep their state in; None: nothing is kept.
+    """
+
+    load: Load
+    parts: Sequence[int]
+    device: str
+    checkpoints: Path | None
+
+
+def measure_source(
+    rows: Sequence[Row], source: Source, quick: bool = False, device: str = "cpu", checkpoints: Path | None = None
+) -> Pairs:
+    """Each row and what is measured now, of rows that all are of one dataset; arguments as :func:`measure_again`.
 
     Raises:
         ValueError: as :func:`measure_again` and :func:`transfer_again`.
@@ -66,22 +80,28 @@ def measure_source(rows: Sequence[Row], source: Source, quick: bool = False, dev
             check_whole(source.dataset, len(images.train), len(images.test))
         return images
 
-    yield from measure_again([row for row in rows if command_of(row) in AGAIN], load, quick, device)
+    yield from measure_again([row for row in rows if command_of(row) in AGAIN], load, quick, device, checkpoints)
     yield from transfer_again([row for row in rows if command_of(row) in TRANSFERS], source, device)
     yield from outliers_again([row for row in rows if command_of(row) == "outliers"], source, device)
     yield from orientation_again([row for row in rows if command_of(row) == "orientation"], source, device)
 
 
 def measure_sources(
-    rows: Sequence[Row], sources: Mapping[Any, Source | None], quick: bool = False, device: str = "cpu"
+    rows: Sequence[Row],
+    sources: Mapping[Any, Source | None],
+    quick: bool = False,
+    device: str = "cpu",
+    checkpoints: Path | None = None,
 ) -> Pairs:
     """Each row that has a source, by its key, and what is measured now: source by source, with a progress bar."""
     for source in filter(None, dict.fromkeys(sources.values())):
         own = [row for row in rows if sources[row.key] == source]
-        yield from progress(own[0].data, len(own), "number", measure_source(own, source, quick, device))
+        yield from progress(own[0].data, len(own), "number", measure_source(own, source, quick, device, checkpoints))
 
 
-def measure_again(rows: Sequence[Row], load: Load, quick: bool = False, device: str = "cpu") -> Pairs:
+def measure_again(
+    rows: Sequence[Row], load: Load, quick: bool = False, device: str = "cpu", checkpoints: Path | None = None
+) -> Pairs:
     """Each row and what is measured now: features of a network are taken once for all of its rows.
 
     Args:
@@ -89,51 +109,57 @@ def measure_again(rows: Sequence[Row], load: Load, quick: bool = False, device: 
         load: reads the dataset, as squares of a side.
         quick: on the first fifth of the test images.
         device: where to work.
+        checkpoints: folder that trainings on new crops keep their state in, and go on from; None: nothing is kept.
 
     Raises:
-        ValueError: rows of weights that are not in the manifest, or that have no recipe.
+        ValueError: rows of weights that are not in the manifest, or that have no recipe, or a checkpoint of another
+            training.
     """
-    parts = QUICK_PARTS if quick else tuple(range(PARTS))
+    setting = Setting(load, QUICK_PARTS if quick else tuple(range(PARTS)), device, checkpoints)
     for subject, own in _by_subject(rows, device):
         for command in dict.fromkeys(map(command_of, own)):
-            yield from AGAIN[command]([row for row in own if command_of(row) == command], subject, load, parts, device)
+            yield from AGAIN[command]([row for row in own if command_of(row) == command], subject, setting)
 
 
-def _evaluate_again(rows: Sequence[Row], subject: Subject, load: Load, parts: Sequence[int], device: str) -> Pairs:
+def _evaluate_again(rows: Sequence[Row], subject: Subject, setting: Setting) -> Pairs:
+    device, parts = setting.device, setting.parts
     probed = {measurement_of(row): row for row in rows if row.protocol != "rotation"}
-    images = load(subject.size, not probed)
+    images = setting.load(subject.size, not probed)
     for row in rows:
         if row.protocol == "rotation":
             yield row, measure_rotation(subject, images.test, images.name, device, parts)
     by_number = {dataclasses.replace(m, strength=None): row for m, row in probed.items()}
-    for new in measure_features(subject, images, list(probed), device, parts) if probed else ():
+    if not probed:
+        return
+    checkpoints = setting.checkpoints and setting.checkpoints / subject.name
+    for new in measure_features(subject, images, list(probed), device, parts, checkpoints=checkpoints):
         yield by_number[dataclasses.replace(measurement_of(new), strength=None)], new
 
 
-def _probe_layers_again(rows: Sequence[Row], subject: Subject, load: Load, parts: Sequence[int], device: str) -> Pairs:
+def _probe_layers_again(rows: Sequence[Row], subject: Subject, setting: Setting) -> Pairs:
     for key in dict.fromkeys((row.protocol, row.budget, row.seed) for row in rows):
         by_layer = {row.layer: row for row in rows if (row.protocol, row.budget, row.seed) == key}
         row = next(iter(by_layer.values()))
         recipe = _recipe(row)
-        images = load(square_size(recipe, dataset_of(row.data)), False)
+        images = setting.load(square_size(recipe, dataset_of(row.data)), False)
         train, val, layers = images.train, images.test, list(by_layer)
         for new in measure_layers(recipe, subject, layers, train, val, images.name, seed=key[2] or 0):
             yield by_layer[new.layer], new
 
 
-def _finetune_again(rows: Sequence[Row], subject: Subject, load: Load, parts: Sequence[int], device: str) -> Pairs:
-    images = load(subject.size, False)
+def _finetune_again(rows: Sequence[Row], subject: Subject, setting: Setting) -> Pairs:
+    images = setting.load(subject.size, False)
     for row in rows:
         model, seed = subject.name if subject.published else subject.architecture, row.seed or 0
         recipe = _recipe(row)
         # a training uses its backbone up
         fresh = transfer_subject(recipe, model, seed, random=not subject.published)
         labels = row.labels_per_class, row.draw or "first"
-        yield row, measure_transfer(recipe, fresh, row.layer, images, *labels, seed, device)
+        yield row, measure_transfer(recipe, fresh, row.layer, images, *labels, seed, setting.device)
 
 
 # by the command that measures a protocol
-AGAIN: dict[str, Callable[[Sequence[Row], Subject, Load, Sequence[int], str], Pairs]] = {
+AGAIN: dict[str, Callable[[Sequence[Row], Subject, Setting], Pairs]] = {
     "evaluate": _evaluate_again,
     "probe-layers": _probe_layers_again,
     "finetune": _finetune_again,

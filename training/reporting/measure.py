@@ -5,9 +5,10 @@
     python -m training measure rotnet_alexnet.photos --photos DIR --voc DIR --proposals FILE
     python -m training measure rotnet_nin.cifar10 --data DIR --only few-labels
 
-Rows of the published weights and of random ones are written to training/results/ as they are measured; run the same
-command again to continue after a stop. Rows of weights that have been replaced are measured again. The code must be
-committed, because a row names its commit. --list prints what is missing and measures nothing.
+Rows of the published weights and of random ones are written to training/results/ as they are measured, and the probes
+of the paper's 100 epochs keep their state in --output; run the same command again to continue after a stop. Rows of
+weights that have been replaced are measured again. The code must be committed, because a row names its commit. --list
+prints what is missing and measures nothing.
 """
 
 import argparse
@@ -50,7 +51,7 @@ def _work(args: argparse.Namespace) -> None:
     for row in wanted:
         if not sources[row.key]:
             raise ValueError(f"{args.weights} is measured on {row.data}: give --{option_of(row)} DIR")
-    for _, row in measure_sources(wanted, sources, device=args.device):
+    for _, row in measure_sources(wanted, sources, device=args.device, checkpoints=args.output):
         keep_row(row, args.results / f"{row.weights}.jsonl")
     print("next: python -m training publish figures, then python -m training publish render")
 
@@ -62,6 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_data_arguments(parser)
     add_only(parser)
     parser.add_argument("--list", action="store_true", help="print what is missing, and measure nothing")
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/measure"), metavar="DIR",
+        help="folder that the longest trainings keep their state in [%(default)s]",
+    )  # fmt: skip
     parser.add_argument("--results", type=Path, default=RESULTS_DIR, help="folder of the rows [training/results]")
     parser.add_argument("--device", default="cpu", help="device: cpu, cuda, cuda:1, mps [%(default)s]")
     args = parser.parse_args(arguments)
