@@ -152,7 +152,8 @@ def _find_members(stream: IO[bytes]) -> _Found:
     stream.seek(0)
     starts, lengths, end = [], [], 0
     with tarfile.open(fileobj=stream, mode="r:", tarinfo=Member) as archive:
-        while (member := archive.next()) is not None:
+        # next() fails at an archive without members before Python 3.11
+        for member in archive:
             # tarfile would keep all of them
             archive.members = []  # type: ignore[attr-defined]
             if not end <= member.offset < archive.offset:
@@ -178,7 +179,7 @@ def _open_member(index: ShardIndex, image: int) -> NamedBytes:
             stream.seek(int(index.starts[image]))
             read = io.BytesIO(stream.read(length if length <= MAX_IMAGE_BYTES else _HEADERS))
         with tarfile.open(fileobj=read, mode="r:", tarinfo=Member) as archive:
-            member = archive.next()
+            member = next(iter(archive), None)
         if member is None or min(member.offset_data + member.size, _LONGEST) != length:
             raise ValueError("its members are others")
         read.seek(member.offset_data)

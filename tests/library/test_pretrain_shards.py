@@ -286,6 +286,11 @@ def refused(pattern, message, workers=0):
     return str(caught.value)
 
 
+def test_an_archive_without_members_is_a_shard_without_images(few, tmp_path):
+    write_tar(tmp_path / "few" / "001.tar", [])
+    assert len(open_images("folder", few, 16)) == 40
+
+
 def test_patterns_that_are_refused(few, tmp_path):
     refused(tmp_path / "none.tar", rf"^1 of 1 shard not found: {tmp_path}/none\.tar$")
     refused(tmp_path / "few" / "{000..009}.tar", r"^6 of 10 shards not found: .*004\.tar, .*006\.tar and 3 more$")

@@ -150,7 +150,8 @@ def _draw_tiles(
         tops.append(y)
         y += side + gap
     canvas = torch.ones(3, y, x)
-    figure = Figure(figsize=(x / DPI, y / DPI))
+    # Matplotlib before 3.11 cuts pixels off: 964.9999 would be 964
+    figure = Figure(figsize=((x + 1e-6) / DPI, (y + 1e-6) / DPI))
     FigureCanvasAgg(figure)
     axes = figure.add_axes((0, 0, 1, 1))
     for top, line in zip(tops, lines, strict=True):
