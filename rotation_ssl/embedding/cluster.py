@@ -115,7 +115,7 @@ def _embed_by_actors(actors: Sequence[Any], start: Callable[[], Any], shards: It
     idle: list[Any] = []
     again: list[Shard] = []
     deaths: Counter[Shard | None] = Counter()
-    while True:
+    while tasks or idle:
         while idle and (following := again.pop() if again else next(shards, None)):
             actor = idle.pop()
             tasks[actor.embed.remote(following)] = actor, following

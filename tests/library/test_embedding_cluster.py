@@ -117,6 +117,9 @@ def whole(images, tmp_path_factory):
 def test_the_same_parts(images, whole, tmp_path):
     result = on_ray(EMBED, images, tmp_path / "out")
     assert "Summary(parts=13, images=198, errors=2)" in result.stdout, result.stderr
+    # nothing is left to do
+    again = on_ray(EMBED, images, tmp_path / "out", {**SMALL, "resume": True})
+    assert again.returncode == 0, again.stderr
     assert part_bytes(tmp_path / "out") == part_bytes(whole)
 
 
