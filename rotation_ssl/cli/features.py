@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,16 +15,16 @@ from torch import nn
 from tqdm import tqdm
 
 from rotation_ssl.cli import feature_parts
-from rotation_ssl.cli.options import add_command, positive
+from rotation_ssl.cli.options import add_command, check_output, positive
 from rotation_ssl.embedding.backbone import load_model, model_name, recommended_layer
 from rotation_ssl.embedding.parts import FORMATS as PART_FORMATS
 from rotation_ssl.features import POOLS, extract_features
 from rotation_ssl.files import replace_file, write_csv
 from rotation_ssl.images import OVERSIZE, count_suffixes, find_files, normalize, read_images
 from rotation_ssl.machine import TURN_OFF, keep_large_blocks
+from rotation_ssl.messages import counted, printable, some
 
 FORMATS = ("safetensors", "npz", "csv")
-NAMED = 10  # so many broken images are named for people; --json names all
 DETAILS = f"""
 
 Formats, by the suffix of FILE:
@@ -87,7 +86,8 @@ def run(args: argparse.Namespace) -> int:
     feature_parts.check_no_options(args)
     args.images, args.output = Path(args.images), Path(args.output)
     images, others = find_files(args.images)
-    check_output(args.output, args.format, images, args.force)
+    check_output(args.output, images, args.force)
+    check_suffix(args.output, args.format)
     model = load_model(args.model, args.device)
     layers = args.layers or [recommended_layer(model, args.model)]
     broken: dict[Path, str] = {}
@@ -117,28 +117,13 @@ def run(args: argparse.Namespace) -> int:
     return 1 if broken else 0
 
 
-def check_output(file: Path, form: str | None, images: Sequence[Path], force: bool) -> None:
-    """Refuse a file that cannot be written or that nobody wants to lose, before the work.
-
-    Raises:
-        ValueError: it is one of the images, exists and is not a regular file, exists without ``force``, is in no folder
-            or one that is not writable, or has another suffix than that of the format.
-    """
-    if file.exists() and any(image.exists() and file.samefile(image) for image in images):
-        raise ValueError(f"{file} is one of the images; give another --output")
-    if (file.exists() or file.is_symlink()) and not file.is_file():
-        raise ValueError(f"{file} exists and is not a regular file; give another --output")
+def check_suffix(file: Path, form: str | None) -> None:
+    """Refuse a file whose suffix is of no format, or of another one than that asked for."""
     suffix = file.suffix.lower()
     if form and suffix != f".{form}":
         raise ValueError(f"{file} does not end in .{form}, as --format says; change one of them")
     if suffix[1:] not in FORMATS:
         raise ValueError(f"{file} ends in none of {', '.join(f'.{form}' for form in FORMATS)}; give another --output")
-    if not file.parent.is_dir():
-        raise ValueError(f"{file} cannot be written: {file.parent} is not a folder")
-    if not os.access(file.parent, os.W_OK | os.X_OK):
-        raise ValueError(f"{file} cannot be written: the folder {file.parent} is not writable")
-    if file.exists() and not force:
-        raise ValueError(f"{file} exists; give another --output, or --force to replace it")
 
 
 def read_batches(
@@ -193,10 +178,7 @@ def _report(result: Mapping[str, Any], others: Sequence[Path]) -> str:
     shapes = ", ".join(f"{layer} {tuple(shape)}" for layer, shape in result["shapes"].items())
     lines = [f"{result['file']}: {shapes} of {result['images']:,} images by {result['model']}"]
     if others:
-        lines.append(f"not read: {count_suffixes(others)}")
-    broken = list(result["broken"])
-    if broken:
-        more = f" and {len(broken) - NAMED:,} more" if len(broken) > NAMED else ""
-        noun = "image" if len(broken) == 1 else "images"
-        lines.append(f"skipped {len(broken):,} broken {noun}: {', '.join(broken[:NAMED])}{more}")
+        lines.append(f"not read: {printable(count_suffixes(others), most=4096)}")
+    if broken := list(result["broken"]):
+        lines.append(f"skipped {counted(len(broken), 'broken image')}: {some(broken)}")
     return "\n".join(lines)

@@ -1,7 +1,9 @@
 """What the commands share: how they are added and refuse arguments, and what a name of weights means."""
 
 import argparse
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, NoReturn
 
 import timm
@@ -43,6 +45,25 @@ def positive(text: str) -> int:
     if not text.strip().isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text}")
     return int(text)
+
+
+def check_output(file: Path, images: Iterable[Path], force: bool) -> None:
+    """Refuse a file that cannot be written or that nobody wants to lose, before the work.
+
+    Raises:
+        ValueError: it is one of the images, exists and is not a regular file, exists without ``force``, or is in no
+            folder or one that is not writable.
+    """
+    if file.exists() and any(image.exists() and file.samefile(image) for image in images):
+        raise ValueError(f"{file} is one of the images; give another name")
+    if (file.exists() or file.is_symlink()) and not file.is_file():
+        raise ValueError(f"{file} exists and is not a regular file; give another name")
+    if not file.parent.is_dir():
+        raise ValueError(f"{file} cannot be written: {file.parent} is not a folder")
+    if not os.access(file.parent, os.W_OK | os.X_OK):
+        raise ValueError(f"{file} cannot be written: the folder {file.parent} is not writable")
+    if file.exists() and not force:
+        raise ValueError(f"{file} exists; give another name, or --force to replace it")
 
 
 def published_name(name: str) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from rotation_ssl.cli.options import add_command, positive
+from rotation_ssl.cli.options import add_command, check_output, positive
 from rotation_ssl.embedding.backbone import load_model
 from rotation_ssl.files import replace_file, write_csv
 from rotation_ssl.images import HEIF_SUFFIXES, find_images, register_heif
@@ -90,6 +90,8 @@ def run(args: argparse.Namespace) -> int:
     threshold = _threshold(fitted.threshold if args.threshold is None else args.threshold, args.model)
     has_heif = register_heif()
     targets = find_targets(args.paths, args.output)
+    if args.csv:
+        check_output(args.csv, targets, force=True)
     if not has_heif and any(path.suffix.lower() in HEIF_SUFFIXES for path in targets):
         raise ValueError("HEIC and HEIF pictures need pillow-heif: pip install 'rotation-ssl[heif]'")
     # the pixels of large photographs are only looked at
@@ -125,13 +127,18 @@ def find_targets(paths: Sequence[Path], output: Path | None) -> dict[Path, Path]
         ValueError: no pictures, or two of them that would be written to one file.
     """
     targets: dict[Path, Path] = {}
-    taken: set[Path] = set()
+    written: dict[str, str] = {}
     for path in paths:
         for picture in find_images(path) if path.is_dir() else [path]:
+            if picture in targets:
+                continue
             target = picture if output is None else output / picture.relative_to(path if path.is_dir() else path.parent)
-            if output is not None and target in taken and picture not in targets:
+            # a picture that has two names is turned once
+            file, source = os.path.realpath(target), os.path.realpath(picture)
+            if file not in written:
+                targets[picture], written[file] = target, source
+            elif written[file] != source:
                 raise ValueError(f"two pictures would be written to {target}: give one folder at a time")
-            taken.add(targets.setdefault(picture, target))
     return targets
 
 

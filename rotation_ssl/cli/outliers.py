@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from rotation_ssl.cli.features import file_name, read_batches
-from rotation_ssl.cli.options import add_command, positive
+from rotation_ssl.cli.options import add_command, check_output, positive
 from rotation_ssl.embedding.backbone import load_model, recommended_layer
 from rotation_ssl.files import replace_file, write_csv
 from rotation_ssl.images import find_images, read_image, square
@@ -56,13 +56,10 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
     if args.layer and not args.normal:
         raise ValueError("--layer is of the comparison with --normal: give both, or neither")
-    for file in filter(None, (args.output, args.sheet)):
-        if file.exists() and not args.force:
-            raise ValueError(f"{file} exists; give another name, or --force to replace it")
-        if not file.absolute().parent.is_dir():
-            raise ValueError(f"{file} cannot be written: {file.parent} is not a folder")
     images = find_images(args.images)
     normal = find_images(args.normal) if args.normal else []
+    for file in filter(None, (args.output, args.sheet)):
+        check_output(file, [*images, *normal], args.force)
     model = load_model(args.model, args.device)
     layer = (args.layer or recommended_layer(model, args.model)) if normal else ""
     score = "knn" if normal else "rotation"
@@ -79,7 +76,8 @@ def run(args: argparse.Namespace) -> int:
     replace_file(args.output, lambda path: write_csv(path, ["file", "score"], scored))
     if args.sheet:
         replace_file(args.sheet, lambda path: draw_sheet(ranked[: SHEET[0] * SHEET[1]], args.images).save(path, "PNG"))
-    by = f"distance in {layer} to {counted(len(normal), 'normal image')}" if normal else "rotation"
+    compared = sum(file not in broken for file in normal)
+    by = f"distance in {layer} to {counted(compared, 'normal image')}" if normal else "rotation"
     print(f"{args.output}: {counted(len(read), 'image')} by {by}, with {args.model}")
     for value, file in ranked[:5]:
         print(f"{value:9.4f}  {printable(file_name(file, args.images))}")

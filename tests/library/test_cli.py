@@ -268,6 +268,13 @@ def test_broken_images_are_skipped_and_named(run, images, tmp_path):
     torch.testing.assert_close(load_file(tmp_path / "g.safetensors")["block2"], features)
 
 
+def test_names_do_not_command_the_terminal(run, images, tmp_path):
+    (images / "b.png").rename(images / "\x1b[2J.png")
+    (images / "gone.jpg").rename(images / os.fsdecode(b"\xff.jpg"))
+    status, text = run("features", images, "-o", tmp_path / "f.csv")
+    assert status == 1 and "\x1b" not in text and "skipped 2 broken images: '\\x1b[2J.png', '\\udcff.jpg'" in text
+
+
 def test_strict_takes_no_broken_image(run, images, tmp_path):
     status, error = run("features", images, "-o", tmp_path / "f.safetensors", "--strict")
     assert status == 2 and "b.png does not decode" in error and not (tmp_path / "f.safetensors").exists()
@@ -318,7 +325,7 @@ def test_outputs_that_nobody_wants_to_lose(run, images, tmp_path, monkeypatch):
             status, error = run("features", images, "-o", tmp_path / name, *force)
             assert status == 2 and message in error
     status, error = run("features", images, "-o", tmp_path / "kept.csv")
-    assert status == 2 and "kept.csv exists; give another --output, or --force" in error
+    assert status == 2 and "kept.csv exists; give another name, or --force" in error
     assert (tmp_path / "kept.csv").read_text() == "of yesterday"
     assert "is not a regular file" in run("features", images, "-o", "/dev/null")[1]
 

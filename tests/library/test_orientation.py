@@ -272,6 +272,14 @@ def test_what_is_fixed_is_shown_upright_and_a_second_run_changes_nothing(album, 
     assert contents(album) == after
 
 
+def test_a_picture_of_several_names_is_turned_once(album, capsys):
+    (album / "link.jpg").symlink_to("pixels.jpg")
+    assert orient(album, album / ".." / "album", "--apply", "pixels", "--in-place") == 0
+    assert "4 pictures: 1 upright, 2 turned, 1 undecided" in capsys.readouterr().out
+    assert orient(album / "pixels.jpg") == 0
+    assert "1 picture: 1 upright" in capsys.readouterr().out
+
+
 def test_fixed_pictures_go_to_a_folder_and_keep_permissions_and_times(album, tmp_path, capsys):
     before, source = contents(album), album / "pixels.jpg"
     source.chmod(0o640)
@@ -322,11 +330,15 @@ def test_what_cannot_be_written_is_named_and_left(album, capsys):
         (["--apply", "exif"], "--apply needs -o DIR or --in-place"),
         (["--in-place"], "they need --apply"),
         (["--threshold", "1.5"], "--threshold must be 0 to 1, got 1.5"),
+        (["--csv", "nowhere/t.csv"], "cannot be written: nowhere is not a folder"),
+        (["--csv", "album/noise.png"], "album/noise.png is one of the images"),
     ],
 )
-def test_options_that_do_not_fit_are_refused(album, capsys, arguments, why):
+def test_options_that_do_not_fit_are_refused(album, capsys, monkeypatch, arguments, why):
+    monkeypatch.chdir(album.parent)
+    before = contents(album)
     assert cli.main(["orient", str(album), *arguments]) == 2
-    assert why in capsys.readouterr().err
+    assert why in capsys.readouterr().err and contents(album) == before
 
 
 def test_a_model_without_a_fitted_threshold_needs_one(album, capsys):

@@ -166,6 +166,9 @@ def test_broken_images_are_named(folders, tmp_path, capsys):
     (mixed / "cut.png").write_bytes(b"\x89PNG")
     assert outliers(mixed, "-o", tmp_path / "s.csv", "--normal", normal) == 1
     assert "skipped 1 broken image: " in capsys.readouterr().out
+    (normal / "cut.png").write_bytes(b"\x89PNG")
+    assert outliers(mixed, "-o", tmp_path / "n.csv", "--normal", normal) == 1
+    assert "to 20 normal images" in capsys.readouterr().out
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "cut.png").write_bytes(b"\x89PNG")
     assert outliers(tmp_path / "bad", "-o", tmp_path / "t.csv") == 2
@@ -188,3 +191,11 @@ def test_options_that_do_not_fit_are_refused(folders, tmp_path, capsys, monkeypa
     assert outliers(folders[0], "-o", tmp_path / "s.csv", *more) == 2
     assert why in capsys.readouterr().err
     assert (tmp_path / "there.png").read_bytes() == b"mine" and not (tmp_path / "s.csv").exists()
+
+
+def test_images_are_not_replaced_by_their_sheet(folders, tmp_path, capsys):
+    image = folders[0] / "noise0.png"
+    before = image.read_bytes()
+    assert outliers(folders[0], "-o", tmp_path / "s.csv", "--sheet", image, "--force") == 2
+    assert "noise0.png is one of the images" in capsys.readouterr().err
+    assert image.read_bytes() == before and not (tmp_path / "s.csv").exists()
