@@ -70,6 +70,8 @@ def run(
     """
     if accumulate < 1 or workers < 0 or monitor_every < 1:
         raise ValueError("--accumulate and --monitor-every must be at least 1, --workers at least 0")
+    if device not in ("auto", "cpu"):
+        raise ValueError(f"device must be 'auto' or 'cpu', got {device!r}; CUDA_VISIBLE_DEVICES selects a GPU")
     accelerator = create_accelerator(recipe, device == "cpu", accumulate, tracker, output)
     with accelerator.local_main_process_first():
         # the other processes find what the first one downloads

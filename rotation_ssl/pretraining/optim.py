@@ -98,7 +98,7 @@ def learning_rate_factor(schedule: Schedule, step: int, steps: int) -> float:
     if step < warmup:
         return step / warmup
     if isinstance(schedule, CosineSchedule):
-        return (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+        return (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
     held = warmup + round(schedule.hold * steps)
     return min(1.0, (steps - step) / max(1, steps - held))
 

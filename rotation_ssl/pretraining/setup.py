@@ -38,8 +38,8 @@ def create_accelerator(
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     # without this accelerate takes each process for the only one where there is no GPU
     cpu = cpu or (processes > 1 and not torch.cuda.is_available())
-    # one process may train several recipes, one after the other, in different precisions
-    AcceleratorState._reset_state()
+    # one process may train several recipes, one after the other, in different precisions and on different devices
+    AcceleratorState._reset_state(reset_partial_state=processes == 1)
     try:
         with warnings.catch_warnings():
             # a tracker that is not installed is refused below, in our own words
@@ -109,6 +109,10 @@ def count_training_images(recipe: Recipe, images: torch.Tensor | UnlabelledImage
     shares = accelerator.num_processes * accelerator.gradient_accumulation_steps
     if not 0 <= recipe.holdout < len(images):
         raise ValueError(f"holdout must be 0 to {len(images) - 1} of the training images, got {recipe.holdout}")
+    if isinstance(images, torch.Tensor) and (
+        images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]
+    ):
+        raise ValueError(f"images must be (N, 3, H, H) uint8, got {tuple(images.shape)} {images.dtype}")
     size = images.shape[-1] if isinstance(images, torch.Tensor) else images.size
     if size != recipe.image_size:
         raise ValueError(f"{recipe.name} takes images of {recipe.image_size} pixels, these are of {size}")

@@ -40,6 +40,8 @@ def test_held_and_cosine_schedules_by_hand():
     assert learning_rates(CosineSchedule(warmup=0.0), 4, range(4)) == pytest.approx(
         [1, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5]
     )
+    # the scheduler asks for the rate after the last step too
+    assert learning_rates(CosineSchedule(warmup=0.6), 1, [0, 1]) == [0, 1]
 
 
 @pytest.mark.parametrize(

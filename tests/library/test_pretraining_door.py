@@ -69,6 +69,20 @@ def test_images_in_memory_and_a_recipe_of_ones_own(tmp_path):
     assert run["rotated_images"] == 6 * 8 * 4 and run["recipe"]["model"] == "test_resnet"
 
 
+@pytest.mark.parametrize(
+    ("images", "device", "why"),
+    [
+        (torch.rand(12, 3, 24, 24), "cpu", r"must be \(N, 3, H, H\) uint8, got \(12, 3, 24, 24\) torch.float32"),
+        (torch.zeros(12, 3, 32, 24, dtype=torch.uint8), "cpu", r"uint8, got \(12, 3, 32, 24\)"),
+        (torch.zeros(12, 3, 24, 24, dtype=torch.uint8), "cuda:1", "device must be 'auto' or 'cpu', got 'cuda:1'"),
+    ],
+)
+def test_images_and_devices_that_would_be_taken_for_others(tmp_path, images, device, why):
+    with pytest.raises(ValueError, match=why):
+        rotation_ssl.pretrain(images, tmp_path / "new", recipe=SHORT, device=device, tracker=None, images_per_step=8)
+    assert not (tmp_path / "new").exists()
+
+
 def test_without_the_extra_a_line_says_what_to_install(tmp_path):
     code = (
         "import sys\n"
