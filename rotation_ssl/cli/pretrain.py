@@ -25,10 +25,9 @@ def add(commands: Any) -> None:
     """Add the command."""
     text = "pretrain a backbone on your own images"
     added = add_command(commands, "pretrain", run, text, DETAILS, as_json=False)
-    steps = sum(stage.steps for stage in FOLDER.stages)
     defaults = (
         f"the defaults are {FOLDER.model}, {FOLDER.image_size} pixels, {FOLDER.images_per_step} images per step, "
-        f"{steps:,} steps and seed {FOLDER.seed}"
+        f"{FOLDER.steps:,} steps and seed {FOLDER.seed}"
     )
     add_options(added, f"runs/{FOLDER.name}", defaults=defaults)
     added.add_argument(

@@ -28,9 +28,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
     if args.what is None:
         results = [verify_tag(name) for name in zoo.manifest()]
-    elif args.what in zoo.manifest():
-        results = [verify_tag(args.what)]
-    elif Path(args.what).exists():
+    elif args.what not in zoo.manifest() and Path(args.what).exists():
         results = [verify_file(Path(args.what))]
     else:
         results = [verify_tag(_name(args.what))]

@@ -154,15 +154,12 @@ def locked(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
         raise ValueError(f"{folder} exists and is not a folder; give another --output") from error
-    lock = FileLock(folder / ".lock", timeout=0)
     try:
-        lock.acquire()
+        lock = FileLock(folder / ".lock").acquire(timeout=0)
     except Timeout as error:
         raise ValueError(f"another run is writing to {folder}; wait for it or give another --output") from error
-    try:
+    with lock:
         yield
-    finally:
-        lock.release()
 
 
 def start(folder: Path, manifest: Manifest, resume: bool) -> None:

@@ -1,27 +1,21 @@
 """Augmentation as batched tensor code, on whatever device the images are: random crops, some of them mirrored."""
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 
 
-@dataclass(frozen=True)
-class Windows:
+class Windows(NamedTuple):
     """Where each of N crops is taken: ``top`` and ``left`` (N,) int64 pixels, and ``mirrored`` (N,) bool."""
 
     top: torch.Tensor
     left: torch.Tensor
     mirrored: torch.Tensor
 
-    def part(self, chosen: slice) -> "Windows":
-        """Those of some of the images."""
-        return Windows(self.top[chosen], self.left[chosen], self.mirrored[chosen])
 
-
-@dataclass(frozen=True)
-class Boxes:
+class Boxes(NamedTuple):
     """What of each of N images is resized to a crop: ``top``, ``left``, ``height`` and ``width`` (N,) float32, in parts
     of the image's side, and ``mirrored`` (N,) bool.
     """
@@ -31,10 +25,6 @@ class Boxes:
     height: torch.Tensor
     width: torch.Tensor
     mirrored: torch.Tensor
-
-    def part(self, chosen: slice) -> "Boxes":
-        """Those of some of the images."""
-        return Boxes(*(getattr(self, name)[chosen] for name in self.__dataclass_fields__))
 
 
 def draw_windows(

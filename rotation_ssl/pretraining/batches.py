@@ -58,7 +58,7 @@ def augmented_batches(
             pixels, found = next(squares)
             broken |= found
             pixels = pixels.to(accelerator.device, non_blocking=True)
-            own_windows = windows.part(part)
+            own_windows = type(windows)(*(values[part] for values in windows))
             if isinstance(own_windows, Boxes):
                 crops = take_boxes(pixels, own_windows, crop)
             else:

@@ -31,7 +31,6 @@ PROGRESS = "progress.json"
 AVERAGE = "average.safetensors"
 HASHES = "SHA256SUMS"
 KEPT = 2  # checkpoints
-STATE_ERRORS = (OSError, RuntimeError, ValueError, KeyError, TypeError, IndexError, AttributeError, EOFError)
 
 
 @dataclass
@@ -168,7 +167,7 @@ def read_progress(folder: Path, identity: dict[str, str]) -> Progress:
     try:
         progress = Progress(**json.loads((folder / PROGRESS).read_text()))
         saved = dict(progress.identity)
-    except STATE_ERRORS as error:
+    except (OSError, ValueError, TypeError) as error:
         raise ValueError(_not_a_checkpoint(folder, first_line(error))) from error
     different = [
         f"{'the images changed:' if name == 'images' else name} {saved.get(name)} -> {ours}"
