@@ -39,10 +39,11 @@ def test_every_recipe_end_to_end(recipe, small_cifar10, tmp_path, capsys):
     assert {(row.weights, row.protocol, row.layer) for row in rows} == {(weights, TRANSFERS[recipe].protocol, "block2")}
     assert all(row.n == 40 and sum(row.counts) == row.correct and "256 crops" in row.settings for row in rows)
     assert "labels a class (first)" in capsys.readouterr().out and (tmp_path / "report.png").exists()
+    assert {row.budget for row in rows} == {""}, "256 crops are not the recipe's budget"
     # different K are different numbers, not seeds of one
     report = (tmp_path / "report.md").read_text()
     for row in rows:
-        assert f"(cpu), first {row.labels_per_class} of each class | {100 * row.value:.2f} % |" in report
+        assert f"| {row.title}, first {row.labels_per_class} of each class | {100 * row.value:.2f} % |" in report
 
 
 def test_a_frozen_backbone_does_not_move_and_a_trained_one_does(images):

@@ -299,8 +299,7 @@ def _measure(args: argparse.Namespace) -> Path:
     subject = _subject(recipe, args, args.seed)
     layer = args.layer or recommended_layer(subject)
     cifar10 = args.dataset == "cifar10" and not args.holdout and not args.size
-    own = not cifar10 or resolved(recipe, args.device) != resolved(TRANSFERS[args.recipe], args.device)
-    file = options.rows_file(args, subject, own)
+    file = options.rows_file(args, subject, not cifar10 or not recipe.budget)
     # what the options ask for in vain is an error now, not after the first training
     build_network(recipe, subject, layer, num_classes=2)
     images = options.images_of(args, subject.size)
@@ -316,10 +315,11 @@ def _measure(args: argparse.Namespace) -> Path:
 
 
 def _recipe(args: argparse.Namespace) -> TransferRecipe:
+    """The recipe with what the options change, on the device."""
     given = {"images": args.images, "precision": args.precision}
-    return dataclasses.replace(
-        TRANSFERS[args.recipe], **{name: value for name, value in given.items() if value is not None}
-    )
+    named = TRANSFERS[args.recipe]
+    recipe = dataclasses.replace(named, **{name: value for name, value in given.items() if value is not None})
+    return options.own_recipe(named, recipe, args.device)
 
 
 def _subject(recipe: TransferRecipe, args: argparse.Namespace, seed: int) -> Subject:

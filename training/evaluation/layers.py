@@ -304,14 +304,13 @@ def _measure(args: argparse.Namespace) -> Path:
 
 
 def _recipe(args: argparse.Namespace) -> LayerProbeRecipe:
-    """The recipe with what the options change, on the device; a changed one has no budget, so no column in the card."""
+    """The recipe with what the options change, on the device."""
     recipe = named = LAYER_PROBES[args.recipe]
     if args.epochs is not None:
         recipe = with_epochs(recipe, args.epochs)
     if args.precision is not None:
         recipe = dataclasses.replace(recipe, precision=args.precision)
-    recipe = resolved(recipe, args.device)
-    return recipe if recipe == resolved(named, args.device) else dataclasses.replace(recipe, budget="")
+    return options.own_recipe(named, recipe, args.device)
 
 
 def _open(args: argparse.Namespace) -> tuple[Labelled, Labelled]:

@@ -5,7 +5,7 @@ import dataclasses
 from pathlib import Path
 
 from rotation_ssl.labelled import Images
-from rotation_ssl.precision import add_precision_argument
+from rotation_ssl.precision import AnyRecipe, add_precision_argument, resolved
 from training.datasets import DATASETS, FOLDER, check_whole, load_images
 from training.evaluation.subject import Subject, load_subject
 from training.reporting.report import check_rows
@@ -53,6 +53,12 @@ def add_output(parser: argparse.ArgumentParser, output: str) -> None:
     parser.add_argument("--output", type=Path, help=f"folder of rows and report [{output}/<weights>]")
     parser.set_defaults(runs=Path(output))
     parser.add_argument("--record", action="store_true", help="write the rows to training/results/, for the model card")
+
+
+def own_recipe(named: AnyRecipe, recipe: AnyRecipe, device: str) -> AnyRecipe:
+    """The recipe on the device; one that is not ``named`` as it is has no budget, so no column in the card."""
+    recipe = resolved(recipe, device)
+    return recipe if recipe == resolved(named, device) else dataclasses.replace(recipe, budget="")
 
 
 def seeds(args: argparse.Namespace) -> range:
