@@ -41,6 +41,16 @@ def test_ours_come_first_and_the_papers_are_marked():
     ]
 
 
+def test_other_images_are_another_column():
+    paper = dataclasses.replace(
+        row("rotnet_alexnet.paper", "voc-segmentation", 0.391, seed=None, source="paper, table 7"), data="VOC2012 val"
+    )
+    header, *lines = transfer_table([*ROWS, paper]).splitlines()
+    assert header.endswith("| segmentation | segmentation, VOC2012 |")
+    assert lines[1] == "| `rotnet_alexnet.photos` | 51.00 ± 1.41 % | 20.00 % |  |"
+    assert lines[-1] == "| _paper, table 7, paper budget_ | _72.97 %_ |  | _39.1 %_ |"
+
+
 def test_the_margin_is_over_rescaled_random_weights():
     told = "16.0 in classification, all layers; +7.5 in segmentation."
     assert transfer_margin(ROWS) == f"`{OURS}` minus rescaled random weights, in points: +{told}"

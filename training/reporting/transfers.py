@@ -4,17 +4,20 @@ import statistics
 from collections.abc import Sequence
 
 from rotation_ssl.evaluation.report import spread_text
-from training.reporting.required import RANDOM, RESCALED
+from rotation_ssl.messages import counted
+from training.reporting.required import RANDOM, RESCALED, VOC2007
 from training.reporting.rows import Row, model_of
 from training.reporting.tables import QUOTED, is_transfer, markdown_table, quoted_text
 
-# protocol without the kind of average precision, what is trained, and the column's title
+# protocol without the kind of average precision, what is trained, the data, and the column's title
 COLUMNS = (
-    ("voc-classification", "fc6-8", "classification, fc6-8"),
-    ("voc-classification", "all", "classification, all layers"),
-    ("voc-fast-rcnn", "all", "detection (Fast R-CNN)"),
-    ("voc-segmentation", "all", "segmentation"),
+    ("voc-classification", "fc6-8", VOC2007, "classification, fc6-8"),
+    ("voc-classification", "all", VOC2007, "classification, all layers"),
+    ("voc-fast-rcnn", "all", VOC2007, "detection (Fast R-CNN)"),
+    ("voc-segmentation", "all", VOC2007, "segmentation"),
+    ("voc-segmentation", "all", "VOC2012 val", "segmentation, VOC2012"),
 )
+Column = tuple[str, str, str, str]
 
 
 def transfer_table(rows: Sequence[Row], kind: str = "11-point") -> str:
@@ -28,13 +31,13 @@ def transfer_table(rows: Sequence[Row], kind: str = "11-point") -> str:
     lines = []
     for weights in dict.fromkeys(row.weights for row in rows if is_transfer(row)):
         own = [row for row in rows if row.weights == weights]
-        cells = [_cell(own, protocol, layer, kind) for protocol, layer, _ in COLUMNS]
+        cells = [_cell(own, column, kind) for column in COLUMNS]
         if any(cells):
             lines.append((_whose(own), *cells))
     # ours first
     lines.sort(key=lambda line: line[0].startswith("_"))
     shown = [0, *(i for i in range(1, 1 + len(COLUMNS)) if any(line[i] for line in lines))]
-    header = ("weights", *(title for _, _, title in COLUMNS))
+    header = ("weights", *(title for *_, title in COLUMNS))
     return markdown_table([header[i] for i in shown], [[line[i] for i in shown] for line in lines])
 
 
@@ -45,11 +48,11 @@ def transfer_margin(rows: Sequence[Row]) -> str:
     for name in (name for name in names if ".random" not in name):
         base = f"{model_of(name)}.{RESCALED}"
         gaps = []
-        for protocol, layer, title in COLUMNS:
-            ours, theirs = (_found(rows, weights, protocol, layer, "11-point") for weights in (name, base))
+        for column in COLUMNS:
+            ours, theirs = (_found(rows, weights, column, "11-point") for weights in (name, base))
             if ours and theirs:
                 gap = statistics.mean(row.value for row in ours) - statistics.mean(row.value for row in theirs)
-                gaps.append(f"{100 * gap:+.1f} in {title}")
+                gaps.append(f"{100 * gap:+.1f} in {column[-1]}")
         if gaps:
             sentences.append(f"`{name}` minus rescaled random weights, in points: {'; '.join(gaps)}.")
     return "\n".join(sentences)
@@ -58,12 +61,13 @@ def transfer_margin(rows: Sequence[Row]) -> str:
 def transfer_times(rows: Sequence[Row]) -> str:
     """A line for each kind of training: its longest time, the test among it, and on how many threads of what."""
     lines = []
-    for protocol, layer, title in COLUMNS:
-        own = [row for row in rows if row.protocol.startswith(protocol) and row.layer == layer and row.seconds]
+    for protocol, layer, data, title in COLUMNS:
+        own = [row for row in rows if row.protocol.startswith(protocol) and (row.layer, row.data) == (layer, data)]
+        own = [row for row in own if row.seconds]
         if own:
             slowest = max(own, key=lambda row: row.seconds or 0.0)
             minutes = round((slowest.seconds or 0.0) / 60)
-            on = f"{slowest.threads} thread{'s' * (slowest.threads != 1)} ({slowest.device})"
+            on = f"{counted(slowest.threads or 0, 'thread')} ({slowest.device})"
             lines.append(f"- {title}: at most {minutes} minutes on {on}")
     return "\n".join(lines)
 
@@ -86,13 +90,15 @@ def transfer_lines(rows: Sequence[Row]) -> str:
     return "\n\n".join(filter(None, parts))
 
 
-def _found(rows: Sequence[Row], weights: str, protocol: str, layer: str, kind: str) -> list[Row]:
+def _found(rows: Sequence[Row], weights: str, column: Column, kind: str) -> list[Row]:
+    protocol, layer, data, _ = column
     wanted = (protocol, f"{protocol}-{kind}") if kind == "11-point" else (f"{protocol}-{kind}",)
-    return [row for row in rows if row.weights == weights and row.protocol in wanted and row.layer == layer]
+    own = [row for row in rows if row.protocol in wanted]
+    return [row for row in own if (row.weights, row.layer, row.data) == (weights, layer, data)]
 
 
-def _cell(own: Sequence[Row], protocol: str, layer: str, kind: str) -> str:
-    text = spread_text(_found(own, own[0].weights, protocol, layer, kind))
+def _cell(own: Sequence[Row], column: Column, kind: str) -> str:
+    text = spread_text(_found(own, own[0].weights, column, kind))
     return quoted_text(text) if own[0].source != "measured" else text
 
 
