@@ -116,8 +116,8 @@ def test_quick_measures_a_fifth_of_the_published_counts(results, small_cifar10, 
 def test_a_part_can_be_asked_for(results, small_cifar10, capsys):
     assert run(results, small_cifar10, "--only", "knn", "--weights", NAME) == 0
     assert "6 of 6 hold" in capsys.readouterr().out
-    assert run(results, small_cifar10, "--weights", "rotnet_nin.nope") == 2
-    assert "no reported number is asked for" in capsys.readouterr().err
+    assert run(results, small_cifar10, "--weights", NAME, "rotnet_nin.nope") == 2
+    assert "no reported number is asked for by --weights rotnet_nin.nope" in capsys.readouterr().err
 
 
 def test_a_number_that_does_not_hold_is_caught(results, small_cifar10, capsys):
@@ -336,10 +336,14 @@ def test_numbers_of_data_that_are_not_given_are_named(results, small_module, cap
     file = results / f"{NAME}.jsonl"
     rotation = next(row for row in read_file(file) if row.protocol == "rotation")
     write_rows(file, [dataclasses.replace(rotation, data="MiniPlaces val")])
-    arguments = ["--results", str(results), "--data", str(small_module), "--only", "rotation", "--weights", NAME]
+    arguments = ["--results", str(results), "--data", str(small_module), "--weights", NAME, "--only", "rotation"]
     assert check.main(arguments) == 0
     out = capsys.readouterr().out
     assert "not measured: 1 number of MiniPlaces val: give --photos DIR" in out and "3 of 3 hold" in out
+    outliers = dataclasses.replace(rotation, data="Imagenette val", protocol="outliers-rotation")
+    write_rows(file, [outliers])
+    assert check.main([*arguments[:-1], "outliers-rotation", "--photos", str(small_module)]) == 0
+    assert "not measured: 1 number of Imagenette val: give --cifar100 DIR" in capsys.readouterr().out
     write_rows(file, [dataclasses.replace(rotation, data="holiday photographs")])
     assert check.main(arguments) == 2
     assert "no dataset is called 'holiday photographs'" in capsys.readouterr().err
@@ -358,6 +362,8 @@ def test_complaints_by_hand():
     assert complaints([good, row(source="paper", weights="a.b")], entries) == []
     (uncommitted,) = complaints([row(commit="0" * 40 + "-dirty")], entries)
     assert "k-NN block1 was measured by code that is not committed" in uncommitted
+    (new,) = complaints([], {"rotnet_nin.toy": {"sha256": "s", "source": "bundled"}})
+    assert "rotnet_nin.toy is not in REQUIRED" in new
 
 
 def test_missing_rows_by_hand():

@@ -117,9 +117,10 @@ def test_labels_and_metadata(hub, weights_dir):
 def test_timm_alone_loads_a_resnet(hub, weights_dir, tmp_path):
     state = timm.create_model("rotnet_resnet18").state_dict()
     write_folder(Converted("rotnet_resnet18", 4, state, "a test"), tmp_path / "resnet", "mine", {})
-    options = ("--license", "mit", "--trained-on", "noise", "--layer", "layer3")
+    options = ("--license", "mit", "--trained-on", "CIFAR-100", "--layer", "layer3")
     text = publish_files(hub, "ORG/rotnet_resnet18.mine", "--weights", tmp_path / "resnet", *options)["README.md"]
     assert b"These weights load with timm alone" in text and b"import rotation_ssl\n" not in text
+    assert b"cifar10" not in text.split(b"---\n")[1], "another data set"
     code = (
         "import sys, timm, safetensors.torch\n"
         "model = timm.create_model('hf-hub:ORG/rotnet_resnet18.mine@v0.1', pretrained=True)\n"

@@ -302,6 +302,24 @@ def test_rows_of_other_bytes_go_when_the_new_ones_come(tmp_path):
     assert [r.recipe for r in read_rows(tmp_path)] == ["", "", "", "r"]
 
 
+def test_supervised_networks_of_other_seeds_are_of_other_random_weights(tmp_path):
+    file = tmp_path / "a.jsonl"
+    known = [
+        row(weights="a.random", sha256="zero"),
+        row(weights="a.random", sha256="zero", protocol="rotation", seed=1),
+    ]
+    networks = [
+        row(weights="a.random", sha256=name, protocol="supervised", seed=seed)
+        for seed, name in ((0, "zero"), (1, "one"))
+    ]
+    for new in (*known, *networks):
+        write_rows(file, [new])
+    assert read_rows(tmp_path) == [*known, *networks]
+    replaced = row(weights="a.random", sha256="two", protocol="supervised", seed=1)
+    write_rows(file, [replaced])
+    assert read_rows(tmp_path) == [*known, networks[0], replaced]
+
+
 def test_settings_say_whose_they_are_where_they_differ():
     probe = {"protocol": "linear", "budget": "cached"}
     blocks = [row(**probe, layer=f"block{i}", settings=f"L2 {0.1 if i < 3 else 0.01}") for i in (1, 2, 3)]

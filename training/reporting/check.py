@@ -166,8 +166,10 @@ def chosen_rows(every: Sequence[Row], args: argparse.Namespace) -> list[Row]:
     """The rows that the options ask for.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are none, or none of one of the weights.
     """
+    if unknown := sorted(set(args.weights or ()) - {row.weights for row in every}):
+        raise ValueError(f"no reported number is asked for by --weights {' '.join(unknown)}: no row is of them")
     rows = [row for row in every if args.only is None or row.protocol in args.only]
     rows = [row for row in rows if args.weights is None or row.weights in args.weights]
     if args.quick:
@@ -191,7 +193,7 @@ def check_numbers(every: Sequence[Row], args: argparse.Namespace) -> Iterator[Ve
     print(f"{counted(len(given), 'number')}; measuring took {minutes} where they were reported")
     for row, new in measure_sources(given, sources, args.quick, args.device):
         yield judge(row, new, every)
-    lacking = [(row.data, option_of(row)) for row in rows if not sources[row.key]]
+    lacking = [(row.data, option_of(row, args)) for row in rows if not sources[row.key]]
     for data, option in dict.fromkeys(lacking):
         numbers = counted(lacking.count((data, option)), "number")
         print(f"not measured: {numbers} of {data}: give --{option} DIR")

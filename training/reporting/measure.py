@@ -33,7 +33,7 @@ def missing(weights: str, results: Path) -> list[Row]:
         ValueError: weights that are not bundled, or whose numbers are not reported.
     """
     if weights not in zoo.bundled() or weights not in REQUIRED:
-        raise ValueError(f"{weights} is not among the weights whose numbers are reported: {', '.join(zoo.bundled())}")
+        raise ValueError(f"{weights} is not among the weights whose numbers are reported: {', '.join(REQUIRED)}")
     sha256 = zoo.bundled()[weights]["sha256"]
     return missing_rows([row for row in read_rows(results) if row.weights != weights or row.sha256 == sha256], weights)
 
@@ -50,7 +50,7 @@ def _work(args: argparse.Namespace) -> None:
     sources = {row.key: source_of(row, args, whole=True) for row in wanted}
     for row in wanted:
         if not sources[row.key]:
-            raise ValueError(f"{args.weights} is measured on {row.data}: give --{option_of(row)} DIR")
+            raise ValueError(f"{args.weights} is measured on {row.data}: give --{option_of(row, args)} DIR")
     for _, row in measure_sources(wanted, sources, device=args.device, checkpoints=args.output):
         keep_row(row, args.results / f"{row.weights}.jsonl")
     print("next: python -m training publish figures, then python -m training publish render")

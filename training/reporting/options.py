@@ -13,6 +13,7 @@ from training.reporting.rows import Row
 OPTIONS = {
     "cifar10": "data",
     "cifar100": "cifar100",
+    "tinyimagenet": "tinyimagenet",
     **dict.fromkeys(("miniplaces", "imagenet20", "imagenette", "imagewoof", "caltech101", "voc2007"), "photos"),
 }
 
@@ -26,6 +27,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder that contains imagenette2-320, imagewoof2-320, miniplaces, caltech101, VOCdevkit [not measured]",
     )  # fmt: skip
     parser.add_argument("--cifar100", type=Path, metavar="DIR", help="folder of CIFAR-100, as outliers [not measured]")
+    parser.add_argument("--tinyimagenet", type=Path, metavar="DIR", help="folder tiny-imagenet-200 [not measured]")
     parser.add_argument("--voc", type=Path, metavar="DIR", help="folder VOCdevkit, for PASCAL VOC [not measured]")
     parser.add_argument("--proposals", type=Path, metavar="FILE", help="region proposals for VOCdevkit, for Fast R-CNN")
 
@@ -38,22 +40,23 @@ def add_only(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def option_of(row: Row) -> str:
+def option_of(row: Row, args: argparse.Namespace) -> str:
     """The option that names the folder of a row's data."""
     if command_of(row) == "outliers":
         # some of them are noise; CIFAR-10, which they are told from, is in --data
-        return "photos" if row.data == PHOTOS else "cifar100"
+        return "photos" if row.data == PHOTOS and args.cifar100 else "cifar100"
     return "voc" if command_of(row) in TRANSFERS else OPTIONS[dataset_of(row.data)]
 
 
 def source_of(row: Row, args: argparse.Namespace, whole: bool = False) -> Source | None:
     """The data that the options name for a row, ``whole`` if a part is an error; None if they name none."""
-    folder: Path | None = getattr(args, option_of(row))
+    option = option_of(row, args)
+    folder: Path | None = getattr(args, option)
+    if folder is None:
+        return None
     # where CIFAR-10 may come from is said by whoever reads it
-    if folder is not None and not folder.is_dir() and option_of(row) != "data":
-        raise ValueError(f"--{option_of(row)} {folder} is not a folder: give the one that holds {row.data}")
-    if folder is not None and command_of(row) == "outliers":
-        if args.cifar100 is None:
-            return None
-        return Source("cifar10", args.data, args.download, whole=True, cifar100=args.cifar100, photos=args.photos)
-    return None if folder is None else Source(dataset_of(row.data), folder, args.download, args.proposals, whole)
+    if option != "data" and not folder.is_dir():
+        raise ValueError(f"--{option} {folder} is not a folder: give the one that holds {row.data}")
+    if command_of(row) == "outliers":
+        return Source("cifar10", args.data, args.download, cifar100=args.cifar100, photos=args.photos)
+    return Source(dataset_of(row.data), folder, args.download, args.proposals, whole)

@@ -5,7 +5,7 @@ A part stands between ``<!-- rendered: NAME -->`` and ``<!-- end -->``; the rest
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +70,9 @@ def render_page(page: Path, rows: Sequence[Row], entries: Mapping[str, Any]) -> 
     bundled = {name: entry for name, entry in entries.items() if entry["source"] == "bundled"}
     parts: dict[str, Callable[[], str]] = {
         "weights": lambda: weights_table(entries),
-        "headline": lambda: headline_tables(rows, entries),
-        "results": lambda: results_tables(rows, entries),
-        "defaults": lambda: default_weights(entries),
+        "headline": lambda: headline_tables(rows, bundled),
+        "results": lambda: results_tables(rows, bundled),
+        "defaults": lambda: default_weights(bundled),
         "elsewhere": lambda: elsewhere(entries),
         "training": lambda: "\n\n".join(training(name, entry, figures) for name, entry in bundled.items()),
         "evaluation": lambda: "\n\n".join(evaluation(name, entry, rows, figures) for name, entry in bundled.items()),
@@ -113,12 +113,11 @@ def replace_parts(text: str, parts: Mapping[str, Callable[[], str]], page: str) 
     return re.sub(r"<!-- rendered: (\w+) -->\n.*?\n?<!-- end -->", replace, text, flags=re.DOTALL)
 
 
-def default_weights(entries: Mapping[str, Any]) -> str:
+def default_weights(bundled: Iterable[str]) -> str:
     """Which weights each network loads by default, the first bundled ones, and which networks have none."""
     default: dict[str, str] = {}
-    for name, entry in entries.items():
-        if entry["source"] == "bundled":
-            default.setdefault(model_of(name), name)
+    for name in bundled:
+        default.setdefault(model_of(name), name)
     with_weights = _series([f"`{name}` for `{model}`" for model, name in default.items()], "and")
     without = _series([f"`{model}`" for model in timm.list_models("rotnet_*") if model not in default], "or")
     return (
@@ -177,7 +176,8 @@ def compute(bundled: Mapping[str, Any], rows: Sequence[Row]) -> str:
     seconds: dict[tuple[Any, ...], float] = {}
     # one training gives several average precisions
     for row in {(transfer_training(row) if is_transfer(row) else row.key): row for row in own}.values():
-        key = f"`{row.weights}`", f"{row.threads} threads ({row.device})", row.versions["torch"], f"`{row.commit[:7]}`"
+        machine = f"{counted(row.threads or 0, 'thread')} ({row.device})"
+        key = f"`{row.weights}`", machine, row.versions["torch"], f"`{row.commit[:7]}`"
         seconds[key] = seconds.get(key, 0.0) + (row.seconds or 0.0)
     header = ("numbers of", "machine", "torch", "commit", "time, without passes to cache features")
     lines = ((*key, counted(round(value / 60), "minute")) for key, value in sorted(seconds.items()))

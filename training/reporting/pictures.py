@@ -5,7 +5,6 @@ from pathlib import Path
 
 import matplotlib
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from timm.data import resolve_model_data_config
 from torch import nn
@@ -152,7 +151,6 @@ def _draw_tiles(
     canvas = torch.ones(3, y, x)
     # Matplotlib before 3.11 cuts pixels off: 964.9999 would be 964
     figure = Figure(figsize=((x + 1e-6) / DPI, (y + 1e-6) / DPI))
-    FigureCanvasAgg(figure)
     axes = figure.add_axes((0, 0, 1, 1))
     for top, line in zip(tops, lines, strict=True):
         for left, (picture, title) in zip(lefts, line, strict=False):

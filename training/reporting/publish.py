@@ -132,9 +132,10 @@ def publish_to_hub(uploads: list[Upload], namespace: str, version: str) -> Itera
 
     Raises:
         OSError: the Hub cannot be reached or refuses.
-        ValueError: it serves other bytes than were uploaded, or the version is at another revision.
+        ValueError: it serves other bytes than were uploaded, the version is at another revision, or numbers of the
+            card are not all there or of other bytes.
     """
-    rows = read_rows()
+    rows = _reportable_rows(read_manifest())
     for upload in uploads:
         hub = publish(upload, namespace, version, rows)
         entry = {**upload.entry, "hub": hub}
@@ -157,10 +158,11 @@ def metrics(rows: list[Row]) -> dict[str, float]:
 
 
 def _print_uploads(uploads: list[Upload], namespace: str, version: str) -> None:
+    rows = _reportable_rows(read_manifest())
     for upload in uploads:
         repository = f"{namespace}/{upload.name}"
         print(f"{repository}, version {version}, would hold")
-        for path, content in hub_files(upload, repository, version, read_rows()).items():
+        for path, content in hub_files(upload, repository, version, rows).items():
             print(f"  {path:24s} {len(content):>12,} bytes  sha256 {hashlib.sha256(content).hexdigest()}")
 
 

@@ -145,16 +145,21 @@ def write_rows(file: Path, new: list[Row]) -> None:
     Rows of weights, or of a recipe's runs, go when one of other weights of that name comes: what they were of is no
     more, and nothing may mix the two. A kill while writing leaves the file as it was.
     """
-    bytes_of = {(row.recipe or row.weights): row.sha256 for row in new if row.source == "measured"}
+    bytes_of = {_made_of(row): row.sha256 for row in new if row.source == "measured"}
     old = [
         row
         for row in (read_file(file) if file.exists() else [])
-        if row.source != "measured" or bytes_of.get(row.recipe or row.weights, row.sha256) == row.sha256
+        if row.source != "measured" or bytes_of.get(_made_of(row), row.sha256) == row.sha256
     ]
     rows = {row.key: row for row in (*old, *new)}
     file.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(dataclasses.asdict(row) | {"digest": row.digest}) + "\n" for row in rows.values()]
     replace_bytes(file, "".join(lines).encode())
+
+
+def _made_of(row: Row) -> tuple[str, int | None]:
+    """What has one content at a time; a supervised training starts from the random weights of its own seed."""
+    return row.recipe or row.weights, row.seed if row.protocol == "supervised" else None
 
 
 def require_committed(what: str) -> None:

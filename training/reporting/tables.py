@@ -101,9 +101,8 @@ def weights_table(entries: Mapping[str, Mapping[str, Any]]) -> str:
     )
 
 
-def results_tables(rows: Sequence[Row], entries: Mapping[str, Mapping[str, Any]]) -> str:
+def results_tables(rows: Sequence[Row], bundled: Mapping[str, Mapping[str, Any]]) -> str:
     """A table for each dataset: our weights, random ones and the paper's, a column for each protocol."""
-    bundled = {name: entry for name, entry in entries.items() if entry["source"] == "bundled"}
     rows = [row for row in rows if not is_application(row)]
     own = [row for row in rows if row.source == "measured" and row.weights in bundled]
     probed = dict.fromkeys(row.data for row in own if row.protocol != "rotation")
@@ -114,9 +113,8 @@ def results_tables(rows: Sequence[Row], entries: Mapping[str, Mapping[str, Any]]
     return "\n\n".join([*tables, *_rotation_tables([row for row in own if row.data not in probed])])
 
 
-def headline_tables(rows: Sequence[Row], entries: Mapping[str, Mapping[str, Any]]) -> str:
+def headline_tables(rows: Sequence[Row], bundled: Mapping[str, Mapping[str, Any]]) -> str:
     """The first tables of the README: of each network the data and protocols that it is first of all measured by."""
-    bundled = {name: entry for name, entry in entries.items() if entry["source"] == "bundled"}
     tables = []
     for data in dict.fromkeys(map(main_data, bundled)):
         own = {name: entry for name, entry in bundled.items() if main_data(name) == data}

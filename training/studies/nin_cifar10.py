@@ -16,12 +16,10 @@ import argparse
 import dataclasses
 import json
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from rotation_ssl.evaluation.measure import plan
@@ -152,7 +150,7 @@ def run_variant(recipe: Recipe, images: Images, output: Path, file: Path, device
         accuracy["n"],
         images.name,
         "4 rotations of each image",
-        time.monotonic() - run["seconds"],
+        run["seconds"],
         protocol="rotation",
         layer="",
     )
@@ -197,7 +195,6 @@ def draw(found: dict[str, dict[str, Row]], file: Path) -> None:
     """The two probes of every variant beside the base's, as a figure stamped with its rows."""
     names = [name for name in VARIANTS if name in found][::-1]
     figure = Figure(figsize=(8.0, 1.2 + 0.3 * len(names)), layout="constrained")
-    FigureCanvasAgg(figure)
     for axes, protocol in zip(figure.subplots(1, 2, sharey=True), MEASURED[:2], strict=True):
         values = [100 * found[name][protocol].value for name in names]
         chance = [100 * found[name][protocol].value for name in CHANCE if name in found]

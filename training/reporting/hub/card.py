@@ -1,5 +1,6 @@
 """The model card of a Hub repository, in the form of timm's own cards."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Template
@@ -134,7 +135,7 @@ def _card_data(name: str, entry: Mapping[str, Any]) -> str:
         library_name="timm",
         pipeline_tag="image-feature-extraction",
         tags=["timm", "transformers", "onnx", "self-supervised", "rotation-prediction"],
-        datasets=[hub for dataset, hub in HUB_DATASETS.items() if entry["data"].startswith(dataset)] or None,
+        datasets=[hub for dataset, hub in HUB_DATASETS.items() if re.match(rf"{dataset}\b", entry["data"])] or None,
         model_name=name if results else None,
         eval_results=results or None,
     )
