@@ -107,10 +107,8 @@ def fit_threshold(found: Answers, precision: float) -> float:
 
 def most_confident(found: Answers) -> dict[int, torch.Tensor]:
     """Which pictures are among the most confident 10, 20, ... 90 %: a mask (N,) for each share in percent."""
-    order = found.confidence.argsort(descending=True, stable=True)
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(len(order))
-    return {share: rank < math.ceil(len(order) * share / 100) for share in COVERAGES}
+    rank = found.confidence.argsort(descending=True, stable=True).argsort()
+    return {share: rank < math.ceil(len(rank) * share / 100) for share in COVERAGES}
 
 
 def measure_orientation(subject: Subject, files: Sequence[Path], name: str, calibration: dict[str, float]) -> list[Row]:

@@ -66,17 +66,17 @@ def measure_outliers(
             "rotation": _surprise(subject, rotation, images),
             "knn": knn.predict_features(_features(subject, images, layer)),
         }
+        seconds = (time.monotonic() - started) / len(theirs)
         for score, values in theirs.items():
             where = layer if score == "knn" else ""
             of = f"against {len(normal.test):,} images of {normal.name}"
-            seconds = time.monotonic() - started
             for kind, value in (
                 ("", auroc(found[score], values)),
                 ("-fpr95", false_positive_rate(found[score], values)),
             ):
                 protocol = f"outliers-{score}{kind}"
                 yield measured_value(subject, value, name, of, seconds, protocol=protocol, layer=where)
-            started = time.monotonic()
+        started = time.monotonic()
     value = one_class(subject.backbone, layer, (train, normal.train), (test, normal.test))
     settings = f"mean over {len(normal.test.classes)} classes, {NEIGHBOURS} neighbours"
     seconds = time.monotonic() - started

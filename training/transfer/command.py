@@ -18,6 +18,7 @@ from rotation_ssl.cli.options import positive
 from rotation_ssl.machine import device_name
 from rotation_ssl.messages import counted
 from rotation_ssl.precision import AnyRecipe, add_precision_argument, resolved, warn_if_emulated
+from training.evaluation.options import add_model
 from training.evaluation.subject import Subject, load_subject, measured_value
 from training.reporting.report import check_rows, keep_rows
 from training.reporting.rows import Row
@@ -52,9 +53,7 @@ class Transfer:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that the three commands have in common."""
     add = parser.add_argument
-    add("model", metavar="MODEL", help="any timm model or model.tag, including rotnet_*")
-    add("--weights", type=Path, metavar="FILE", help="start from the weights of a safetensors file")
-    add("--random", action="store_true", help="start from random weights")
+    add_model(parser)
     add("--budget", choices=("paper", "cpu"), default="paper", help="budget of the recipe [%(default)s]")
     add("--data", type=Path, default=Path("data/VOCdevkit"), help="the VOCdevkit folder [%(default)s]")
     add("--year", help="year of VOCdevkit/VOC<year> [the recipe's]")
