@@ -9,7 +9,7 @@ from rotation_ssl.pretraining.recipe import Stage
 from training.datasets import load_images
 from training.reporting.rows import read_file
 from training.studies import nin_cifar10 as study
-from training.studies.nin_cifar10 import BASE, BUDGET, QUESTIONS, VARIANTS, pixels, run_variant, variant
+from training.studies.nin_cifar10 import BASE, BUDGET, LONG_BUDGET, QUESTIONS, VARIANTS, pixels, run_variant, variant
 
 SMALL = dataclasses.replace(
     BASE, model="rotnet_nin3", stages=(Stage(1, 16), Stage(1, 32)), images_per_step=8, holdout=10, precision="fp32"
@@ -19,7 +19,7 @@ SMALL = dataclasses.replace(
 def test_variants_have_the_budget_and_hold_images_out():
     assert len(VARIANTS) == sum(map(len, QUESTIONS.values())), "two variants of one name"
     for recipe in VARIANTS.values():
-        assert recipe.rotated_images in (BUDGET, 143_360) and recipe.holdout == 5_000
+        assert recipe.rotated_images in (BUDGET, 143_360, LONG_BUDGET) and recipe.holdout == 5_000
         assert dataclasses.replace(recipe, name="base") != BASE or recipe.name in ("base", "few-images")
     assert variant("base") == BASE
     # 280 steps of 256 crops of 24 pixels and 120 of 32

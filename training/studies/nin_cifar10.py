@@ -42,6 +42,7 @@ from training.reporting.tables import markdown_table
 
 ROWS = RESULTS_DIR / "study" / "runs.jsonl"
 BUDGET = 102_400  # rotated images a run
+LONG_BUDGET = 409_600
 HOLDOUT = 5_000
 PROBE_IMAGES = 10_000
 FEW_IMAGES = 9_000
@@ -122,6 +123,22 @@ QUESTIONS: dict[str, tuple[Recipe, ...]] = {
     f"Mirroring, on the first {FEW_IMAGES:,} images, each met three times": (
         variant("few-images"),
         variant("few-images-alternate", flip="alternate"),
+    ),
+    # as in the recipe's run, which learns its training images nearly by heart
+    f"On the first {FEW_IMAGES:,} images, each met eleven times": (
+        variant("few-images-long", budget=LONG_BUDGET),
+        variant("few-images-long-seed-1", budget=LONG_BUDGET, seed=1),
+        variant("few-images-long-padding-8", budget=LONG_BUDGET, padding=8),
+        variant("few-images-long-scale", budget=LONG_BUDGET, padding=0, scale=(0.3, 1.0)),
+        variant("few-images-long-smoothing-0.2", budget=LONG_BUDGET, label_smoothing=0.2),
+        variant("few-images-long-muon-lr-0.3", budget=LONG_BUDGET, optimizer=Muon(lr=0.3)),
+        variant("few-images-long-average", budget=LONG_BUDGET, average=0.99),
+        variant(
+            "few-images-long-sgd",
+            budget=LONG_BUDGET,
+            optimizer=Sgd(lr=0.1),
+            schedule=LinearSchedule(warmup=0.1),
+        ),
     ),
 }
 CHANCE = [recipe.name for recipe in next(iter(QUESTIONS.values()))]
