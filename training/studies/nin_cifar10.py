@@ -1,4 +1,4 @@
-"""The study that chose the recipe `nin-cifar10-cpu`: one setting is changed at a time, at one number of rotated images.
+"""The study that chose the recipe `nin-cifar10-cpu`: one setting is changed at a time, in short runs.
 
     python -m training study run --data DIR
     python -m training study run --data DIR --only base muon-lr-0.2
