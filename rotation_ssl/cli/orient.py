@@ -124,7 +124,7 @@ def find_targets(paths: Sequence[Path], output: Path | None) -> dict[Path, Path]
     """Each picture and the file that it is written to if it is fixed, in the order of the paths.
 
     Raises:
-        ValueError: no pictures, or two of them that would be written to one file.
+        ValueError: no pictures, two of them that would be written to one file, or an output that is one of them.
     """
     targets: dict[Path, Path] = {}
     written: dict[str, str] = {}
@@ -139,6 +139,8 @@ def find_targets(paths: Sequence[Path], output: Path | None) -> dict[Path, Path]
                 targets[picture], written[file] = target, source
             elif written[file] != source:
                 raise ValueError(f"two pictures would be written to {target}: give one folder at a time")
+    if output is not None and (replaced := set(written) & set(written.values())):
+        raise ValueError(f"{min(replaced)} would be replaced: give another -o DIR, or --in-place to replace pictures")
     return targets
 
 

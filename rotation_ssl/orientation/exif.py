@@ -116,25 +116,19 @@ def _segment(payload: bytes) -> bytes:
 
 
 def _png(content: bytes, orientation: int) -> bytes:
-    at = 8
+    at, image_data = 8, 0
     while (kind := content[at + 4 : at + 8]) and kind != b"IEND":
         (length,) = struct.unpack_from(">I", content, at)
         end = at + 12 + length
+        # it may come after the image
         if kind == b"eXIf":
             return content[:at] + _chunk(_tiff(content[at + 8 : end - 4], orientation)) + content[end:]
-        if kind == b"IDAT" and b"eXIf" not in _png_kinds(content, end):
-            return content[:at] + _chunk(_new_block(orientation)) + content[at:]
+        if kind == b"IDAT":
+            image_data = image_data or at
         at = end
-    raise struct.error("no image data")
-
-
-def _png_kinds(content: bytes, at: int) -> set[bytes]:
-    """The kinds of the chunks from a place on: EXIF may come after the image."""
-    kinds = set()
-    while kind := content[at + 4 : at + 8]:
-        kinds.add(kind)
-        at += 12 + struct.unpack_from(">I", content, at)[0]
-    return kinds
+    if not image_data:
+        raise struct.error("no image data")
+    return content[:image_data] + _chunk(_new_block(orientation)) + content[image_data:]
 
 
 def _chunk(block: bytes) -> bytes:

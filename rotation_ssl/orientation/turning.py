@@ -7,13 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps, JpegImagePlugin
+from PIL import ExifTags, Image, ImageOps, JpegImagePlugin
 
 from rotation_ssl.files import replace_file
 from rotation_ssl.images import OVERSIZE, read_image
 from rotation_ssl.messages import first_line
-from rotation_ssl.orientation.exif import read_orientation, turned, write_orientation
+from rotation_ssl.orientation.exif import ORIENTATION, read_orientation, turned, write_orientation
 
+# what describes a picture in a TIFF: the other tags, such as the places of its strips, are of its old bytes
+TIFF_TAGS = {
+    ExifTags.Base.DocumentName, ExifTags.Base.ImageDescription, ExifTags.Base.Make, ExifTags.Base.Model,
+    ExifTags.Base.Software, ExifTags.Base.DateTime, ExifTags.Base.Artist, ExifTags.Base.HostComputer,
+    ExifTags.Base.Copyright,
+}  # fmt: skip
 _CLOCKWISE = {1: Image.Transpose.ROTATE_270, 2: Image.Transpose.ROTATE_180, 3: Image.Transpose.ROTATE_90}
 
 
@@ -68,11 +74,11 @@ def turn_pixels(path: Path, quarters: int) -> bytes:
     """The file's bytes with its pixels as they are to be shown, turned clockwise by so many quarters, without the tag.
 
     JPEG files are encoded again, with their own quantisation; WebP files become lossless. Colour profile, resolution
-    and the other EXIF tags are kept.
+    and the other EXIF tags are kept, of TIFF files those that describe the picture.
 
     Raises:
-        ValueError: a file of several frames, of a format or colours that cannot be written as they were, or one that
-            does not decode; the error names the file.
+        ValueError: a file of several frames, of a format or colours that cannot be written as they were, a TIFF file
+            with an EXIF block, or one that does not decode; the error names the file.
     """
     try:
         with Image.open(path) as image:
@@ -89,10 +95,17 @@ def turn_pixels(path: Path, quarters: int) -> bytes:
             if form == "TIFF":
                 options |= {"compression": image.info.get("compression")}
             image.load()
-            shown = ImageOps.exif_transpose(image)
-            exif = shown.getexif()
+            shown, exif = ImageOps.exif_transpose(image), image.getexif()
+            exif.pop(ORIENTATION, None)
             result = shown.transpose(_CLOCKWISE[quarters % 4]) if quarters % 4 else shown
-            if len(exif) and form in ("JPEG", "PNG", "WEBP"):
+            if form == "TIFF":
+                if ExifTags.IFD.Exif in exif or ExifTags.IFD.GPSInfo in exif:
+                    # libtiff, which Pillow calls for compressed files, takes no tags that are lists of tags
+                    raise ValueError("its EXIF block would be lost: write its EXIF orientation instead")
+                for tag in set(exif) - TIFF_TAGS:
+                    del exif[tag]
+                options["exif"] = exif
+            elif len(exif) and form in ("JPEG", "PNG", "WEBP"):
                 options["exif"] = exif.tobytes()
             content = io.BytesIO()
             result.save(content, form, **options)

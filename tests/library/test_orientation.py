@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -16,7 +17,7 @@ import torch
 from conftest import SAMPLES
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import nn
 
 import rotation_ssl  # noqa: F401  registers the models with timm
@@ -25,7 +26,7 @@ from rotation_ssl.images import read_image
 from rotation_ssl.orientation import calibration, predict_orientation, rotation_probabilities
 from rotation_ssl.orientation.exif import read_orientation, turned, write_orientation
 from rotation_ssl.orientation.predict import picture_squares
-from rotation_ssl.orientation.turning import open_picture, turn_pixels
+from rotation_ssl.orientation.turning import open_picture, turn_pixels, turn_tag
 
 PHOTOS = sorted((SAMPLES / "photos").glob("*.jpg"))
 THUMB = 160  # pixels: what tests look at
@@ -354,6 +355,18 @@ def test_two_pictures_for_one_file_are_refused(album, tmp_path, capsys):
     assert not (tmp_path / "fixed").exists()
 
 
+@pytest.mark.parametrize(("paths", "output"), [(".", "."), ("pixels.jpg", "."), ("deep", "."), (".", "../link")])
+def test_an_output_folder_that_is_the_pictures_own_is_refused(album, capsys, monkeypatch, paths, output):
+    monkeypatch.chdir(album)
+    (album / "tag.jpg").write_bytes((album / "deep" / "tag.jpg").read_bytes())
+    (album.parent / "link").symlink_to(album)
+    before = contents(album)
+    asked = [paths, "tag.jpg"] if paths == "deep" else [paths]
+    assert orient(*asked, "--apply", "exif", "-o", output) == 2
+    assert re.search(r"would be replaced: give another -o DIR|two pictures would be", capsys.readouterr().err)
+    assert contents(album) == before
+
+
 def test_large_jpegs_are_decoded_at_a_part_of_their_size(tmp_path):
     file = tmp_path / "large.jpg"
     Image.new("RGB", (4000, 3000), "green").save(file)
@@ -365,6 +378,26 @@ def test_pixels_of_a_png_lose_nothing(tmp_path):
     Image.fromarray(values).save(file, dpi=(300, 300))
     with Image.open(io.BytesIO(turn_pixels(file, 1))) as image:
         assert np.array_equal(np.asarray(image), np.rot90(values, -1)) and round(image.info["dpi"][0]) == 300
+
+
+def test_pixels_of_a_tiff_keep_what_describes_it(tmp_path):
+    file, values = tmp_path / "scan.tif", np.arange(12 * 20, dtype=np.uint8).reshape(12, 20)
+    exif = tagged(6)
+    exif[ExifTags.Base.Artist] = "someone"
+    Image.fromarray(values).save(file, compression="tiff_lzw", dpi=(300, 300), exif=exif)
+    with Image.open(io.BytesIO(turn_pixels(file, 1))) as image:
+        kept = image.getexif()
+        assert image.size == (20, 12) and np.array_equal(np.asarray(image), np.rot90(values, 2))
+        assert ExifTags.Base.Orientation not in kept and kept[ExifTags.Base.Artist] == "someone"
+        assert image.info["compression"] == "tiff_lzw" and round(image.info["dpi"][0]) == 300
+    taken = {int(ExifTags.Base.DateTimeOriginal): "2020:02:02 20:20:20"}
+    exif.get_ifd(ExifTags.IFD.Exif).update(taken)
+    exif[ExifTags.IFD.Exif] = taken
+    Image.fromarray(values).save(file, exif=exif)
+    with pytest.raises(ValueError, match="its EXIF block would be lost: write its EXIF orientation instead"):
+        turn_pixels(file, 1)
+    with Image.open(io.BytesIO(turn_tag(file, 6, 1))) as image:
+        assert image.getexif().get_ifd(ExifTags.IFD.Exif) == taken
 
 
 def test_heic_pictures_are_listed_and_not_turned_twice(album, capsys, monkeypatch):
