@@ -60,9 +60,9 @@ def read_verified(file: Path, sha256: str, size: int) -> bytes:
     return content
 
 
-def release_cache() -> Path:
-    """The folder of weights converted from a release."""
-    return Path(torch.hub.get_dir()) / "rotation_ssl"
+def release_cache(cache_dir: str | Path | None = None) -> Path:
+    """The folder of weights converted from a release: the one given, or one in torch.hub's cache."""
+    return Path(cache_dir or Path(torch.hub.get_dir()) / "rotation_ssl")
 
 
 def read_hub(name: str, entry: dict[str, Any], cache_dir: str | Path | None = None) -> tuple[Path, bytes]:
@@ -91,9 +91,7 @@ def read_hub(name: str, entry: dict[str, Any], cache_dir: str | Path | None = No
         except OSError as error:
             if wrong is None:
                 raise
-            raise OSError(
-                f"the cached weights of {name} are corrupt ({wrong}), and downloading them failed: {error}"
-            ) from error
+            raise OSError(f"{_corrupt(name, wrong)}: {error}") from error
     # of no use to anyone: the next load would only find it corrupt again
     with contextlib.suppress(OSError):
         file.resolve().unlink()
@@ -190,18 +188,17 @@ def read_release(
         OSError: not cached, and not downloaded: offline, a failing or cut connection, no space, a read-only cache.
         ValueError: an archive of another hash than before, one that is not safe to read, or other weights in it.
     """
-    folder = Path(cache_dir) if cache_dir else release_cache()
+    folder = release_cache(cache_dir)
     file, record = folder / f"{name}.safetensors", folder / f"{name}.json"
-    corrupt = ""
+    wrong: Mismatch | None = None
     if not accept_new_hash:
         try:
             return file, _read_recorded(file, record, entry)
         except Mismatch as error:
-            if file.is_file():
-                corrupt = f"the cached weights of {name} are corrupt ({error}), and "
-    if constants.HF_HUB_OFFLINE:
-        raise FileNotFoundError(_missing(name, f"{entry['url']} (converted, {file})"))
+            wrong = error if file.is_file() else None
     try:
+        if constants.HF_HUB_OFFLINE:
+            raise FileNotFoundError(_missing(name, f"{entry['url']} (converted, {file})"))
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f"{name}.lock"):
             if not accept_new_hash:
@@ -209,12 +206,15 @@ def read_release(
                 with contextlib.suppress(Mismatch):
                     return file, _read_recorded(file, record, entry)
             return file, _fetch_release(name, entry, file, record, accept_new_hash)
-    except (ConnectionError, FileNotFoundError, TimeoutError):
-        raise
     except OSError as error:
-        raise OSError(
-            f"{corrupt}the cache {folder} cannot be written ({error}): make room, or set TORCH_HOME to another folder"
-        ) from error
+        told = str(error)
+        if not isinstance(error, (ConnectionError, FileNotFoundError, TimeoutError)):
+            told = f"the cache {folder} cannot be written ({error}): make room, or set TORCH_HOME to another folder"
+        if wrong:
+            raise OSError(f"{_corrupt(name, wrong)}: {told}") from error
+        if told == str(error):
+            raise
+        raise OSError(told) from error
 
 
 def read_record(name: str, cache_dir: str | Path | None = None) -> dict[str, Any] | None:
@@ -222,7 +222,7 @@ def read_record(name: str, cache_dir: str | Path | None = None) -> dict[str, Any
 
     'url', 'archive_sha256' and 'archive_size' of what was downloaded, 'sha256' and 'size' of the converted file.
     """
-    return _read_record((Path(cache_dir) if cache_dir else release_cache()) / f"{name}.json")
+    return _read_record(release_cache(cache_dir) / f"{name}.json")
 
 
 @contextlib.contextmanager
@@ -306,6 +306,10 @@ def _read_record(record: Path) -> dict[str, Any] | None:
     # json raises the last of deeply nested brackets
     except (OSError, ValueError, AttributeError, RecursionError):
         return None
+
+
+def _corrupt(name: str, wrong: Mismatch) -> str:
+    return f"the cached weights of {name} are corrupt ({wrong}), and downloading them failed"
 
 
 def _missing(name: str, where: str) -> str:

@@ -352,7 +352,17 @@ def test_a_read_only_cache_with_a_corrupt_release(entry, tmp_path):
     # nobody, not even root, can open a folder as the lock
     lock.unlink()
     lock.mkdir()
-    with pytest.raises(OSError, match=rf"corrupt \({weights} has 7 bytes.* and the cache {tmp_path} cannot be written"):
+    with pytest.raises(OSError, match=rf"corrupt \({weights} has 7 bytes.*: the cache {tmp_path} cannot be written"):
+        sources.read_release(NAME, entry, tmp_path)
+    assert weights.read_bytes() == b"corrupt"
+
+
+def test_a_corrupt_release_that_cannot_be_downloaded_is_called_corrupt(entry, tmp_path, monkeypatch):
+    sources.read_release(NAME, entry, tmp_path)
+    weights = tmp_path / f"{NAME}.safetensors"
+    weights.write_bytes(b"corrupt")
+    monkeypatch.setattr(sources.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(OSError, match=rf"{NAME} are corrupt \({weights} has 7 bytes.* failed: .* there is no network"):
         sources.read_release(NAME, entry, tmp_path)
     assert weights.read_bytes() == b"corrupt"
 
