@@ -19,6 +19,9 @@ from rotation_ssl.zoo import published, sources
 from rotation_ssl.zoo.checks import check_state_dict, classes_of, read_tensors, unwrap
 from rotation_ssl.zoo.published import location, manifest
 
+# of one's own weights: what the manifest says of the default tag is not said of them
+NOT_PUBLISHED = {"tag": None}
+
 
 def weights_file(name: str, cache_dir: str | Path | None = None, accept_new_hash: bool = False) -> Path:
     """The verified local file of ``model.tag``: in the wheel, in a cache, or downloaded now.
@@ -70,7 +73,7 @@ def cached_file(name: str, cache_dir: str | Path | None = None) -> Path | None:
         hub = entry["hub"]
         return sources.cached_hub_file(hub["repository"], hub["revision"], hub["file"], cache_dir)
     if entry["source"] == "release":
-        folder = Path(cache_dir) if cache_dir else sources.release_cache()
+        folder = sources.release_cache(cache_dir)
         file = folder / f"{name}.safetensors" if sources.read_record(name, cache_dir) else None
     else:
         file = published.WEIGHTS_DIR / entry["file"]
@@ -134,12 +137,12 @@ def _open_source(
     if cfg.state_dict is not None:
         source = "the state_dict given"
         state_dict = unwrap(cfg.state_dict, source)
-        return source, state_dict, classes_of(state_dict, cfg.classifier)
+        return source, state_dict, {**classes_of(state_dict, cfg.classifier), **NOT_PUBLISHED}
     name = f"{variant}.{cfg.tag}"
     where = location(manifest()[name]) if name in manifest() else {}
     if cfg.file and cfg.file != where.get("file"):
         state_dict = _read_file(Path(cfg.file))
-        return str(cfg.file), state_dict, classes_of(state_dict, cfg.classifier)
+        return str(cfg.file), state_dict, {**classes_of(state_dict, cfg.classifier), **NOT_PUBLISHED}
     if cfg.file or (cfg.url and cfg.url == where.get("url")):
         return name, read_tensors(read_weights(name, cache_dir), name), {}
     if cfg.hf_hub_id and cfg.hf_hub_id == where.get("hf_hub_id"):

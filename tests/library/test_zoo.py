@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from rotation_ssl import zoo
 from rotation_ssl.convert import Converted, write_folder
+from rotation_ssl.orientation import calibration
 from rotation_ssl.zoo.golden import golden_difference, golden_file
 
 BUNDLED = "rotnet_nin.cifar10"
@@ -178,6 +179,8 @@ def test_weights_without_fc_layers_give_a_network_without_them(tmp_path):
         model = timm.create_model("rotnet_alexnet", pretrained=True, pretrained_cfg_overlay=overlay)
         assert_state(model, state)
         assert model.head_hidden_size == 256
+        assert "tag" not in model.pretrained_cfg, "what the manifest says of photos is not said of them"
+        assert calibration(model) == (128, 1.0, None)
     model = alexnet_from(file, num_classes=20)
     assert model.get_classifier().weight.shape == (20, 256)
     assert_convolutions(model, state)
