@@ -119,8 +119,8 @@ def _check_tuples(content: bytes) -> None:
     stream, tuples = io.BytesIO(content), 0
     # what is not a pickle is refused by torch, in its own words
     with contextlib.suppress(Exception):
-        # outside of a zip archive: magic number, version, system, checkpoint; then come the bytes of the tensors
-        for _ in range(4):
+        # outside of a zip archive: magic number, version, system, checkpoint, names of its tensors; then their bytes
+        for _ in range(5):
             for operation, _, _ in pickletools.genops(stream):
                 tuples += operation.name.startswith("TUPLE")
                 if tuples > MAX_TUPLES:

@@ -344,11 +344,11 @@ def nested_key(depth):
     return b"\x80\x02})" + b"\x85" * depth + b"K\x01s."
 
 
-def legacy_of(pickled_checkpoint):
+def legacy_of(pickled_checkpoint, names=b"\x80\x02]."):
     """A checkpoint file with this pickle in the place of the dict with the network."""
     system = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
     before = b"".join(pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, system))
-    return before + pickled_checkpoint + pickle.dumps([], 2)
+    return before + pickled_checkpoint + names
 
 
 def zip_of(pickled_checkpoint, name="data.pkl"):
@@ -366,6 +366,12 @@ def test_keys_of_nested_tuples(write, made):
     assert_refused(write(made(nested_key(100_000))), "pickle has more than 50,000 tuples")
     ((key, value),) = read_checkpoint(write(made(nested_key(3)))).items()
     assert (key, value) == (((((),),),), 1)
+
+
+def test_every_pickle_of_a_legacy_checkpoint_is_counted(write):
+    # the fifth has the names of the tensors, which torch reads as it reads the others
+    content = legacy_of(b"\x80\x02}.", names=nested_key(100_000))
+    assert_refused(write(content), "pickle has more than 50,000 tuples")
 
 
 def test_lists_and_dicts_may_be_nested(write):
