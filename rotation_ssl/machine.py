@@ -54,14 +54,21 @@ def available_memory() -> int | None:
     lines = (_read(Path("/proc/meminfo")) or "").splitlines()
     found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
     # of control groups, version 2 and version 1
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    for limit, used, details in (
+        ("memory.max", "memory.current", "memory.stat"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
     ):
         most, now = _read(CONTROL_GROUP / limit), _read(CONTROL_GROUP / used)
         if most and now and most.strip() != "max":
-            found.append(max(0, int(most) - int(now)))
+            found.append(max(0, int(most) - int(now) + _cached_files(CONTROL_GROUP / details)))
     return min(found, default=None)
+
+
+def _cached_files(details: Path) -> int:
+    """Bytes of cached files, which a control group counts as used, and which go when memory is asked for."""
+    numbers = dict(line.split(maxsplit=1) for line in (_read(details) or "").splitlines())
+    # version 1 counts the groups within it in numbers of their own
+    return sum(int(numbers.get(f"total_{kind}", numbers.get(kind, 0))) for kind in ("active_file", "inactive_file"))
 
 
 def device_name(device: torch.device | str) -> str:

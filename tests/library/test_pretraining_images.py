@@ -198,6 +198,15 @@ def test_memory_is_what_a_container_may_have(tmp_path, monkeypatch):
     assert abs(memory.available_memory() - free) < 2**30
     (tmp_path / "memory.max").write_text("5000\n")
     assert memory.available_memory() == 4000
+    cached = "anon 100\nfile 700\nactive_file 200\ninactive_file 300\n"
+    (tmp_path / "memory.stat").write_text(cached)
+    assert memory.available_memory() == 4500, "cached files go when memory is asked for"
+    (tmp_path / "memory.max").unlink()
+    (tmp_path / "memory").mkdir()
+    (tmp_path / "memory" / "memory.limit_in_bytes").write_text("5000\n")
+    (tmp_path / "memory" / "memory.usage_in_bytes").write_text("1000\n")
+    (tmp_path / "memory" / "memory.stat").write_text(f"{cached}total_active_file 20\ntotal_inactive_file 30\n")
+    assert memory.available_memory() == 4050
 
 
 STREAMED = """
