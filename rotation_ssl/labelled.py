@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from rotation_ssl.images import IMAGE_SUFFIXES, read_images
+from rotation_ssl.images import IMAGE_SUFFIXES, is_image_name, read_images
 
 
 @dataclass(frozen=True)
@@ -84,17 +84,19 @@ def load_folder(folder: Path, size: int) -> LabelledImages:
 def labelled_files(folder: Path) -> tuple[list[Path], torch.Tensor, tuple[str, ...]]:
     """The files of ``folder/<class>/*``, sorted by name over all classes, their labels (N,) int64, and the classes.
 
+    Files and folders whose name begins with a dot are skipped.
+
     Raises:
         ValueError: the folder is missing or empty, or a class folder is empty.
     """
     if not folder.is_dir():
         raise ValueError(f"data folder {folder} does not exist; give one that holds a folder of images for each class")
-    class_folders = sorted(path for path in folder.iterdir() if path.is_dir())
+    class_folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not class_folders:
         raise ValueError(f"data folder {folder} holds no class folders; expected {folder}/<class>/*.png")
     files: list[tuple[Path, int]] = []
     for label, class_folder in enumerate(class_folders):
-        found = [(path, label) for path in class_folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
+        found = [(path, label) for path in class_folder.iterdir() if is_image_name(path.name)]
         if not found:
             raise ValueError(
                 f"class folder {class_folder} holds no images ({', '.join(IMAGE_SUFFIXES)}); fill or remove it"
@@ -118,7 +120,9 @@ def load_folder_split(root: Path, split: str, size: int) -> LabelledImages:
     """
     instead = split == "test" and not (root / "test").is_dir() and (root / "val").is_dir()
     data = load_folder(root / ("val" if instead else split), size)
-    if split == "test":
-        return data
-    # file names often go with the class: the last images, which choose settings, must be of all classes
+    return data if split == "test" else shuffled(data)
+
+
+def shuffled(data: LabelledImages) -> LabelledImages:
+    """The images in another order, always the same one: the last ones, which choose settings, are of all classes."""
     return data.subset(torch.randperm(len(data), generator=torch.Generator().manual_seed(0)))

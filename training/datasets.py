@@ -14,6 +14,7 @@ from rotation_ssl.labelled import (
     labelled_files,
     load_folder,
     load_folder_split,
+    shuffled,
 )
 from rotation_ssl.pretraining.images import UnlabelledImages, open_files, open_images
 from training.photos import listed_files, photo_files
@@ -87,8 +88,7 @@ def tinyimagenet_files(data_dir: Path, split: str) -> Listed:
     Args:
         data_dir: the folder ``tiny-imagenet-200`` as it is distributed: ``train/<wnid>/images/*.JPEG``,
             ``val/images/*.JPEG`` and ``val/val_annotations.txt``.
-        split: 'train' (100,000 images), in an order that is shuffled, always in the same way: the last ones, which are
-            held out to tune on, must be of all classes; or 'test', the 10,000 of ``val``, whose labels are published.
+        split: 'train' (100,000 images), class by class, or 'test', the 10,000 of ``val``, whose labels are published.
 
     Returns:
         Files, labels (positions in the classes) and classes, the WordNet ids in alphabetical order.
@@ -109,8 +109,7 @@ def tinyimagenet_files(data_dir: Path, split: str) -> Listed:
                 raise ValueError(f"class {name} of {data_dir} has no images in train/{name}/images: fetch it again")
             files += own
             labels += [label] * len(own)
-        order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0)).tolist()
-        return [files[i] for i in order], [labels[i] for i in order], classes
+        return files, labels, classes
     annotations = val / "val_annotations.txt"
     if not annotations.is_file():
         raise ValueError(f"no labels of Tiny-ImageNet's validation images: {annotations} does not exist")
@@ -257,7 +256,7 @@ def load_split(dataset: str, data_dir: Path, split: str, size: int, download: bo
     Args:
         dataset: one of :data:`DATASETS`, or 'folder' for ``data_dir/train/<class>/*`` and ``test`` or ``val``.
         data_dir: where it is.
-        split: 'train' or 'test'; a folder's training images are shuffled, always in the same way.
+        split: 'train' or 'test'; training images, but CIFAR-10's, are shuffled, always in the same way.
         size: side of the images, of a dataset without a size of its own.
         download: let torchvision fetch CIFAR-10.
 
@@ -269,7 +268,8 @@ def load_split(dataset: str, data_dir: Path, split: str, size: int, download: bo
     if dataset == FOLDER:
         return load_folder_split(data_dir, split, size)
     files, labels, classes = list_files(dataset, data_dir, split)
-    return LabelledImages(read_images(files, DATASETS[dataset].size or size), torch.tensor(labels), classes)
+    data = LabelledImages(read_images(files, DATASETS[dataset].size or size), torch.tensor(labels), classes)
+    return data if split == "test" else shuffled(data)
 
 
 def list_files(dataset: str, data_dir: Path, split: str) -> Listed:
