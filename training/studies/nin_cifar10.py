@@ -37,7 +37,7 @@ from training.protocols import PROTOCOLS
 from training.reporting.figures import rows_stamp, save_figure, stamp_of
 from training.reporting.pages import replace_parts
 from training.reporting.report import keep_row
-from training.reporting.rows import RESULTS_DIR, Row, read_file
+from training.reporting.rows import RESULTS_DIR, Row, check_device, read_file
 from training.reporting.tables import markdown_table
 
 ROWS = RESULTS_DIR / "study" / "runs.jsonl"
@@ -248,6 +248,7 @@ def render(check: bool = False) -> list[Path]:
 
 
 def _run(args: argparse.Namespace) -> None:
+    check_device(args.device)
     images = load_images("cifar10", args.data, 32, holdout=HOLDOUT)
     warn_if_emulated(args.precision, args.device)
     done = results(args.rows)

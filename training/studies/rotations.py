@@ -27,7 +27,7 @@ from training.evaluation.subject import load_subject
 from training.pretrain import finished_run
 from training.recipes import RECIPES
 from training.reporting.report import keep_row
-from training.reporting.rows import RESULTS_DIR, read_file, require_committed
+from training.reporting.rows import RESULTS_DIR, check_device, read_file, require_committed
 
 ROWS = RESULTS_DIR / "ablation" / "runs.jsonl"
 LAYER = "block2"
@@ -68,10 +68,12 @@ def run_ablation(
 
 
 def _work(args: argparse.Namespace) -> None:
-    if args.rows == ROWS:
+    check_device(args.device)
+    is_published = args.rows.resolve() == ROWS.resolve()
+    if is_published:
         require_committed("the card")
     images = load_images("cifar10", args.data, 32)
-    if args.rows == ROWS:
+    if is_published:
         check_whole("cifar10", len(images.train), len(images.test))
     warn_if_emulated(args.precision, args.device)
     todo = [ABLATIONS[name] for name in args.only if not measured(args.rows, name)]
