@@ -78,7 +78,7 @@ def test_the_command_end_to_end(mode, devkit, proposals, tmp_path):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_bfloat16_keeps_boxes_and_scores(mode, devkit, proposals, tmp_path):
-    """Whole bfloat16 would move boxes by pixels and make most scores equal."""
+    """Whole bfloat16 would move boxes by pixels and make many scores equal: 0.25 to 0.5 has 128 numbers in it."""
     arguments = ["rotnet_alexnet", "--random", "--data", devkit, "--output", tmp_path, "--steps", 1, "--side", 128]
     regions = ["--proposals", proposals] if mode == "Fast R-CNN" else []
     assert run(*arguments, *regions, "--fc-size", 16, "--images-per-step", 1, "--precision", "bf16") == 0
@@ -92,7 +92,8 @@ def test_bfloat16_keeps_boxes_and_scores(mode, devkit, proposals, tmp_path):
     (exact, rounded) = (detect.detect(recipe, detector, images, file) for recipe in recipes)
     for one, other in zip(exact, rounded, strict=True):
         assert other["boxes"].dtype == other["scores"].dtype == torch.float32
-        assert len(other["scores"].unique()) > 0.9 * len(other["scores"]) > 0
+        finer = {name: values.bfloat16() != values for name, values in other.items() if name != "labels"}
+        assert finer["scores"].float().mean() > 0.9 and finer["boxes"].any(1).float().mean() > 0.5
         assert abs(float(one["scores"].max() - other["scores"].max())) < 0.03
 
 
