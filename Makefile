@@ -64,7 +64,7 @@ page: $(VENV)/.installed-onnx
 	@$(BIN)/python -m http.server $(PORT) --bind 127.0.0.1 --directory build/page
 
 clean:
-	rm -rf $(VENV) build dist runs demo.png
+	rm -rf $(VENV) build dist demo.png
 
 $(BIN)/python:
 	@echo "==> making $(VENV) with $$($(PYTHON) --version)"

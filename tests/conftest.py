@@ -143,7 +143,7 @@ def nin_state():
 def hub(monkeypatch, tmp_path):
     """The loopback Hub, empty, and empty caches of the Hub's client and of torch.hub."""
     HUB.repositories, HUB.large, HUB.requests, HUB.uploads = {}, {}, [], []
-    HUB.answers, HUB.corrupt, HUB.cut = [], set(), set()
+    HUB.answers, HUB.corrupt, HUB.cut, HUB.short, HUB.reason = [], set(), set(), set(), None
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "torch-hub"))
     return HUB

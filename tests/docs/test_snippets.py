@@ -9,10 +9,12 @@ from safetensors.torch import save_file
 
 from rotation_ssl import cli
 
+SNIPPETS = ("loading", "features", "orientation", "outliers", "scale")
+
 
 @pytest.mark.parametrize(
     "page",
-    ["README.md", "MODEL_CARD.md", "docs/loading.md", "docs/features.md", "docs/orientation.md", "docs/scale.md"],
+    ["README.md", "MODEL_CARD.md", *(f"docs/{page}.md" for page in SNIPPETS)],
 )
 def test_every_snippet_runs(page, monkeypatch, tmp_path):
     snippets = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
@@ -26,6 +28,7 @@ def test_every_snippet_runs(page, monkeypatch, tmp_path):
         "mine.safetensors": tmp_path / "mine.safetensors",
         "features.safetensors": tmp_path / "f.safetensors",
         "MY_IMAGES": ROOT / "rotation_ssl" / "samples" / "photos",
+        "NORMAL_IMAGES": ROOT / "rotation_ssl" / "samples" / "photos",
         "MY_FEATURES": tmp_path / "parts",
         "photo.jpg": ROOT / "rotation_ssl" / "samples" / "photos" / "china.jpg",
     }
