@@ -48,6 +48,9 @@ def test_folding_leaves_outputs_as_they_are(name):
     with torch.no_grad():
         expected, found = model(batch), folded(batch)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    assert all(parameter.requires_grad for parameter in folded.parameters()), "new biases are trained as the others are"
+    frozen = fold_batch_norms(copy.deepcopy(model).requires_grad_(False))
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
     # nothing happened to the model itself
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
     assert not folded.training

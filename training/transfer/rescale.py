@@ -9,6 +9,7 @@ change what they compute.
 
 import copy
 from collections.abc import Collection, Iterator
+from typing import Any
 
 import torch
 from timm.layers import BatchNormAct2d, ConvNormAct
@@ -34,7 +35,7 @@ def fold_batch_norms(model: nn.Module) -> nn.Module:
     folded = copy.deepcopy(model).eval()
     for module in list(folded.modules()):
         if isinstance(module, ConvNormAct) and isinstance(module.bn, BatchNormAct2d):
-            module.conv = fuse_conv_bn_eval(module.conv, module.bn)
+            module.conv = _fused(module.conv, module.bn)
             module.bn = nn.Sequential(module.bn.drop, module.bn.act)
         elif isinstance(module, nn.Sequential):
             for index in range(len(module) - 1):
@@ -224,10 +225,17 @@ def _layers(model: nn.Module) -> Iterator[Layer]:
 def _folded(layer: nn.Module, norm: nn.Module) -> tuple[nn.Module, nn.Module]:
     if isinstance(layer, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
         rest = nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()
-        return fuse_conv_bn_eval(layer, norm), rest
+        return _fused(layer, norm), rest
     if isinstance(layer, nn.Linear) and isinstance(norm, nn.BatchNorm1d):
-        return fuse_linear_bn_eval(layer, norm), nn.Identity()
+        return _fused(layer, norm), nn.Identity()
     return layer, norm
+
+
+def _fused(layer: Layer, norm: Any) -> Layer:
+    """One layer of the two; torch leaves a bias that the layer did not have out of the training."""
+    fused: Any = fuse_conv_bn_eval(layer, norm) if isinstance(layer, nn.Conv2d) else fuse_linear_bn_eval(layer, norm)
+    fused.bias.requires_grad_(fused.weight.requires_grad)
+    return fused
 
 
 def _by_channel(output: torch.Tensor) -> torch.Tensor:
