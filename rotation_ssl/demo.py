@@ -20,6 +20,7 @@ from torch import nn
 from torchvision.transforms.v2 import functional as TF
 
 import rotation_ssl  # noqa: F401  registers the models with timm
+from rotation_ssl.cli.options import check_output
 from rotation_ssl.features import attention_map, extract_features
 from rotation_ssl.images import read_image
 from rotation_ssl.zoo.golden import SAMPLES_DIR
@@ -126,8 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     files = args.images or sorted(p for p in SAMPLES_DIR.rglob("*") if p.suffix in (".png", ".jpg"))
     try:
-        if args.output.exists() and any(file.exists() and args.output.samefile(file) for file in files):
-            raise ValueError(f"{args.output} is one of the images; give another --output")
+        check_output(args.output, files, force=True)
         show(files, None if args.images else [i % 4 for i in range(len(files))], args.output)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
