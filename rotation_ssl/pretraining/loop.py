@@ -216,11 +216,12 @@ def finish(run: Run) -> None:
     if not run.accelerator.is_main_process:
         return
     described = describe_run(recipe, progress, run.accelerator)
-    if isinstance(images, UnlabelledImages):
-        described["broken_images"] = [images.label(index) for index in progress.broken]
+    broken = set(progress.broken)
     if recipe.holdout:
-        correct, total = holdout_accuracy(recipe, network, images, run.accelerator.device)
+        correct, total = holdout_accuracy(recipe, network, images, run.accelerator.device, run.workers, broken)
         described["holdout_rotation_accuracy"] = {"correct": correct, "n": total}
+    if isinstance(images, UnlabelledImages):
+        described["broken_images"] = [images.label(index) for index in sorted(broken)]
     write_run(run.output, recipe, described, network)
     remove_checkpoints(run.output)
 
@@ -264,12 +265,20 @@ def update_statistics(recipe: Recipe, network: nn.Module, batches: Iterator[torc
 
 
 def holdout_accuracy(
-    recipe: Recipe, model: nn.Module, images: torch.Tensor | UnlabelledImages, device: torch.device | str = "cpu"
+    recipe: Recipe,
+    model: nn.Module,
+    images: torch.Tensor | UnlabelledImages,
+    device: torch.device | str = "cpu",
+    workers: int = 0,
+    broken: set[int] | None = None,
 ) -> tuple[int, int]:
-    """Correct and all predictions on the held-out images, the last ones, uncropped, at the size the network takes."""
+    """Correct and all predictions on the held-out images, the last ones, uncropped, at the size the network takes.
+
+    The indices of those that do not decode, in whose place others are taken, are added to ``broken``.
+    """
     cfg = resolve_model_data_config(model)
     indices = torch.arange(len(images) - recipe.holdout, len(images)).split(EVALUATION_BATCH)
-    squares = (pixels.to(device) for pixels, _ in stream(images, indices))
+    squares = _squares(stream(images, indices, workers), device, set() if broken is None else broken)
     size = trained_size(recipe, model)
     if size != recipe.image_size:
         squares = (take_boxes(pixels, whole_boxes(len(pixels)), size) for pixels in squares)
@@ -277,6 +286,14 @@ def holdout_accuracy(
     if recipe.rotation_unit == 45:
         return count_correct_eighths(model, batches)
     return count_correct_rotations(model, batches, recipe.rotations)
+
+
+def _squares(
+    batches: Iterator[tuple[torch.Tensor, set[int]]], device: torch.device | str, broken: set[int]
+) -> Iterator[torch.Tensor]:
+    for pixels, found in batches:
+        broken |= found
+        yield pixels.to(device)
 
 
 def _progress_bar(run: Run) -> Any:

@@ -72,12 +72,13 @@ class Metrics:
 
     def __init__(self, output: Path, progress: Progress, accelerator: Accelerator) -> None:
         self.file = output / "metrics.jsonl" if accelerator.is_main_process else Path(os.devnull)
-        self.lines = self._kept(progress.step) or [dict(point) for point in progress.curve]
+        lines = self._kept(progress.step) or [dict(point) for point in progress.curve]
+        if accelerator.is_main_process:
+            # at once: what the monitor saw stands nowhere else
+            replace_bytes(self.file, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
     def __enter__(self) -> "Metrics":
-        self.stream = self.file.open("w")
-        for line in self.lines:
-            self.write(line)
+        self.stream = self.file.open("a")
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -104,13 +104,17 @@ class Checkpoints:
     def save(self, losses: list[torch.Tensor]) -> Path | None:
         """Save if it is due; the checkpoint if the run shall stop, None if it goes on.
 
+        After the last step it is due where something slow follows, which may be interrupted; the run does not stop.
+
         Raises:
             ValueError: losses or weights that are not finite.
             OSError: it cannot be written; the last one is kept.
         """
         run, progress = self.run, self.run.progress
         stopping, due = self._agreed(time.monotonic() - self.saved > self.seconds)
-        if not (due or stopping) or progress.step == run.recipe.steps:
+        if progress.step == run.recipe.steps:
+            due, stopping = bool(run.recipe.holdout or run.average), False
+        if not (due or stopping):
             return None
         progress.losses = _mean_over_processes(run, losses)
         progress.seconds = run.seconds()

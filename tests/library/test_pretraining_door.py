@@ -1,5 +1,6 @@
 """Pretraining as people meet it: `rotation_ssl.pretrain`, `rotation-ssl pretrain`, and what one watches meanwhile."""
 
+import dataclasses
 import json
 import math
 import signal
@@ -17,9 +18,12 @@ from tiny_runs import SHORT, TINY, interrupt, same, sample_images, weights
 import rotation_ssl
 from rotation_ssl import cli
 from rotation_ssl.features import rankme
+from rotation_ssl.images import read_images
 from rotation_ssl.pretraining import monitor
+from rotation_ssl.pretraining.command import run
 from rotation_ssl.pretraining.loop import pretrain
 from rotation_ssl.pretraining.monitor import Monitor
+from rotation_ssl.pretraining.recipe import AdamW, Stage
 
 # in fp32: oneDNN's gradients of 3 x 3 filters on maps of one pixel are not reliable in bf16
 SMALL = ["--model", "test_resnet", "--size", "16", "--steps", "6", "--images-per-step", "4", "--precision", "fp32"]
@@ -155,6 +159,15 @@ def test_the_monitor_reads_what_it_looks_at(by_class, tmp_path, monkeypatch):
     options = dict(steps=2, images_per_step=4, precision="fp32", device="cpu", tracker=None, monitor_every=2)
     rotation_ssl.pretrain(sample_images(), tmp_path, "test_resnet", monitor=str(by_class), **options)
     assert len(read) == 6 and {file.parent.name for file in read} == {"class0", "class1"}
+    assert [line["step"] for line in lines(tmp_path) if "rankme" in line] == [2]
+
+
+def test_the_monitor_of_a_network_that_takes_one_size(by_class, tmp_path):
+    # the crops of 16 pixels are what it takes, not the images' 32
+    recipe = dataclasses.replace(SHORT, model="test_vit", stages=(Stage(2, 16),), padding=0, optimizer=AdamW())
+    pixels = read_images(sorted((SAMPLES / "cifar10").glob("*.png")), 32)
+    recipe = dataclasses.replace(recipe, image_size=32)
+    run(recipe, lambda _: pixels, tmp_path, device="cpu", tracker=None, monitor=by_class, monitor_every=2)
     assert [line["step"] for line in lines(tmp_path) if "rankme" in line] == [2]
 
 

@@ -16,12 +16,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_runs import SHORT, TINY, interrupt, run_killed, same, sample_images, weights
 
-from rotation_ssl.pretraining import outputs
+from rotation_ssl.pretraining import loop, outputs
 from rotation_ssl.pretraining.images import open_images
 from rotation_ssl.pretraining.loop import pretrain
 from rotation_ssl.pretraining.recipe import AdamW, Sgd, Stage
 from rotation_ssl.pretraining.setup import create_accelerator
-from rotation_ssl.pretraining.state import HASHES, find_checkpoint, read_progress, write_hashes
+from rotation_ssl.pretraining.state import HASHES, Progress, find_checkpoint, read_progress, write_hashes
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +54,32 @@ def test_a_stop_request_saves_and_resumes_exactly(images, tmp_path, monkeypatch,
     whole, parts = (json.loads((tmp_path / name / "run.json").read_text())["curve"] for name in ("whole", "parts"))
     assert [(p["step"], p["loss"]) for p in whole] == [(p["step"], p["loss"]) for p in parts]
     assert not (tmp_path / "parts" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("change", [{"holdout": 8}, {"average": 0.9}])
+def test_a_run_that_is_interrupted_after_its_last_step_is_not_lost(images, tmp_path, monkeypatch, change):
+    recipe = dataclasses.replace(SHORT, **change)
+    pretrain(recipe, images, tmp_path / "whole")
+    for slow in ("holdout_accuracy", "update_statistics"):
+        monkeypatch.setattr(loop, slow, lambda *_: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(recipe, images, tmp_path / "parts")
+    monkeypatch.undo()
+    assert find_checkpoint(tmp_path / "parts").name == "step-000006"
+    pretrain(recipe, images, tmp_path / "parts", resume=True)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    assert not (tmp_path / "parts" / "checkpoints").exists()
+
+
+def test_what_the_monitor_saw_outlives_a_kill_during_a_resume(images, tmp_path, monkeypatch):
+    interrupt(monkeypatch, 3, lambda: signal.raise_signal(signal.SIGTERM))
+    pretrain(SHORT, images, tmp_path, monitor=lambda network: {"seen": 1}, monitor_every=1)
+    monkeypatch.undo()
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    assert before.count(b"seen") == 3
+    # whatever comes after them, the lines are there as soon as the run is taken up again
+    outputs.Metrics(tmp_path, Progress({}, "", step=3), create_accelerator(SHORT, cpu=True))
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
 KILLS = """
