@@ -1,5 +1,6 @@
 """Image files -> batches that a backbone takes."""
 
+import errno
 import io
 import posixpath
 from collections import Counter
@@ -16,6 +17,8 @@ from tqdm import tqdm
 HEIF_SUFFIXES = (".heic", ".heif")
 #: What an image file is told by, in any case.
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
+#: What a disk or a network says that fails: it is not the file that is broken.
+FAILURES = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET, errno.EHOSTUNREACH, errno.EMFILE, errno.ENFILE}
 #: A large JPEG of which a square is looked at is decoded at so many times the square's side, or more.
 OVERSIZE = 2
 _LONGEST = 8  # times its shorter side: what is resized of an image
@@ -36,6 +39,7 @@ def read_image(file: Path | IO[bytes] | Image.Image, least: int = 0) -> Image.Im
     Raises:
         ValueError: it does not exist, does not decode, or holds 32-bit integers or floats, whose range is not known;
             the error names the file.
+        OSError: one of :data:`FAILURES`: the disk or the network failed, and the image may be good.
     """
     try:
         if isinstance(file, Path) and not file.is_file() and file.exists():
@@ -58,6 +62,8 @@ def read_image(file: Path | IO[bytes] | Image.Image, least: int = 0) -> Image.Im
     except FileNotFoundError as error:
         raise ValueError(f"image {file} does not exist") from error
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in FAILURES:
+            raise OSError(error.errno, f"image {file} cannot be read, try again: {error.strerror}") from error
         # what Pillow's many readers raise on damaged files is not one family
         raise ValueError(f"image {file} does not decode ({error}); replace or remove it") from error
     kind = "floats" if upright.mode == "F" else "32-bit or signed integers"

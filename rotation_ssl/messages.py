@@ -1,11 +1,26 @@
 """Text from outside, in messages of one line: errors of libraries, names in files, answers of servers."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 
 def first_line(error: BaseException) -> str:
     """An error in one line: the first of its text, or its kind where it has none."""
     return printable((str(error).splitlines() or [""])[0] or type(error).__name__)
+
+
+@contextlib.contextmanager
+def tell_killed_workers() -> Iterator[None]:
+    """Make an OSError of one line of what PyTorch says when a process that decodes was killed."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker (pid" not in str(error):
+            raise
+        raise OSError(
+            f"a decoding process was killed ({first_line(error)}); fewer --workers need less memory; go on with "
+            "--resume"
+        ) from error
 
 
 def printable(text: object, most: int = 300) -> str:

@@ -5,7 +5,6 @@ ends, the batch has zeros, whose features are dropped. So the features of an ima
 batch, nor on who computes it.
 """
 
-import errno
 import hashlib
 import itertools
 import warnings
@@ -23,14 +22,12 @@ from rotation_ssl.embedding.files import read_bytes
 from rotation_ssl.embedding.parts import Manifest, Rows, part_name, write_part
 from rotation_ssl.embedding.sources import Item, Shard, read_items
 from rotation_ssl.features import batch_extractor
-from rotation_ssl.images import NamedBytes, normalize, read_image, square
+from rotation_ssl.images import FAILURES, NamedBytes, normalize, read_image, square
 from rotation_ssl.machine import release_free_memory
-from rotation_ssl.messages import first_line
+from rotation_ssl.messages import first_line, tell_killed_workers
 from rotation_ssl.precision import autocast_type
 
 AHEAD = 2  # batches that each process may be ahead
-# what a disk or a network says that fails: it is not the file that is broken
-_FAILURES = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET, errno.EHOSTUNREACH, errno.EMFILE, errno.ENFILE}
 UNOPENED = 100  # files of a shard, all of which cannot be opened, mean that it is not the files
 
 
@@ -102,7 +99,7 @@ def embed_shards(
         OSError: a part cannot be written, a tar or parquet file cannot be opened, or a process was killed.
     """
     rows = Rows(manifest)
-    try:
+    with tell_killed_workers():
         for decoded in _from_thread(_decode(_blocks(shards, manifest.batch_size), manifest, workers)):
             _add(rows, decoded, manifest, extract)
             progressed(len(decoded.paths) + len(decoded.errors))
@@ -112,13 +109,6 @@ def embed_shards(
                 release_free_memory()
                 yield Done(decoded.block.shard, len(rows.paths), len(rows.errors))
                 rows.clear()
-    except RuntimeError as error:
-        if "DataLoader worker (pid" not in str(error):
-            raise
-        raise OSError(
-            f"a decoding process was killed ({first_line(error)}); fewer --workers need less memory; go on with "
-            "--resume"
-        ) from error
 
 
 def decode(name: str, content: str | bytes | ValueError, manifest: Manifest) -> tuple[np.ndarray, bytes]:
@@ -155,7 +145,7 @@ class _Blocks(Dataset[Decoded]):
                 pixels[row], original = decode(name, content, self.manifest)
             except (ValueError, OSError) as error:
                 unopened += isinstance(error, OSError)
-                if isinstance(error, OSError) and error.errno in _FAILURES:
+                if isinstance(error, OSError) and error.errno in FAILURES:
                     failure = f"{name} cannot be read ({first_line(error)})"
                 decoded.errors.append((name, first_line(error)))
                 continue

@@ -21,9 +21,9 @@ from timm.data import create_dataset
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm import tqdm
 
-from rotation_ssl.images import find_images, read_image, square
+from rotation_ssl.images import FAILURES, find_images, read_image, square
 from rotation_ssl.machine import available_memory
-from rotation_ssl.messages import first_line
+from rotation_ssl.messages import first_line, tell_killed_workers
 from rotation_ssl.pretraining.shards import ShardIndex, index_shards, is_shards, member_name, read_member
 
 BROKEN_IN_A_ROW = 100  # so many mean that it is not the images that are broken
@@ -227,7 +227,8 @@ def stream(
         pin: into page-locked memory, for a GPU.
 
     Raises:
-        ValueError: too many images in a row do not decode.
+        ValueError: too many images in a row do not decode, or the disk or the network failed.
+        OSError: a process was killed.
     """
     held = images if isinstance(images, torch.Tensor) else images.squares
     if held is not None:
@@ -244,10 +245,11 @@ def stream(
         # its seed for the workers would be drawn from torch's own generator: dropout would differ after a resume
         generator=torch.Generator(),
     )
-    for batch in loader:
-        if isinstance(batch, ValueError):
-            raise batch
-        yield batch
+    with tell_killed_workers():
+        for batch in loader:
+            if isinstance(batch, ValueError):
+                raise batch
+            yield batch
 
 
 def _file_name(files: np.ndarray, index: int) -> str:
@@ -300,6 +302,8 @@ def _read_entry(dataset: Any, index: int) -> Image.Image:
         with _open_entry(dataset.reader, index) as file:
             return read_image(file)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in FAILURES:
+            raise
         # whatever the libraries raise that decode by themselves
         raise ValueError(f"image {index} does not decode ({error})") from error
 
