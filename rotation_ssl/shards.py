@@ -89,6 +89,9 @@ def tar_members(
             stream = stack.enter_context(file.open("rb")) if isinstance(file, Path) else file
             archive = stack.enter_context(tarfile.open(fileobj=stream, mode="r|*", tarinfo=Member))
             for member in archive:
+                if member.size > _MAX_MEMBER_BYTES:
+                    # of an extended header, which frombuf does not see
+                    raise _endless(member)
                 if is_image_member(member):
                     if member.size <= max_bytes:
                         yield member.name, _read(archive, member)
@@ -128,9 +131,13 @@ class Member(tarfile.TarInfo):
         if member.type in _LONG_HEADERS and member.size > _MAX_HEADER_BYTES:
             raise tarfile.ReadError(f"a header of {member.size:,} bytes")
         if member.size > _MAX_MEMBER_BYTES:
-            # tarfile would seek there, block by block, also behind the end of a stream
-            raise tarfile.ReadError(f"a member of {member.size:,} bytes")
+            raise _endless(member)
         return member
+
+
+def _endless(member: tarfile.TarInfo) -> tarfile.ReadError:
+    """tarfile would seek behind the member, block by block, also behind the end of a stream."""
+    return tarfile.ReadError(f"a member of {member.size:,} bytes")
 
 
 def is_image_member(member: tarfile.TarInfo) -> bool:

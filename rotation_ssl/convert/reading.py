@@ -160,7 +160,7 @@ def _read_archive(file: IO[bytes], epoch: int | None, max_bytes: int) -> bytes:
             for count, member in enumerate(archive, 1):
                 if count > MAX_MEMBERS:
                     raise _Refused(f"is an archive of more than {MAX_MEMBERS} members")
-                _check_member(member)
+                _check_member(member, max_bytes)
                 if not member.isfile() or PurePosixPath(member.name).name.startswith("."):
                     continue
                 names.append(member.name)
@@ -183,13 +183,16 @@ def _read_archive(file: IO[bytes], epoch: int | None, max_bytes: int) -> bytes:
     return next(iter(found.values()))
 
 
-def _check_member(member: tarfile.TarInfo) -> None:
+def _check_member(member: tarfile.TarInfo, max_bytes: int) -> None:
     path = PurePosixPath(member.name)
     if path.is_absolute() or ".." in path.parts or "\\" in member.name:
         raise _Refused(f"is an archive whose member {some([member.name])} lies outside of it")
     # the holes of a sparse file take no room in the archive: nothing would bound them
     if not (member.isfile() or member.isdir()) or member.issparse():
         raise _Refused(f"is an archive whose member {some([member.name])} is neither a plain file nor a folder")
+    # of a member that is skipped no bytes are read, which are counted, but tarfile seeks its end block by block
+    if member.size > max_bytes:
+        raise _unpacks_to_more(max_bytes)
 
 
 class _Bounded(io.RawIOBase):
@@ -205,5 +208,9 @@ class _Bounded(io.RawIOBase):
         block = self._stream.read(min(size, self._left + 1) if size >= 0 else self._left + 1)
         self._left -= len(block)
         if self._left < 0:
-            raise _Refused(f"is an archive that unpacks to more than the {self._limit:,} bytes allowed")
+            raise _unpacks_to_more(self._limit)
         return block
+
+
+def _unpacks_to_more(limit: int) -> _Refused:
+    return _Refused(f"is an archive that unpacks to more than the {limit:,} bytes allowed")

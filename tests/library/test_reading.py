@@ -368,6 +368,14 @@ def test_keys_of_nested_tuples(write, made):
     assert (key, value) == (((((),),),), 1)
 
 
+@pytest.mark.parametrize("name", [".hidden", "model_net_epoch1"])
+@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_a_member_cannot_lead_behind_the_end_for_ever(write, name, form):
+    header = tarfile.TarInfo(name)
+    header.size = 10**15
+    assert_refused(write(gzip.compress(header.tobuf(form) + bytes(1024))), "unpacks to more than the 1,073,741,824")
+
+
 def test_every_pickle_of_a_legacy_checkpoint_is_counted(write):
     # the fifth has the names of the tensors, which torch reads as it reads the others
     content = legacy_of(b"\x80\x02}.", names=nested_key(100_000))

@@ -183,6 +183,15 @@ def test_a_member_cannot_lead_behind_the_end_for_ever():
         list(tar_members(io.BytesIO(content), name="x.tar"))
 
 
+@pytest.mark.parametrize("name", ["notes.txt", "a.png"])
+def test_an_extended_header_cannot_lead_there_either(name):
+    header = tarfile.TarInfo(name)
+    header.pax_headers = {"size": str(10**15)}
+    content = header.tobuf(tarfile.PAX_FORMAT) + bytes(1024)
+    with pytest.raises(ValueError, match="a member of 1,000,000,000,000,000 bytes"):
+        list(tar_members(io.BytesIO(content), {}, name="x.tar"))
+
+
 def test_a_chain_of_headers_is_an_error():
     long_name = tarfile.TarInfo("././@LongLink")
     long_name.type, long_name.size = tarfile.GNUTYPE_LONGNAME, 8
