@@ -265,6 +265,8 @@ def _check_options(
     wrong = [side for side in cells.values() if not isinstance(side, int) or side < 1]
     if wrong:
         raise ValueError(f"grid must be a positive number of cells a side, got {wrong[0]!r}")
+    if pool not in ("avg", "max") and set(cells.values()) - {1}:
+        raise ValueError(f"grid is of the pooling to 'avg' or 'max', not of pool={pool!r}: leave it out")
     return cells
 
 

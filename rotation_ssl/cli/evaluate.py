@@ -17,7 +17,7 @@ from rotation_ssl.evaluation.protocols import PROTOCOLS
 from rotation_ssl.evaluation.report import Reported, new_figure, reported, write_report
 from rotation_ssl.features import layer_modules
 from rotation_ssl.labelled import Images, check_same_classes, load_folder_split
-from rotation_ssl.messages import some
+from rotation_ssl.messages import first_line, some
 from rotation_ssl.precision import add_precision_argument, resolve_precision, warn_if_emulated
 
 DETAILS = """
@@ -49,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
     if (args.output / "report.json").exists():
         raise ValueError(f"{args.output} already contains a report: give another --output")
+    if args.layers and args.only == ["rotation"]:
+        raise ValueError("--layers is of k-NN and the probes: rotation is measured of the whole network")
     new_figure()  # refused before the work where it cannot be drawn
     model = load_model(args.model, args.device).eval().to(memory_format=torch.channels_last)
     warn_if_emulated(args.precision, args.device)
@@ -59,6 +61,12 @@ def run(args: argparse.Namespace) -> int:
     unknown = [layer for layer in layers if layer not in layer_modules(model)]
     if unknown:
         raise ValueError(f"no layer {some(unknown)} in {args.model}; it has {some(list(layer_modules(model)))}")
+    try:
+        frozen.whole_maps(layers)(torch.zeros(1, 3, size, size, dtype=torch.uint8))
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"{args.model} does not take images of {size} pixels ({first_line(error)})") from error
+    if args.output.exists() and not args.output.is_dir():
+        raise ValueError(f"{args.output} is not a folder: give another --output")
     train, test = (load_folder_split(args.data, split, size) for split in ("train", "test"))
     check_same_classes(train, test)
     images = Images(args.data.resolve().name, train, test)

@@ -84,6 +84,8 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
     if bool(args.apply) != bool(args.output or args.in_place):
         raise ValueError("--apply needs -o DIR or --in-place, and they need --apply")
+    if args.keep_times and not args.apply:
+        raise ValueError("--keep-times is of the pictures that --apply changes: give both, or neither")
     model = load_model(args.model, args.device)
     check_head(model)
     fitted = calibration(model)
@@ -196,8 +198,11 @@ def _table(args: argparse.Namespace) -> Iterator[Callable[[Record], None]]:
         yield lambda record: tqdm.write(json.dumps(dataclasses.asdict(record)))
     elif args.csv:
         rows: list[Record] = []
-        yield rows.append
-        replace_file(args.csv, lambda file: write_csv(file, names, map(dataclasses.astuple, rows)))
+        try:
+            yield rows.append
+        finally:
+            # also of a run that is interrupted: it says which pictures were turned
+            replace_file(args.csv, lambda file: write_csv(file, names, map(dataclasses.astuple, rows)))
     else:
         tqdm.write("k   cw  ccw  exif  confidence  picture")
         yield lambda record: tqdm.write(_line(record))

@@ -18,6 +18,7 @@ from rotation_ssl.outliers import RotationOutlierDetector
 
 DEFAULT_MODEL = "rotnet_alexnet.photos"
 BATCH = 64
+NEIGHBOURS = 10
 SHEET = (6, 5)  # columns and rows
 CELL, CAPTION = 160, 16  # pixels
 DETAILS = """
@@ -44,9 +45,8 @@ def add(commands: Any) -> None:
     added.add_argument(
         "--neighbours",
         type=positive,
-        default=10,
         metavar="N",
-        help="use the distance to the Nth nearest normal image [%(default)s]",
+        help=f"use the distance to the Nth nearest normal image, with --normal [{NEIGHBOURS}]",
     )
     added.add_argument("--force", action="store_true", help="replace FILE and PNG if they exist")
     added.add_argument("--device", default="cpu", help="device: cpu, cuda, cuda:1, mps [%(default)s]")
@@ -56,6 +56,10 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
     if args.layer and not args.normal:
         raise ValueError("--layer is of the comparison with --normal: give both, or neither")
+    if args.neighbours and not args.normal:
+        raise ValueError("--neighbours is of the comparison with --normal: give both, or neither")
+    if args.sheet and args.sheet.absolute() == args.output.absolute():
+        raise ValueError("-o and --sheet are the same file: give another name")
     images = find_images(args.images)
     normal = find_images(args.normal) if args.normal else []
     for file in filter(None, (args.output, args.sheet)):
@@ -63,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     model = load_model(args.model, args.device)
     layer = (args.layer or recommended_layer(model, args.model)) if normal else ""
     score = "knn" if normal else "rotation"
-    detector = RotationOutlierDetector(model, score, layer, args.neighbours)
+    detector = RotationOutlierDetector(model, score, layer, args.neighbours or NEIGHBOURS)
     broken: dict[Path, str] = {}
     if normal:
         detector.fit(read_batches(model, normal, BATCH, broken))

@@ -89,16 +89,22 @@ def _name(what: str) -> str:
         raise ValueError(f"no file {what}, and {error}") from error
 
 
-def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a checkpoint, whatever is around them."""
-    if isinstance(value, torch.Tensor):
-        yield name, value
-    elif isinstance(value, Mapping):
-        for key, part in value.items():
-            yield from _tensors(part, f"{name}.{key}".lstrip("."))
-    elif isinstance(value, (list, tuple)):
-        for i, part in enumerate(value):
-            yield from _tensors(part, f"{name}[{i}]")
+def _tensors(checkpoint: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a checkpoint, whatever is around them, each once."""
+    # it may be nested to any depth, and in itself
+    left: list[tuple[str, Any]] = [("", checkpoint)]
+    seen = set()
+    while left:
+        name, value = left.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, torch.Tensor):
+            yield name, value
+        elif isinstance(value, Mapping):
+            left += [(f"{name}.{key}".lstrip("."), part) for key, part in value.items()][::-1]
+        elif isinstance(value, (list, tuple)):
+            left += [(f"{name}[{i}]", part) for i, part in enumerate(value)][::-1]
 
 
 def _verify_published(name: str, file: Path | None) -> tuple[bool, str]:

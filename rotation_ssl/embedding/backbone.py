@@ -6,6 +6,7 @@ from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from rotation_ssl import zoo
@@ -32,7 +33,8 @@ def load_model(name: str, device: str) -> Any:
         raise ValueError(f"{folder} has no config.json: it is neither a finished run nor a converted checkpoint")
     try:
         return timm.create_model(name, pretrained=True).to(device)
-    except RuntimeError as error:
+    except (RuntimeError, SafetensorError, LookupError, TypeError, AttributeError) as error:
+        # the weights of a folder, or what its config.json says, are damaged
         raise ValueError(f"{name} could not be loaded ({first_line(error)})") from error
 
 

@@ -153,6 +153,10 @@ def test_verify_a_file(run, tmp_path, nin_state):
     assert "not published" in run("verify", tmp_path / "model_net_epoch7")[1]
     torch.save([1, 2], tmp_path / "numbers.pth")
     assert "contains no tensors" in run("verify", tmp_path / "numbers.pth")[1]
+    itself = [torch.ones(1)]
+    itself.append(itself)
+    torch.save(itself, tmp_path / "itself.pth")
+    assert "not published" in run("verify", tmp_path / "itself.pth")[1]
     nin_state["head.fc.bias"][0] = float("nan")
     save_file(nin_state, tmp_path / "mine.safetensors")
     assert "not finite in head.fc.bias" in run("verify", tmp_path / "mine.safetensors")[1]
@@ -221,6 +225,7 @@ def test_features_of_other_layers_and_pools(run, tmp_path):
         (("--model", "rotnet_nin5"), "rotnet_nin5 has no pretrained weights"),
         (("--device", "nowhere"), "device 'nowhere' cannot be used"),
         (("--device", "meta"), "device 'meta' cannot be used (Cannot copy out of meta tensor; no data!)"),
+        (("--pool", "flatten", "--grid", "3"), "grid is of the pooling to 'avg' or 'max', not of pool='flatten'"),
         (("--grid", "-3"), "argument --grid: must be a whole number of at least 1, got -3"),
         (("--batch-size", "0"), "argument --batch-size: must be a whole number of at least 1, got 0"),
         (("--batch-size", "many"), "argument --batch-size: must be a whole number of at least 1, got many"),
@@ -230,6 +235,22 @@ def test_features_of_other_layers_and_pools(run, tmp_path):
 def test_features_refuses(run, tmp_path, options, message):
     status, error = run("features", SAMPLES / "cifar10", "-o", tmp_path / "f.safetensors", *options)
     assert status == 2 and message in error and not (tmp_path / "f.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "cut"), [(None, 1000), ("[]", 0), ('{"num_classes": 4}', 0), ('{"architecture": 3}', 0)]
+)
+def test_features_with_a_damaged_folder_of_weights(run, tmp_path, config, cut):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    save_file(timm.create_model("test_resnet").state_dict(), folder / "model.safetensors")
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) - cut])
+    (folder / "config.json").write_text(config or '{"architecture": "test_resnet", "num_classes": 1000}')
+    options = ("--model", f"local-dir:{folder}", "--layers", "layer2")
+    status, error = run("features", SAMPLES / "cifar10", "-o", tmp_path / "f.npz", *options)
+    assert status == 2 and error.startswith(f"error: local-dir:{folder} could not be loaded (")
+    assert "\n" not in error
 
 
 @pytest.fixture

@@ -61,6 +61,23 @@ def test_only_some_of_it_and_of_any_backbone(labelled, tmp_path, capsys):
     assert not (tmp_path / "s").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (["--only", "rotation", "--layers", "conv1"], "--layers is of k-NN and the probes"),
+        (["--size", "30"], "test_vit does not take images of 30 pixels ("),
+        (["--output", "a file"], "a file is not a folder: give another --output"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_the_images_are_read(labelled, tmp_path, capsys, monkeypatch, options, why):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a file").touch()
+    monkeypatch.setattr(evaluate, "load_folder_split", None)
+    monkeypatch.setattr(evaluate, "load_model", lambda name, device: timm.create_model(name, num_classes=4))
+    assert cli.main(["evaluate", "test_vit", "--data", str(labelled), "--output", "r", *options]) == 2
+    assert why in capsys.readouterr().err
+
+
 def test_images_without_classes_are_refused(labelled, tmp_path, capsys):
     assert cli.main(["evaluate", "rotnet_nin", "--data", str(SAMPLES), "--output", str(tmp_path / "r")]) == 2
     assert f"data folder {SAMPLES / 'train'} does not exist" in capsys.readouterr().err

@@ -22,6 +22,7 @@ from torch import nn
 
 import rotation_ssl  # noqa: F401  registers the models with timm
 from rotation_ssl import cli, zoo
+from rotation_ssl.cli import orient as orienting
 from rotation_ssl.images import read_image
 from rotation_ssl.orientation import calibration, predict_orientation, rotation_probabilities
 from rotation_ssl.orientation.exif import read_orientation, turned, write_orientation
@@ -330,6 +331,7 @@ def test_what_cannot_be_written_is_named_and_left(album, capsys):
     [
         (["--apply", "exif"], "--apply needs -o DIR or --in-place"),
         (["--in-place"], "they need --apply"),
+        (["--keep-times"], "--keep-times is of the pictures that --apply changes"),
         (["--threshold", "1.5"], "--threshold must be 0 to 1, got 1.5"),
         (["--csv", "nowhere/t.csv"], "cannot be written: nowhere is not a folder"),
         (["--csv", "album/noise.png"], "album/noise.png is one of the images"),
@@ -340,6 +342,21 @@ def test_options_that_do_not_fit_are_refused(album, capsys, monkeypatch, argumen
     before = contents(album)
     assert cli.main(["orient", str(album), *arguments]) == 2
     assert why in capsys.readouterr().err and contents(album) == before
+
+
+def test_an_interrupted_run_says_what_it_has_changed(album, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(orienting, "BATCH", 1)
+    seen = iter(range(2))
+
+    def predict_or_stop(*arguments, **options):
+        if next(seen, None) is None:
+            raise KeyboardInterrupt
+        return predict_orientation(*arguments, **options)
+
+    monkeypatch.setattr(orienting, "predict_orientation", predict_or_stop)
+    assert orient(album, "--apply", "exif", "--in-place", "--csv", tmp_path / "t.csv") == 130
+    with (tmp_path / "t.csv").open() as stream:
+        assert len(list(csv.DictReader(stream))) == 2
 
 
 def test_a_model_without_a_fitted_threshold_needs_one(album, capsys):

@@ -179,6 +179,8 @@ def test_broken_images_are_named(folders, tmp_path, capsys):
     ("more", "why"),
     [
         (["--layer", "block2"], "--layer is of the comparison with --normal"),
+        (["--neighbours", "3"], "--neighbours is of the comparison with --normal"),
+        (["--sheet", "s.csv"], "-o and --sheet are the same file"),
         (["--normal", "nowhere"], "image folder nowhere does not exist"),
         (["--sheet", "there.png"], "there.png exists; give another name, or --force"),
         (["--sheet", "nowhere/s.png"], "cannot be written: nowhere is not a folder"),
