@@ -41,6 +41,16 @@ def test_ours_come_first_and_the_papers_are_marked():
     ]
 
 
+def test_other_budgets_are_another_line():
+    ours = [row(OURS, "voc-classification-11-point", 0.70), row(f"rotnet_alexnet.{RESCALED}", "voc-segmentation", 0.9)]
+    paper = [dataclasses.replace(each, budget="paper") for each in ours]
+    lines = transfer_table([*ROWS, *paper]).splitlines()[2:]
+    assert lines[0] == "| `rotnet_alexnet.photos` | 51.00 ± 1.41 % | 20.00 % |"
+    assert "| `rotnet_alexnet.photos`, paper budget | 70.00 % |  |" in lines
+    assert "| random weights, rescaled, paper budget |  | 90.00 % |" in lines
+    assert transfer_margin([*ROWS, *paper]) == transfer_margin(ROWS)
+
+
 def test_other_images_are_another_column():
     paper = dataclasses.replace(
         row("rotnet_alexnet.paper", "voc-segmentation", 0.391, seed=None, source="paper, table 7"), data="VOC2012 val"

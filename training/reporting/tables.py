@@ -13,6 +13,7 @@ from training.reporting.rows import Row, model_of
 QUOTED = {
     "paper": "paper",
     "paper-supervised": "paper, pretrained with ImageNet labels",
+    "paper-places": "paper, pretrained with Places205 labels",
     "paper-rescaled": "paper, random weights rescaled",
     "paper-random": "paper, random weights",
 }
@@ -36,15 +37,15 @@ def cell_table(
 
     Args:
         header: titles of what ``line`` gives.
-        rows: one for each cell.
+        rows: one for each cell, or one for each seed.
         line: the first cells of the line that a row stands in; rows of equal ones share it.
         column: the column that a row stands in.
         columns: their titles, in their order.
     """
-    cells: dict[tuple[str, ...], dict[str, str]] = {}
+    cells: dict[tuple[str, ...], dict[str, list[Row]]] = {}
     for row in rows:
-        cells.setdefault(line(row), {})[column(row)] = percent(row)
-    lines = [(*first, *(found.get(key, "") for key in columns)) for first, found in cells.items()]
+        cells.setdefault(line(row), {}).setdefault(column(row), []).append(row)
+    lines = [(*first, *(_cell_text(found.get(key, [])) for key in columns)) for first, found in cells.items()]
     return markdown_table((*header, *columns.values()), lines) if lines else ""
 
 
@@ -54,6 +55,10 @@ def percent(row: Row) -> str:
     if row.source == "measured":
         return text
     return f"{quoted_text(text)}{' (unchecked)' if 'unchecked' in row.source else ''}"
+
+
+def _cell_text(rows: Sequence[Row]) -> str:
+    return percent(rows[0]) if len(rows) == 1 else spread_text(rows)
 
 
 def quoted_text(percentage: str) -> str:

@@ -29,8 +29,8 @@ def transfer_table(rows: Sequence[Row], kind: str = "11-point") -> str:
             beside '11-point' alone; the overlaps of segmentation too.
     """
     lines = []
-    for weights in dict.fromkeys(row.weights for row in rows if is_transfer(row)):
-        own = [row for row in rows if row.weights == weights]
+    for weights, budget in dict.fromkeys((row.weights, row.budget) for row in rows if is_transfer(row)):
+        own = [row for row in rows if is_transfer(row) and (row.weights, row.budget) == (weights, budget)]
         cells = [_cell(own, column, kind) for column in COLUMNS]
         if any(cells):
             lines.append((_whose(own), *cells))
@@ -44,12 +44,13 @@ def transfer_table(rows: Sequence[Row], kind: str = "11-point") -> str:
 def transfer_margin(rows: Sequence[Row]) -> str:
     """A sentence for each of the published weights: how far above rescaled random weights they are, in points."""
     sentences = []
-    names = dict.fromkeys(row.weights for row in rows if is_transfer(row) and row.source == "measured")
-    for name in (name for name in names if ".random" not in name):
+    measured = [row for row in rows if is_transfer(row) and row.source == "measured"]
+    for name, budget in dict.fromkeys((row.weights, row.budget) for row in measured if ".random" not in row.weights):
+        alike = [row for row in measured if row.budget == budget]
         base = f"{model_of(name)}.{RESCALED}"
         gaps = []
         for column in COLUMNS:
-            ours, theirs = (_found(rows, weights, column, "11-point") for weights in (name, base))
+            ours, theirs = (_found(alike, weights, column, "11-point") for weights in (name, base))
             if ours and theirs:
                 gap = statistics.mean(row.value for row in ours) - statistics.mean(row.value for row in theirs)
                 gaps.append(f"{100 * gap:+.1f} in {column[-1]}")
@@ -107,4 +108,5 @@ def _whose(own: Sequence[Row]) -> str:
     if own[0].source != "measured":
         table = next(row.source for row in own if is_transfer(row)).rpartition(", ")[2]
         return f"_{QUOTED[tag]}, {table}, paper budget_"
-    return {RANDOM: "random weights", RESCALED: "random weights, rescaled"}.get(tag, f"`{model}.{tag}`")
+    budget = "" if own[0].budget == "cpu" else f", {own[0].budget or 'other'} budget"
+    return {RANDOM: "random weights", RESCALED: "random weights, rescaled"}.get(tag, f"`{model}.{tag}`") + budget
