@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 from small_voc import write_small_voc
 
+from training.reporting import again
 from training.reporting.again import Source, transfer_again, transfer_arguments, transfer_training
 from training.reporting.check import judge
 from training.reporting.rows import Row, read_file
@@ -13,7 +14,8 @@ from training.transfer.recipes import CLASSIFICATIONS, VOC_CLASSIFICATION_CPU
 
 
 def row(weights="rotnet_alexnet.photos", protocol="voc-classification-area", layer="all", **fields):
-    return Row(weights, protocol, layer, 0.5, "measured", "VOC2007 test", **{"budget": "cpu", "seed": 2} | fields)
+    given = {"value": 0.5, "budget": "cpu", "seed": 2} | fields
+    return Row(weights, protocol, layer, source="measured", data="VOC2007 test", **given)
 
 
 @pytest.fixture
@@ -53,6 +55,21 @@ def test_the_options_are_those_of_the_row(tmp_path):
     for tag, rescaled in (("random", False), ("random-rescaled", True)):
         module, args = transfer_arguments(row(f"rotnet_alexnet.{tag}", "voc-fast-rcnn-11-point"), source, tmp_path)
         assert module is detection and args.random and args.rescale is rescaled and args.proposals == source.proposals
+
+
+def test_rows_come_as_they_are_measured():
+    rows = [row(seed=seed, value=0.5) for seed in (0, 1, 2)]
+
+    def measured():
+        yield dataclasses.replace(rows[2], value=0.6)
+        yield dataclasses.replace(rows[2], seed=7)
+        yield dataclasses.replace(rows[0], value=0.7)
+
+    pairs = again._paired(rows, measured())
+    assert next(pairs) == (rows[2], dataclasses.replace(rows[2], value=0.6))
+    assert next(pairs)[0] == rows[0]
+    with pytest.raises(ValueError, match="seed 1 is not among what was measured again"):
+        next(pairs)
 
 
 def test_what_cannot_be_measured_again_is_refused(tmp_path):

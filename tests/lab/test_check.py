@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 from conftest import shorten_probes
@@ -21,7 +22,7 @@ from training.protocols import PROTOCOLS
 from training.reporting import check
 from training.reporting.again import measure_again
 from training.reporting.required import NIN_ON_CIFAR10, REQUIRED, complaints, missing_rows
-from training.reporting.rows import Row, read_file, read_rows, write_rows
+from training.reporting.rows import RESULTS_DIR, Row, read_file, read_rows, write_rows
 
 NAME = "rotnet_nin.cifar10"
 LAYERS = [f"block{i}" for i in range(1, 5)]
@@ -144,6 +145,30 @@ def test_a_row_edited_by_hand_is_caught(results, small_cifar10, capsys):
     assert f"{file}, line 2" in (error := capsys.readouterr().err) and "edited" in error
 
 
+def test_a_row_of_a_study_edited_by_hand_is_caught(results, small_cifar10, capsys):
+    (results / "study").mkdir()
+    shutil.copy(RESULTS_DIR / "study" / "runs.jsonl", results / "study")
+    assert run(results, small_cifar10) == 0
+    text = (results / "study" / "runs.jsonl").read_text()
+    (results / "study" / "runs.jsonl").write_text(text.replace('"layer": "block2"', '"layer": "block3"', 1))
+    assert run(results, small_cifar10) == 1
+    assert "study/runs.jsonl, line" in (error := capsys.readouterr().err) and "edited" in error
+
+
+def test_without_cifar10_other_numbers_are_measured(results, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert check.main(["--results", str(results), "--quick"]) == 2
+    assert "no CIFAR-10 in data/cifar10: give --data, or --download" in capsys.readouterr().err
+    measured = []
+    monkeypatch.setattr(check, "measure_sources", lambda rows, *_: measured.extend(rows) or ())
+    transfer = Row("rotnet_alexnet.random", "voc-segmentation", "all", 0.5, "measured", "VOC2012 val", "cpu", seed=0)
+    file = results / "voc.jsonl"
+    write_rows(file, [dataclasses.replace(transfer, commit="0" * 40, n=4, correct=2)])
+    assert check.main(["--results", str(results), "--voc", str(tmp_path)]) == 0
+    assert [row.data for row in measured] == ["VOC2012 val"]
+    assert "of CIFAR-10 test: give --data DIR" in capsys.readouterr().out
+
+
 @pytest.fixture
 def one_changed_tensor(weights_dir):
     """The published weights with one tensor changed, in a folder that passes for the package's."""
@@ -172,7 +197,7 @@ def test_a_linear_probe_is_measured_again_with_the_penalty_it_chose(reported, sm
     other = [dataclasses.replace(row, strength=7.0) for row in rows]
     monkeypatch.setattr("training.reporting.again.measure_rotation", None)
     images = load_images("cifar10", small_module, 32)
-    again = list(measure_again(other, lambda size, test_only: images))
+    again = list(measure_again(other, lambda size, test_only: images, lambda size: None))
     assert {(new.layer, new.strength) for _, new in again} == {(row.layer, 7.0) for row in rows}
     assert all("L2 7, chosen of" in new.settings for _, new in again)
 
@@ -326,7 +351,7 @@ def test_rows_of_all_layers_are_measured_again_in_one_pass(small_tinyimagenet, m
         for seed in (0, 1)
         for row in imagenet.measure_layers(short, measured, layers, train, val, images.name, seed=seed)
     ]
-    found = list(measure_again(rows, lambda size, test_only: images))
+    found = list(measure_again(rows, lambda size, test_only: images, lambda size: (train, val)))
     assert [(old.layer, old.seed) for old, _ in found] == [(layer, seed) for seed in (0, 1) for layer in layers]
     assert all((new.layer, new.seed, new.counts) == (old.layer, old.seed, old.counts) for old, new in found)
 

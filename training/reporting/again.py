@@ -13,9 +13,11 @@ from typing import Any
 from rotation_ssl.evaluation.frozen import PARTS
 from rotation_ssl.evaluation.measure import Measurement
 from rotation_ssl.labelled import Images
+from rotation_ssl.pretraining.options import WORKERS
 from rotation_ssl.progress import progress
 from training.datasets import DATASETS, check_whole, dataset_of, load_images
 from training.evaluation.finetune import measure_transfer, transfer_subject
+from training.evaluation.labelled import Labelled, open_labelled, read_into_memory
 from training.evaluation.layers import measure_layers, square_size
 from training.evaluation.orientation import calibration_of, measure_orientation, photo_list
 from training.evaluation.outliers import measure_outliers, outlier_data
@@ -28,6 +30,7 @@ from training.transfer.command import RESCALED
 
 QUICK_PARTS = (0, 1)
 Load = Callable[[int, bool], Images]  # of a side in pixels, and whether test images alone are wanted
+Open = Callable[[int], tuple[Labelled, Labelled]]  # of a side in pixels
 Pairs = Iterator[tuple[Row, Row]]
 TRANSFERS: dict[str, ModuleType] = {"voc": classification, "detect": detection, "segment": segmentation}
 
@@ -59,6 +62,7 @@ class Setting:
     """
 
     load: Load
+    open_splits: Open
     parts: Sequence[int]
     device: str
     checkpoints: Path | None
@@ -80,7 +84,16 @@ def measure_source(
             check_whole(source.dataset, len(images.train), len(images.test))
         return images
 
-    yield from measure_again([row for row in rows if command_of(row) in AGAIN], load, quick, device, checkpoints)
+    def open_splits(size: int) -> tuple[Labelled, Labelled]:
+        train, val = (
+            open_labelled(source.dataset, source.folder, split, size, source.download) for split in ("train", "val")
+        )
+        if source.whole:
+            check_whole(source.dataset, len(train), len(val))
+        return read_into_memory(train, WORKERS), read_into_memory(val, WORKERS)
+
+    own = [row for row in rows if command_of(row) in AGAIN]
+    yield from measure_again(own, load, open_splits, quick, device, checkpoints)
     yield from transfer_again([row for row in rows if command_of(row) in TRANSFERS], source, device)
     yield from outliers_again([row for row in rows if command_of(row) == "outliers"], source, device)
     yield from orientation_again([row for row in rows if command_of(row) == "orientation"], source, device)
@@ -100,13 +113,19 @@ def measure_sources(
 
 
 def measure_again(
-    rows: Sequence[Row], load: Load, quick: bool = False, device: str = "cpu", checkpoints: Path | None = None
+    rows: Sequence[Row],
+    load: Load,
+    open_splits: Open,
+    quick: bool = False,
+    device: str = "cpu",
+    checkpoints: Path | None = None,
 ) -> Pairs:
     """Each row and what is measured now: features of a network are taken once for all of its rows.
 
     Args:
         rows: all of one dataset.
         load: reads the dataset, as squares of a side.
+        open_splits: opens its training and its validation images for probes of all layers, as their command does.
         quick: on the first fifth of the test images.
         device: where to work.
         checkpoints: folder that trainings on new crops keep their state in, and go on from; None: nothing is kept.
@@ -115,7 +134,7 @@ def measure_again(
         ValueError: rows of weights that are not in the manifest, or that have no recipe, or a checkpoint of another
             training.
     """
-    setting = Setting(load, QUICK_PARTS if quick else tuple(range(PARTS)), device, checkpoints)
+    setting = Setting(load, open_splits, QUICK_PARTS if quick else tuple(range(PARTS)), device, checkpoints)
     for subject, own in _by_subject(rows, device):
         for command in dict.fromkeys(map(command_of, own)):
             yield from AGAIN[command]([row for row in own if command_of(row) == command], subject, setting)
@@ -141,9 +160,8 @@ def _probe_layers_again(rows: Sequence[Row], subject: Subject, setting: Setting)
         by_layer = {row.layer: row for row in rows if (row.protocol, row.budget, row.seed) == key}
         row = next(iter(by_layer.values()))
         recipe = _recipe(row)
-        images = setting.load(square_size(recipe, dataset_of(row.data)), False)
-        train, val, layers = images.train, images.test, list(by_layer)
-        for new in measure_layers(recipe, subject, layers, train, val, images.name, seed=key[2] or 0):
+        train, val = setting.open_splits(square_size(recipe, dataset_of(row.data)))
+        for new in measure_layers(recipe, subject, list(by_layer), train, val, row.data, seed=key[2] or 0):
             yield by_layer[new.layer], new
 
 
@@ -248,8 +266,12 @@ def _by_subject(rows: Sequence[Row], device: str) -> Iterator[tuple[Subject, lis
 
 
 def _paired(rows: Sequence[Row], measured: Iterable[Row]) -> Pairs:
-    new = {row.key: row for row in measured}
-    return ((row, new[row.key]) for row in rows)
+    asked = {row.key: row for row in rows}
+    for new in measured:
+        if row := asked.pop(new.key, None):
+            yield row, new
+    if asked:
+        raise ValueError(f"{next(iter(asked.values())).number} is not among what was measured again")
 
 
 def _recipe(row: Row) -> Any:

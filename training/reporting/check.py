@@ -49,9 +49,9 @@ from training.reporting.again import (
     measurement_of,
     transfer_training,
 )
-from training.reporting.options import add_data_arguments, add_only, option_of, source_of
+from training.reporting.options import add_data_arguments, add_only, no_cifar10, option_of, source_of
 from training.reporting.required import complaints
-from training.reporting.rows import RESULTS_DIR, Row, check_device, model_of, read_rows
+from training.reporting.rows import RESULTS_DIR, Row, check_device, model_of, read_file, read_rows
 
 QUICK_PROTOCOLS = ("rotation", "knn")
 FLIPS = 1e-3
@@ -189,6 +189,8 @@ def check_numbers(every: Sequence[Row], args: argparse.Namespace) -> Iterator[Ve
     rows = chosen_rows(every, args)
     sources = {row.key: source_of(row, args) for row in rows}
     given = [row for row in rows if sources[row.key]]
+    if not given and any(option_of(row, args) == "data" for row in rows):
+        raise ValueError(no_cifar10(args.data))
     minutes = counted(round(expected_seconds(given, every, args.quick) / 60), "minute")
     print(f"{counted(len(given), 'number')}; measuring took {minutes} where they were reported")
     for row, new in measure_sources(given, sources, args.quick, args.device):
@@ -202,6 +204,8 @@ def check_numbers(every: Sequence[Row], args: argparse.Namespace) -> Iterator[Ve
 def _work(args: argparse.Namespace) -> int:
     try:
         every = [row for row in read_rows(args.results) if row.source == "measured"]
+        for file in args.results.glob("*/*.jsonl"):
+            read_file(file)  # of the studies, which are not measured again here
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -9,6 +9,7 @@ from training.protocols import PROTOCOLS
 from training.reporting.again import TRANSFERS, Source, command_of
 from training.reporting.rows import Row
 
+DEFAULT_DATA = Path("data/cifar10")
 # the option that names the folder of each dataset
 OPTIONS = {
     "cifar10": "data",
@@ -20,7 +21,7 @@ OPTIONS = {
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that name folders of datasets."""
-    parser.add_argument("--data", type=Path, default=Path("data/cifar10"), help="folder of CIFAR-10 [%(default)s]")
+    parser.add_argument("--data", type=Path, default=DEFAULT_DATA, help="folder of CIFAR-10 [%(default)s]")
     parser.add_argument("--download", action="store_true", help="let torchvision download CIFAR-10 into --data")
     parser.add_argument(
         "--photos", type=Path, metavar="DIR",
@@ -48,15 +49,25 @@ def option_of(row: Row, args: argparse.Namespace) -> str:
     return "voc" if command_of(row) in TRANSFERS else OPTIONS[dataset_of(row.data)]
 
 
+def no_cifar10(folder: Path) -> str:
+    """What is wrong where CIFAR-10 is asked for and is not there."""
+    return f"no CIFAR-10 in {folder}: give --data, or --download to fetch it there"
+
+
 def source_of(row: Row, args: argparse.Namespace, whole: bool = False) -> Source | None:
     """The data that the options name for a row, ``whole`` if a part is an error; None if they name none."""
     option = option_of(row, args)
     folder: Path | None = getattr(args, option)
     if folder is None:
         return None
-    # where CIFAR-10 may come from is said by whoever reads it
+    if option == "data" and folder == DEFAULT_DATA and not folder.is_dir() and not args.download:
+        return None
+    if option == "data" and not folder.is_dir() and not args.download:
+        raise ValueError(no_cifar10(folder))
     if option != "data" and not folder.is_dir():
         raise ValueError(f"--{option} {folder} is not a folder: give the one that holds {row.data}")
     if command_of(row) == "outliers":
         return Source("cifar10", args.data, args.download, cifar100=args.cifar100, photos=args.photos)
-    return Source(dataset_of(row.data), folder, args.download, args.proposals, whole)
+    # VOC's is the folder of all years
+    dataset = "" if command_of(row) in TRANSFERS else dataset_of(row.data)
+    return Source(dataset, folder, args.download, args.proposals, whole)
