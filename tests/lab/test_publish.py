@@ -91,6 +91,7 @@ def test_quoted_numbers_are_the_papers():
     assert unchecked == {
         *("rotnet_nin5.paper", "rotnet_nin.paper"),
         *("rotnet_alexnet.paper", "rotnet_alexnet.paper-random", "rotnet_alexnet.paper-supervised"),
+        "rotnet_alexnet.paper-places",
     }
     assert quoted["rotnet_alexnet.paper", "nonlinear-sgd", "conv4"] == 0.5
     assert quoted["rotnet_alexnet.paper", "linear-sgd", "conv3"] == 0.387
@@ -202,6 +203,14 @@ def test_what_is_no_finished_run_is_refused(copied, run_dir):
     golden = (copied / "weights" / f"{NAME}.golden.safetensors").read_bytes()
     figures = {f.name: f.read_bytes() for f in (copied / "docs" / "figures").iterdir()}
     run = json.loads((run_dir / "run.json").read_text())
+    for name in ("rotnet_nin", "rotnet_nin.", "rotnet_nin.random", "rotnet_nin.paper-x", "rotnet_nin.a/../../x"):
+        with pytest.raises(ValueError, match=f"'{name}' is no name for weights: give MODEL.TAG"):
+            bundle.bundle(run_dir, name)
+    for content in ("{}", "[]"):
+        (run_dir / "run.json").write_text(content)
+        with pytest.raises(ValueError, match=r"run.json does not describe a run"):
+            bundle.bundle(run_dir, NAME)
+    (run_dir / "run.json").write_text(json.dumps(run))
     with pytest.raises(ValueError, match="is a run of rotnet_nin, not of rotnet_nin5"):
         bundle.bundle(run_dir, "rotnet_nin5.cifar10")
     run["recipe"]["holdout"] = 5000
@@ -269,6 +278,23 @@ def test_a_figure_of_other_rows_or_weights_is_stale(copied):
     # the card links to a figure only where it is
     stale = {"results.md", f"{NAME}.layers.png", f"{NAME}.attention.png"}
     assert {path.name for path in publish.render(check=True)} == stale
+
+
+def test_a_figure_without_rows_is_stale(copied, monkeypatch):
+    nothing = {kind: (lambda rows, name: [], draw) for kind, (_, draw) in publish.ROW_FIGURES.items()}
+    there = {file.name for kind in nothing for file in (copied / "docs" / "figures").glob(f"*.{kind}.png")}
+    monkeypatch.setattr(publish, "ROW_FIGURES", nothing)
+    assert there and {path.name for path in publish.render(check=True)} == there
+
+
+@pytest.mark.parametrize("option", [["--dry-run"], ["--license", "mit"], ["--layer", "block2"]])
+def test_options_of_uploads_are_of_uploads_alone(copied, capsys, option):
+    page = copied / "docs" / "results.md"
+    page.write_text(page.read_text().replace("92.24", "99.99"))
+    before = page.read_text()
+    with pytest.raises(SystemExit):
+        publish.main([*option, "render"])
+    assert "render takes no" in capsys.readouterr().err and page.read_text() == before
 
 
 def test_a_changed_row_changes_the_card(copied):

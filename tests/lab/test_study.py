@@ -52,6 +52,36 @@ def test_a_variant_is_measured_on_the_held_out_images(small_study, tmp_path):
     assert set(study.results(small_study)) == {"base", "seed-1"}
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["run", "--check"], "--check is of render"),
+        (["render", "--rows", "mine.jsonl"], "render takes the published rows"),
+    ],
+)
+def test_options_of_the_other_action_are_refused(capsys, arguments, told):
+    with pytest.raises(SystemExit):
+        study.main(arguments)
+    assert told in capsys.readouterr().err
+
+
+def test_a_part_of_cifar10_is_not_for_the_page(small_cifar10, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(study, "HOLDOUT", 10)
+    monkeypatch.setattr(study, "require_committed", lambda what: None)
+    arguments = ["run", "--data", str(small_cifar10), "--output", str(tmp_path), "--only", "base"]
+    assert study.main(arguments) == 2
+    assert "is of the whole of CIFAR-10, not of 40 images" in capsys.readouterr().err
+    monkeypatch.setattr(study, "run_variant", None)
+    monkeypatch.setattr(study, "finished_run", None)
+
+    def fails(*_):
+        raise ValueError("the rate is too high")
+
+    monkeypatch.setattr(study, "run_variant", fails)
+    assert study.main([*arguments, "--rows", str(tmp_path / "rows.jsonl")]) == 1
+    assert "base has no numbers: the rate is too high" in capsys.readouterr().err
+
+
 def test_page_and_figure_follow_the_rows(small_study, tmp_path, monkeypatch):
     page, figure = tmp_path / "STUDY.md", tmp_path / "study.png"
     page.write_text("before\n<!-- rendered: runs -->\n<!-- end -->\nafter\n")

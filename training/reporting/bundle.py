@@ -90,10 +90,14 @@ def checked_run(run_dir: Path, name: str) -> dict[str, Any]:
         ValueError: not a finished run, one of another model or of uncommitted code, one that held training images out
             or departed from its recipe, or one of other rotations than the four.
     """
+    if not re.fullmatch(r"\w+\.[a-z0-9_]+", name) or re.match("random|paper", name.split(".")[1]):
+        raise ValueError(f"{name!r} is no name for weights: give MODEL.TAG, a tag of a-z, 0-9 and _, such as cifar10")
     lacking = [file for file in ("model.safetensors", "run.json", "curve.png") if not (run_dir / file).is_file()]
     if lacking:
         raise ValueError(f"{run_dir} is not a finished run: it lacks {', '.join(lacking)}")
     run: dict[str, Any] = json.loads((run_dir / "run.json").read_text())
+    if not isinstance(run, dict) or not {"recipe", "commit", "rotated_images"} <= run.keys():
+        raise ValueError(f"{run_dir / 'run.json'} does not describe a run: give the output folder of a pretraining")
     recipe = run["recipe"]
     if recipe["model"] != name.split(".", 1)[0]:
         raise ValueError(f"{run_dir} is a run of {recipe['model']}, not of {name.split('.', 1)[0]}")

@@ -118,11 +118,11 @@ def stale_figures(rows: list[Row], entries: dict[str, Any]) -> list[Path]:
     for name, entry in entries.items():
         wanted = dict.fromkeys(WEIGHTS_FIGURES, entry["sha256"])
         for kind, (select_rows, _) in ROW_FIGURES.items():
-            if shown := select_rows(rows, name):
-                wanted[kind] = rows_stamp(shown)
+            # of no rows there is to be no figure
+            wanted[kind] = rows_stamp(shown) if (shown := select_rows(rows, name)) else ""
         for kind, stamp in wanted.items():
             file = FIGURES_DIR / f"{name}.{kind}.png"
-            if not file.is_file() or stamp_of(file) != stamp:
+            if (stamp_of(file) if file.is_file() else "") != stamp:
                 stale.append(file)
     return stale
 
@@ -221,4 +221,6 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if (args.command is None) == (args.namespace is None):
         parser.error("give one of the commands, or --namespace")
+    if args.command and (args.dry_run or args.weights or args.license or args.trained_on or args.layer):
+        parser.error(f"{args.command} takes no --weights, --dry-run, --license, --trained-on or --layer")
     return run(lambda: _work(args))

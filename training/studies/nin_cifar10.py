@@ -29,7 +29,7 @@ from rotation_ssl.precision import add_precision_argument, warn_if_emulated
 from rotation_ssl.pretraining.recipe import CosineSchedule, LinearSchedule, Muon, Recipe, Sgd, Stage
 from rotation_ssl.progress import progress
 from training.command import create_parser, run
-from training.datasets import load_images
+from training.datasets import DATASETS, load_images
 from training.evaluation.probes import measure_features
 from training.evaluation.subject import load_subject, measured_row
 from training.pretrain import finished_run
@@ -37,7 +37,7 @@ from training.protocols import PROTOCOLS
 from training.reporting.figures import rows_stamp, save_figure, stamp_of
 from training.reporting.pages import replace_parts
 from training.reporting.report import keep_row
-from training.reporting.rows import RESULTS_DIR, Row, check_device, read_file
+from training.reporting.rows import RESULTS_DIR, Row, check_device, read_file, require_committed
 from training.reporting.tables import markdown_table
 
 ROWS = RESULTS_DIR / "study" / "runs.jsonl"
@@ -226,7 +226,7 @@ def draw(found: dict[str, dict[str, Row]], file: Path) -> None:
 
 
 def render(check: bool = False) -> list[Path]:
-    """Write the page's table and figure from the rows; the files that changed, or would.
+    """Write the page's table and figure from the published rows; the files that changed, or would.
 
     Raises:
         ValueError: there are no rows of the base yet.
@@ -247,12 +247,18 @@ def render(check: bool = False) -> list[Path]:
     return changed
 
 
-def _run(args: argparse.Namespace) -> None:
+def _run(args: argparse.Namespace) -> int:
     check_device(args.device)
+    is_published = args.rows.resolve() == ROWS.resolve()
+    if is_published:
+        require_committed("the study's page")
     images = load_images("cifar10", args.data, 32, holdout=HOLDOUT)
+    if is_published and len(images.train) + HOLDOUT != DATASETS["cifar10"].counts[0]:
+        raise ValueError(f"the study's page is of the whole of CIFAR-10, not of {len(images.train) + HOLDOUT:,} images")
     warn_if_emulated(args.precision, args.device)
     done = results(args.rows)
     todo = [VARIANTS[name] for name in args.only or VARIANTS if name not in done]
+    failed = 0
     for recipe in progress("variants", len(todo), "variant", todo):
         asked = dataclasses.replace(recipe, precision=args.precision or recipe.precision)
         try:
@@ -260,6 +266,8 @@ def _run(args: argparse.Namespace) -> None:
         except ValueError as error:
             # a rate that was too high is a result of the study, not its end
             print(f"{recipe.name} has no numbers: {error}", file=sys.stderr)
+            failed += 1
+    return 1 if failed else 0
 
 
 def _render(args: argparse.Namespace) -> int:
@@ -283,5 +291,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu", help="device: cpu, cuda, cuda:1, mps [%(default)s]")
     parser.add_argument("--check", action="store_true", help="with render: write nothing; fail if something differs")
     args = parser.parse_args(arguments)
+    if args.action == "run" and args.check:
+        parser.error("--check is of render")
+    if args.action == "render" and args.rows != ROWS:
+        parser.error("render takes the published rows: leave --rows out")
     keep_large_blocks()
     return run(lambda: _render(args) if args.action == "render" else _run(args))
