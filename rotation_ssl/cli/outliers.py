@@ -24,7 +24,7 @@ CELL, CAPTION = 160, 16  # pixels
 DETAILS = """
 
 With --normal the score is the cosine distance to the Nth nearest normal image in a middle layer (k-NN); without, it is
-how unsure the network is which way up the image is, which needs a network with four outputs. Higher means more
+how badly the network predicts the rotation of the image, which needs a network with four outputs. Higher means more
 outlying. FILE gets a row for each image, the most outlying first; --sheet draws the first 30.
 
 Images that cannot be read are skipped and listed, and the exit status is then 1.
@@ -61,13 +61,15 @@ def run(args: argparse.Namespace) -> int:
     if args.sheet and args.sheet.absolute() == args.output.absolute():
         raise ValueError("-o and --sheet are the same file: give another name")
     images = find_images(args.images)
-    normal = find_images(args.normal) if args.normal else []
+    normal, neighbours = find_images(args.normal) if args.normal else [], args.neighbours or NEIGHBOURS
+    if normal and len(normal) < neighbours:
+        raise ValueError(f"{args.normal} holds {len(normal)} images: --neighbours {neighbours} needs as many at least")
     for file in filter(None, (args.output, args.sheet)):
         check_output(file, [*images, *normal], args.force)
     model = load_model(args.model, args.device)
-    layer = (args.layer or recommended_layer(model, args.model)) if normal else ""
+    layer = (args.layer or recommended_layer(model, args.model, "--layer")) if normal else ""
     score = "knn" if normal else "rotation"
-    detector = RotationOutlierDetector(model, score, layer, args.neighbours or NEIGHBOURS)
+    detector = RotationOutlierDetector(model, score, layer, neighbours)
     broken: dict[Path, str] = {}
     if normal:
         detector.fit(read_batches(model, normal, BATCH, broken))

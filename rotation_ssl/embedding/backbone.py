@@ -38,8 +38,10 @@ def load_model(name: str, device: str) -> Any:
         raise ValueError(f"{name} could not be loaded ({first_line(error)})") from error
 
 
-def recommended_layer(model: Any, name: str) -> str:
+def recommended_layer(model: Any, name: str, option: str = "--layers") -> str:
     """The layer that the manifest recommends for the weights, or the paper for the network.
+
+    ``option`` is what an error tells to give.
 
     Raises:
         ValueError: neither recommends one.
@@ -48,7 +50,7 @@ def recommended_layer(model: Any, name: str) -> str:
     entry = zoo.manifest().get(f"{architecture}.{tag}", {})
     if layer := entry.get("recommended_layer") or network_facts(str(architecture)).recommended_layer:
         return str(layer)
-    raise ValueError(f"{name} has no recommended layer: give --layers, of {', '.join(layer_modules(model))}")
+    raise ValueError(f"{name} has no recommended layer: choose {option} from {', '.join(layer_modules(model))}")
 
 
 def model_name(model: Any, name: str) -> str:

@@ -373,7 +373,7 @@ def test_converted_weights_have_the_layer_of_their_architecture(run, images, tmp
     torch.save(timm.create_model("resnet34", num_classes=4).state_dict(), tmp_path / "some.pth")
     run("convert", tmp_path / "some.pth", "-o", tmp_path / "others")
     status, error = run("features", images, *output, "--force", "--model", f"local-dir:{tmp_path / 'others'}")
-    assert status == 2 and "no recommended layer: give --layers, of act1, layer1, layer2, layer3, layer4" in error
+    assert status == 2 and "no recommended layer: choose --layers from act1, layer1, layer2, layer3, layer4" in error
 
 
 def test_an_interrupt_is_one_line(monkeypatch, images, tmp_path, capsys):

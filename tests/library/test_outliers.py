@@ -179,6 +179,7 @@ def test_broken_images_are_named(folders, tmp_path, capsys):
     ("more", "why"),
     [
         (["--layer", "block2"], "--layer is of the comparison with --normal"),
+        (["--normal", "normal", "--neighbours", "21"], "normal holds 20 images: --neighbours 21 needs as many"),
         (["--neighbours", "3"], "--neighbours is of the comparison with --normal"),
         (["--sheet", "s.csv"], "-o and --sheet are the same file"),
         (["--normal", "nowhere"], "image folder nowhere does not exist"),
