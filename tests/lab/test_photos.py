@@ -16,13 +16,6 @@ from training.__main__ import main
 from training.datasets import open_unlabelled
 
 
-def on_white(picture):
-    """A picture in the middle of a white page, as of an encyclopedia: most neighbours are equal."""
-    page = Image.new("RGB", (400, 400), "white")
-    page.paste(picture.resize((150, 150)), (60, 120))
-    return page
-
-
 def texture(seed, width=240, height=200):
     """A smooth picture of its own for each seed."""
     coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
@@ -132,11 +125,3 @@ def test_the_nearest_hash_differs_in_the_fewest_bits(n, m, seed):
     distances = (own[:, None] != others).sum(2)
     assert torch.equal(bits, distances.min(1).values)
     assert torch.equal(distances.gather(1, which[:, None])[:, 0], bits)
-
-
-def test_mirror_images_with_a_flat_background_are_found(tmp_path):
-    pictures = [on_white(texture(1)), ImageOps.mirror(on_white(texture(1))), texture(2)]
-    files = [tmp_path / f"{number}.png" for number in range(3)]
-    for picture, file in zip(pictures, files, strict=True):
-        picture.save(file)
-    assert photos.find_duplicates(files[1:], files[:1], 1) == {0: (0, 0)}
