@@ -17,7 +17,7 @@ from rotation_ssl.machine import keep_large_blocks
 from rotation_ssl.messages import counted, first_line
 from rotation_ssl.precision import resolve_precision, warn_if_emulated
 from rotation_ssl.pretraining.images import UnlabelledImages, open_images
-from rotation_ssl.pretraining.loop import pretrain
+from rotation_ssl.pretraining.loop import check_begun, pretrain
 from rotation_ssl.pretraining.monitor import Monitor
 from rotation_ssl.pretraining.options import WORKERS
 from rotation_ssl.pretraining.recipe import FOLDER, Recipe, with_image_size, with_steps
@@ -73,6 +73,8 @@ def run(
         raise ValueError("--accumulate and --monitor-every must be at least 1, --workers at least 0")
     if device not in ("auto", "cpu"):
         raise ValueError(f"device must be 'auto' or 'cpu', got {device!r}; CUDA_VISIBLE_DEVICES selects a GPU")
+    # reading the images takes long
+    check_begun(output, resume)
     accelerator = create_accelerator(recipe, device == "cpu", accumulate, tracker, output)
     with accelerator.local_main_process_first():
         # the other processes find what the first one downloads

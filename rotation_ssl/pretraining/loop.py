@@ -92,14 +92,16 @@ def pretrain(
     if sync_batchnorm and accelerator.device.type == "cpu":
         raise ValueError("SyncBatchNorm runs on GPUs alone: leave --sync-batchnorm out, each process keeps its own")
     weights_file = output / "model.safetensors"
-    if resume and _is_finished(recipe, images, output, accelerator):
-        return weights_file
+    if resume:
+        check_begun(output, resume)
+        if _is_finished(recipe, images, output, accelerator):
+            return weights_file
     recipe = _resolved(recipe, accelerator)
     identity = run_identity(recipe, images, count, accelerator, sync_batchnorm)
     with lock_output(accelerator, output):
+        # another process may have finished it in the meantime
+        check_begun(output, resume and not weights_file.exists())
         checkpoint = find_checkpoint(output)
-        if weights_file.exists() or (checkpoint and not resume):
-            raise ValueError(f"{output} already contains a run: --resume it if unfinished, or give another --output")
         progress = read_progress(checkpoint, identity) if checkpoint else Progress(identity, commit)
         run = prepare(recipe, images, output, accelerator, progress, checkpoint, workers, sync_batchnorm)
         stopped = train(run, checkpoint_seconds, monitor, monitor_every)
@@ -109,13 +111,26 @@ def pretrain(
     return stopped or weights_file
 
 
+def check_begun(output: Path, resume: bool) -> None:
+    """Refuse to begin a run where there is one, and to resume one where there is none.
+
+    Raises:
+        ValueError: there is one, or none.
+    """
+    begun = (output / "model.safetensors").exists() or find_checkpoint(output) is not None
+    if begun and not resume:
+        raise ValueError(f"{output} already contains a run: --resume it if unfinished, or give another --output")
+    if resume and not begun:
+        raise ValueError(f"nothing to resume: there is no checkpoint in {output}; start without --resume")
+
+
 def _is_finished(
     recipe: Recipe, images: torch.Tensor | UnlabelledImages, output: Path, accelerator: Accelerator
 ) -> bool:
-    """Whether a run to resume has written its weights; if not, it must have left a checkpoint.
+    """Whether a run to resume has written its weights.
 
     Raises:
-        ValueError: there is neither, or the weights are of another recipe or other images.
+        ValueError: the weights are of another recipe or other images.
     """
     if (output / "model.safetensors").exists():
         check_finished(recipe, fingerprint(images), output)
@@ -123,8 +138,6 @@ def _is_finished(
             # a kill after the weights were written leaves them
             remove_checkpoints(output)
         return True
-    if not find_checkpoint(output):
-        raise ValueError(f"nothing to resume: there is no checkpoint in {output}; start without --resume")
     return False
 
 

@@ -253,6 +253,7 @@ def test_cached_features_are_those_of_the_images_as_they_are(small_cifar10):
         (["rotnet_nin", "--layers", "block7"], "no layer block7"),
         (["rotnet_nin", "--record"], "this is not the whole of CIFAR-10: 40 training and 40 test images"),
         (["resnet18", "--random", "--only", "rotation", "--size", "32"], "the network has 1000"),
+        (["rotnet_nin", "--layers", "block1", "--only", "rotation"], "--layers is of k-NN and the probes"),
         (["rotnet_nin", "--layers", "block7", "--only", "knn"], "block1, block2, block3, block4"),
         (["rotnet_nin", "--weights", "nowhere.safetensors"], "nowhere.safetensors does not exist"),
         (["rotnet_nin", "--weights", "a", "--random"], "exclude each other"),

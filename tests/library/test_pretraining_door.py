@@ -19,7 +19,7 @@ import rotation_ssl
 from rotation_ssl import cli
 from rotation_ssl.features import rankme
 from rotation_ssl.images import read_images
-from rotation_ssl.pretraining import monitor
+from rotation_ssl.pretraining import command, monitor
 from rotation_ssl.pretraining.command import run
 from rotation_ssl.pretraining.loop import pretrain
 from rotation_ssl.pretraining.monitor import Monitor
@@ -42,7 +42,7 @@ def by_class(tmp_path_factory):
     return root
 
 
-def test_a_folder_becomes_a_backbone(tmp_path, capsys):
+def test_a_folder_becomes_a_backbone(tmp_path, capsys, monkeypatch):
     arguments = ["pretrain", "--data", str(PHOTOS), "--output", str(tmp_path / "mine"), *SMALL]
     assert cli.main(arguments) == 0
     assert "wrote" in capsys.readouterr().out
@@ -50,8 +50,11 @@ def test_a_folder_becomes_a_backbone(tmp_path, capsys):
     assert model.num_classes == 4 and model.pretrained_cfg["input_size"] == (3, 16, 16)
     run = json.loads((tmp_path / "mine" / "run.json").read_text())
     assert run["recipe"]["name"] == "folder" and run["commit"] == ""
+    monkeypatch.setattr(command, "open_images", None)  # refused before the images are read
     assert cli.main(arguments) == 2
     assert "already contains a run" in capsys.readouterr().err
+    assert cli.main([*arguments[:3], "--output", str(tmp_path / "other"), "--resume", *SMALL]) == 2
+    assert "nothing to resume" in capsys.readouterr().err
 
 
 def test_the_function_is_the_command(tmp_path):

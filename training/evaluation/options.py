@@ -34,8 +34,9 @@ def add_data(parser: argparse.ArgumentParser, torchvision: bool = False) -> None
         )
     parser.add_argument("--download", action="store_true", help="let torchvision download the images to --data")
     parser.add_argument(
-        "--holdout", type=int, default=0, metavar="N", help="hold out the last N training images and test on them"
-    )
+        "--holdout", type=int, default=0, metavar="N",
+        help=f"hold out {'N random' if torchvision else 'the last N'} training images and test on them",
+    )  # fmt: skip
     parser.add_argument("--size", type=int, help="input size of the backbone in pixels [the model's own]")
 
 

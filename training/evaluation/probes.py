@@ -106,6 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _measure(args: argparse.Namespace) -> Path:
     """Measure what the options ask for; returns the file of the rows."""
     warn_if_emulated(args.precision, args.device)
+    if args.layers and args.only == ["rotation"]:
+        raise ValueError("--layers is of k-NN and the probes: rotation is measured of the whole network")
     subject = options.subject_of(args)
     layers = args.layers or list(layer_modules(subject.backbone))
     wanted = set(args.only or DEFAULT)

@@ -189,6 +189,8 @@ def _mirrored(boxes: torch.Tensor, width: int) -> torch.Tensor:
 
 def measure(args: argparse.Namespace) -> Path:
     """Train and measure what the options ask for; returns the file of the rows."""
+    if args.test_proposals is not None and not args.proposals:
+        raise ValueError("--test-proposals is of Fast R-CNN: give its --proposals too")
     sides = {} if args.side is None else {"train_sides": (args.side,), "test_side": args.side}
     recipe = recipe_of((FAST_RCNNS if args.proposals else FASTER_RCNNS)[args.budget], args, **sides)
     name, given = "Faster R-CNN", ""
