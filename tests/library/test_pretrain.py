@@ -498,16 +498,17 @@ def test_the_command_changes_a_recipe_and_records_it(small_cifar10, tmp_path, mo
 
 
 def test_a_processor_without_bfloat16_is_told(small_cifar10, tmp_path, monkeypatch, capsys):
-    # nothing to resume: it is told before anything is trained
+    # no folder to monitor by: it is told before anything is trained
     arguments = [
         "nin-cifar10-cpu",
         "--data",
         str(small_cifar10),
         "--device",
         "cpu",
-        "--resume",
+        "--monitor",
+        str(tmp_path / "nowhere"),
         "--output",
-        str(tmp_path),
+        str(tmp_path / "run"),
     ]
     told = "cpu has no known bfloat16 instructions: bf16 may be many times slower than fp32"
     for precision, flags, expected in (
@@ -519,7 +520,7 @@ def test_a_processor_without_bfloat16_is_told(small_cifar10, tmp_path, monkeypat
         monkeypatch.setattr("rotation_ssl.precision.cpu_flags", lambda flags=flags: flags)
         assert command.main([*arguments, "--images-per-step", "8", "--precision", precision]) == 2
         error = capsys.readouterr().err
-        assert (told in error) == expected and "nothing to resume" in error
+        assert (told in error) == expected and "nowhere does not exist" in error
 
 
 def test_command_line_errors_are_one_line(tmp_path, capsys):
