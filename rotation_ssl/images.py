@@ -17,7 +17,7 @@ from tqdm import tqdm
 HEIF_SUFFIXES = (".heic", ".heif")
 #: What an image file is told by, in any case.
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
-#: What a disk or a network says that fails: it is not the file that is broken.
+#: Errors of a disk or a network that fails, not of a file that is broken.
 FAILURES = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET, errno.EHOSTUNREACH, errno.EMFILE, errno.ENFILE}
 #: A large JPEG of which a square is looked at is decoded at so many times the square's side, or more.
 OVERSIZE = 2
