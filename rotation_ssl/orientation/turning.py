@@ -38,7 +38,7 @@ def open_picture(path: Path, size: int) -> Picture:
     """Read a picture to look at squares of ``size`` pixels: large ones are decoded at a part of their size.
 
     Raises:
-        ValueError: it does not exist or does not decode; the error names the file.
+        ValueError: it does not exist, cannot be read or does not decode; the error names the file.
     """
     if not path.is_file():
         raise ValueError(f"image {path} does not exist" if not path.exists() else f"image {path} is not a regular file")
@@ -51,7 +51,8 @@ def open_picture(path: Path, size: int) -> Picture:
     side = OVERSIZE * size
     try:
         shown = read_image(image, side)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
+        # a disk that fails at one picture may give the next one
         raise ValueError(str(error).replace(f"image {image}", f"image {path}")) from error
     if (factor := min(shown.size) // side) > 1:
         shown = shown.reduce(factor)

@@ -1,6 +1,7 @@
 """Which way up: the laws of the prediction, the EXIF orientation byte by byte, and files that are turned."""
 
 import csv
+import errno
 import io
 import json
 import os
@@ -17,7 +18,7 @@ import torch
 from conftest import SAMPLES
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, JpegImagePlugin
 from torch import nn
 
 import rotation_ssl  # noqa: F401  registers the models with timm
@@ -309,6 +310,21 @@ def test_broken_and_odd_pictures_are_named_and_the_others_go_on(album, capsys):
     failed = [line for line in told.err.splitlines() if line.startswith("error: ")]
     assert len(failed) == 3 and all(name in told.err for name in ("cut.jpg", "empty.png", "gone.jpg"))
     assert len(told.out.splitlines()) == 9
+
+
+def test_a_disk_that_fails_at_a_picture_does_not_stop_the_others(album, capsys, monkeypatch):
+    load = JpegImagePlugin.JpegImageFile.load
+
+    def fail_at_one(image):
+        if Path(image.filename).name == "pixels.jpg":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return load(image)
+
+    monkeypatch.setattr(JpegImagePlugin.JpegImageFile, "load", fail_at_one)
+    assert orient(album, "--json") == 1
+    told = capsys.readouterr()
+    assert f"image {album / 'pixels.jpg'} cannot be read, try again: Input/output error" in told.err
+    assert len(told.out.splitlines()) == 3
 
 
 def test_what_cannot_be_written_is_named_and_left(album, capsys):
