@@ -18,8 +18,8 @@ def tell_killed_workers() -> Iterator[None]:
         if "DataLoader worker (pid" not in str(error):
             raise
         raise OSError(
-            f"a decoding process was killed ({first_line(error)}); fewer --workers need less memory; go on with "
-            "--resume"
+            f"a decoding process was killed ({first_line(error)}); fewer --workers need less memory; what can be "
+            "resumed goes on with --resume"
         ) from error
 
 

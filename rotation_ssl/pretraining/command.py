@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
@@ -87,9 +86,8 @@ def run(
             images.read_all(workers, quiet=not accelerator.is_main_process)
     watch = None
     if monitor is not None and accelerator.is_main_process:
-        known = timm.get_pretrained_cfg(recipe.model) if timm.is_model(recipe.model) else None
-        size = recipe.stages[-1].crop if known and known.fixed_input_size else recipe.input_size
-        watch = Monitor(Path(monitor), size, resolve_precision(recipe.precision, accelerator.device))
+        precision = resolve_precision(recipe.precision, accelerator.device)
+        watch = Monitor(Path(monitor), recipe.input_size, precision)
     return pretrain(
         recipe, images, output, accelerator, resume, checkpoint_seconds, workers, sync_batchnorm, commit,
         watch, monitor_every,

@@ -31,7 +31,6 @@ from rotation_ssl.pretraining.outputs import (
     check_finished,
     describe_run,
     lock_output,
-    trained_size,
     write_run,
 )
 from rotation_ssl.pretraining.recipe import Muon, Recipe
@@ -292,9 +291,8 @@ def holdout_accuracy(
     cfg = resolve_model_data_config(model)
     indices = torch.arange(len(images) - recipe.holdout, len(images)).split(EVALUATION_BATCH)
     squares = _squares(stream(images, indices, workers), device, set() if broken is None else broken)
-    size = trained_size(recipe, model)
-    if size != recipe.image_size:
-        squares = (take_boxes(pixels, whole_boxes(len(pixels)), size) for pixels in squares)
+    if recipe.input_size != recipe.image_size:
+        squares = (take_boxes(pixels, whole_boxes(len(pixels)), recipe.input_size) for pixels in squares)
     batches = (normalize(pixels, cfg["mean"], cfg["std"]) for pixels in squares)
     if recipe.rotation_unit == 45:
         return count_correct_eighths(model, batches)

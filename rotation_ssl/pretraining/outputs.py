@@ -142,12 +142,6 @@ def describe_run(recipe: Recipe, progress: Progress, accelerator: Accelerator) -
     }
 
 
-def trained_size(recipe: Recipe, model: nn.Module) -> int:
-    """Side of the whole images that a trained network takes: of one that takes a single size, the crops'."""
-    fixed = getattr(model, "pretrained_cfg", {}).get("fixed_input_size")
-    return recipe.stages[-1].crop if fixed else recipe.input_size
-
-
 def write_run(output: Path, recipe: Recipe, run: dict[str, Any], model: nn.Module) -> None:
     """Write run.json, curve.png, config.json and, last, model.safetensors (fp32): where it is, the run is finished.
 
@@ -157,11 +151,10 @@ def write_run(output: Path, recipe: Recipe, run: dict[str, Any], model: nn.Modul
     draw_curve(run, output / "curve.png")
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     content = save(state, metadata={"format": "pt"})
-    size = trained_size(recipe, model)
     cfg = {
         **NOT_OF_THESE_WEIGHTS,
         "tag": recipe.name,
-        "input_size": (3, size, size),
+        "input_size": (3, recipe.input_size, recipe.input_size),
         "crop_pct": 1.0,
         "test_input_size": None,
     }

@@ -81,8 +81,7 @@ def create_model(recipe: Recipe) -> nn.Module:
     outputs, crops = len(recipe.rotations), sorted({stage.crop for stage in recipe.stages})
     try:
         options: dict[str, Any] = dict(recipe.model_args)
-        cfg = timm.get_pretrained_cfg(recipe.model) if timm.is_model(recipe.model) else None
-        if cfg is not None and cfg.fixed_input_size:
+        if recipe.takes_one_size:
             options["img_size"] = crops[-1]
         model = timm.create_model(recipe.model, num_classes=outputs, **options)
     except (RuntimeError, TypeError, ValueError, AssertionError, ZeroDivisionError) as error:
