@@ -20,7 +20,7 @@ from rotation_ssl.pretraining.loop import check_begun, pretrain
 from rotation_ssl.pretraining.monitor import Monitor
 from rotation_ssl.pretraining.options import WORKERS
 from rotation_ssl.pretraining.recipe import FOLDER, Recipe, with_image_size, with_steps
-from rotation_ssl.pretraining.setup import create_accelerator
+from rotation_ssl.pretraining.setup import create_accelerator, trained_size
 
 NAMED = 3  # broken images that are named on the terminal; run.json lists all
 Opener = Callable[[Recipe], "torch.Tensor | UnlabelledImages"]
@@ -87,7 +87,7 @@ def run(
     watch = None
     if monitor is not None and accelerator.is_main_process:
         precision = resolve_precision(recipe.precision, accelerator.device)
-        watch = Monitor(Path(monitor), recipe.input_size, precision)
+        watch = Monitor(Path(monitor), trained_size(recipe), precision)
     return pretrain(
         recipe, images, output, accelerator, resume, checkpoint_seconds, workers, sync_batchnorm, commit,
         watch, monitor_every,

@@ -35,7 +35,13 @@ from rotation_ssl.pretraining.outputs import (
 )
 from rotation_ssl.pretraining.recipe import Muon, Recipe
 from rotation_ssl.pretraining.run import Checkpoints, Curve, Run, StopRequest, all_broken, check_weights
-from rotation_ssl.pretraining.setup import count_training_images, create_accelerator, create_model, run_identity
+from rotation_ssl.pretraining.setup import (
+    count_training_images,
+    create_accelerator,
+    create_model,
+    run_identity,
+    trained_size,
+)
 from rotation_ssl.pretraining.state import (
     Progress,
     find_checkpoint,
@@ -93,8 +99,12 @@ def pretrain(
     weights_file = output / "model.safetensors"
     if resume:
         check_begun(output, resume)
-        if _is_finished(recipe, images, output, accelerator):
-            return weights_file
+    if resume and weights_file.exists():
+        check_finished(recipe, fingerprint(images), output)
+        if accelerator.is_main_process:
+            # a kill after the weights were written leaves them
+            remove_checkpoints(output)
+        return weights_file
     recipe = _resolved(recipe, accelerator)
     identity = run_identity(recipe, images, count, accelerator, sync_batchnorm)
     with lock_output(accelerator, output):
@@ -121,23 +131,6 @@ def check_begun(output: Path, resume: bool) -> None:
         raise ValueError(f"{output} already contains a run: --resume it if unfinished, or give another --output")
     if resume and not begun:
         raise ValueError(f"nothing to resume: there is no checkpoint in {output}; start without --resume")
-
-
-def _is_finished(
-    recipe: Recipe, images: torch.Tensor | UnlabelledImages, output: Path, accelerator: Accelerator
-) -> bool:
-    """Whether a run to resume has written its weights.
-
-    Raises:
-        ValueError: the weights are of another recipe or other images.
-    """
-    if (output / "model.safetensors").exists():
-        check_finished(recipe, fingerprint(images), output)
-        if accelerator.is_main_process:
-            # a kill after the weights were written leaves them
-            remove_checkpoints(output)
-        return True
-    return False
 
 
 def _resolved(recipe: Recipe, accelerator: Accelerator) -> Recipe:
@@ -291,8 +284,9 @@ def holdout_accuracy(
     cfg = resolve_model_data_config(model)
     indices = torch.arange(len(images) - recipe.holdout, len(images)).split(EVALUATION_BATCH)
     squares = _squares(stream(images, indices, workers), device, set() if broken is None else broken)
-    if recipe.input_size != recipe.image_size:
-        squares = (take_boxes(pixels, whole_boxes(len(pixels)), recipe.input_size) for pixels in squares)
+    size = trained_size(recipe)
+    if size != recipe.image_size:
+        squares = (take_boxes(pixels, whole_boxes(len(pixels)), size) for pixels in squares)
     batches = (normalize(pixels, cfg["mean"], cfg["std"]) for pixels in squares)
     if recipe.rotation_unit == 45:
         return count_correct_eighths(model, batches)

@@ -21,6 +21,7 @@ from rotation_ssl.files import replace_bytes, sync
 from rotation_ssl.machine import device_name, library_versions
 from rotation_ssl.messages import first_line
 from rotation_ssl.pretraining.recipe import Recipe
+from rotation_ssl.pretraining.setup import trained_size
 from rotation_ssl.pretraining.state import Progress
 from rotation_ssl.rotations import ROTATION_NAMES, ROTATIONS
 
@@ -151,10 +152,11 @@ def write_run(output: Path, recipe: Recipe, run: dict[str, Any], model: nn.Modul
     draw_curve(run, output / "curve.png")
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     content = save(state, metadata={"format": "pt"})
+    size = trained_size(recipe)
     cfg = {
         **NOT_OF_THESE_WEIGHTS,
         "tag": recipe.name,
-        "input_size": (3, recipe.input_size, recipe.input_size),
+        "input_size": (3, size, size),
         "crop_pct": 1.0,
         "test_input_size": None,
     }

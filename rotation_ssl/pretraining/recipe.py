@@ -3,8 +3,6 @@
 import dataclasses
 from dataclasses import dataclass
 
-import timm
-
 #: Values of ``flip``.
 FLIPS = ("none", "random", "alternate")
 #: Values of ``padding_mode``.
@@ -207,12 +205,7 @@ class Recipe:
     @property
     def input_size(self) -> int:
         """Side of the whole images that the trained network is for, what crops were resized to or the images' own."""
-        return self.image_size if self.scale is None and not self.takes_one_size else self.stages[-1].crop
-
-    @property
-    def takes_one_size(self) -> bool:
-        """Whether the network, such as a ViT, takes images of a single size, that of the crops."""
-        return timm.is_model(self.model) and bool(timm.get_pretrained_cfg_value(self.model, "fixed_input_size"))
+        return self.image_size if self.scale is None else self.stages[-1].crop
 
     def crop_at(self, step: int) -> int:
         """Crop size of step ``step``, counted from 0."""

@@ -81,7 +81,7 @@ def create_model(recipe: Recipe) -> nn.Module:
     outputs, crops = len(recipe.rotations), sorted({stage.crop for stage in recipe.stages})
     try:
         options: dict[str, Any] = dict(recipe.model_args)
-        if recipe.takes_one_size:
+        if takes_one_size(recipe.model):
             options["img_size"] = crops[-1]
         model = timm.create_model(recipe.model, num_classes=outputs, **options)
     except (RuntimeError, TypeError, ValueError, AssertionError, ZeroDivisionError) as error:
@@ -101,6 +101,17 @@ def create_model(recipe: Recipe) -> nn.Module:
                 "to the rotations; take another model"
             )
     return model.train()
+
+
+def takes_one_size(model: str) -> bool:
+    """Whether a model, such as a ViT, takes images of a single size, which is set as it is made."""
+    architecture = model.split(".", 1)[0]
+    return timm.is_model(architecture) and bool(timm.get_pretrained_cfg_value(architecture, "fixed_input_size"))
+
+
+def trained_size(recipe: Recipe) -> int:
+    """Side of the whole images that the trained network takes: of one that takes a single size, the crops'."""
+    return recipe.stages[-1].crop if takes_one_size(recipe.model) else recipe.input_size
 
 
 def count_training_images(recipe: Recipe, images: torch.Tensor | UnlabelledImages, accelerator: Accelerator) -> int:
