@@ -1,14 +1,14 @@
 """The pretext task with eight rotations, the multiples of 45 degrees: row "8" of the paper's table 2.
 
 View r is r x 45 degrees counter-clockwise. A batch of views is rotation-major: with N images, row r * N + i is image i
-turned by r x 45 degrees, and its label is r.
+rotated by r x 45 degrees, and its label is r.
 
-Quarter turns move pixels, the other four turns must interpolate, and either the blur of that or the empty corners would
-tell the rotation without a look at the image. Bilinear resampling of every view is not enough: what it blurs depends on
-the angle between the two grids. So every view, the multiples of 90 degrees included, reads only the image's inscribed
-circle, through a round kernel: the weight of a pixel depends on its distance from the sampled point and on nothing
-else. The kernel passes the frequencies below CUTOFF, whose circle lies well within what the pixels of a turned grid can
-show, and so loses the same of every view.
+Rotations by 90 degrees only move pixels. The other four must interpolate, and the blur of that, or the empty corners,
+would give the rotation away. Bilinear resampling of every view does not prevent this, because its blur depends on the
+angle between the two grids. Therefore every view, including the multiples of 90 degrees, is resampled from the image's
+inscribed circle with a round kernel: the weight of a pixel depends only on its distance from the sampled point. The
+kernel keeps the frequencies below CUTOFF, which the pixels of any rotated grid can represent, so that every view loses
+the same.
 
 Sources: Gidaris et al. 2018, table 2 (https://arxiv.org/abs/1803.07728), whose views may have been made otherwise; the
 kernel is Lanczos' windowed sinc in its polar form, Heckbert 1989, "Fundamentals of Texture Mapping and Image
@@ -16,16 +16,12 @@ Warping".
 """
 
 import math
-from collections.abc import Iterable
 from functools import lru_cache
 
 import torch
-from torch import nn
 
-from rotation_ssl.rotations import count_correct, cross_entropy_of_rotations
+from rotation_ssl.rotations import check_square, like
 
-#: All multiples of 45 degrees, counter-clockwise.
-EIGHTHS = (0, 1, 2, 3, 4, 5, 6, 7)
 CUTOFF = 0.36  # cycles a pixel; the pixels' own limit is 0.5, and at 0.42 white noise is 5 % sharper upright than at 45
 REACH = 3.0  # radius of the kernel in pixels
 FIRST_ZERO = 1.2196698912665045  # of J1(pi x) / x: where the window ends
@@ -33,7 +29,7 @@ LARGEST = 64  # pixels: the weights of a view are a matrix of H^4 values, 64 MiB
 
 
 def rotate_eighths(images: torch.Tensor) -> torch.Tensor:
-    """Turn every image by the eight multiples of 45 degrees; view r + 2 is exactly view r after a quarter turn.
+    """Rotate every image by the eight multiples of 45 degrees; view r + 2 is exactly view r rotated by 90 degrees.
 
     Args:
         images: (N, C, H, H), floating point, any device, H at most 64, normalised: outside of the inscribed circle the
@@ -45,13 +41,8 @@ def rotate_eighths(images: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: images are not a batch of square floating-point images of at most 64 x 64 pixels.
     """
-    if images.ndim != 4:
-        raise ValueError(
-            f"images must be a batch (N, C, H, W), got shape {tuple(images.shape)}; use images[None] for one"
-        )
+    check_square(images)
     size = images.shape[-1]
-    if images.shape[-2] != size:
-        raise ValueError(f"images must be square, got {tuple(images.shape[-2:])}: crop them before rotating")
     if size > LARGEST:
         raise ValueError(f"images must have at most {LARGEST} x {LARGEST} pixels, got {size} x {size}: resize them")
     if not images.is_floating_point():
@@ -60,56 +51,22 @@ def rotate_eighths(images: torch.Tensor) -> torch.Tensor:
     pixels = images.to(precision).flatten(2)
     # autocast would round the kernel's weights to 8 bits
     with torch.autocast(images.device.type, enabled=False):
-        upright, turned = (
+        upright, diagonal = (
             (pixels @ _view_weights(size, degrees, precision, images.device).T).view(images.shape)
             for degrees in (0, 45)
         )
-    views = [torch.rot90(view, k, (-2, -1)) for k in range(4) for view in (upright, turned)]
-    keep = torch.channels_last if images.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-    return torch.cat(views).to(images.dtype).contiguous(memory_format=keep)
-
-
-def eighths_loss(model: nn.Module, images: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
-    """Cross-entropy of the model's guess by which eighth of a turn each image was turned.
-
-    Args:
-        model: maps (8 * N, C, H, H) to logits (8 * N, 8).
-        images: as in :func:`rotate_eighths`, augmented, upright.
-        label_smoothing: of the target's probability, shared by all rotations alike.
-
-    Returns:
-        Scalar, the mean over the 8 * N views, computed in float32; differentiable.
-
-    Raises:
-        ValueError: as :func:`rotate_eighths`, or the model does not give eight logits an image.
-    """
-    return cross_entropy_of_rotations(model(rotate_eighths(images)), len(EIGHTHS), label_smoothing)
-
-
-def count_correct_eighths(model: nn.Module, batches: Iterable[torch.Tensor]) -> tuple[int, int]:
-    """How many views the model, in eval mode, predicts correctly.
-
-    Args:
-        model: maps (8 * N, C, H, H) to logits (8 * N, 8); each module's train/eval mode is as before afterwards.
-        batches: batches of images as in :func:`rotate_eighths`, upright.
-
-    Returns:
-        The number of correct predictions and of views, eight times the images; their ratio is the accuracy.
-
-    Raises:
-        ValueError: as :func:`rotation_ssl.rotations.count_correct`.
-    """
-    return count_correct(model, map(rotate_eighths, batches), len(EIGHTHS))
+    views = [torch.rot90(view, k, (-2, -1)) for k in range(4) for view in (upright, diagonal)]
+    return like(images, views).to(images.dtype)
 
 
 @lru_cache(maxsize=8)
 @torch.inference_mode(False)  # whoever asks first, the weights serve under autograd too
 def _view_weights(size: int, degrees: float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Weights (pixel of the view, pixel of the image) of the turn; rows sum to 1 in the circle and are 0 outside."""
+    """Weights (pixel of the view, pixel of the image) of the rotation; rows sum to 1 in the circle, are 0 outside."""
     doubled = 2 * torch.arange(size) + 1 - size  # pixel centres from the image's middle, in half pixels
     in_circle = (doubled[:, None] ** 2 + doubled**2 <= size**2).flatten()
     y, x = (part.flatten().double() / 2 for part in torch.meshgrid(doubled, doubled, indexing="ij"))
-    # rows count downwards: seen on the screen this looks up where a counter-clockwise turn took each pixel from
+    # rows count downwards: on the screen this is where a counter-clockwise rotation takes each pixel from
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     from_x, from_y = x * cos - y * sin, x * sin + y * cos
     weights = _kernel(torch.hypot(from_x[:, None] - x, from_y[:, None] - y)) * in_circle

@@ -100,8 +100,9 @@ def batch_extractor(
     prepare: Prepare | None = None,
     dtype: torch.dtype = torch.float32,
     autocast: torch.dtype | None = None,
+    device: torch.device | str | None = "cpu",
 ) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:
-    """A function from one batch of images (B, C, H, W) to its features by layer, on the CPU.
+    """A function from one batch of images (B, C, H, W) to its features by layer, on ``device``; None: the backbone's.
 
     It is what :func:`extract_features` runs on each batch, with the same arguments and errors. Making it takes longer
     than one batch: make it once for many.
@@ -111,33 +112,15 @@ def batch_extractor(
     if unknown or not layers:
         raise ValueError(f"no layer {', '.join(unknown) or 'asked for'} in this backbone; it has {', '.join(names)}")
     cells = _check_options(layers, pool, grid, dtype)
-    device = next((parameter.device for parameter in backbone.parameters()), torch.device("cpu"))
-    forward = _pooled_layers(backbone, cells, pool, dtype, torch.device("cpu"))
+    own = next((parameter.device for parameter in backbone.parameters()), torch.device("cpu"))
+    forward = _pooled_layers(backbone, cells, pool, dtype, torch.device(device or own))
 
     def extract(batch: torch.Tensor) -> dict[str, torch.Tensor]:
-        with torch.autocast(device.type, autocast, enabled=autocast is not None):
-            found = forward(batch.to(device), prepare)
+        with torch.autocast(own.type, autocast, enabled=autocast is not None):
+            found = forward(batch.to(own), prepare)
         return {layer: found[layer] for layer in layers}
 
     return extract
-
-
-def layer_maps(
-    backbone: nn.Module, layers: Sequence[str], dtype: torch.dtype = torch.float32
-) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:
-    """A function from prepared images (B, C, H, W) to each layer's output (B, channels, H', W') or (B, D).
-
-    It runs the frozen backbone in eval mode up to the last of the ``layers`` and leaves the outputs on the images'
-    device, in ``dtype``. Making it takes longer than one batch: make it once for many.
-
-    Raises:
-        ValueError: a layer that does not exist or, when called, one that gives no map or vector.
-    """
-    names = layer_modules(backbone)
-    if unknown := [layer for layer in layers if layer not in names]:
-        raise ValueError(f"no layer {', '.join(unknown)} in this backbone; it has {', '.join(names)}")
-    forward = _pooled_layers(backbone, dict.fromkeys(layers, 1), None, dtype, None)
-    return lambda images: dict(forward(images, None))
 
 
 class _Complete(Exception):
@@ -149,9 +132,9 @@ def _pooled_layers(
     cells: Mapping[str, int],
     pool: str | None,
     dtype: torch.dtype,
-    device: torch.device | None,
+    device: torch.device,
 ) -> Callable[[torch.Tensor, Prepare | None], dict[str, torch.Tensor]]:
-    """A function from a batch to the pooled output of each layer in ``cells``, on ``device``; None: where it is."""
+    """A function from a batch to the pooled output of each layer in ``cells``, on ``device``."""
     names, info = layer_modules(backbone), cast(Any, backbone).feature_info
     channels = {entry["module"]: entry["num_chs"] for entry in info if "num_chs" in entry}
     found: dict[str, torch.Tensor] = {}
@@ -159,7 +142,7 @@ def _pooled_layers(
     def keep(layer: str, output: torch.Tensor) -> None:
         pooled = _pool(_to_map(output, backbone, layer, channels.get(names.get(layer, layer))), pool, cells[layer])
         # copied at once: the network's next layer may overwrite its input in place
-        found.setdefault(layer, pooled.to(device or pooled.device, dtype, copy=True))
+        found.setdefault(layer, pooled.to(device, dtype, copy=True))
         if len(found) == len(cells):
             raise _Complete
 

@@ -24,9 +24,9 @@ CONTROL_GROUP = Path("/sys/fs/cgroup")
 def keep_large_blocks() -> bool:
     """Have glibc serve large blocks from the heap and never trim it (on Linux alone); whether it was done.
 
-    Otherwise glibc maps every large activation anew and gives it back at once: each step faults in gigabytes of fresh
-    pages. It is the one setting of the process that the training commands change. Importing ``rotation_ssl`` never does
-    it, and ``ROTATION_SSL_MALLOPT=0`` keeps the commands from it.
+    Otherwise glibc maps and unmaps every large activation, and each step faults in gigabytes of fresh pages. It is the
+    only setting of the process that the training commands change. Importing ``rotation_ssl`` never changes it, and
+    ``ROTATION_SSL_MALLOPT=0`` disables it.
     """
     if not sys.platform.startswith("linux") or os.environ.get("ROTATION_SSL_MALLOPT") == "0":
         return False
@@ -50,7 +50,7 @@ def release_free_memory() -> bool:
 
 
 def available_memory() -> int | None:
-    """Bytes that can be had without swapping, as Linux says, and within a container's limit; None elsewhere."""
+    """Bytes available without swapping, as Linux says, and within a container's limit; None on other systems."""
     lines = (_read(Path("/proc/meminfo")) or "").splitlines()
     found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
     # of control groups, version 2 and version 1
@@ -69,6 +69,11 @@ def _cached_files(details: Path) -> int:
     numbers = dict(line.split(maxsplit=1) for line in (_read(details) or "").splitlines())
     # version 1 counts the groups within it in numbers of their own
     return sum(int(numbers.get(f"total_{kind}", numbers.get(kind, 0))) for kind in ("active_file", "inactive_file"))
+
+
+def cpus() -> int:
+    """The CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def device_name(device: torch.device | str) -> str:

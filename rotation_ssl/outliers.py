@@ -6,6 +6,7 @@ https://arxiv.org/abs/1906.12340). 'knn' is the distance to the nearest of some 
 al. 2022, https://arxiv.org/abs/2204.06507).
 """
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -139,7 +140,8 @@ def false_positive_rate(normal: torch.Tensor, outlying: torch.Tensor, kept: floa
     _check_scores(normal, outlying)
     if not 0 < kept <= 1:
         raise ValueError(f"kept must be above 0, up to 1, got {kept}")
-    threshold = normal.sort().values[max(0, -int(-kept * len(normal) // 1) - 1)]
+    # rounded first: 0.55 of 100 images is 55.00000000000001 in floating point, and not 56
+    threshold = normal.sort().values[max(1, math.ceil(round(kept * len(normal), 9))) - 1]
     return float((outlying <= threshold).double().mean())
 
 

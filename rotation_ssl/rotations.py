@@ -1,7 +1,7 @@
-"""The pretext task of RotNet, in one screen: turn every image by quarter turns, ask which turn it was.
+"""The pretext task of RotNet, in one screen: rotate every image by multiples of 90 degrees and predict the rotation.
 
 Rotation k is k x 90 degrees counter-clockwise. A batch of rotations is rotation-major: with R rotations of N images,
-row r * N + i is image i turned by ``rotations[r]``, and its label is r, the position in the set of rotations.
+row r * N + i is image i rotated by ``rotations[r]``, and its label is r, the position in the set of rotations.
 
 Source: Gidaris et al. 2018, section 3.1 (https://arxiv.org/abs/1803.07728). Augment (flip, crop) **before** rotating:
 a flip afterwards makes 90 and 270 degrees indistinguishable.
@@ -13,17 +13,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-#: All quarter turns, counter-clockwise.
+#: 0, 90, 180 and 270 degrees counter-clockwise.
 ROTATIONS = (0, 1, 2, 3)
 ROTATION_NAMES = ("upright", "90° ccw", "180°", "90° cw")
 
 
 def rotate_all(images: torch.Tensor, rotations: Sequence[int] = ROTATIONS) -> torch.Tensor:
-    """Turn every image by each of the rotations, exactly: pixels move, none is interpolated.
+    """Rotate every image by each of the rotations. Pixels move and are not interpolated.
 
     Args:
         images: (N, C, H, H), any dtype and device; a channels_last batch stays channels_last.
-        rotations: R distinct quarter turns counter-clockwise, each 0..3; ``(0, 2)`` is {0, 180} degrees.
+        rotations: R distinct values of 0..3, in units of 90 degrees; ``(0, 2)`` is {0, 180} degrees.
 
     Returns:
         (R * N, C, H, H), rotation-major, same dtype, device and memory format.
@@ -31,17 +31,9 @@ def rotate_all(images: torch.Tensor, rotations: Sequence[int] = ROTATIONS) -> to
     Raises:
         ValueError: images are not a batch of square images, or the rotations are not distinct values of 0..3.
     """
-    if images.ndim != 4:
-        raise ValueError(
-            f"images must be a batch (N, C, H, W), got shape {tuple(images.shape)}; use images[None] for one"
-        )
-    if images.shape[-2] != images.shape[-1]:
-        raise ValueError(f"images must be square, got {tuple(images.shape[-2:])}: crop them before rotating")
+    check_square(images)
     _check_rotations(rotations)
-    turned = torch.cat([torch.rot90(images, k, (-2, -1)) for k in rotations])
-    # rot90 transposes, which leaves the memory format to chance: convolutions want the one that the batch came in
-    keep = torch.channels_last if images.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-    return turned.contiguous(memory_format=keep)
+    return like(images, [torch.rot90(images, k, (-2, -1)) for k in rotations])
 
 
 def rotation_labels(
@@ -61,7 +53,7 @@ def rotation_labels(
 def rotation_loss(
     model: nn.Module, images: torch.Tensor, rotations: Sequence[int] = ROTATIONS, label_smoothing: float = 0.0
 ) -> torch.Tensor:
-    """Cross-entropy of the model's guess which way each image was turned: the whole pretext task.
+    """Cross-entropy of the predicted rotation of each image: the whole pretext task.
 
     Args:
         model: maps (R * N, C, H, H) to logits (R * N, R).
@@ -133,6 +125,29 @@ def count_correct(model: nn.Module, batches: Iterable[torch.Tensor], num_rotatio
         for module in training:
             module.training = True
     return correct, total
+
+
+def check_square(images: torch.Tensor) -> None:
+    """Refuse what is not a batch of square images.
+
+    Raises:
+        ValueError: another number of dimensions, or images that are not square.
+    """
+    if images.ndim != 4:
+        raise ValueError(
+            f"images must be a batch (N, C, H, W), got shape {tuple(images.shape)}; use images[None] for one"
+        )
+    if images.shape[-2] != images.shape[-1]:
+        raise ValueError(f"images must be square, got {tuple(images.shape[-2:])}: crop them before rotating")
+
+
+def like(images: torch.Tensor, views: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The rotated views of a batch (N, C, H, H) as one batch of the same memory format.
+
+    Rotating transposes, which leaves the memory format to chance; convolutions are fast in that of the images.
+    """
+    keep = torch.channels_last if images.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+    return torch.cat(list(views)).contiguous(memory_format=keep)
 
 
 def _check_logits(logits: torch.Tensor, num_rotations: int) -> None:

@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     measurements = plan(layers, wanted, "cached", [0])
     numbers = measure_features(frozen, images, measurements, precision=precision)
     if "rotation" in wanted:
-        numbers = itertools.chain([measure_rotation(frozen, test)], numbers)
+        numbers = itertools.chain((measure_rotation(frozen, split) for split in [test]), numbers)
     results: list[Reported] = []
     for number in numbers:
         result = reported(number, args.model, images.name)

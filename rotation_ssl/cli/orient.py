@@ -19,6 +19,7 @@ from rotation_ssl.cli.options import add_command, check_output, positive
 from rotation_ssl.embedding.backbone import load_model
 from rotation_ssl.files import replace_file, write_csv
 from rotation_ssl.images import HEIF_SUFFIXES, find_images, register_heif
+from rotation_ssl.machine import cpus
 from rotation_ssl.messages import counted, printable
 from rotation_ssl.orientation import calibration, predict_orientation
 from rotation_ssl.orientation.exif import turned
@@ -76,7 +77,7 @@ def add(commands: Any) -> None:
     added.add_argument(
         "--model", default=DEFAULT_MODEL, help="timm model with four outputs: model.tag, local-dir:... [%(default)s]"
     )
-    added.add_argument("--workers", type=positive, default=os.cpu_count() or 1, help="reading threads [all cores]")
+    added.add_argument("--workers", type=positive, default=cpus(), help="reading threads [all cores]")
     added.add_argument("--device", default="cpu", help="device: cpu, cuda, cuda:1, mps [%(default)s]")
 
 

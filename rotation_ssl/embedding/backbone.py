@@ -46,9 +46,8 @@ def recommended_layer(model: Any, name: str, option: str = "--layers") -> str:
     Raises:
         ValueError: neither recommends one.
     """
-    architecture, tag = (model.pretrained_cfg.get(key) for key in ("architecture", "tag"))
-    entry = zoo.manifest().get(f"{architecture}.{tag}", {})
-    if layer := entry.get("recommended_layer") or network_facts(str(architecture)).recommended_layer:
+    facts = network_facts(str(model.pretrained_cfg.get("architecture")))
+    if layer := zoo.published_entry(model).get("recommended_layer") or facts.recommended_layer:
         return str(layer)
     raise ValueError(f"{name} has no recommended layer: choose {option} from {', '.join(layer_modules(model))}")
 

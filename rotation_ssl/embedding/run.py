@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from rotation_ssl.embedding.parts import (
 from rotation_ssl.embedding.sources import find_shards
 from rotation_ssl.features import POOLS
 from rotation_ssl.images import IMAGE_SUFFIXES, OVERSIZE
+from rotation_ssl.machine import cpus
 from rotation_ssl.precision import resolve_precision
 from rotation_ssl.progress import progress
 
@@ -95,8 +95,18 @@ def embed(
         ValueError: source, model and output do not fit, another run writes to the folder, or it was made otherwise.
         OSError: the source cannot be read, a part cannot be written, or a process was killed.
     """
-    _check_options(engine, format, dtype, shard_size, workers, address)
-    _check_features(pool, grid, batch_size, precision)
+    _check_choices(
+        engine=(engine, ENGINES),
+        format=(format, FORMATS),
+        dtype=(dtype, DTYPES),
+        pool=(pool, POOLS[:-1]),
+        precision=(precision, ("auto", "fp32", "bf16")),
+    )
+    if shard_size < 1 or (workers or 0) < 0:
+        raise ValueError(f"shard_size must be at least 1 and workers 0, got {shard_size} and {workers}")
+    if min(grid, batch_size) < 1:
+        raise ValueError(f"grid and batch_size must be at least 1, got {grid} and {batch_size}")
+    _check_engine(engine, address)
     model = _absolute(model)
     folder, loaded = Path(output).absolute(), load_model(model, device if engine == "local" else "cpu")
     chosen = list(layers or [recommended_layer(loaded, model)])
@@ -137,33 +147,18 @@ def _absolute(model: str) -> str:
     return f"{kind}:{Path(folder).absolute()}" if separator and kind == "local-dir" else model
 
 
-def cpus() -> int:
-    """The CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _check_options(
-    engine: str, form: str, dtype: str, shard_size: int, workers: int | None, address: str | None
-) -> None:
-    for name, value, allowed in (("engine", engine, ENGINES), ("format", form, FORMATS), ("dtype", dtype, DTYPES)):
+def _check_choices(**choices: tuple[str, Sequence[str | None]]) -> None:
+    for name, (value, allowed) in choices.items():
         if value not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-    if shard_size < 1 or (workers or 0) < 0:
-        raise ValueError(f"shard_size must be at least 1 and workers 0, got {shard_size} and {workers}")
+            raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+
+
+def _check_engine(engine: str, address: str | None) -> None:
     if address and engine != "ray":
         raise ValueError(f"address {address} is of a Ray cluster: give the engine ray too")
     require_pyarrow()
     if engine == "ray" and importlib.util.find_spec("ray") is None:
         raise ImportError("--engine ray needs ray: pip install 'rotation-ssl[scale]'")
-
-
-def _check_features(pool: str, grid: int, batch_size: int, precision: str) -> None:
-    allowed = (("pool", pool, [name for name in POOLS if name]), ("precision", precision, ("auto", "fp32", "bf16")))
-    for name, value, names in allowed:
-        if value not in names:
-            raise ValueError(f"{name} must be one of {', '.join(names)}, got {value!r}")
-    if min(grid, batch_size) < 1:
-        raise ValueError(f"grid and batch_size must be at least 1, got {grid} and {batch_size}")
 
 
 def _precision(precision: str, device: str) -> str:

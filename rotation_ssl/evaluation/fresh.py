@@ -22,6 +22,7 @@ from rotation_ssl.labelled import LabelledImages
 from rotation_ssl.messages import first_line
 from rotation_ssl.precision import autocast_type
 from rotation_ssl.pretraining.augment import crop_and_flip
+from rotation_ssl.pretraining.images import fingerprint
 from rotation_ssl.progress import progress
 
 CHECKPOINT_SECONDS = 60.0
@@ -129,7 +130,7 @@ def _shared(heads: Sequence[Head]) -> ProbeRecipe:
 def _identity(frozen: Frozen, train: LabelledImages, heads: Sequence[Head], seed: int) -> str:
     """All that decides the probes but machine and library versions, in one line."""
     weights = f"{type(frozen.backbone).__name__} {weights_digest(frozen.backbone)}"
-    data = f"{tuple(train.images.shape)} {int(train.images.long().sum())} {int(train.labels.sum())}"
+    data = f"{fingerprint(train.images)}, labels {fingerprint(train.labels)}"
     trained = "; ".join(f"{head.name} {head.recipe}" for head in heads)
     return f"{weights}, {frozen.size} pixels, features in {frozen.precision}, images {data}, seed {seed}: {trained}"
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from rotation_ssl.features import extract_features, layer_maps
+from rotation_ssl.features import batch_extractor, extract_features
 from rotation_ssl.images import normalize
 from rotation_ssl.precision import autocast_type
 
@@ -54,12 +54,18 @@ class Frozen:
         """A function from uint8 images (B, 3, H, H) to the unpooled maps of layers, (B, C, H', W') or, for vectors,
         (B, D, 1, 1), on the device: float32, or bfloat16 where the features are.
         """
-        outputs = layer_maps(self.backbone, layers, self.autocast or torch.float32)
-        prepare = preparation(self.backbone, self.size)
+        extract = batch_extractor(
+            self.backbone,
+            layers,
+            pool=None,
+            prepare=preparation(self.backbone, self.size),
+            dtype=self.autocast or torch.float32,
+            autocast=self.autocast,
+            device=None,
+        )
 
         def maps(images: torch.Tensor) -> dict[str, torch.Tensor]:
-            with torch.autocast(torch.device(self.device).type, self.autocast, enabled=self.autocast is not None):
-                found = outputs(prepare(images.to(self.device)))
+            found = extract(images)
             return {layer: output if output.ndim == 4 else output[:, :, None, None] for layer, output in found.items()}
 
         return maps

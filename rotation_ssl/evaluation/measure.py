@@ -6,6 +6,7 @@ images. Nothing is chosen on test images.
 """
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -157,28 +158,39 @@ def measure_features(
         raise ValueError(f"k-NN asks {NEIGHBOURS} neighbours of {counted(len(images.train), 'training image')}")
     tenths = torch.arange(len(images.test)).tensor_split(PARTS)
     images = dataclasses.replace(images, test=images.test.subset(torch.cat([tenths[part] for part in test_parts])))
-    lengths = [len(tenths[part]) for part in test_parts]
-    for grid in dict.fromkeys(m.inputs[1] for m in measurements):
-        own = [m for m in measurements if m.inputs[1] == grid]
-        found = (
-            _fresh_numbers(frozen, images, own, precision, checkpoints)
-            if grid is None
-            else _cached_numbers(frozen, images, own, grid, precision)
-        )
-        for measurement, predictions, settings, seconds in found:
-            counts = tuple(int(part.sum()) for part in (predictions == images.test.labels).split(lengths))
-            settings += "" if frozen.precision is None else f"; features in {frozen.precision}"
-            yield Number(measurement, counts, len(images.test), settings, seconds)
+    passes = [
+        (grid, [m for m in measurements if m.inputs[1] == grid])
+        for grid in dict.fromkeys(m.inputs[1] for m in measurements)
+    ]
+    caches = {grid: _plan_cache(frozen, images, own, grid) for grid, own in passes if grid is not None}
+    found = itertools.chain.from_iterable(
+        _fresh_numbers(frozen, images, own, precision, checkpoints)
+        if grid is None
+        else _cached_numbers(frozen, images, own, caches[grid], precision)
+        for grid, own in passes
+    )
+    return _counted_numbers(found, images.test, [len(tenths[part]) for part in test_parts], frozen.precision)
+
+
+def _counted_numbers(
+    found: Iterable[Found], test: LabelledImages, lengths: Sequence[int], precision: str | None
+) -> Iterator[Number]:
+    for measurement, predictions, settings, seconds in found:
+        counts = tuple(int(part.sum()) for part in (predictions == test.labels).split(list(lengths)))
+        settings += "" if precision is None else f"; features in {precision}"
+        yield Number(measurement, counts, len(test), settings, seconds)
 
 
 def _cached_numbers(
-    frozen: Frozen, images: Images, measurements: Sequence[Measurement], grid: int, precision: str | None
+    frozen: Frozen, images: Images, measurements: Sequence[Measurement], grids: dict[str, int], precision: str | None
 ) -> Iterator[Found]:
     """Each measurement on the features of one pass, layer by layer."""
-    layers, train = list(dict.fromkeys(m.layer for m in measurements)), images.train
-    views, test_maps = _cache(frozen, images, layers, grid, max(m.inputs[0] for m in measurements))
-    for layer in layers:
-        maps, tested = [view.pop(layer) for view in views], test_maps.pop(layer)
+    train, test, views = images.train, images.test, max(m.inputs[0] for m in measurements)
+    with progress("features", views * len(train) + len(test)) as bar:
+        cached = [frozen.maps(_view(train.images, view), grids, bar) for view in range(views)]
+        test_maps = frozen.maps(test.images, grids, bar)
+    for layer in grids:
+        maps, tested = [view.pop(layer) for view in cached], test_maps.pop(layer)
         for measurement in (m for m in measurements if m.layer == layer):
             started = time.monotonic()
             if measurement.protocol == "linear":
@@ -193,23 +205,23 @@ def _cached_numbers(
         del maps, tested
 
 
-def _cache(
-    frozen: Frozen, images: Images, layers: Sequence[str], grid: int, views: int
-) -> tuple[list[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
-    """Pooled maps by layer, (N, C, g, g) bfloat16, of each view of the training images and of the test images."""
-    train, test = images.train.images, images.test.images
-    grids = map_grids(frozen, test[:1], layers, grid)
-    one = frozen.maps(test[:1], grids)
-    needed = sum(m.nbytes for m in one.values()) * (views * len(train) + len(test))
-    available = available_memory()
+def _plan_cache(frozen: Frozen, images: Images, measurements: Sequence[Measurement], grid: int) -> dict[str, int]:
+    """Cells a side of each layer's cached map.
+
+    Raises:
+        ValueError: the maps of one pass do not fit into memory.
+    """
+    layers, views = list(dict.fromkeys(m.layer for m in measurements)), max(m.inputs[0] for m in measurements)
+    one = images.test.images[:1]
+    grids = map_grids(frozen, one, layers, grid)
+    each = sum(m.nbytes for m in frozen.maps(one, grids).values())
+    needed, available = each * (views * len(images.train) + len(images.test)), available_memory()
     if available is not None and needed > available:
         raise ValueError(
             f"the features of {', '.join(layers)} need {needed / 2**30:.1f} GiB of memory, {available / 2**30:.1f} are "
             "available: measure fewer layers at a time with --layers"
         )
-    with progress("features", views * len(train) + len(test)) as bar:
-        cached = [frozen.maps(_view(train, view), grids, bar) for view in range(views)]
-        return cached, frozen.maps(test, grids, bar)
+    return grids
 
 
 def images_to_run(measurements: Sequence[Measurement], train: int, test: int) -> int:

@@ -62,8 +62,7 @@ def calibration(model: Any) -> Calibration:
     Args:
         model: a timm model.
     """
-    cfg = model.pretrained_cfg
-    entry = zoo.manifest().get(f"{cfg.get('architecture')}.{cfg.get('tag')}", {}).get("orientation", {})
+    entry = zoo.published_entry(model).get("orientation", {})
     size = entry.get("size") or resolve_model_data_config(model)["input_size"][-1]
     return Calibration(size, entry.get("temperature", 1.0), entry.get("threshold"))
 

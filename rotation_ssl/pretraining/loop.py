@@ -16,7 +16,7 @@ from timm.layers import convert_sync_batchnorm
 from torch import nn
 from torch.optim import swa_utils
 
-from rotation_ssl.eighths import count_correct_eighths, eighths_loss, rotate_eighths
+from rotation_ssl.eighths import rotate_eighths
 from rotation_ssl.images import normalize
 from rotation_ssl.precision import resolved
 from rotation_ssl.pretraining.augment import take_boxes, whole_boxes
@@ -50,7 +50,7 @@ from rotation_ssl.pretraining.state import (
     remove_checkpoints,
 )
 from rotation_ssl.progress import progress as show_progress
-from rotation_ssl.rotations import count_correct_rotations, rotate_all, rotation_loss
+from rotation_ssl.rotations import count_correct, cross_entropy_of_rotations, rotate_all
 
 STATISTICS_STEPS = 50  # batch norm statistics of averaged weights are recomputed on the images of the last steps
 EVALUATION_BATCH = 128
@@ -256,26 +256,28 @@ def train_step(
 
 
 def pretext_loss(recipe: Recipe, model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
-    """The recipe's pretext task on a batch of upright images: rotations by quarters or by eighths of a turn."""
-    if recipe.rotation_unit == 45:
-        return eighths_loss(model, batch, recipe.label_smoothing)
-    return rotation_loss(model, batch, recipe.rotations, recipe.label_smoothing)
+    """The pretext task: cross-entropy of the predicted rotation of each of the recipe's views of the upright images."""
+    logits = model(rotated(recipe, batch))
+    return cross_entropy_of_rotations(logits, len(recipe.rotations), recipe.label_smoothing)
+
+
+def rotated(recipe: Recipe, images: torch.Tensor) -> torch.Tensor:
+    """The images in each of the recipe's R rotations, by 90 or by 45 degrees: (R * N, C, H, H), rotation-major."""
+    return rotate_eighths(images) if recipe.rotation_unit == 45 else rotate_all(images, recipe.rotations)
 
 
 def update_statistics(recipe: Recipe, network: nn.Module, batches: Iterator[torch.Tensor]) -> None:
     """Recompute the batch norm statistics of averaged weights: their mean over batches of augmented images."""
-    eighths = recipe.rotation_unit == 45
-    views = (rotate_eighths(b) if eighths else rotate_all(b, recipe.rotations) for b in batches)
-    swa_utils.update_bn(views, network)
+    swa_utils.update_bn((rotated(recipe, batch) for batch in batches), network)
 
 
 def holdout_accuracy(
     recipe: Recipe,
     model: nn.Module,
     images: torch.Tensor | UnlabelledImages,
-    device: torch.device | str = "cpu",
-    workers: int = 0,
-    broken: set[int] | None = None,
+    device: torch.device,
+    workers: int,
+    broken: set[int],
 ) -> tuple[int, int]:
     """Correct and all predictions on the held-out images, the last ones, uncropped, at the size the network takes.
 
@@ -283,14 +285,12 @@ def holdout_accuracy(
     """
     cfg = resolve_model_data_config(model)
     indices = torch.arange(len(images) - recipe.holdout, len(images)).split(EVALUATION_BATCH)
-    squares = _squares(stream(images, indices, workers), device, set() if broken is None else broken)
+    squares = _squares(stream(images, indices, workers), device, broken)
     size = trained_size(recipe)
     if size != recipe.image_size:
         squares = (take_boxes(pixels, whole_boxes(len(pixels)), size) for pixels in squares)
     batches = (normalize(pixels, cfg["mean"], cfg["std"]) for pixels in squares)
-    if recipe.rotation_unit == 45:
-        return count_correct_eighths(model, batches)
-    return count_correct_rotations(model, batches, recipe.rotations)
+    return count_correct(model, (rotated(recipe, batch) for batch in batches), len(recipe.rotations))
 
 
 def _squares(

@@ -1,12 +1,12 @@
 """The options of the commands that pretrain; nothing here needs the extra `train`."""
 
 import argparse
-import os
 from pathlib import Path
 
+from rotation_ssl.machine import cpus
 from rotation_ssl.pretraining.recipe import PRECISIONS
 
-WORKERS = min(8, os.cpu_count() or 1)
+WORKERS = min(8, cpus())
 
 
 def add_options(

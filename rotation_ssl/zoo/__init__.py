@@ -1,7 +1,7 @@
 """Published weights: from the name ``model.tag`` to verified bytes, and from these to a model."""
 
 from rotation_ssl.zoo.loading import build_model, cached_file, read_weights, weights_file
-from rotation_ssl.zoo.published import WEIGHTS_DIR, bundled, manifest, published_cfgs
+from rotation_ssl.zoo.published import WEIGHTS_DIR, bundled, manifest, published_cfgs, published_entry
 
 __all__ = [
     "WEIGHTS_DIR",
@@ -10,6 +10,7 @@ __all__ = [
     "cached_file",
     "manifest",
     "published_cfgs",
+    "published_entry",
     "read_weights",
     "weights_file",
 ]

@@ -34,7 +34,8 @@ def weights_file(name: str, cache_dir: str | Path | None = None, accept_new_hash
         accept_new_hash: download weights of a release again, and accept and record the hash that its archive has now.
 
     Raises:
-        ValueError: no such name, or weights that are not the bytes that were published.
+        ValueError: no such name, weights that are not the bytes that were published, or a new hash of weights whose
+            hash is published.
         OSError: they are not here and could not be downloaded; the error says what is missing and what to do.
     """
     return _read_published(name, cache_dir, accept_new_hash)[0]
@@ -51,6 +52,8 @@ def _read_published(
     if name not in manifest():
         raise ValueError(f"no published weights {name!r}; {_available(name.split('.', 1)[0])}")
     entry = manifest()[name]
+    if accept_new_hash and entry["source"] != "release":
+        raise ValueError(f"the hash of {name} is published with this version: there is no new one to accept")
     if entry["source"] == "release":
         return sources.read_release(name, entry, cache_dir, accept_new_hash)
     if entry["source"] == "hub":

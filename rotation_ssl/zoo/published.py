@@ -44,6 +44,16 @@ def bundled() -> dict[str, dict[str, Any]]:
     return {name: entry for name, entry in manifest().items() if entry["source"] == "bundled"}
 
 
+def published_entry(model: Any) -> Mapping[str, Any]:
+    """The manifest's entry of the weights that a timm model was created for; empty for other weights.
+
+    A model that was loaded from a file or folder of the user's own has other weights, even under a published tag.
+    """
+    cfg = model.pretrained_cfg
+    entry = manifest().get(f"{cfg.get('architecture')}.{cfg.get('tag')}", {})
+    return entry if entry and cfg.get("file") in (None, "", location(entry).get("file")) else {}
+
+
 def published_cfgs(model: str) -> dict[str, dict[str, Any]]:
     """What timm's configuration of each tag of a model takes from the manifest.
 

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from rotation_ssl.eighths import count_correct_eighths, eighths_loss, rotate_eighths
+from rotation_ssl.eighths import rotate_eighths
+from rotation_ssl.rotations import count_correct, cross_entropy_of_rotations
 
 SIZES = (8, 9, 24, 32)
 
@@ -169,7 +170,7 @@ class Fixed(nn.Module):
 
 def test_loss_by_hand():
     model = Fixed()
-    loss = eighths_loss(model, torch.randn(3, 3, 8, 8))
+    loss = cross_entropy_of_rotations(model(rotate_eighths(torch.randn(3, 3, 8, 8))), 8)
     # one view in eight is 5: log(7 + e) less an eighth of its logit
     assert loss.item() == pytest.approx(torch.tensor(7 + torch.e).log().item() - 1 / 8)
     loss.backward()
@@ -177,14 +178,15 @@ def test_loss_by_hand():
 
 
 def test_loss_names_the_head_it_needs():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
     with pytest.raises(ValueError, match=r"8 logits an image.*shape \(24, 4\): create it with num_classes=8"):
-        eighths_loss(nn.Sequential(nn.Flatten(), nn.Linear(192, 4)), torch.randn(3, 3, 8, 8))
+        cross_entropy_of_rotations(model(rotate_eighths(torch.randn(3, 3, 8, 8))), 8)
 
 
 def test_counting_and_the_model_mode():
     model = nn.Sequential(nn.BatchNorm2d(3), Fixed()).train()
     model[0].eval()
-    assert count_correct_eighths(model, [torch.randn(3, 3, 8, 8), torch.randn(2, 3, 8, 8)]) == (5, 40)
+    assert count_correct(model, [rotate_eighths(torch.randn(n, 3, 8, 8)) for n in (3, 2)], 8) == (5, 40)
     assert model.training and model[1].training and not model[0].training
 
 
@@ -192,6 +194,6 @@ def test_evaluation_first_leaves_training_possible():
     """What inference mode made first must serve under autograd: size 11 is this test's alone."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 11 * 11, 8))
     images = torch.randn(2, 3, 11, 11, requires_grad=True)
-    count_correct_eighths(model, [images])
-    eighths_loss(model, images).backward()
+    count_correct(model, map(rotate_eighths, [images]), 8)
+    cross_entropy_of_rotations(model(rotate_eighths(images)), 8).backward()
     assert images.grad is not None

@@ -1,6 +1,7 @@
 """`rotation-ssl evaluate`: what each layer of a backbone is worth on labelled images of one's own."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -59,6 +60,16 @@ def test_only_some_of_it_and_of_any_backbone(labelled, tmp_path, capsys):
     assert cli.main([*arguments, str(tmp_path / "s"), "--layers", "block9"]) == 2
     assert "no layer block9 in local-dir:" in capsys.readouterr().err
     assert not (tmp_path / "s").exists()
+
+
+def test_too_few_images_are_refused_before_anything_is_reported(labelled, tmp_path, capsys):
+    for split in ("train", "test"):
+        shutil.copytree(labelled / "val", tmp_path / "few" / split)
+    output = tmp_path / "report"
+    for _ in range(2):
+        assert cli.main(["evaluate", "rotnet_nin", "--data", str(tmp_path / "few"), "--output", str(output)]) == 2
+        assert "k-NN asks 20 neighbours of 10 training images" in capsys.readouterr().err
+        assert not output.exists()
 
 
 @pytest.mark.parametrize(

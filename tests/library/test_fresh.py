@@ -105,6 +105,8 @@ def test_a_checkpoint_of_other_probes_images_or_weights_is_refused_and_kept(froz
         (frozen, images, heads(longer), 0),
         (frozen, images, heads(), 1),
         (frozen, images.subset(torch.arange(10)), heads(), 0),
+        (frozen, dataclasses.replace(images, labels=images.labels.flip(0)), heads(), 0),
+        (frozen, dataclasses.replace(images, images=images.images.flip(0)), heads(), 0),
         (Frozen(timm.create_model("rotnet_nin").eval(), 32), images, heads(), 0),
     ]
     for backbone, data, probes, seed in others:

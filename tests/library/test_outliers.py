@@ -99,6 +99,8 @@ def test_enough_normal_images_pass(normal, outlying, kept):
 def test_false_positives_by_hand():
     normal = torch.arange(1.0, 21.0)  # 19 of 20 are at most 19
     assert false_positive_rate(normal, torch.tensor([18.0, 19.0, 19.5, 30.0])) == 0.5
+    # 0.55 * 100 is more than 55 in floating point
+    assert false_positive_rate(torch.arange(1.0, 101.0), torch.tensor([55.0, 55.5]), kept=0.55) == 0.5
 
 
 @pytest.mark.parametrize(

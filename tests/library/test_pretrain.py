@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tiny_runs import SHORT, TINY, assert_two_trained_as_one, same, sample_images, weights
 from torch import nn
 
-from rotation_ssl.eighths import count_correct_eighths
+from rotation_ssl.eighths import rotate_eighths
 from rotation_ssl.images import normalize
 from rotation_ssl.pretraining import loop
 from rotation_ssl.pretraining.batches import augmented_batches
@@ -25,7 +25,7 @@ from rotation_ssl.pretraining.optim import create_optimizers
 from rotation_ssl.pretraining.recipe import AdamW, LinearSchedule, Sgd, Stage
 from rotation_ssl.pretraining.setup import create_accelerator, create_model
 from rotation_ssl.pretraining.state import find_checkpoint
-from rotation_ssl.rotations import count_correct_rotations, rotate_all, rotation_labels
+from rotation_ssl.rotations import count_correct, count_correct_rotations, rotate_all, rotation_labels
 from training import pretrain as command
 from training.__main__ import main
 from training.recipes import NIN_CIFAR10_ABLATION_R8, RECIPES
@@ -72,7 +72,8 @@ def test_it_learns_the_eight_rotations_of_a_handful_of_images(images, tmp_path):
     model = timm.create_model("test_resnet", num_classes=8)
     model.load_state_dict(load_file(file))
     cfg = model.pretrained_cfg
-    correct, total = count_correct_eighths(model, [normalize(images.flip(0)[:4], cfg["mean"], cfg["std"])])
+    views = rotate_eighths(normalize(images.flip(0)[:4], cfg["mean"], cfg["std"]))
+    correct, total = count_correct(model, [views], 8)
     assert total == 32 and correct >= 31
 
 

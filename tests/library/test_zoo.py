@@ -318,6 +318,23 @@ def test_a_folder_with_a_published_name_is_checked_as_any_other(nin_state, tmp_p
         timm.create_model(f"local-dir:{BUNDLED}", pretrained=True)
 
 
+def test_weights_of_ones_own_under_a_published_tag_have_no_published_calibration(tmp_path):
+    """A threshold that was fitted for other weights would rotate pictures that it is not sure of."""
+    state = {name: tensor.contiguous() for name, tensor in timm.create_model("rotnet_alexnet").state_dict().items()}
+    write_folder(Converted("rotnet_alexnet", 4, state, "somebody"), tmp_path / "mine", "photos", {})
+    mine = timm.create_model(f"local-dir:{tmp_path / 'mine'}", pretrained=True)
+    assert mine.pretrained_cfg["tag"] == "photos" and not zoo.published_entry(mine)
+    assert calibration(mine) == (128, 1.0, None)
+    published = timm.create_model("rotnet_alexnet.photos", pretrained=True)
+    assert zoo.published_entry(published) == zoo.manifest()["rotnet_alexnet.photos"]
+    assert calibration(published).threshold is not None
+
+
+def test_a_published_hash_is_not_replaced():
+    with pytest.raises(ValueError, match=r"hash of rotnet_nin\.cifar10 is published .* no new one to accept"):
+        zoo.weights_file(BUNDLED, accept_new_hash=True)
+
+
 @pytest.fixture
 def manifest_file(weights_dir):
     zoo.manifest.cache_clear()
