@@ -11,7 +11,8 @@ from typing import IO
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from tqdm import tqdm
+
+from rotation_ssl.progress import progress
 
 #: Read where :func:`register_heif` was called.
 HEIF_SUFFIXES = (".heic", ".heif")
@@ -52,7 +53,7 @@ def read_image(file: Path | IO[bytes] | Image.Image, least: int = 0) -> Image.Im
                 image.draft(None, (image.width // scale, image.height // scale))
             image.load()
             image.getexif()
-            # what turns the image has read its orientation; it would write the other tags anew, and fail at a wrong one
+            # exif_transpose has read the orientation; it would rewrite the other tags, and fail at a damaged one
             image.info.pop("exif", None)
             # of TIFFs whose white is zero Pillow inverts those of 8 bits alone
             is_negative = getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0
@@ -128,12 +129,11 @@ def find_files(folder: Path) -> tuple[list[Path], list[Path]]:
         raise ValueError(f"{folder} is not a folder; give the folder that holds the images")
     if not folder.exists():
         raise ValueError(f"image folder {folder} does not exist")
-    suffixes = image_suffixes()
     images, others = [], []
     for file in sorted(folder.rglob("*")):
         if file.name.startswith("."):
             continue
-        if file.suffix.lower() in suffixes and (file.is_file() or not file.exists()):
+        if is_image_name(file.name) and (file.is_file() or not file.exists()):
             images.append(file)
         elif not file.is_dir():
             others.append(file)
@@ -155,9 +155,7 @@ def read_images(files: Sequence[Path], size: int, least: int = 0) -> torch.Tenso
     ``least`` is that of :func:`read_image`.
     """
     images = np.empty((len(files), size, size, 3), dtype=np.uint8)
-    for i, file in enumerate(
-        tqdm(files, desc="reading images", unit="image", disable=len(files) < 5000, mininterval=0.5)
-    ):
+    for i, file in enumerate(progress("reading images", len(files), "image", files, disable=len(files) < 5000)):
         images[i] = np.asarray(square(read_image(file, least), size))
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 

@@ -1,6 +1,6 @@
 """Which images do not belong: scores of a rotation network, higher for images that are less like the normal ones.
 
-Two scores. 'rotation' needs no normal images: a network that learned to turn images upright is less sure of images
+Two scores. 'rotation' needs no normal images: a network that learned to predict rotations is less sure of images
 unlike those it learned on (Golan and El-Yaniv 2018, https://arxiv.org/abs/1805.10917; Hendrycks et al. 2019,
 https://arxiv.org/abs/1906.12340). 'knn' is the distance to the nearest of some normal images in a middle layer (Sun et
 al. 2022, https://arxiv.org/abs/2204.06507).
@@ -88,7 +88,7 @@ class RotationOutlierDetector:
         if self.score == "knn":
             return self.predict_features(self._features(x))
         device = next(self.model.parameters()).device
-        # minus the log-probability of the true turn, averaged over the four turned copies
+        # minus the log-probability of the true rotation, averaged over the four rotated copies
         parts = [
             -F.log_softmax(rotation_logits(self.model, part.to(device)), -1)[..., UPRIGHT].mean(1).cpu()
             for part in x.split(BATCH)

@@ -9,7 +9,7 @@ import torch
 from timm.data import resolve_model_data_config
 from tqdm import tqdm
 
-from rotation_ssl.cli.options import add_command, positive
+from rotation_ssl.cli.options import add_command, add_device, positive
 from rotation_ssl.embedding.backbone import load_model
 from rotation_ssl.evaluation.frozen import Frozen
 from rotation_ssl.evaluation.measure import measure_features, measure_rotation, plan
@@ -42,7 +42,7 @@ def add(commands: Any) -> None:
     added.add_argument("--layers", nargs="+", metavar="LAYER", help="layers to probe [all feature layers]")
     added.add_argument("--size", type=positive, help="input size of the backbone in pixels [the model's own]")
     add_precision_argument(added, "auto")
-    added.add_argument("--device", default="cpu", help="device: cpu, cuda, cuda:1, mps [%(default)s]")
+    add_device(added)
 
 
 def run(args: argparse.Namespace) -> int:

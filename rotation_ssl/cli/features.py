@@ -12,10 +12,9 @@ import torch
 from safetensors.torch import save
 from timm.data import resolve_model_data_config
 from torch import nn
-from tqdm import tqdm
 
 from rotation_ssl.cli import feature_parts
-from rotation_ssl.cli.options import add_command, check_output, positive
+from rotation_ssl.cli.options import add_command, add_device, check_output, positive
 from rotation_ssl.embedding.backbone import load_model, model_name, recommended_layer
 from rotation_ssl.embedding.parts import FORMATS as PART_FORMATS
 from rotation_ssl.features import POOLS, extract_features
@@ -23,6 +22,7 @@ from rotation_ssl.files import replace_file, write_csv
 from rotation_ssl.images import OVERSIZE, count_suffixes, find_files, normalize, read_images
 from rotation_ssl.machine import TURN_OFF, keep_large_blocks
 from rotation_ssl.messages import counted, printable, some
+from rotation_ssl.progress import progress
 
 FORMATS = ("safetensors", "npz", "csv")
 DETAILS = f"""
@@ -74,7 +74,7 @@ def add(commands: Any) -> None:
     )
     added.add_argument("--grid", type=positive, default=1, help="pool to GRID x GRID cells [%(default)s]")
     added.add_argument("--batch-size", type=positive, default=64, help="images per batch [%(default)s]")
-    added.add_argument("--device", default="cpu", help="device: cpu, cuda, cuda:1, mps [%(default)s]")
+    add_device(added)
     feature_parts.add_options(added)
 
 
@@ -138,7 +138,7 @@ def read_batches(
     """
     cfg = resolve_model_data_config(model)
     size = cfg["input_size"][-1]
-    with tqdm(total=len(files), desc="features", unit="img", mininterval=0.5) as bar:
+    with progress("features", len(files)) as bar:
         for start in range(0, len(files), batch_size):
             read = []
             for file in files[start : start + batch_size]:

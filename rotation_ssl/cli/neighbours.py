@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rotation_ssl.cli.options import add_command, positive
+from rotation_ssl.cli.options import add_command, add_device, positive
 from rotation_ssl.embedding.neighbours import embed_images, nearest
 from rotation_ssl.embedding.parts import read_manifest
 from rotation_ssl.messages import printable
@@ -24,7 +24,7 @@ def add(commands: Any) -> None:
     added.add_argument("query", type=Path, metavar="PICTURE", help="image file")
     added.add_argument("-k", type=positive, default=10, metavar="K", help="number of neighbours [%(default)s]")
     added.add_argument("--layer", help="layer to compare in [the first one of OUT]")
-    added.add_argument("--device", default="cpu", help="device: cpu, cuda, cuda:1, mps [%(default)s]")
+    add_device(added)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -40,6 +40,11 @@ def add_command(
     return added
 
 
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add the option of where the network runs."""
+    parser.add_argument("--device", default="cpu", help="device: cpu, cuda, cuda:1, mps [%(default)s]")
+
+
 def positive(text: str) -> int:
     """A whole number of at least 1."""
     if not text.strip().isdecimal() or int(text) < 1:

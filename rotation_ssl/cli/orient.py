@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from rotation_ssl.cli.options import add_command, check_output, positive
+from rotation_ssl.cli.options import add_command, add_device, check_output, positive
 from rotation_ssl.embedding.backbone import load_model
 from rotation_ssl.files import replace_file, write_csv
 from rotation_ssl.images import HEIF_SUFFIXES, find_images, register_heif
@@ -25,6 +25,7 @@ from rotation_ssl.orientation import calibration, predict_orientation
 from rotation_ssl.orientation.exif import turned
 from rotation_ssl.orientation.predict import check_head
 from rotation_ssl.orientation.turning import Picture, open_picture, turn_pixels, turn_tag, write_picture
+from rotation_ssl.progress import progress
 
 DEFAULT_MODEL = "rotnet_alexnet.photos"
 BATCH = 32  # pictures in memory at a time, twice as many while the next ones are read
@@ -78,7 +79,7 @@ def add(commands: Any) -> None:
         "--model", default=DEFAULT_MODEL, help="timm model with four outputs: model.tag, local-dir:... [%(default)s]"
     )
     added.add_argument("--workers", type=positive, default=cpus(), help="reading threads [all cores]")
-    added.add_argument("--device", default="cpu", help="device: cpu, cuda, cuda:1, mps [%(default)s]")
+    add_device(added)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -160,7 +161,7 @@ def read_pictures(
 
     parts = [paths[start : start + BATCH] for start in range(0, len(paths), BATCH)]
     following = pool.map(read, parts[0])
-    with tqdm(total=len(paths), desc="pictures", unit="img", mininterval=0.5, disable=len(paths) < BATCH) as bar:
+    with progress("pictures", len(paths), disable=len(paths) < BATCH) as bar:
         for number in range(len(parts)):
             results = list(following)
             if number + 1 < len(parts):

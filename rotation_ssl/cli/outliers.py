@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from rotation_ssl.cli.features import file_name, read_batches
-from rotation_ssl.cli.options import add_command, check_output, positive
+from rotation_ssl.cli.options import add_command, add_device, check_output, positive
 from rotation_ssl.embedding.backbone import load_model, recommended_layer
 from rotation_ssl.files import replace_file, write_csv
 from rotation_ssl.images import find_images, read_image, square
@@ -49,7 +49,7 @@ def add(commands: Any) -> None:
         help=f"use the distance to the Nth nearest normal image, with --normal [{NEIGHBOURS}]",
     )
     added.add_argument("--force", action="store_true", help="replace FILE and PNG if they exist")
-    added.add_argument("--device", default="cpu", help="device: cpu, cuda, cuda:1, mps [%(default)s]")
+    add_device(added)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -2,15 +2,13 @@
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from rotation_ssl import zoo
 from rotation_ssl.cli.options import add_command, published_name
 from rotation_ssl.convert import read_checkpoint
+from rotation_ssl.convert.reading import tensors_of
 from rotation_ssl.files import sha256_of
 from rotation_ssl.zoo import sources
 from rotation_ssl.zoo.golden import GOLDEN_TOLERANCE, golden_difference, golden_file
@@ -72,7 +70,7 @@ def verify_file(path: Path) -> dict[str, Any]:
     expected = config.get("sha256") if isinstance(config, dict) else None
     if expected and expected != digest:
         return {"name": None, "file": str(file), "holds": False, "why": f"sha256 {digest}, config.json has {expected}"}
-    tensors = dict(_tensors(read_checkpoint(file)))
+    tensors = dict(tensors_of(read_checkpoint(file)))
     if not tensors:
         raise ValueError(f"{file} contains no tensors")
     broken = [key for key, value in tensors.items() if value.is_floating_point() and not value.float().isfinite().all()]
@@ -87,24 +85,6 @@ def _name(what: str) -> str:
         return published_name(what)
     except ValueError as error:
         raise ValueError(f"no file {what}, and {error}") from error
-
-
-def _tensors(checkpoint: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a checkpoint, whatever is around them, each once."""
-    # it may be nested to any depth, and in itself
-    left: list[tuple[str, Any]] = [("", checkpoint)]
-    seen = set()
-    while left:
-        name, value = left.pop()
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
-        if isinstance(value, torch.Tensor):
-            yield name, value
-        elif isinstance(value, Mapping):
-            left += [(f"{name}.{key}".lstrip("."), part) for key, part in value.items()][::-1]
-        elif isinstance(value, (list, tuple)):
-            left += [(f"{name}[{i}]", part) for i, part in enumerate(value)][::-1]
 
 
 def _verify_published(name: str, file: Path | None) -> tuple[bool, str]:

@@ -12,7 +12,7 @@ import pickletools
 import re
 import tarfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
@@ -131,22 +131,31 @@ def _check_tuples(content: bytes) -> None:
 
 def _check_tensors(checkpoint: Any, max_bytes: int) -> None:
     """A pickle of a few bytes can describe tensors of any size: expanded ones, or ones without values."""
-    left, seen, total = [checkpoint], set(), 0
+    total = 0
+    for _, tensor in tensors_of(checkpoint):
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+            raise _Refused("contains a tensor that is sparse, quantized or without values")
+        total += tensor.numel() * tensor.element_size()
+    if total > max_bytes:
+        raise _Refused(f"contains tensors of {total:,} bytes, more than the {max_bytes:,} allowed")
+
+
+def tensors_of(checkpoint: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a checkpoint with their names, whatever is around them, each once."""
+    # it may be nested to any depth, and in itself
+    left: list[tuple[str, Any]] = [("", checkpoint)]
+    seen = set()
     while left:
-        value = left.pop()
+        name, value = left.pop()
         if id(value) in seen:
             continue
         seen.add(id(value))
-        if isinstance(value, Mapping):
-            left += value.values()
+        if isinstance(value, torch.Tensor):
+            yield name, value
+        elif isinstance(value, Mapping):
+            left += [(f"{name}.{key}".lstrip("."), part) for key, part in value.items()][::-1]
         elif isinstance(value, (list, tuple)):
-            left += value
-        elif isinstance(value, torch.Tensor):
-            if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
-                raise _Refused("contains a tensor that is sparse, quantized or without values")
-            total += value.numel() * value.element_size()
-    if total > max_bytes:
-        raise _Refused(f"contains tensors of {total:,} bytes, more than the {max_bytes:,} allowed")
+            left += [(f"{name}[{i}]", part) for i, part in enumerate(value)][::-1]
 
 
 def _read_archive(file: IO[bytes], epoch: int | None, max_bytes: int) -> bytes:

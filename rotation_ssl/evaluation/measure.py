@@ -309,7 +309,7 @@ def _fresh_numbers(
     for seed in dict.fromkeys(m.seed for m in measurements):
         started, own = time.monotonic(), [m for m in measurements if m.seed == seed]
         heads = [_head(m, classes, frozen.device, precision) for m in own]
-        # what is computed anew every epoch takes the precision of what it is for
+        # features that are computed every epoch have the precision of the probes
         backbone = dataclasses.replace(frozen, precision=frozen.precision or heads[0].recipe.precision)
         checkpoint = checkpoints and checkpoints / f"probes-seed{seed or 0}.pt"
         probes = train_fresh(backbone, images.train, heads, seed or 0, checkpoint)

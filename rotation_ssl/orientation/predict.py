@@ -1,7 +1,7 @@
-"""Which way up: how a picture is turned, how sure that is, and whether it is sure enough to turn it back.
+"""Which way up: the rotation of a picture, its confidence, and whether that is enough to rotate the picture back.
 
-A network that tells the four rotations apart is asked about all four turns of the picture, and its answers are
-averaged, so that turning a picture by k x 90 degrees moves the answer by k and changes nothing else.
+The network predicts the rotation of the picture in each of its four rotations, and the predictions are averaged.
+Therefore rotating a picture by k x 90 degrees adds k to the answer and changes nothing else.
 """
 
 import math
@@ -24,9 +24,9 @@ ELONGATED = 1.1  # longer by this factor than wide, a picture is looked at in tw
 
 @dataclass(frozen=True)
 class Orientation:
-    """How a picture is turned.
+    """How a picture is rotated.
 
-    ``rotation`` is k: its content is turned k x 90 degrees counter-clockwise. ``probabilities`` are those of the four
+    ``rotation`` is k: its content is rotated k x 90 degrees counter-clockwise. ``probabilities`` are those of the four
     k, ``confidence`` is the largest.
     """
 
@@ -74,13 +74,13 @@ def predict_orientation(
     batch_size: int = 64,
     size: int | None = None,
 ) -> list[Orientation]:
-    """How each picture is turned.
+    """How each picture is rotated.
 
     Args:
         model: a timm model whose 4 outputs are the rotations, as those of this package; it is set to eval mode.
         images: RGB, of any size and aspect, as :func:`rotation_ssl.images.read_image` gives them.
         temperature: what the logits are divided by, positive; above 1 the network is less confident.
-        batch_size: squares that are looked at together, each in four turns.
+        batch_size: squares in a batch, each in four rotations.
         size: side of the squares in pixels; None: the model's own input size. A convolutional network may be more
             accurate on squares that are larger than its training images (Touvron et al. 2019).
 
@@ -105,9 +105,9 @@ def predict_orientation(
 
 
 def rotation_probabilities(model: nn.Module, images: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """The probability of each rotation, averaged over the four turns of every image: (N, 4) float32.
+    """The probability of each rotation, averaged over the four rotated copies of every image: (N, 4) float32.
 
-    Turning the images by one quarter counter-clockwise moves each row by one.
+    Rotating the images by 90 degrees counter-clockwise moves each row by one.
 
     Args:
         model: maps (4 N, C, H, H) to logits (4 N, 4), in eval mode.
@@ -123,18 +123,18 @@ def rotation_probabilities(model: nn.Module, images: torch.Tensor, temperature: 
 
 
 def rotation_logits(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """What the network says of each image in each of its four turns, (N, 4, 4) float32: the last axis is the rotation
-    of the image itself, not of the turned copy.
+    """The logits of each image in each of its four rotated copies, (N, 4, 4) float32: the last axis is the rotation of
+    the image itself, not of the copy.
 
     Raises:
         ValueError: logits of another shape or that are not finite.
     """
     logits = model(rotate_all(images)).float()
     if logits.shape != (4 * len(images), 4):
-        raise ValueError(f"the model must give 4 logits for each turn of an image, got shape {tuple(logits.shape)}")
+        raise ValueError(f"the model must give 4 logits for each rotated image, got shape {tuple(logits.shape)}")
     if not logits.isfinite().all():
         raise ValueError("the model's logits are not finite: check its weights and the images")
-    # an image that is turned by k looks turned by k + turn in its copy that is turned once more
+    # an image that is rotated by k looks rotated by k + turn in its copy that is rotated by turn
     return torch.stack([part.roll(-turn, 1) for turn, part in enumerate(logits.unflatten(0, (4, len(images))))], 1)
 
 

@@ -40,20 +40,14 @@ def open_picture(path: Path, size: int) -> Picture:
     Raises:
         ValueError: it does not exist, cannot be read or does not decode; the error names the file.
     """
-    if not path.is_file():
-        raise ValueError(f"image {path} does not exist" if not path.exists() else f"image {path} is not a regular file")
-    try:
-        image = Image.open(path)
-        exif = read_orientation(image)
-    except Exception as error:
-        # what Pillow's readers raise on damaged files is not one family
-        raise ValueError(f"image {path} does not decode ({first_line(error)}); replace or remove it") from error
     side = OVERSIZE * size
     try:
-        shown = read_image(image, side)
-    except (ValueError, OSError) as error:
+        shown = read_image(path, side)
+        with Image.open(path) as image:
+            exif = read_orientation(image)
+    except OSError as error:
         # a disk that fails at one picture may give the next one
-        raise ValueError(str(error).replace(f"image {image}", f"image {path}")) from error
+        raise ValueError(str(error)) from error
     if (factor := min(shown.size) // side) > 1:
         shown = shown.reduce(factor)
     return Picture(path, shown, exif)

@@ -7,7 +7,7 @@ import torch
 
 
 def pretrain(data: str | Path | torch.Tensor, output: str | Path, model: str | None = None, **options: Any) -> Path:
-    """Pretrain a backbone on images of one's own, by predicting which way each was turned.
+    """Pretrain a backbone on images of one's own, by predicting which way each was rotated.
 
     Args:
         data: folder of images, searched in all depths; tar shards, ``"{000..999}.tar"``; or images (N, 3, H, H) uint8.

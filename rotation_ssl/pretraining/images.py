@@ -3,7 +3,7 @@
 They are in a folder, in tar shards, or in a dataset of timm.
 
 Either way index i is the same square of the same image, so that a run does not depend on which it was. An image that
-does not decode is passed over: the next one that does takes its place, and it is counted and named.
+does not decode is skipped: the next one that does takes its place, and it is counted and named.
 """
 
 import hashlib
@@ -19,12 +19,12 @@ import torch
 from PIL import Image
 from timm.data import create_dataset
 from torch.utils.data import DataLoader, Dataset, IterableDataset
-from tqdm import tqdm
 
 from rotation_ssl.images import FAILURES, find_images, read_image, square
 from rotation_ssl.machine import available_memory
 from rotation_ssl.messages import first_line, tell_killed_workers
 from rotation_ssl.pretraining.shards import ShardIndex, index_shards, is_shards, member_name, read_member
+from rotation_ssl.progress import progress
 
 BROKEN_IN_A_ROW = 100  # so many mean that it is not the images that are broken
 
@@ -86,7 +86,7 @@ class UnlabelledImages(Dataset[tuple[torch.Tensor, list[int]] | ValueError]):
             ValueError: the images are in memory already, with others apart.
         """
         if self.squares is not None and holdout != self.holdout:
-            raise ValueError(f"the images were read with {self.holdout} held out, not {holdout}: read them anew")
+            raise ValueError(f"the images were read with {self.holdout} held out, not {holdout}: read them again")
         self.holdout = holdout
 
     def fits_memory(self, copies: int = 1) -> bool:
@@ -106,7 +106,7 @@ class UnlabelledImages(Dataset[tuple[torch.Tensor, list[int]] | ValueError]):
         """
         squares = torch.empty((self.count, 3, self.size, self.size), dtype=torch.uint8)
         parts = torch.arange(self.count).split(64)
-        with tqdm(total=self.count, desc="reading images", unit="image", disable=quiet) as bar:
+        with progress("reading images", self.count, "image", disable=quiet) as bar:
             for part, (pixels, broken) in zip(parts, stream(self, parts, workers), strict=True):
                 squares[part] = pixels
                 self.broken |= broken
@@ -298,7 +298,7 @@ def _read_entry(dataset: Any, index: int) -> Image.Image:
     try:
         if not hasattr(dataset, "reader"):
             return read_image(dataset[index][0])
-        # timm's own way passes over broken images in silence, and wants labels: its reader is asked itself
+        # timm's dataset skips broken images silently and requires labels, so its reader is used directly
         with _open_entry(dataset.reader, index) as file:
             return read_image(file)
     except Exception as error:

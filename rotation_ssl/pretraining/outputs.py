@@ -68,7 +68,7 @@ def lock_output(accelerator: Accelerator, output: Path) -> Iterator[None]:
 class Metrics:
     """metrics.jsonl, a line a point of the curve and of what the monitor saw, as the run goes.
 
-    A run that is taken up again writes the points of its checkpoint anew: those of steps that are trained again go.
+    A resumed run keeps the points up to its checkpoint and removes those of the steps that it trains again.
     """
 
     def __init__(self, output: Path, progress: Progress, accelerator: Accelerator) -> None:

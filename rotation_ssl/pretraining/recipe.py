@@ -122,23 +122,38 @@ class StepSchedule:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a weight was pretrained: all that decides its bytes but machine, thread count and library versions.
+    """How weights were pretrained: all that decides their bytes, except machine, thread count and library versions.
 
-    ``data`` is a name of ``rotation_ssl.pretraining.images.open_images``, or of one of the lab's datasets; its images
-    are squares of ``image_size`` pixels. ``model_args`` are arguments of the model beside its number of classes, as
-    pairs. ``images_per_step`` upright images make a batch of ``images_per_step * len(rotations)`` turned ones. Crops
-    are taken at random positions of the image padded by ``padding`` pixels on all sides, or with ``scale`` they are
-    boxes of that share of the image's area, at least and at most, resized to the stage's pixels (torchvision's
-    RandomResizedCrop); then half of them are mirrored; then all are turned, by ``rotations`` steps of ``rotation_unit``
-    degrees: 90, exact quarter turns, or 45, all eight of them, resampled and masked to the inscribed circle. ``flip``
-    is 'none', 'random' (each crop with probability 1/2) or 'alternate' (an image is mirrored in every other of its
-    epochs, the first one at random). An epoch is a permutation of the training images, its incomplete last batch
-    dropped; of tar shards some are taken at a time. ``label_smoothing`` of the rotation's probability goes to all
-    rotations alike. With ``average`` above 0 the published weights are an exponential average of the run's, that factor
-    of the old kept at every step, with batch norm's statistics taken anew. ``holdout`` keeps that many of the training
-    images, the last ones, out of training: tune on them, never on the test set. ``precision`` is 'fp32', 'bf16' or
-    'fp16' (both by autocast), or 'auto': bf16 where the device multiplies it (a GPU, or ``avx512_bf16`` or ``amx_bf16``
-    in /proc/cpuinfo), fp32 elsewhere, where bf16 is 6 to 15 times slower.
+    Images are cropped, half of them are mirrored, and then each is rotated. An epoch is a permutation of the training
+    images without its incomplete last batch; of tar shards some are read at a time.
+
+    Args:
+        name: of the recipe.
+        model: a timm model.
+        data: a name of ``rotation_ssl.pretraining.images.open_images``, or of one of the lab's datasets.
+        stages: parts of the run, each with its own crop size.
+        optimizer: its settings.
+        schedule: of the learning rate.
+        images_per_step: upright images of a batch, which has ``images_per_step * len(rotations)`` rotated ones.
+        rotations: multiples of ``rotation_unit``.
+        rotation_unit: degrees. 90 only moves pixels; 45, with all eight rotations, resamples them and masks the image
+            to its inscribed circle.
+        padding: pixels on all sides before a crop is taken at a random position.
+        padding_mode: 'reflect' or 'constant'.
+        flip: 'none', 'random' (each crop with probability 1/2) or 'alternate' (an image is mirrored in every other of
+            its epochs, the first one at random).
+        label_smoothing: probability that is shared by all rotations alike.
+        average: above 0 the published weights are an exponential moving average of the run's with this decay, with
+            batch norm's statistics recomputed.
+        precision: 'fp32', 'bf16' or 'fp16' (both by autocast), or 'auto': bf16 where the hardware supports it (a GPU,
+            or ``avx512_bf16`` or ``amx_bf16`` in /proc/cpuinfo), else fp32 (emulated bf16 is 6 to 15 times slower).
+        holdout: images, the last ones, that are not trained on: tune on them, never on the test set.
+        seed: random seed.
+        note: what to know of the recipe, such as its cost.
+        image_size: side of the square images in pixels.
+        scale: smallest and largest share of the image's area that a crop has, which is resized to the stage's pixels
+            (torchvision's RandomResizedCrop); None: crops of the stage's pixels.
+        model_args: arguments of the model in addition to its number of classes, as pairs.
     """
 
     name: str

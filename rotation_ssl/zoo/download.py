@@ -10,10 +10,9 @@ from http.client import HTTPException, HTTPResponse, InvalidURL
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from rotation_ssl.convert import MAX_BYTES
 from rotation_ssl.messages import printable
+from rotation_ssl.progress import progress
 
 # how often a busy server is asked, the wait before the second time (doubled before each further one), and the limit for
 # all of it
@@ -80,7 +79,7 @@ def _download_once(url: str, file: Path, max_bytes: int, what: str, until: float
             total = _announced_bytes(response, shown)
             if total is not None and total > max_bytes:
                 raise ValueError(f"{shown} has {total:,} bytes, more than the {max_bytes:,} allowed")
-            with tqdm(total=total, desc=what, unit="B", unit_scale=True, mininterval=0.5) as bar:
+            with progress(what, total, "B", unit_scale=True) as bar:
                 for block in _blocks(response, shown, total, until):
                     target.write(block)
                     bar.update(len(block))
