@@ -41,6 +41,7 @@ Without --apply, no picture is changed; --apply needs either -o DIR or --in-plac
 orientation of JPEG, PNG, WebP and TIFF files; all other bytes stay the same. --apply pixels turns the pixels and
 removes the orientation; this re-encodes JPEG files. HEIC files are never written, and in folders they are skipped
 unless pillow-heif is installed. Pictures that need turning are written to DIR (-o DIR) or overwritten (--in-place).
+Other files in DIR are not replaced without --force.
 
 Pictures that cannot be read or written are skipped and listed, and the exit status is then 1.
 """
@@ -74,6 +75,7 @@ def add(commands: Any) -> None:
     where = added.add_mutually_exclusive_group()
     where.add_argument("-o", "--output", type=Path, metavar="DIR", help="folder for the fixed pictures")
     where.add_argument("--in-place", action="store_true", help="replace the pictures")
+    added.add_argument("--force", action="store_true", help="replace other files in DIR, and FILE")
     added.add_argument("--keep-times", action="store_true", help="keep the modification times of fixed pictures")
     added.add_argument(
         "--model", default=DEFAULT_MODEL, help="timm model with four outputs: model.tag, local-dir:... [%(default)s]"
@@ -84,8 +86,10 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
-    if bool(args.apply) != bool(args.output or args.in_place):
-        raise ValueError("--apply needs -o DIR or --in-place, and they need --apply")
+    if args.apply and not (args.output or args.in_place):
+        raise ValueError("--apply needs -o DIR or --in-place: add one of them")
+    if (args.output or args.in_place) and not args.apply:
+        raise ValueError("-o and --in-place need --apply exif or --apply pixels: add one of them")
     if args.keep_times and not args.apply:
         raise ValueError("--keep-times is of the pictures that --apply changes: give both, or neither")
     model = load_model(args.model, args.device)
@@ -95,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     has_heif = register_heif()
     targets = find_targets(args.paths, args.output)
     if args.csv:
-        check_output(args.csv, targets, force=True)
+        check_output(args.csv, targets, args.force)
     if not has_heif and any(path.suffix.lower() in HEIF_SUFFIXES for path in targets):
         raise ValueError("HEIC and HEIF pictures need pillow-heif: pip install 'rotation-ssl[heif]'")
     # the pixels of large photographs are only looked at
@@ -184,6 +188,8 @@ def _outcome(record: Record, target: Path, args: argparse.Namespace) -> str:
             content = turn_tag(path, record.exif, record.rotation)
         else:
             content = turn_pixels(path, record.rotation)
+        if args.output and not args.force and target.exists() and target.read_bytes() != content:
+            raise ValueError(f"{target} exists and is another file: give another -o DIR, or --force to replace it")
         target.parent.mkdir(parents=True, exist_ok=True)
         write_picture(path, target, content, args.keep_times)
     except (ValueError, OSError) as error:

@@ -55,15 +55,17 @@ def add(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
     if args.layer and not args.normal:
-        raise ValueError("--layer is of the comparison with --normal: give both, or neither")
+        raise ValueError("--layer is of the comparison with --normal: add --normal FOLDER")
     if args.neighbours and not args.normal:
-        raise ValueError("--neighbours is of the comparison with --normal: give both, or neither")
+        raise ValueError("--neighbours is of the comparison with --normal: add --normal FOLDER")
     if args.sheet and args.sheet.absolute() == args.output.absolute():
         raise ValueError("-o and --sheet are the same file: give another name")
     images = find_images(args.images)
     normal, neighbours = find_images(args.normal) if args.normal else [], args.neighbours or NEIGHBOURS
     if normal and len(normal) < neighbours:
-        raise ValueError(f"{args.normal} holds {len(normal)} images: --neighbours {neighbours} needs as many at least")
+        raise ValueError(
+            f"{args.normal} holds {len(normal)} images: --neighbours {neighbours} needs as many; give a smaller number"
+        )
     for file in filter(None, (args.output, args.sheet)):
         check_output(file, [*images, *normal], args.force)
     model = load_model(args.model, args.device)

@@ -196,8 +196,11 @@ def read_manifest(folder: Path) -> Manifest:
     file = folder / "manifest.json"
     try:
         return Manifest(**json.loads(file.read_text()))
-    except FileNotFoundError as error:
-        raise ValueError(f"{folder} has no manifest.json: it is no folder of features") from error
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ValueError(
+            f"{folder} has no manifest.json: it is no folder of features; rotation-ssl features IMAGES -o FOLDER/ "
+            "writes one"
+        ) from error
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file} is damaged or of another version ({error})") from error
 

@@ -70,7 +70,7 @@ def calibration(model: Any) -> Calibration:
 def predict_orientation(
     model: nn.Module,
     images: Sequence[Image.Image],
-    temperature: float = 1.0,
+    temperature: float | None = None,
     batch_size: int = 64,
     size: int | None = None,
 ) -> list[Orientation]:
@@ -79,18 +79,20 @@ def predict_orientation(
     Args:
         model: a timm model whose 4 outputs are the rotations, as those of this package; it is set to eval mode.
         images: RGB, of any size and aspect, as :func:`rotation_ssl.images.read_image` gives them.
-        temperature: what the logits are divided by, positive; above 1 the network is less confident.
+        temperature: what the logits are divided by, positive; above 1 the network is less confident. None: that of
+            :func:`calibration`, for which the published thresholds were fitted.
         batch_size: squares in a batch, each in four rotations.
-        size: side of the squares in pixels; None: the model's own input size. A convolutional network may be more
+        size: side of the squares in pixels; None: that of :func:`calibration`. A convolutional network may be more
             accurate on squares that are larger than its training images (Touvron et al. 2019).
 
     Raises:
         ValueError: a model with other outputs, logits that are not finite, or a temperature out of range.
     """
     check_head(model)
-    cfg = resolve_model_data_config(model)
+    fitted, cfg = calibration(model), resolve_model_data_config(model)
+    temperature = fitted.temperature if temperature is None else temperature
     device = next(model.parameters()).device
-    views = [picture_squares(image, size or cfg["input_size"][-1]) for image in images]
+    views = [picture_squares(image, size or fitted.size) for image in images]
     if not views:
         return []
     squares = torch.cat(views)

@@ -24,6 +24,7 @@ def pretrain(data: str | Path | torch.Tensor, output: str | Path, model: str | N
 
     Raises:
         ImportError: the extra is not installed.
+        TypeError: an option that does not exist.
         ValueError: images, model, recipe and output do not fit, or the loss became infinite.
     """
     return engine().pretrain_model(data, Path(output), model, **options)

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import inspect
 import json
 import os
 import sys
@@ -13,14 +14,14 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
 from rotation_ssl.machine import keep_large_blocks
-from rotation_ssl.messages import counted, first_line
+from rotation_ssl.messages import counted, first_line, some
 from rotation_ssl.precision import resolve_precision, warn_if_emulated
 from rotation_ssl.pretraining.images import UnlabelledImages, open_images
 from rotation_ssl.pretraining.loop import check_begun, pretrain
 from rotation_ssl.pretraining.monitor import Monitor
 from rotation_ssl.pretraining.options import WORKERS
 from rotation_ssl.pretraining.recipe import FOLDER, Recipe, with_image_size, with_steps
-from rotation_ssl.pretraining.setup import create_accelerator, trained_size
+from rotation_ssl.pretraining.setup import create_accelerator, create_model, trained_size
 
 NAMED = 3  # broken images that are named on the terminal; run.json lists all
 Opener = Callable[[Recipe], "torch.Tensor | UnlabelledImages"]
@@ -72,9 +73,14 @@ def run(
         raise ValueError("--accumulate and --monitor-every must be at least 1, --workers at least 0")
     if device not in ("auto", "cpu"):
         raise ValueError(f"device must be 'auto' or 'cpu', got {device!r}; CUDA_VISIBLE_DEVICES selects a GPU")
-    # reading the images takes long
+    # what does not fit is told before the images are read, which takes long
     check_begun(output, resume)
     accelerator = create_accelerator(recipe, device == "cpu", accumulate, tracker, output)
+    create_model(recipe)
+    watch = None
+    if monitor is not None and accelerator.is_main_process:
+        precision = resolve_precision(recipe.precision, accelerator.device)
+        watch = Monitor(Path(monitor), trained_size(recipe), precision)
     with accelerator.local_main_process_first():
         # the other processes find what the first one downloads
         images = open_set(recipe)
@@ -84,10 +90,6 @@ def run(
         images.set_holdout(recipe.holdout)
         if not stream and images.fits_memory(accelerator.num_processes):
             images.read_all(workers, quiet=not accelerator.is_main_process)
-    watch = None
-    if monitor is not None and accelerator.is_main_process:
-        precision = resolve_precision(recipe.precision, accelerator.device)
-        watch = Monitor(Path(monitor), trained_size(recipe), precision)
     return pretrain(
         recipe, images, output, accelerator, resume, checkpoint_seconds, workers, sync_batchnorm, commit,
         watch, monitor_every,
@@ -97,9 +99,16 @@ def run(
 def pretrain_model(
     data: str | Path | torch.Tensor, output: Path, model: str | None = None, recipe: Recipe = FOLDER, **options: Any
 ) -> Path:
-    """:func:`rotation_ssl.pretrain`. Options are fields of the recipe, or arguments of :func:`run`."""
+    """:func:`rotation_ssl.pretrain`. Options are fields of the recipe, or arguments of :func:`run`.
+
+    Raises:
+        TypeError: another option; the error lists those that there are.
+    """
     given = {f.name for f in dataclasses.fields(Recipe)} | {"steps"}
     fields = {name: options.pop(name) for name in list(options) if name in given}
+    known = list(inspect.signature(run).parameters)[3:]
+    if unknown := [name for name in options if name not in known]:
+        raise TypeError(f"no option {some(unknown)}; there are {', '.join(sorted({*given, *known} - {'commit'}))}")
     if isinstance(data, torch.Tensor):
         recipe = changed(recipe, model=model, **{"image_size": data.shape[-1]} | fields)
         return run(recipe, lambda _: data, output, **options)

@@ -49,7 +49,7 @@ def published_entry(model: Any) -> Mapping[str, Any]:
 
     A model that was loaded from a file or folder of the user's own has other weights, even under a published tag.
     """
-    cfg = model.pretrained_cfg
+    cfg = getattr(model, "pretrained_cfg", {})
     entry = manifest().get(f"{cfg.get('architecture')}.{cfg.get('tag')}", {})
     return entry if entry and cfg.get("file") in (None, "", location(entry).get("file")) else {}
 

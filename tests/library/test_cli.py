@@ -102,6 +102,8 @@ def test_fetch_then_verify_offline(run, released, go_offline):
     assert run("info", RELEASED, "--json")[1]["fetched"]["sha256"] == result["sha256"]
     status, told = run("verify", RELEASED)
     assert status == 0 and told.startswith(f"holds    {RELEASED}: sha256 as recorded")
+    status, told = run("verify", "rotnet_alexnet.gidaris_in1k")
+    assert status == 1 and told.startswith("unknown  rotnet_alexnet.gidaris_in1k: not here")
     status, error = run("fetch", "rotnet_alexnet.gidaris_in1k")
     assert status == 2 and "not cached" in error and "rotation-ssl fetch rotnet_alexnet.gidaris_in1k" in error
 

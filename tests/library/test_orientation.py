@@ -104,10 +104,12 @@ def test_the_network_is_asked_about_squares_of_the_size_that_was_fitted(model):
     for size in (None, 96):
         predict_orientation(model, [photo(PHOTOS[0])], size=size)
     hook.remove()
-    assert seen == [128, 96]
+    assert seen == [160, 96]
     entry = zoo.manifest()["rotnet_alexnet.photos"]["orientation"]
     assert calibration(model) == (entry["size"], entry["temperature"], entry["threshold"])
     assert calibration(timm.create_model("resnet18", num_classes=4)) == (224, 1.0, None)
+    picture = photo(PHOTOS[0])
+    assert predict_orientation(model, [picture]) == predict_orientation(model, [picture], entry["temperature"])
 
 
 @pytest.mark.parametrize(("size", "views"), [((64, 64), 1), ((69, 64), 1), ((71, 64), 2), ((40, 800), 2), ((1, 20), 2)])
@@ -296,6 +298,23 @@ def test_fixed_pictures_go_to_a_folder_and_keep_permissions_and_times(album, tmp
     assert len(rows) == 4 and {row["fix_ccw"] for row in rows if row["path"].endswith("pixels.jpg")} == {"270"}
 
 
+def test_other_files_in_the_folder_of_fixed_pictures_are_kept(album, tmp_path, capsys):
+    fixed = ["--apply", "exif", "-o", tmp_path / "fixed"]
+    assert orient(album, *fixed) == 0 and orient(album, *fixed) == 0
+    whole, other = contents(tmp_path / "fixed"), tmp_path / "fixed" / "deep" / "tag.jpg"
+    other.write_bytes(b"somebody's")
+    capsys.readouterr()
+    assert orient(album, *fixed) == 1
+    told = capsys.readouterr()
+    assert f"{other} exists and is another file: give another -o DIR, or --force" in told.err and "1 failed" in told.out
+    assert other.read_bytes() == b"somebody's"
+    assert orient(album, *fixed, "--force") == 0 and contents(tmp_path / "fixed") == whole
+    table = tmp_path / "table.csv"
+    table.write_text("mine")
+    assert orient(album, "--csv", table) == 2 and table.read_text() == "mine"
+    assert orient(album, "--csv", table, "--force") == 0 and table.read_text().startswith("path,")
+
+
 def test_broken_and_odd_pictures_are_named_and_the_others_go_on(album, capsys):
     (album / "cut.jpg").write_bytes((album / "pixels.jpg").read_bytes()[:400])
     (album / "empty.png").write_bytes(b"")
@@ -346,7 +365,8 @@ def test_what_cannot_be_written_is_named_and_left(album, capsys):
     ("arguments", "why"),
     [
         (["--apply", "exif"], "--apply needs -o DIR or --in-place"),
-        (["--in-place"], "they need --apply"),
+        (["-o", "fixed"], "-o and --in-place need --apply exif or --apply pixels"),
+        (["--in-place"], "-o and --in-place need --apply"),
         (["--keep-times"], "--keep-times is of the pictures that --apply changes"),
         (["--threshold", "1.5"], "--threshold must be 0 to 1, got 1.5"),
         (["--csv", "nowhere/t.csv"], "cannot be written: nowhere is not a folder"),

@@ -180,8 +180,11 @@ def test_broken_images_are_named(folders, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("more", "why"),
     [
-        (["--layer", "block2"], "--layer is of the comparison with --normal"),
-        (["--normal", "normal", "--neighbours", "21"], "normal holds 20 images: --neighbours 21 needs as many"),
+        (["--layer", "block2"], "--layer is of the comparison with --normal: add --normal FOLDER"),
+        (
+            ["--normal", "normal", "--neighbours", "21"],
+            "--neighbours 21 needs as many; give a smaller",
+        ),
         (["--neighbours", "3"], "--neighbours is of the comparison with --normal"),
         (["--sheet", "s.csv"], "-o and --sheet are the same file"),
         (["--normal", "nowhere"], "image folder nowhere does not exist"),

@@ -90,6 +90,18 @@ def test_images_and_devices_that_would_be_taken_for_others(tmp_path, images, dev
     assert not (tmp_path / "new").exists()
 
 
+def test_what_does_not_fit_is_told_before_the_images_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "open_images", None)
+    for options, why in (
+        ({"size": 64}, r"no option size; there are .*image_size.*monitor_every"),
+        ({"model": "resnet_of_nobody"}, "model 'resnet_of_nobody' cannot be made"),
+        ({"monitor": tmp_path / "nowhere", "model": "test_resnet"}, "nowhere"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=why):
+            rotation_ssl.pretrain(tmp_path, tmp_path / "new", device="cpu", tracker=None, **options)
+        assert not (tmp_path / "new").exists()
+
+
 def test_without_the_extra_a_line_says_what_to_install(tmp_path):
     code = (
         "import sys\n"
