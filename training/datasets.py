@@ -19,8 +19,8 @@ from rotation_ssl.labelled import (
 from rotation_ssl.pretraining.images import UnlabelledImages, open_files, open_images
 from training.photos import listed_files, photo_files
 
-# the files of a split, their labels (positions in the classes) and the classes
-Listed = tuple[list[Path], list[int], tuple[str, ...]]
+# the N files of a split, their labels (N,) int64 (positions in the classes) and the classes
+Listed = tuple[list[Path], torch.Tensor, tuple[str, ...]]
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
@@ -109,7 +109,7 @@ def tinyimagenet_files(data_dir: Path, split: str) -> Listed:
                 raise ValueError(f"class {name} of {data_dir} has no images in train/{name}/images: fetch it again")
             files += own
             labels += [label] * len(own)
-        return files, labels, classes
+        return files, torch.tensor(labels), classes
     annotations = val / "val_annotations.txt"
     if not annotations.is_file():
         raise ValueError(f"no labels of Tiny-ImageNet's validation images: {annotations} does not exist")
@@ -122,24 +122,14 @@ def tinyimagenet_files(data_dir: Path, split: str) -> Listed:
             )
         files.append(val / "images" / name)
         labels.append(classes.index(wnid))
-    return files, labels, classes
+    return files, torch.tensor(labels), classes
 
 
 def imagenet20_files(root: Path, split: str) -> Listed:
-    """Imagenette and Imagewoof together, 20 classes of ImageNet; ``root`` holds both.
-
-    Raises:
-        ValueError: one of them is not there.
-    """
-    files: list[Path] = []
-    labels: list[int] = []
-    classes: list[str] = []
-    for name in ("imagenette2-320", "imagewoof2-320"):
-        own, numbers, names = labelled_files(root / name / ("train" if split == "train" else "val"))
-        files += own
-        labels += (numbers + len(classes)).tolist()
-        classes += names
-    return files, labels, tuple(classes)
+    """Imagenette and Imagewoof together, 20 classes of ImageNet; ``root`` holds both."""
+    folder = "train" if split == "train" else "val"
+    nette, woof = (labelled_files(root / name / folder) for name in ("imagenette2-320", "imagewoof2-320"))
+    return nette[0] + woof[0], torch.cat([nette[1], woof[1] + len(nette[2])]), nette[2] + woof[2]
 
 
 def cifar100_files(data_dir: Path, split: str) -> Listed:
@@ -150,8 +140,7 @@ def cifar100_files(data_dir: Path, split: str) -> Listed:
     """
     if not (data_dir / split).is_dir():
         raise ValueError(f"no CIFAR-100 in {data_dir}: expected {split}/<class>/*.png")
-    files, labels, classes = labelled_files(data_dir / split)
-    return files, labels.tolist(), classes
+    return labelled_files(data_dir / split)
 
 
 def miniplaces_files(root: Path, split: str) -> Listed:
@@ -171,7 +160,8 @@ def miniplaces_files(root: Path, split: str) -> Listed:
         raise ValueError(f"no MiniPlaces in {folder}: expected images/, train.txt and val.txt there") from error
     names = {label: file.parent.name for file, label in found["train"]}
     chosen = found["val"] if split == "test" else [(file, label) for file, label in found["train"] if file.is_file()]
-    return [file for file, _ in chosen], [label for _, label in chosen], tuple(names[i] for i in sorted(names))
+    labels = torch.tensor([label for _, label in chosen])
+    return [file for file, _ in chosen], labels, tuple(names[i] for i in sorted(names))
 
 
 def held_out(source: str) -> Callable[[Path, str], Listed]:
@@ -181,7 +171,7 @@ def held_out(source: str) -> Callable[[Path, str], Listed]:
         if split == "train":
             raise ValueError(f"{source} is there to measure rotation accuracy on: give --only rotation")
         listed = listed_files(root, source)
-        return listed, [0] * len(listed), ("photograph",)
+        return listed, torch.zeros(len(listed), dtype=torch.int64), ("photograph",)
 
     return files
 
@@ -268,7 +258,7 @@ def load_split(dataset: str, data_dir: Path, split: str, size: int, download: bo
     if dataset == FOLDER:
         return load_folder_split(data_dir, split, size)
     files, labels, classes = list_files(dataset, data_dir, split)
-    data = LabelledImages(read_images(files, DATASETS[dataset].size or size), torch.tensor(labels), classes)
+    data = LabelledImages(read_images(files, DATASETS[dataset].size or size), labels, classes)
     return data if split == "test" else shuffled(data)
 
 

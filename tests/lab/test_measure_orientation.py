@@ -83,7 +83,9 @@ def small(monkeypatch, tmp_path):
     """The samples as all four datasets, and a manifest of its own."""
     for name in (*orientation.FITTED_ON, *orientation.MEASURED_ON):
         entry = dataclasses.replace(
-            datasets.DATASETS[name], counts=(0, len(PHOTOS)), files=lambda *_: (PHOTOS, [0] * len(PHOTOS), ("photo",))
+            datasets.DATASETS[name],
+            counts=(0, len(PHOTOS)),
+            files=lambda *_: (PHOTOS, torch.zeros(len(PHOTOS), dtype=torch.int64), ("photo",)),
         )
         monkeypatch.setitem(datasets.DATASETS, name, entry)
     monkeypatch.setattr(zoo, "WEIGHTS_DIR", tmp_path / "weights")
@@ -128,4 +130,4 @@ def test_what_cannot_be_measured_is_refused(small, capsys, monkeypatch):
         datasets.DATASETS, "imagenette", dataclasses.replace(datasets.DATASETS["imagenette"], counts=(0, 9))
     )
     assert orientation.main(["rotnet_alexnet.photos", "--photos", str(small), "--output", str(small / "out")]) == 2
-    assert f"Imagenette val has 9 photographs, {small} holds 5: fetch it again" in capsys.readouterr().err
+    assert "this is not the whole of Imagenette: 0 training and 5 test images" in capsys.readouterr().err

@@ -44,8 +44,8 @@ def open_labelled(dataset: str, data_dir: Path, split: str, size: int, download:
     if dataset == "cifar10":
         return load_cifar10(data_dir, "train" if split == "train" else "test", download)
     if dataset in DATASETS:
-        files, numbers, classes = list_files(dataset, data_dir, "train" if split == "train" else "test")
-        return LabelledFiles(open_files(files, size), torch.tensor(numbers), classes)
+        files, labels, classes = list_files(dataset, data_dir, "train" if split == "train" else "test")
+        return LabelledFiles(open_files(files, size), labels, classes)
     if dataset == FOLDER:
         return _open_folder(data_dir, split, size)
     entries = open_dataset(dataset, data_dir, split, download)

@@ -29,7 +29,7 @@ from rotation_ssl.orientation.predict import check_head, picture_squares, rotati
 from rotation_ssl.orientation.turning import open_picture
 from rotation_ssl.progress import progress
 from training.command import create_parser
-from training.datasets import DATASETS
+from training.datasets import DATASETS, check_whole, list_files
 from training.evaluation import options
 from training.evaluation.subject import Subject, load_subject, measured_row
 from training.protocols import COVERAGES
@@ -149,16 +149,9 @@ def measure_orientation(subject: Subject, files: Sequence[Path], name: str, cali
 
 
 def photo_list(dataset: str, root: Path) -> list[Path]:
-    """The held-out photographs of a dataset.
-
-    Raises:
-        ValueError: ``root`` lacks it, or a part of it.
-    """
-    own = DATASETS[dataset]
-    assert own.files is not None
-    files = own.files(root, "test")[0]
-    if len(files) != own.counts[1]:
-        raise ValueError(f"{own.name} has {own.counts[1]:,} photographs, {root} holds {len(files):,}: fetch it again")
+    """The held-out photographs of a dataset, all of them."""
+    files, _, _ = list_files(dataset, root, "test")
+    check_whole(dataset, 0, len(files))
     return files
 
 
