@@ -169,7 +169,7 @@ def held_out(source: str) -> Callable[[Path, str], Listed]:
 
     def files(root: Path, split: str) -> Listed:
         if split == "train":
-            raise ValueError(f"{source} is there to measure rotation accuracy on: give --only rotation")
+            raise ValueError(f"{source} has no training images: only rotation accuracy is measured on it")
         listed = listed_files(root, source)
         return listed, torch.zeros(len(listed), dtype=torch.int64), ("photograph",)
 
@@ -225,17 +225,18 @@ def load_images(
         ValueError: as :func:`load_split`, different classes in the two, or a holdout out of range.
     """
     name = name_of(dataset, data_dir)
+    if test_only and not holdout:
+        test = load_split(dataset, data_dir, "test", size, download)
+        return Images(name, test.subset(torch.arange(0)), test)
+    # a dataset without training images is refused before its test images are decoded
+    train = load_split(dataset, data_dir, "train", size, download)
     if holdout:
-        train = load_split(dataset, data_dir, "train", size, download)
         if not 0 < holdout < len(train):
             raise ValueError(f"holdout must be 1 to {len(train) - 1} of the training images, got {holdout}")
         order = torch.arange(len(train))
         name = f"{name.rpartition(' ')[0]}, last {holdout} training image{'s' * (holdout != 1)}"
         return Images(name, train.subset(order[:-holdout]), train.subset(order[-holdout:]))
     test = load_split(dataset, data_dir, "test", size, download)
-    if test_only:
-        return Images(name, test.subset(torch.arange(0)), test)
-    train = load_split(dataset, data_dir, "train", size, download)
     check_same_classes(train, test)
     return Images(name, train, test)
 
