@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rotation_ssl.labelled import Images
 from rotation_ssl.precision import AnyRecipe, add_precision_argument, resolved
+from training.command import add_device
 from training.datasets import DATASETS, FOLDER, check_whole, load_images
 from training.evaluation.subject import Subject, load_subject
 from training.reporting.report import check_rows
@@ -50,7 +51,7 @@ def add_run(parser: argparse.ArgumentParser, output: str, precision: str = "the 
 
 def add_output(parser: argparse.ArgumentParser, output: str) -> None:
     """Where it is computed and where the results go; ``output`` is the default folder."""
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps [%(default)s]")
+    add_device(parser)
     parser.add_argument("--output", type=Path, help=f"folder of rows and report [{output}/<weights>]")
     parser.set_defaults(runs=Path(output))
     parser.add_argument("--record", action="store_true", help="write the rows to training/results/, for the model card")

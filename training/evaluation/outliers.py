@@ -25,7 +25,7 @@ from rotation_ssl.images import read_images
 from rotation_ssl.labelled import Images, LabelledImages
 from rotation_ssl.outliers import RotationOutlierDetector, auroc, false_positive_rate
 from rotation_ssl.progress import progress
-from training.command import create_parser
+from training.command import add_cifar10, create_parser
 from training.datasets import check_whole, load_images, load_split
 from training.evaluation import options
 from training.evaluation.orientation import photo_list
@@ -143,8 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     parser = create_parser("outliers", __doc__)
     parser.add_argument("model", metavar="MODEL.TAG", help="weights with four outputs, for images of 32 pixels")
-    parser.add_argument("--data", type=Path, default=Path("data/cifar10"), help="folder of CIFAR-10 [%(default)s]")
-    parser.add_argument("--download", action="store_true", help="let torchvision download CIFAR-10 into --data")
+    add_cifar10(parser)
     parser.add_argument("--cifar100", type=Path, required=True, metavar="DIR", help="folder of CIFAR-100")
     parser.add_argument("--photos", type=Path, metavar="DIR", help="folder of imagenette2-320 [not measured]")
     parser.add_argument("--layer", help="layer that k-NN compares in [the recommended one]")
