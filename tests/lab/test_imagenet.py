@@ -195,7 +195,9 @@ def test_the_command_writes_rows_and_a_report(small_tinyimagenet, tmp_path, caps
         "conv1",
         "conv3",
     ]
-    assert imagenet.main([*arguments, "--epochs", "0"]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        imagenet.main([*arguments, "--epochs", "0"])
+    assert "argument --epochs: must be a whole number of at least 1, got 0" in capsys.readouterr().err
     assert imagenet.main(arguments) == 2
     assert "takes 192 images a step, got 20" in capsys.readouterr().err
     assert imagenet.main([*arguments, "--size", "32"]) == 2

@@ -27,6 +27,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from rotation_ssl.cli.options import positive
 from rotation_ssl.evaluation.frozen import PARTS, preparation
 from rotation_ssl.features import layer_modules
 from rotation_ssl.fit import fit
@@ -280,12 +281,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.add_model(parser)
     parser.add_argument("--layer", help="last layer of the backbone that is kept [the recommended one]")
     parser.add_argument(
-        "--labels-per-class", type=int, nargs="+", metavar="K", help="labelled images of each class [all]"
+        "--labels-per-class", type=positive, nargs="+", metavar="K", help="labelled images of each class [all]"
     )
     parser.add_argument(
         "--draw", choices=("first", "random"), default="first", help="which K images of a class [%(default)s]"
     )
-    parser.add_argument("--images", type=int, metavar="N", help="train on N crops in total [the recipe's]")
+    parser.add_argument("--images", type=positive, metavar="N", help="train on N crops in total [the recipe's]")
     options.add_data(parser)
     options.add_run(parser, "runs/finetune")
     args = parser.parse_args(arguments)

@@ -27,6 +27,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from rotation_ssl.cli.options import positive
 from rotation_ssl.evaluation.frozen import PARTS, Frozen
 from rotation_ssl.features import layer_modules
 from rotation_ssl.fit import fit
@@ -235,7 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("recipe", choices=LAYER_PROBES, metavar="RECIPE", help="one of the recipes below")
     options.add_model(parser)
     parser.add_argument("--layers", nargs="+", metavar="LAYER", help="layers to probe [all]")
-    parser.add_argument("--epochs", type=int, help="number of epochs, milestones in proportion [the recipe's]")
+    parser.add_argument("--epochs", type=positive, help="number of epochs, milestones in proportion [the recipe's]")
     options.add_data(parser, torchvision=True)
     parser.add_argument("--workers", type=int, default=0, help="data-loading worker processes [%(default)s]")
     options.add_run(parser, "runs/imagenet")
@@ -288,13 +289,7 @@ def _open(args: argparse.Namespace) -> tuple[Labelled, Labelled]:
 
 
 def with_epochs(recipe: LayerProbeRecipe, epochs: int) -> LayerProbeRecipe:
-    """The recipe with another number of epochs, its milestones in proportion.
-
-    Raises:
-        ValueError: less than one epoch.
-    """
-    if epochs < 1:
-        raise ValueError(f"--epochs must be at least 1, got {epochs}")
+    """The recipe with another number of epochs, its milestones in proportion."""
     # at 0 the rate would fall before the first epoch
     milestones = tuple(max(1, round(milestone * epochs / recipe.epochs)) for milestone in recipe.milestones)
     return dataclasses.replace(recipe, epochs=epochs, milestones=milestones)

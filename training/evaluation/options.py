@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
+from rotation_ssl.cli.options import positive
 from rotation_ssl.labelled import Images
 from rotation_ssl.precision import AnyRecipe, add_precision_argument, resolved
 from training.command import add_device
@@ -35,16 +36,18 @@ def add_data(parser: argparse.ArgumentParser, torchvision: bool = False) -> None
         )
     parser.add_argument("--download", action="store_true", help="let torchvision download the images to --data")
     parser.add_argument(
-        "--holdout", type=int, default=0, metavar="N",
+        "--holdout", type=positive, default=0, metavar="N",
         help=f"hold out {'N random' if torchvision else 'the last N'} training images and test on them",
     )  # fmt: skip
-    parser.add_argument("--size", type=int, help="input size of the backbone in pixels [the model's own]")
+    parser.add_argument("--size", type=positive, help="input size of the backbone in pixels [the model's own]")
 
 
 def add_run(parser: argparse.ArgumentParser, output: str, precision: str = "the recipe's") -> None:
     """How it is computed and where the results go; ``output`` and ``precision`` say what the defaults are."""
     parser.add_argument("--seed", type=int, default=0, help="random seed [%(default)s]")
-    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="number of seeds, starting at --seed [1]")
+    parser.add_argument(
+        "--seeds", type=positive, default=1, metavar="N", help="number of seeds, starting at --seed [1]"
+    )
     add_precision_argument(parser, precision)
     add_output(parser, output)
 
@@ -64,13 +67,7 @@ def own_recipe(named: AnyRecipe, recipe: AnyRecipe, device: str) -> AnyRecipe:
 
 
 def seeds(args: argparse.Namespace) -> range:
-    """The seeds that ``--seed`` and ``--seeds`` ask for.
-
-    Raises:
-        ValueError: less than one.
-    """
-    if args.seeds < 1:
-        raise ValueError(f"--seeds must be at least 1, got {args.seeds}")
+    """The seeds that ``--seed`` and ``--seeds`` ask for."""
     return range(args.seed, args.seed + args.seeds)
 
 

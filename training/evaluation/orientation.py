@@ -22,6 +22,7 @@ import torch
 from timm.data import resolve_model_data_config
 
 from rotation_ssl import zoo
+from rotation_ssl.cli.options import positive
 from rotation_ssl.evaluation.frozen import PARTS
 from rotation_ssl.images import normalize
 from rotation_ssl.orientation.predict import check_head, picture_squares, rotation_logits
@@ -167,7 +168,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("model", metavar="MODEL.TAG", help="name of bundled weights with four outputs")
     parser.add_argument("--photos", type=Path, required=True, metavar="DIR", help="folder of the datasets")
     parser.add_argument("--fit", action="store_true", help="choose temperature and thresholds, write the manifest")
-    parser.add_argument("--size", type=int, help="side of the squares in pixels, for --fit [the model's input size]")
+    parser.add_argument(
+        "--size", type=positive, help="side of the squares in pixels, for --fit [the model's input size]"
+    )
     options.add_output(parser, "runs/orientation")
     args = parser.parse_args(arguments)
     return run_measuring(lambda: _work(args), args.device)
