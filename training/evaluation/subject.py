@@ -82,7 +82,9 @@ def load_subject(
             backbone = timm.create_model(model, pretrained=True)
     except RuntimeError as error:
         reason = first_line(error)
-        raise ValueError(f"{model} could not be loaded ({reason}); --random measures it with random weights") from error
+        raise ValueError(
+            f"{model} could not be loaded ({reason}): give other weights, or --random where the command has it"
+        ) from error
     content = weights.read_bytes() if weights else save({k: v.contiguous() for k, v in backbone.state_dict().items()})
     digest = hashlib.sha256(content).hexdigest()
     name = f"{architecture}@{digest[:12]}"
