@@ -19,13 +19,14 @@ report.json and report.png.
 import argparse
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import BatchSampler, RandomSampler
 
 from rotation_ssl.cli.options import positive
 from rotation_ssl.evaluation.frozen import PARTS, preparation
@@ -201,16 +202,18 @@ def train_network(
     images, labels = train.images.to(device), train.labels.to(device)
     # one generator for both: the order and the crops of a seed
     generator = torch.Generator().manual_seed(seed)
+    # one permutation after the other
+    order = RandomSampler(train, num_samples=steps * recipe.batch_size, generator=generator)
 
-    def loss_of(chosen: torch.Tensor) -> torch.Tensor:
-        own = chosen.to(device)
+    def loss_of(chosen: list[int]) -> torch.Tensor:
+        own = torch.tensor(chosen, device=device)
         side = images.shape[-1]
         crops = crop_and_flip(images[own], side, recipe.padding, recipe.padding_mode, True, generator)
         return F.cross_entropy(network(prepare(crops)).float(), labels[own])
 
     fit(
         network,
-        sample_stream(len(train), recipe.batch_size, generator),
+        BatchSampler(order, recipe.batch_size, drop_last=True),
         loss_of,
         optimizer,
         name=f"{recipe.name}, {counted(len(train), 'label')}",
@@ -219,16 +222,6 @@ def train_network(
         images_per_step=recipe.batch_size,
         autocast=autocast,
     )
-
-
-def sample_stream(count: int, size: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
-    """Endless batches of ``size`` indices: one permutation of 0..count - 1 after the other."""
-    left = torch.empty(0, dtype=torch.int64)
-    while True:
-        while len(left) < size:
-            left = torch.cat([left, torch.randperm(count, generator=generator)])
-        yield left[:size]
-        left = left[size:]
 
 
 def predict(
