@@ -51,9 +51,6 @@ def load_cifar10(data_dir: Path, split: str, download: bool = False) -> Labelled
 
     Returns:
         The images in their original order, (N, 3, 32, 32), classes in alphabetical order, which is the original one.
-
-    Raises:
-        ValueError: no such data there, a class missing, or an image that does not decode.
     """
     if (data_dir / split).is_dir():
         data = load_folder(data_dir / split, size=32)
@@ -92,9 +89,6 @@ def tinyimagenet_files(data_dir: Path, split: str) -> Listed:
 
     Returns:
         Files, labels (positions in the classes) and classes, the WordNet ids in alphabetical order.
-
-    Raises:
-        ValueError: it is not there, a class has no images, or an annotation names no image or no class.
     """
     train, val = data_dir / "train", data_dir / "val"
     classes = tuple(sorted(folder.name for folder in train.iterdir())) if train.is_dir() else ()
@@ -133,11 +127,7 @@ def imagenet20_files(root: Path, split: str) -> Listed:
 
 
 def cifar100_files(data_dir: Path, split: str) -> Listed:
-    """CIFAR-100 (Krizhevsky 2009) from a folder ``train|test/<class>/*.png``: 'train' (50,000 images) or 'test'.
-
-    Raises:
-        ValueError: it is not there.
-    """
+    """CIFAR-100 (Krizhevsky 2009) from a folder ``train|test/<class>/*.png``: 'train' (50,000 images) or 'test'."""
     if not (data_dir / split).is_dir():
         raise ValueError(f"no CIFAR-100 in {data_dir}: expected {split}/<class>/*.png")
     return labelled_files(data_dir / split)
@@ -147,9 +137,6 @@ def miniplaces_files(root: Path, split: str) -> Listed:
     """MiniPlaces, 100 classes of Places at 128 pixels, as ``data/train.txt`` and ``data/val.txt`` list it.
 
     Of the 1,000 listed training images of a class 900 are distributed: the others are skipped.
-
-    Raises:
-        ValueError: ``root`` does not hold its images and lists.
     """
     folder = root / "miniplaces" / "data"
     try:
@@ -196,11 +183,7 @@ def name_of(dataset: str, root: Path, split: str = "test") -> str:
 
 
 def dataset_of(name: str) -> str:
-    """The id of the dataset that rows call ``name``.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """The id of the dataset that rows call ``name``."""
     found = [id for id, dataset in DATASETS.items() if dataset.name == name]
     if not found:
         known = ", ".join(dataset.name for dataset in DATASETS.values())
@@ -215,14 +198,10 @@ def load_images(
 
     Args:
         dataset: one of :data:`DATASETS`, or 'folder'.
-        data_dir: where it is.
         size: side of the images, of a dataset without a size of its own.
         download: let torchvision fetch CIFAR-10.
         holdout: take so many of the training images, the last ones, in place of the test images, which are not read.
         test_only: read no training images.
-
-    Raises:
-        ValueError: as :func:`load_split`, different classes in the two, or a holdout out of range.
     """
     name = name_of(dataset, data_dir)
     if test_only and not holdout:
@@ -246,13 +225,9 @@ def load_split(dataset: str, data_dir: Path, split: str, size: int, download: bo
 
     Args:
         dataset: one of :data:`DATASETS`, or 'folder' for ``data_dir/train/<class>/*`` and ``test`` or ``val``.
-        data_dir: where it is.
         split: 'train' or 'test'; training images, but CIFAR-10's, are shuffled, always in the same way.
         size: side of the images, of a dataset without a size of its own.
         download: let torchvision fetch CIFAR-10.
-
-    Raises:
-        ValueError: an unknown dataset, or what the loaders refuse.
     """
     if dataset == "cifar10":
         return load_cifar10(data_dir, split, download)
@@ -264,11 +239,7 @@ def load_split(dataset: str, data_dir: Path, split: str, size: int, download: bo
 
 
 def list_files(dataset: str, data_dir: Path, split: str) -> Listed:
-    """The files of a split of a dataset, their labels and the classes.
-
-    Raises:
-        ValueError: an unknown dataset, or one that is not in the folder.
-    """
+    """The files of a split of a dataset, their labels and the classes."""
     files = DATASETS[dataset].files if dataset in DATASETS else None
     if files is None:
         raise ValueError(f"no dataset {dataset!r}; there are {', '.join((*DATASETS, FOLDER))}")
@@ -276,11 +247,7 @@ def list_files(dataset: str, data_dir: Path, split: str) -> Listed:
 
 
 def check_whole(dataset: str, train: int, test: int) -> None:
-    """Refuse a part of a dataset where the whole is meant; training images that were not read are none.
-
-    Raises:
-        ValueError: other numbers of images than the dataset has, or one's own images.
-    """
+    """Refuse a part of a dataset where the whole is meant; training images that were not read are none."""
     if dataset not in DATASETS:
         known = ", ".join(known.name for known in DATASETS.values())
         raise ValueError(f"the card's numbers are of {known}, not of one's own data")
@@ -296,15 +263,11 @@ def open_unlabelled(data: str, root: Path, size: int, download: bool = False) ->
 
     Args:
         data: a name of :data:`DATASETS`, 'photos', or what :func:`rotation_ssl.pretraining.images.open_images` takes.
-        root: where it is.
         size: side of the squares.
         download: let torchvision fetch it.
 
     Returns:
         (N, 3, size, size) uint8 of CIFAR-10; others are opened, not read.
-
-    Raises:
-        ValueError: no such dataset, nothing in it, not the whole of it, or another size than it has.
     """
     if data == "cifar10":
         if size != 32:

@@ -65,15 +65,9 @@ def measure_transfer(
             training images themselves.
         subject: the backbone, which the training changes.
         layer: last layer of the backbone that is kept.
-        images: training and test images.
         labels_per_class: K labelled images of each class; None: all.
         draw: 'first' or 'random', which K images of a class.
         seed: of the classifier, the order, the crops and the random draw.
-        device: where to train.
-
-    Raises:
-        ValueError: no such layer, a class with fewer images than K, fewer crops than a batch, or a loss or logits that
-            are not finite.
     """
     started = time.monotonic()
     recipe = resolved(recipe, device)
@@ -141,11 +135,7 @@ class LayerClassifier(nn.Module):
 def build_network(
     recipe: TransferRecipe, subject: Subject, layer: str, num_classes: int, seed: int = 0
 ) -> LayerClassifier:
-    """The recipe's network, in eval mode. The layers after ``layer`` are removed from the subject's backbone.
-
-    Raises:
-        ValueError: the backbone has no such layer, or timm cannot cut it there.
-    """
+    """The recipe's network, in eval mode. The layers after ``layer`` are removed from the subject's backbone."""
     backbone: Any = subject.backbone
     layers = layer_modules(backbone)
     if layer not in layers:
@@ -180,15 +170,10 @@ def train_network(
     """Train the network in place on random crops of the labelled images; it is in eval mode afterwards.
 
     Args:
-        recipe: all settings.
         network: on the device to train on.
-        train: the labelled images.
         prepare: from uint8 crops (B, 3, H, H) to what the backbone takes.
         seed: of the order and the crops.
         autocast: compute in this type (torch.bfloat16); None: in the type of the weights.
-
-    Raises:
-        ValueError: a loss that is not finite.
     """
     groups = [{"params": list(network.classifier.parameters()), "lr": recipe.lr}]
     if not network.frozen:
@@ -230,11 +215,7 @@ def predict(
     prepare: Callable[[torch.Tensor], torch.Tensor],
     autocast: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """The classes that the network predicts for the images: (M,) int64.
-
-    Raises:
-        ValueError: logits that are not finite.
-    """
+    """The classes that the network predicts for the images: (M,) int64."""
     device = next(network.parameters()).device
     parts = images.images.split(250)
     bar = progress("measuring", len(parts), "batch", parts)
@@ -251,11 +232,7 @@ def transfer_subject(recipe: TransferRecipe, model: str, training_seed: int, **o
     Args:
         recipe: one that starts from random weights takes those of ``training_seed``.
         model: as in :func:`training.evaluation.subject.load_subject`.
-        training_seed: of the training.
         options: of ``load_subject``.
-
-    Raises:
-        ValueError: a weights file for a recipe that starts from random weights, or as ``load_subject``.
     """
     if recipe.start != "random":
         return load_subject(model, **options)

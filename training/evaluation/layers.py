@@ -94,10 +94,8 @@ def train_probes(
         recipe: all settings, without 'auto' precision.
         subject: the backbone, which stays frozen.
         probes: by layer.
-        data: the images.
         chosen: (M,) indices of the images to train on.
         seed: of the order and the crops.
-        workers: data-loading worker processes.
     """
     if len(chosen) < recipe.batch_size:
         raise ValueError(f"{recipe.name} takes {recipe.batch_size} images a step, got {len(chosen)}")
@@ -174,13 +172,10 @@ def measure_layers(
     Args:
         recipe: all settings; the rows say which precision 'auto' became.
         subject: the backbone, on the device to use.
-        layers: names of the backbone's layers.
-        train: the training images.
         val: the validation images, which are not read if there is a holdout.
         name: of the data in the rows.
         holdout: test on this many training images instead.
         seed: of the classifiers, the order and the crops.
-        workers: data-loading worker processes.
     """
     started = time.monotonic()
     recipe = resolved(recipe, next(subject.backbone.parameters()).device)

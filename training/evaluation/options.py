@@ -78,11 +78,7 @@ def subject_of(args: argparse.Namespace) -> Subject:
 
 
 def images_of(args: argparse.Namespace, size: int, test_only: bool = False) -> Images:
-    """The images that the options name, in memory: the whole dataset where rows are to be recorded.
-
-    Raises:
-        ValueError: as :func:`training.datasets.load_images`, or a part of a dataset.
-    """
+    """The images that the options name, in memory: the whole dataset where rows are to be recorded."""
     images = load_images(args.dataset, args.data, size, args.download, args.holdout, test_only)
     if args.record:
         check_whole(args.dataset, len(images.train), len(images.test))

@@ -49,9 +49,6 @@ def measure_outliers(
         outlying: by name (N, 3, H, H) uint8, images that do not belong; beside them noise of the normal images' number
             and size is made.
         layer: that k-NN compares in.
-
-    Raises:
-        ValueError: no such layer, or another number of outputs.
     """
     started = time.monotonic()
     sets = {**outlying, **noise(normal.test.images.shape)}
@@ -111,11 +108,7 @@ def noise(shape: Sequence[int]) -> dict[str, torch.Tensor]:
 def outlier_data(
     data: Path, cifar100: Path, photos: Path | None, size: int, download: bool = False
 ) -> tuple[Images, dict[str, torch.Tensor]]:
-    """CIFAR-10, whole, and the images that do not belong: CIFAR-100's test images, and Imagenette's where it is given.
-
-    Raises:
-        ValueError: one of them is not there, or a part of it.
-    """
+    """CIFAR-10, whole, and what does not belong: CIFAR-100's test images, and Imagenette's where it is given."""
     normal = load_images("cifar10", data, size, download)
     check_whole("cifar10", len(normal.train), len(normal.test))
     outlying = load_split("cifar100", cifar100, "test", size)

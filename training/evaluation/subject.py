@@ -62,9 +62,6 @@ def load_subject(
         seed: of the random weights.
         weights: a safetensors file; the name is ``model@`` and the first 12 digits of its sha256.
         size: image size in pixels; None: that of the config.json next to the weights, or the model's own.
-
-    Raises:
-        ValueError: no such model or weights, or a file that does not fit the model.
     """
     architecture = model.split(".", 1)[0]
     if not timm.is_model(architecture):
@@ -107,11 +104,7 @@ def load_subject(
 
 
 def recommended_layer(subject: Subject) -> str:
-    """The layer that the paper recommends for the network.
-
-    Raises:
-        ValueError: the network is none of the paper's.
-    """
+    """The layer that the paper recommends for the network."""
     if layer := network_facts(subject.architecture).recommended_layer:
         return layer
     layers = ", ".join(layer_modules(subject.backbone))
@@ -119,11 +112,7 @@ def recommended_layer(subject: Subject) -> str:
 
 
 def subject_of_row(weights: str) -> Subject:
-    """The subject of a reported row: published weights, or ``model.random``.
-
-    Raises:
-        ValueError: the row is of other weights.
-    """
+    """The subject of a reported row: published weights, or ``model.random``."""
     architecture, _, tag = weights.partition(".")
     if weights in zoo.bundled():
         return load_subject(weights)
