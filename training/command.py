@@ -1,10 +1,11 @@
-"""The frame of the lab's commands: their parser, and how they end."""
+"""The frame of the lab's commands: their parser, the options that many have, and how they end."""
 
 import argparse
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
-from rotation_ssl.machine import TURN_OFF
+from rotation_ssl.machine import TURN_OFF, keep_large_blocks
 
 
 def create_parser(command: str, description: str | None, recipes: Iterable[str] = ()) -> argparse.ArgumentParser:
@@ -18,8 +19,19 @@ def create_parser(command: str, description: str | None, recipes: Iterable[str] 
     )
 
 
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Where it is computed."""
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps [%(default)s]")
+
+
+def add_cifar10(parser: argparse.ArgumentParser) -> None:
+    """Where CIFAR-10 is."""
+    parser.add_argument("--data", type=Path, default=Path("data/cifar10"), help="folder of CIFAR-10 [%(default)s]")
+    parser.add_argument("--download", action="store_true", help="let torchvision download CIFAR-10 into --data")
+
+
 def run(work: Callable[[], int | None], stopped: str = "stopped; run the same command again to continue") -> int:
-    """Do a command's work: an error and an interruption are one line each.
+    """Do a command's work, with glibc's large blocks kept: an error and an interruption are one line each.
 
     Args:
         work: returns the exit status, None for 0.
@@ -28,6 +40,7 @@ def run(work: Callable[[], int | None], stopped: str = "stopped; run the same co
     Returns:
         The exit status: 2 after an error, 130 after an interruption.
     """
+    keep_large_blocks()
     try:
         return work() or 0
     except (ValueError, OSError) as error:

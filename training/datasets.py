@@ -19,8 +19,8 @@ from rotation_ssl.labelled import (
 from rotation_ssl.pretraining.images import UnlabelledImages, open_files, open_images
 from training.photos import listed_files, photo_files
 
-# the files of a split, their labels (positions in the classes) and the classes
-Listed = tuple[list[Path], list[int], tuple[str, ...]]
+# the N files of a split, their labels (N,) int64 (positions in the classes) and the classes
+Listed = tuple[list[Path], torch.Tensor, tuple[str, ...]]
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
@@ -51,9 +51,6 @@ def load_cifar10(data_dir: Path, split: str, download: bool = False) -> Labelled
 
     Returns:
         The images in their original order, (N, 3, 32, 32), classes in alphabetical order, which is the original one.
-
-    Raises:
-        ValueError: no such data there, a class missing, or an image that does not decode.
     """
     if (data_dir / split).is_dir():
         data = load_folder(data_dir / split, size=32)
@@ -92,9 +89,6 @@ def tinyimagenet_files(data_dir: Path, split: str) -> Listed:
 
     Returns:
         Files, labels (positions in the classes) and classes, the WordNet ids in alphabetical order.
-
-    Raises:
-        ValueError: it is not there, a class has no images, or an annotation names no image or no class.
     """
     train, val = data_dir / "train", data_dir / "val"
     classes = tuple(sorted(folder.name for folder in train.iterdir())) if train.is_dir() else ()
@@ -109,7 +103,7 @@ def tinyimagenet_files(data_dir: Path, split: str) -> Listed:
                 raise ValueError(f"class {name} of {data_dir} has no images in train/{name}/images: fetch it again")
             files += own
             labels += [label] * len(own)
-        return files, labels, classes
+        return files, torch.tensor(labels), classes
     annotations = val / "val_annotations.txt"
     if not annotations.is_file():
         raise ValueError(f"no labels of Tiny-ImageNet's validation images: {annotations} does not exist")
@@ -122,45 +116,27 @@ def tinyimagenet_files(data_dir: Path, split: str) -> Listed:
             )
         files.append(val / "images" / name)
         labels.append(classes.index(wnid))
-    return files, labels, classes
+    return files, torch.tensor(labels), classes
 
 
 def imagenet20_files(root: Path, split: str) -> Listed:
-    """Imagenette and Imagewoof together, 20 classes of ImageNet; ``root`` holds both.
-
-    Raises:
-        ValueError: one of them is not there.
-    """
-    files: list[Path] = []
-    labels: list[int] = []
-    classes: list[str] = []
-    for name in ("imagenette2-320", "imagewoof2-320"):
-        own, numbers, names = labelled_files(root / name / ("train" if split == "train" else "val"))
-        files += own
-        labels += (numbers + len(classes)).tolist()
-        classes += names
-    return files, labels, tuple(classes)
+    """Imagenette and Imagewoof together, 20 classes of ImageNet; ``root`` holds both."""
+    folder = "train" if split == "train" else "val"
+    nette, woof = (labelled_files(root / name / folder) for name in ("imagenette2-320", "imagewoof2-320"))
+    return nette[0] + woof[0], torch.cat([nette[1], woof[1] + len(nette[2])]), nette[2] + woof[2]
 
 
 def cifar100_files(data_dir: Path, split: str) -> Listed:
-    """CIFAR-100 (Krizhevsky 2009) from a folder ``train|test/<class>/*.png``: 'train' (50,000 images) or 'test'.
-
-    Raises:
-        ValueError: it is not there.
-    """
+    """CIFAR-100 (Krizhevsky 2009) from a folder ``train|test/<class>/*.png``: 'train' (50,000 images) or 'test'."""
     if not (data_dir / split).is_dir():
         raise ValueError(f"no CIFAR-100 in {data_dir}: expected {split}/<class>/*.png")
-    files, labels, classes = labelled_files(data_dir / split)
-    return files, labels.tolist(), classes
+    return labelled_files(data_dir / split)
 
 
 def miniplaces_files(root: Path, split: str) -> Listed:
     """MiniPlaces, 100 classes of Places at 128 pixels, as ``data/train.txt`` and ``data/val.txt`` list it.
 
     Of the 1,000 listed training images of a class 900 are distributed: the others are skipped.
-
-    Raises:
-        ValueError: ``root`` does not hold its images and lists.
     """
     folder = root / "miniplaces" / "data"
     try:
@@ -171,7 +147,8 @@ def miniplaces_files(root: Path, split: str) -> Listed:
         raise ValueError(f"no MiniPlaces in {folder}: expected images/, train.txt and val.txt there") from error
     names = {label: file.parent.name for file, label in found["train"]}
     chosen = found["val"] if split == "test" else [(file, label) for file, label in found["train"] if file.is_file()]
-    return [file for file, _ in chosen], [label for _, label in chosen], tuple(names[i] for i in sorted(names))
+    labels = torch.tensor([label for _, label in chosen])
+    return [file for file, _ in chosen], labels, tuple(names[i] for i in sorted(names))
 
 
 def held_out(source: str) -> Callable[[Path, str], Listed]:
@@ -179,9 +156,9 @@ def held_out(source: str) -> Callable[[Path, str], Listed]:
 
     def files(root: Path, split: str) -> Listed:
         if split == "train":
-            raise ValueError(f"{source} is there to measure rotation accuracy on: give --only rotation")
+            raise ValueError(f"{source} has no training images: only rotation accuracy is measured on it")
         listed = listed_files(root, source)
-        return listed, [0] * len(listed), ("photograph",)
+        return listed, torch.zeros(len(listed), dtype=torch.int64), ("photograph",)
 
     return files
 
@@ -206,11 +183,7 @@ def name_of(dataset: str, root: Path, split: str = "test") -> str:
 
 
 def dataset_of(name: str) -> str:
-    """The id of the dataset that rows call ``name``.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """The id of the dataset that rows call ``name``."""
     found = [id for id, dataset in DATASETS.items() if dataset.name == name]
     if not found:
         known = ", ".join(dataset.name for dataset in DATASETS.values())
@@ -225,27 +198,24 @@ def load_images(
 
     Args:
         dataset: one of :data:`DATASETS`, or 'folder'.
-        data_dir: where it is.
         size: side of the images, of a dataset without a size of its own.
         download: let torchvision fetch CIFAR-10.
         holdout: take so many of the training images, the last ones, in place of the test images, which are not read.
         test_only: read no training images.
-
-    Raises:
-        ValueError: as :func:`load_split`, different classes in the two, or a holdout out of range.
     """
     name = name_of(dataset, data_dir)
+    if test_only and not holdout:
+        test = load_split(dataset, data_dir, "test", size, download)
+        return Images(name, test.subset(torch.arange(0)), test)
+    # a dataset without training images is refused before its test images are decoded
+    train = load_split(dataset, data_dir, "train", size, download)
     if holdout:
-        train = load_split(dataset, data_dir, "train", size, download)
         if not 0 < holdout < len(train):
             raise ValueError(f"holdout must be 1 to {len(train) - 1} of the training images, got {holdout}")
         order = torch.arange(len(train))
         name = f"{name.rpartition(' ')[0]}, last {holdout} training image{'s' * (holdout != 1)}"
         return Images(name, train.subset(order[:-holdout]), train.subset(order[-holdout:]))
     test = load_split(dataset, data_dir, "test", size, download)
-    if test_only:
-        return Images(name, test.subset(torch.arange(0)), test)
-    train = load_split(dataset, data_dir, "train", size, download)
     check_same_classes(train, test)
     return Images(name, train, test)
 
@@ -255,29 +225,21 @@ def load_split(dataset: str, data_dir: Path, split: str, size: int, download: bo
 
     Args:
         dataset: one of :data:`DATASETS`, or 'folder' for ``data_dir/train/<class>/*`` and ``test`` or ``val``.
-        data_dir: where it is.
         split: 'train' or 'test'; training images, but CIFAR-10's, are shuffled, always in the same way.
         size: side of the images, of a dataset without a size of its own.
         download: let torchvision fetch CIFAR-10.
-
-    Raises:
-        ValueError: an unknown dataset, or what the loaders refuse.
     """
     if dataset == "cifar10":
         return load_cifar10(data_dir, split, download)
     if dataset == FOLDER:
         return load_folder_split(data_dir, split, size)
     files, labels, classes = list_files(dataset, data_dir, split)
-    data = LabelledImages(read_images(files, DATASETS[dataset].size or size), torch.tensor(labels), classes)
+    data = LabelledImages(read_images(files, DATASETS[dataset].size or size), labels, classes)
     return data if split == "test" else shuffled(data)
 
 
 def list_files(dataset: str, data_dir: Path, split: str) -> Listed:
-    """The files of a split of a dataset, their labels and the classes.
-
-    Raises:
-        ValueError: an unknown dataset, or one that is not in the folder.
-    """
+    """The files of a split of a dataset, their labels and the classes."""
     files = DATASETS[dataset].files if dataset in DATASETS else None
     if files is None:
         raise ValueError(f"no dataset {dataset!r}; there are {', '.join((*DATASETS, FOLDER))}")
@@ -285,11 +247,7 @@ def list_files(dataset: str, data_dir: Path, split: str) -> Listed:
 
 
 def check_whole(dataset: str, train: int, test: int) -> None:
-    """Refuse a part of a dataset where the whole is meant; training images that were not read are none.
-
-    Raises:
-        ValueError: other numbers of images than the dataset has, or one's own images.
-    """
+    """Refuse a part of a dataset where the whole is meant; training images that were not read are none."""
     if dataset not in DATASETS:
         known = ", ".join(known.name for known in DATASETS.values())
         raise ValueError(f"the card's numbers are of {known}, not of one's own data")
@@ -305,15 +263,11 @@ def open_unlabelled(data: str, root: Path, size: int, download: bool = False) ->
 
     Args:
         data: a name of :data:`DATASETS`, 'photos', or what :func:`rotation_ssl.pretraining.images.open_images` takes.
-        root: where it is.
         size: side of the squares.
         download: let torchvision fetch it.
 
     Returns:
         (N, 3, size, size) uint8 of CIFAR-10; others are opened, not read.
-
-    Raises:
-        ValueError: no such dataset, nothing in it, not the whole of it, or another size than it has.
     """
     if data == "cifar10":
         if size != 32:

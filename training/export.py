@@ -17,9 +17,6 @@ def onnx_file(network: nn.Module, example: torch.Tensor, name: str, outputs: Seq
         example: an input with two or more items in its first dimension, the batch.
         name: of the input.
         outputs: names of the outputs, in their order.
-
-    Raises:
-        ValueError: the packages of the extra `onnx` are not installed.
     """
     if lacking := [package for package in ("onnx", "onnxscript") if find_spec(package) is None]:
         raise ValueError(f"the export needs {' and '.join(lacking)}: pip install -e '.[onnx]'")

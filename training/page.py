@@ -71,11 +71,7 @@ class PageNetwork(nn.Module):
 
 
 def install_runtime(folder: Path) -> None:
-    """Have npm download onnxruntime-web, as the lock file pins it, and copy its files into a folder.
-
-    Raises:
-        ValueError: npm is not installed or fails; the error says what to do.
-    """
+    """Have npm download onnxruntime-web, as the lock file pins it, and copy its files into a folder."""
     if (npm := shutil.which("npm")) is None:
         raise ValueError("the page needs npm to download onnxruntime-web: install Node.js, https://nodejs.org")
     with tempfile.TemporaryDirectory() as work:
@@ -102,11 +98,7 @@ def copy_page(folder: Path) -> None:
 
 
 def build_page(output: Path) -> int:
-    """Build the page; returns its size in bytes.
-
-    Raises:
-        ValueError: the folder has other content, or something that the page needs is not installed.
-    """
+    """Build the page; returns its size in bytes."""
     is_page = all((output / name).is_file() for name in (*PAGE_FILES, *RUNTIME_FILES, MODEL_FILE))
     own = {*PAGE_FILES, *RUNTIME_FILES, MODEL_FILE, FACTS_FILE, "samples"} if is_page else set()
     if output.exists() and not (output.is_dir() and {file.name for file in output.iterdir()} <= own):

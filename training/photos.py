@@ -10,13 +10,11 @@ test list and all of VOC2007. photos.json names the images that were left out, a
 written.
 """
 
-import argparse
 import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,9 +23,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from rotation_ssl.cli.options import positive
 from rotation_ssl.images import find_images, read_image, square
 from rotation_ssl.progress import progress
-from training.command import run
+from training.command import create_parser, run
 
 SIZE = 192
 QUALITY = 85
@@ -42,58 +41,42 @@ SHA256_OF_NAMES = "8e17ba2ba123bb558ebfd5581c75c2cd4544fae69f4155b7d64f3ca2ced82
 Value = TypeVar("Value")
 
 
-@dataclass(frozen=True)
-class Source:
-    """A dataset that photographs are taken from: its folder, and which of its files train and which are held out."""
-
-    folder: str
-    train: Callable[[Path], list[Path]]
-    held_out: Callable[[Path], list[Path]]
-
-
-def _below(name: str, root: Path) -> list[Path]:
-    return find_images(root / name)
+# the folder of each source, and its training and held-out images, as find_part takes them
+SOURCES = {
+    "imagenette2-320": ("train", "val"),
+    "imagewoof2-320": ("train", "val"),
+    "miniplaces": ("data/images/train", "data/images/val"),
+    "caltech101": ("train.txt", "test.txt"),
+    "VOCdevkit/VOC2007": ("", "JPEGImages"),
+}
 
 
-def _listed(name: str, root: Path) -> list[Path]:
+def find_part(source: Path, part: str) -> list[Path]:
+    """The images of a source below one of its folders, or those that one of its lists (.txt) names; of "" none."""
+    if not part.endswith(".txt"):
+        return find_images(source / part) if part else []
+    listing = source / part
     try:
-        lines = (root / name).read_text().splitlines()
+        lines = listing.read_text().splitlines()
     except OSError as error:
-        raise ValueError(f"{root / name}, the list of its images, cannot be read; fetch {root.name} again") from error
-    return sorted(root / "101_ObjectCategories" / line.strip() for line in lines if line.strip())
-
-
-SOURCES = (
-    Source("imagenette2-320", partial(_below, "train"), partial(_below, "val")),
-    Source("imagewoof2-320", partial(_below, "train"), partial(_below, "val")),
-    Source("miniplaces", partial(_below, "data/images/train"), partial(_below, "data/images/val")),
-    Source("caltech101", partial(_listed, "train.txt"), partial(_listed, "test.txt")),
-    Source("VOCdevkit/VOC2007", lambda root: [], partial(_below, "JPEGImages")),
-)
+        raise ValueError(f"{listing}, the list of its images, cannot be read; fetch {source.name} again") from error
+    return sorted(source / "101_ObjectCategories" / line.strip() for line in lines if line.strip())
 
 
 def training_files(root: Path) -> list[Path]:
-    """The training images of all sources, in the order of their names.
-
-    Raises:
-        ValueError: sources that are not in ``root``.
-    """
-    missing = [source.folder for source in SOURCES if not (root / source.folder).is_dir()]
+    """The training images of all sources, in the order of their names."""
+    missing = [source for source in SOURCES if not (root / source).is_dir()]
     if missing:
         raise ValueError(f"{root} lacks {', '.join(missing)}: give the folder that holds the datasets")
-    return sorted(file for source in SOURCES for file in source.train(root / source.folder))
+    return sorted(file for source, (train, _) in SOURCES.items() for file in find_part(root / source, train))
 
 
 def listed_files(root: Path, source: str) -> list[Path]:
-    """The held-out images of one source, of VOC2007 those of its test list, in the order of their names.
-
-    Raises:
-        ValueError: ``root`` lacks the source.
-    """
-    (found,) = [own for own in SOURCES if own.folder == source]
+    """The held-out images of one source, of VOC2007 those of its test list, in the order of their names."""
     if not (root / source).is_dir():
         raise ValueError(f"{root} lacks {source}: give the folder that holds the datasets")
-    files = found.held_out(root / source)
+    _, held_out = SOURCES[source]
+    files = find_part(root / source, held_out)
     if source.startswith("VOCdevkit"):
         names = set((root / source / "ImageSets" / "Main" / "test.txt").read_text().split())
         files = [file for file in files if file.stem in names]
@@ -101,11 +84,7 @@ def listed_files(root: Path, source: str) -> list[Path]:
 
 
 def photo_files(folder: Path) -> list[Path]:
-    """The images of a set that was written, in the order of their names.
-
-    Raises:
-        ValueError: it is not the whole set.
-    """
+    """The images of a set that was written, in the order of their names."""
     if not (folder / "train").is_dir():
         raise ValueError(f"no photos in {folder}: write them with python -m training photos --output {folder}")
     files = find_images(folder / "train")
@@ -124,9 +103,6 @@ def difference_hash(file: Path) -> np.ndarray:
     """Whether each of 16 x 16 parts of a photograph is darker than the one right of it, (256,) bool.
 
     The hash stays the same under resizing, and nearly so under compression.
-
-    Raises:
-        ValueError: the image does not decode.
     """
     grey = read_image(file).convert("L").resize((HASH_SIDE + 1, HASH_SIDE), Image.Resampling.BOX)
     values = np.asarray(grey, dtype=np.int16)
@@ -149,9 +125,6 @@ def find_duplicates(train: Sequence[Path], held_out: Sequence[Path], workers: in
     A photograph and its mirror image are the same, but where it is flat: what is as dark as its neighbour is so in the
     mirror image too. Of photos this missed two, Leopards/image_0072 and image_0131 of Caltech-101, whose mirror images
     are in its test list. They stay, for the published weights were trained on them.
-
-    Raises:
-        ValueError: an image does not decode.
     """
     hashes = torch.from_numpy(np.stack(_map(difference_hash, train, workers, "comparing training images")))
     others = torch.from_numpy(np.stack(_map(difference_hash, held_out, workers, "comparing held-out images")))
@@ -176,15 +149,11 @@ def write_square(size: int, root: Path, output: Path, file: Path) -> None:
 
 
 def prepare(root: Path, output: Path, workers: int) -> dict[str, Any]:
-    """Write the set, and photos.json last: how many images, the sha256 of their names, and the images left out.
-
-    Raises:
-        ValueError: a source is missing, an image does not decode, or ``output`` holds a set.
-    """
+    """Write the set, and photos.json last: how many images, the sha256 of their names, and the images left out."""
     if (output / LIST).exists():
         raise ValueError(f"{output} already contains the set: give another --output")
     train = training_files(root)
-    held_out = [file for source in SOURCES for file in source.held_out(root / source.folder)]
+    held_out = [file for source, (_, part) in SOURCES.items() for file in find_part(root / source, part)]
     duplicates = find_duplicates(train, held_out, workers)
     kept = [file for i, file in enumerate(train) if i not in duplicates]
     _map(partial(write_square, SIZE, root, output / "train"), kept, workers, "writing squares")
@@ -211,12 +180,12 @@ def _map(function: Callable[[Path], Value], files: Sequence[Path], workers: int,
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m training photos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = create_parser("photos", __doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder of the datasets")
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
-    parser.add_argument("--workers", type=int, default=2, help="processes that read and write images [%(default)s]")
+    parser.add_argument(
+        "--workers", type=positive, default=2, help="processes that read and write images [%(default)s]"
+    )
     args = parser.parse_args(arguments)
 
     def work() -> None:

@@ -36,7 +36,6 @@ def finished_run(recipe: Recipe, images: torch.Tensor, output: Path, device: str
     """The weights of a run: those that are there, or made by beginning it or going on with it.
 
     Raises:
-        ValueError: as :func:`rotation_ssl.pretraining.loop.pretrain`.
         KeyboardInterrupt: the run was stopped; its checkpoint is kept.
     """
     weights = output / "model.safetensors"

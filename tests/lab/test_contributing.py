@@ -21,8 +21,7 @@ NAME = "rotnet_nin.toy"
 
 def toy_files(root, split):
     """A dataset as a new entry lists it: files, labels and classes."""
-    files, labels, classes = labelled_files(root / split)
-    return files, labels.tolist(), classes
+    return labelled_files(root / split)
 
 
 @pytest.fixture

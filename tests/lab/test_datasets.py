@@ -13,7 +13,9 @@ from PIL import Image
 from rotation_ssl.images import count_suffixes, find_files, find_images, normalize, read_image
 from rotation_ssl.labelled import load_folder
 from rotation_ssl.pretraining.images import UnlabelledImages
+from training import datasets
 from training.datasets import CIFAR10_CLASSES, load_cifar10, load_images, open_unlabelled, tinyimagenet_files
+from training.evaluation.labelled import open_labelled
 
 
 def test_normalize_by_hand():
@@ -218,6 +220,13 @@ def test_what_is_held_out_of_two_datasets_together_is_of_both(small_cifar10, tmp
     data = load_images("imagenet20", tmp_path, 32, holdout=20)
     assert len(data.train) == 60 and len(data.test) == 20
     assert {int(label) // 10 for label in data.test.labels} == {0, 1}
+
+
+def test_without_training_images_nothing_is_decoded(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "read_images", lambda *args: pytest.fail("decoded"))
+    for load in (load_images, lambda *args: open_labelled("imagenette", tmp_path, "train", 32)):
+        with pytest.raises(ValueError, match="imagenette2-320 has no training images: only rotation accuracy"):
+            load("imagenette", tmp_path, 32)
 
 
 def test_missing_and_empty_folders(tmp_path, small_cifar10):

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 
+from rotation_ssl.evaluation.frozen import Frozen, preparation
 from rotation_ssl.precision import multiplies_bfloat16
 from rotation_ssl.probes import max_pooled_probe
 from training.evaluation import layers as imagenet
@@ -14,7 +15,6 @@ from training.evaluation.labelled import open_labelled, read_into_memory, split_
 from training.evaluation.layers import (
     build_probes,
     count_correct,
-    layer_maps,
     measure_layers,
     train_probes,
     with_epochs,
@@ -62,15 +62,16 @@ def test_the_linear_classifier_by_hand():
 EMULATED = pytest.mark.skipif(not multiplies_bfloat16(), reason="bfloat16 is emulated here: it takes a minute")
 
 
-@pytest.mark.parametrize("autocast", [None, pytest.param(torch.bfloat16, marks=EMULATED)])
-def test_layers_learn_a_handful_and_the_backbone_stays(train, autocast):
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=EMULATED)])
+def test_layers_learn_a_handful_and_the_backbone_stays(train, precision):
+    recipe = dataclasses.replace(LINEAR, precision=precision)
     subject = load_subject("rotnet_alexnet", random=True, size=64)
     before = {name: tensor.clone() for name, tensor in subject.backbone.state_dict().items()}
     layers = ["conv1", "conv3", "conv5"]
-    probes = build_probes(LINEAR, subject, layers, 10)
+    probes = build_probes(recipe, subject, layers, 10)
     order = torch.arange(len(train))
-    train_probes(LINEAR, subject, probes, train, order, autocast=autocast)
-    counts = count_correct(subject, probes, train, order, autocast=autocast)
+    train_probes(recipe, subject, probes, train, order)
+    counts = count_correct(recipe, subject, probes, train, order)
     assert list(counts) == layers and all(len(parts) == 10 for parts in counts.values())
     # chance is 2
     assert all(sum(parts) >= 18 for parts in counts.values()), f"of 20 images of 10 classes: {counts}"
@@ -86,7 +87,7 @@ def test_the_rest_of_the_network_learns_a_handful(subject, train):
     assert [type(m).__name__ for m in probes["conv5"][0]] == ["MaxPool2d"], "pool5 alone comes after conv5"
     order = torch.arange(len(train))
     train_probes(NONLINEAR, subject, probes, train, order)
-    counts = count_correct(subject, probes, train, order)
+    counts = count_correct(NONLINEAR, subject, probes, train, order)
     assert all(sum(parts) >= 16 for parts in counts.values()), f"of 20 images of 10 classes: {counts}"
 
 
@@ -113,10 +114,10 @@ def test_decoded_as_they_come_is_the_same_as_in_memory(subject, small_tinyimagen
 
 
 def test_features_are_those_of_the_layers(subject):
-    images = torch.randn(2, 3, 64, 64)
-    maps = layer_maps(subject, images, ["conv5", "conv2"])
+    images = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8)
+    maps = Frozen(subject.backbone, 64).whole_maps(["conv5", "conv2"])(images)
     with torch.no_grad():
-        expected = subject.backbone.features[:3](images)
+        expected = subject.backbone.features[:3](preparation(subject.backbone, 64)(images))
     assert list(maps) == ["conv2", "conv5"]
     torch.testing.assert_close(maps["conv2"], expected)
 
@@ -194,7 +195,9 @@ def test_the_command_writes_rows_and_a_report(small_tinyimagenet, tmp_path, caps
         "conv1",
         "conv3",
     ]
-    assert imagenet.main([*arguments, "--epochs", "0"]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        imagenet.main([*arguments, "--epochs", "0"])
+    assert "argument --epochs: must be a whole number of at least 1, got 0" in capsys.readouterr().err
     assert imagenet.main(arguments) == 2
     assert "takes 192 images a step, got 20" in capsys.readouterr().err
     assert imagenet.main([*arguments, "--size", "32"]) == 2

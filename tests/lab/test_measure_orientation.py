@@ -12,12 +12,11 @@ from rotation_ssl import zoo
 from training import datasets
 from training.evaluation import orientation
 from training.evaluation.orientation import (
-    Answers,
-    answers,
     fit_temperature,
     fit_threshold,
     measure_orientation,
     most_confident,
+    probabilities,
 )
 from training.evaluation.subject import load_subject
 from training.reporting import again, manifest
@@ -33,18 +32,19 @@ def subject():
 
 
 def says(*pairs):
+    """Confidences, and whether the answers are right, of pairs of rotation and confidence."""
     rotation, confidence = zip(*pairs, strict=True)
-    return Answers(torch.tensor(rotation), torch.tensor(confidence))
+    return torch.tensor(confidence), torch.tensor(rotation) == 0
 
 
 def test_the_threshold_is_the_least_confidence_that_is_right_often_enough():
     found = says((0, 0.9), (0, 0.8), (1, 0.7), (0, 0.6), (0, 0.5), (2, 0.4))
-    assert fit_threshold(found, 1.0) == pytest.approx(0.8, abs=2e-6)
-    assert fit_threshold(found, 0.8) == pytest.approx(0.5, abs=2e-6), "four of five"
-    assert fit_threshold(found, 0.5) == pytest.approx(0.4, abs=2e-6)
-    assert fit_threshold(says((0, 0.9), (1, 0.7), (0, 0.7)), 1.0) == pytest.approx(0.9, abs=2e-6), "decided together"
+    assert fit_threshold(*found, 1.0) == pytest.approx(0.8, abs=2e-6)
+    assert fit_threshold(*found, 0.8) == pytest.approx(0.5, abs=2e-6), "four of five"
+    assert fit_threshold(*found, 0.5) == pytest.approx(0.4, abs=2e-6)
+    assert fit_threshold(*says((0, 0.9), (1, 0.7), (0, 0.7)), 1.0) == pytest.approx(0.9, abs=2e-6), "decided together"
     with pytest.raises(ValueError, match=r"no confidence at which 99\.0% of the decisions are right"):
-        fit_threshold(says((1, 0.9), (0, 0.8)), 0.99)
+        fit_threshold(*says((1, 0.9), (0, 0.8)), 0.99)
 
 
 def test_the_temperature_makes_confidences_true():
@@ -52,15 +52,15 @@ def test_the_temperature_makes_confidences_true():
     logits = [torch.zeros(1, 4, 4) for _ in range(400)]
     for number, each in enumerate(logits):
         each[..., 0 if number % 4 else 1] = 3 * torch.tensor(9.0).log()
-    found = answers(logits, fit_temperature(logits))
+    confidence, rotation = probabilities(logits, fit_temperature(logits)).max(1)
     # 0.75 for the answer given leaves 0.25 for the three others
-    assert found.confidence.mean() == pytest.approx(0.75, abs=0.01)
-    assert torch.equal(found.rotation == 0, torch.arange(400) % 4 != 0)
+    assert confidence.mean() == pytest.approx(0.75, abs=0.01)
+    assert torch.equal(rotation == 0, torch.arange(400) % 4 != 0)
 
 
 def test_the_most_confident_are_chosen():
-    found = says((0, 0.3), (1, 0.9), (0, 0.9), (0, 0.5), (2, 0.4))
-    chosen = {share: mask.nonzero().flatten().tolist() for share, mask in most_confident(found).items()}
+    confidence, _ = says((0, 0.3), (1, 0.9), (0, 0.9), (0, 0.5), (2, 0.4))
+    chosen = {share: mask.nonzero().flatten().tolist() for share, mask in most_confident(confidence).items()}
     assert list(chosen) == list(range(10, 100, 10))
     assert chosen[20] == [1] and chosen[40] == [1, 2] and chosen[80] == [1, 2, 3, 4]
 
@@ -83,7 +83,9 @@ def small(monkeypatch, tmp_path):
     """The samples as all four datasets, and a manifest of its own."""
     for name in (*orientation.FITTED_ON, *orientation.MEASURED_ON):
         entry = dataclasses.replace(
-            datasets.DATASETS[name], counts=(0, len(PHOTOS)), files=lambda *_: (PHOTOS, [0] * len(PHOTOS), ("photo",))
+            datasets.DATASETS[name],
+            counts=(0, len(PHOTOS)),
+            files=lambda *_: (PHOTOS, torch.zeros(len(PHOTOS), dtype=torch.int64), ("photo",)),
         )
         monkeypatch.setitem(datasets.DATASETS, name, entry)
     monkeypatch.setattr(zoo, "WEIGHTS_DIR", tmp_path / "weights")
@@ -93,7 +95,7 @@ def small(monkeypatch, tmp_path):
 
 
 def test_the_command_fits_measures_and_what_it_measured_is_measured_again(small, capsys, monkeypatch):
-    monkeypatch.setattr(orientation, "fit_threshold", lambda found, precision: precision - 0.3)
+    monkeypatch.setattr(orientation, "fit_threshold", lambda confidence, right, precision: precision - 0.3)
     arguments = ["rotnet_alexnet.photos", "--photos", str(small), "--output", str(small / "out")]
     before = manifest.read_manifest()["rotnet_alexnet.photos"]
     assert orientation.main([*arguments, "--fit", "--size", "160"]) == 0
@@ -128,4 +130,4 @@ def test_what_cannot_be_measured_is_refused(small, capsys, monkeypatch):
         datasets.DATASETS, "imagenette", dataclasses.replace(datasets.DATASETS["imagenette"], counts=(0, 9))
     )
     assert orientation.main(["rotnet_alexnet.photos", "--photos", str(small), "--output", str(small / "out")]) == 2
-    assert f"Imagenette val has 9 photographs, {small} holds 5: fetch it again" in capsys.readouterr().err
+    assert "this is not the whole of Imagenette: 0 training and 5 test images" in capsys.readouterr().err

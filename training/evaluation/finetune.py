@@ -19,14 +19,16 @@ report.json and report.png.
 import argparse
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import BatchSampler, RandomSampler
 
+from rotation_ssl.cli.options import positive
 from rotation_ssl.evaluation.frozen import PARTS, preparation
 from rotation_ssl.features import layer_modules
 from rotation_ssl.fit import fit
@@ -63,15 +65,9 @@ def measure_transfer(
             training images themselves.
         subject: the backbone, which the training changes.
         layer: last layer of the backbone that is kept.
-        images: training and test images.
         labels_per_class: K labelled images of each class; None: all.
         draw: 'first' or 'random', which K images of a class.
         seed: of the classifier, the order, the crops and the random draw.
-        device: where to train.
-
-    Raises:
-        ValueError: no such layer, a class with fewer images than K, fewer crops than a batch, or a loss or logits that
-            are not finite.
     """
     started = time.monotonic()
     recipe = resolved(recipe, device)
@@ -139,11 +135,7 @@ class LayerClassifier(nn.Module):
 def build_network(
     recipe: TransferRecipe, subject: Subject, layer: str, num_classes: int, seed: int = 0
 ) -> LayerClassifier:
-    """The recipe's network, in eval mode. The layers after ``layer`` are removed from the subject's backbone.
-
-    Raises:
-        ValueError: the backbone has no such layer, or timm cannot cut it there.
-    """
+    """The recipe's network, in eval mode. The layers after ``layer`` are removed from the subject's backbone."""
     backbone: Any = subject.backbone
     layers = layer_modules(backbone)
     if layer not in layers:
@@ -178,15 +170,10 @@ def train_network(
     """Train the network in place on random crops of the labelled images; it is in eval mode afterwards.
 
     Args:
-        recipe: all settings.
         network: on the device to train on.
-        train: the labelled images.
         prepare: from uint8 crops (B, 3, H, H) to what the backbone takes.
         seed: of the order and the crops.
         autocast: compute in this type (torch.bfloat16); None: in the type of the weights.
-
-    Raises:
-        ValueError: a loss that is not finite.
     """
     groups = [{"params": list(network.classifier.parameters()), "lr": recipe.lr}]
     if not network.frozen:
@@ -200,16 +187,18 @@ def train_network(
     images, labels = train.images.to(device), train.labels.to(device)
     # one generator for both: the order and the crops of a seed
     generator = torch.Generator().manual_seed(seed)
+    # one permutation after the other
+    order = RandomSampler(train, num_samples=steps * recipe.batch_size, generator=generator)
 
-    def loss_of(chosen: torch.Tensor) -> torch.Tensor:
-        own = chosen.to(device)
+    def loss_of(chosen: list[int]) -> torch.Tensor:
+        own = torch.tensor(chosen, device=device)
         side = images.shape[-1]
         crops = crop_and_flip(images[own], side, recipe.padding, recipe.padding_mode, True, generator)
         return F.cross_entropy(network(prepare(crops)).float(), labels[own])
 
     fit(
         network,
-        sample_stream(len(train), recipe.batch_size, generator),
+        BatchSampler(order, recipe.batch_size, drop_last=True),
         loss_of,
         optimizer,
         name=f"{recipe.name}, {counted(len(train), 'label')}",
@@ -220,27 +209,13 @@ def train_network(
     )
 
 
-def sample_stream(count: int, size: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
-    """Endless batches of ``size`` indices: one permutation of 0..count - 1 after the other."""
-    left = torch.empty(0, dtype=torch.int64)
-    while True:
-        while len(left) < size:
-            left = torch.cat([left, torch.randperm(count, generator=generator)])
-        yield left[:size]
-        left = left[size:]
-
-
 def predict(
     network: nn.Module,
     images: LabelledImages,
     prepare: Callable[[torch.Tensor], torch.Tensor],
     autocast: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """The classes that the network predicts for the images: (M,) int64.
-
-    Raises:
-        ValueError: logits that are not finite.
-    """
+    """The classes that the network predicts for the images: (M,) int64."""
     device = next(network.parameters()).device
     parts = images.images.split(250)
     bar = progress("measuring", len(parts), "batch", parts)
@@ -257,11 +232,7 @@ def transfer_subject(recipe: TransferRecipe, model: str, training_seed: int, **o
     Args:
         recipe: one that starts from random weights takes those of ``training_seed``.
         model: as in :func:`training.evaluation.subject.load_subject`.
-        training_seed: of the training.
         options: of ``load_subject``.
-
-    Raises:
-        ValueError: a weights file for a recipe that starts from random weights, or as ``load_subject``.
     """
     if recipe.start != "random":
         return load_subject(model, **options)
@@ -280,12 +251,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.add_model(parser)
     parser.add_argument("--layer", help="last layer of the backbone that is kept [the recommended one]")
     parser.add_argument(
-        "--labels-per-class", type=int, nargs="+", metavar="K", help="labelled images of each class [all]"
+        "--labels-per-class", type=positive, nargs="+", metavar="K", help="labelled images of each class [all]"
     )
     parser.add_argument(
         "--draw", choices=("first", "random"), default="first", help="which K images of a class [%(default)s]"
     )
-    parser.add_argument("--images", type=int, metavar="N", help="train on N crops in total [the recipe's]")
+    parser.add_argument("--images", type=positive, metavar="N", help="train on N crops in total [the recipe's]")
     options.add_data(parser)
     options.add_run(parser, "runs/finetune")
     args = parser.parse_args(arguments)

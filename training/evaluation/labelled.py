@@ -33,19 +33,15 @@ def open_labelled(dataset: str, data_dir: Path, split: str, size: int, download:
 
     Args:
         dataset: one of :data:`DATASETS`, 'folder', or a name of timm for one of torchvision's ('torch/places365').
-        data_dir: where it is.
         split: 'train' or 'val'.
         size: side of the squares in pixels; CIFAR-10 keeps its 32.
         download: let torchvision download it.
-
-    Raises:
-        ValueError: no such dataset, no images in it, or labels that only decoding the images would give.
     """
     if dataset == "cifar10":
         return load_cifar10(data_dir, "train" if split == "train" else "test", download)
     if dataset in DATASETS:
-        files, numbers, classes = list_files(dataset, data_dir, "train" if split == "train" else "test")
-        return LabelledFiles(open_files(files, size), torch.tensor(numbers), classes)
+        files, labels, classes = list_files(dataset, data_dir, "train" if split == "train" else "test")
+        return LabelledFiles(open_files(files, size), labels, classes)
     if dataset == FOLDER:
         return _open_folder(data_dir, split, size)
     entries = open_dataset(dataset, data_dir, split, download)
@@ -76,11 +72,7 @@ def class_folders(folder: Path) -> list[str]:
 
 
 def read_into_memory(data: Labelled, workers: int) -> Labelled:
-    """The images in memory if they fit, else unchanged.
-
-    Raises:
-        ValueError: an image does not decode; the error names it.
-    """
+    """The images in memory if they fit, else unchanged."""
     if isinstance(data, LabelledImages) or not data.images.fits_memory(copies=2):
         return data
     data.images.read_all(workers)
@@ -90,11 +82,7 @@ def read_into_memory(data: Labelled, workers: int) -> Labelled:
 
 
 def split_holdout(data: Labelled, holdout: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices to train on, and ``holdout`` random others to test on, always the same ones.
-
-    Raises:
-        ValueError: a holdout out of range.
-    """
+    """Indices to train on, and ``holdout`` random others to test on, always the same ones."""
     if not 0 < holdout < len(data):
         raise ValueError(f"holdout must be 1 to {len(data) - 1} of the training images, got {holdout}")
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
@@ -107,13 +95,9 @@ def squares_of(
     """Squares (B, 3, H, H) uint8 and labels (B,) at each of the indices (B,).
 
     Args:
-        data: the images.
         indices: of each batch.
         workers: data-loading worker processes; 0: this process.
         pin: use page-locked memory, for a GPU.
-
-    Raises:
-        ValueError: an image does not decode; the error names it.
     """
     # workers run ahead of what is yielded
     asked: list[torch.Tensor] = []
@@ -130,11 +114,7 @@ def squares_of(
 
 
 def check_decoding(data: Labelled, chosen: torch.Tensor, workers: int) -> None:
-    """Decode the images at ``chosen`` (M,) once, unless they are in memory.
-
-    Raises:
-        ValueError: an image does not decode; the error names it.
-    """
+    """Decode the images at ``chosen`` (M,) once, unless they are in memory."""
     if isinstance(data, LabelledImages):
         return
     with progress("checking", len(chosen)) as bar:

@@ -27,11 +27,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from rotation_ssl.evaluation.frozen import PARTS, preparation
+from rotation_ssl.cli.options import positive
+from rotation_ssl.evaluation.frozen import PARTS, Frozen
 from rotation_ssl.features import layer_modules
 from rotation_ssl.fit import fit
 from rotation_ssl.messages import counted
-from rotation_ssl.precision import autocast_type, resolved, warn_if_emulated
+from rotation_ssl.precision import resolved, warn_if_emulated
 from rotation_ssl.pretraining.augment import crop_and_flip
 from rotation_ssl.probes import max_pooled_probe
 from rotation_ssl.progress import progress
@@ -63,22 +64,9 @@ def square_size(recipe: LayerProbeRecipe, dataset: str) -> int:
 def build_probes(
     recipe: LayerProbeRecipe, subject: Subject, layers: Sequence[str], classes: int
 ) -> dict[str, nn.Module]:
-    """A new classifier on each layer, by the layer's name, which may contain dots.
-
-    Raises:
-        ValueError: no such layer, a backbone without forward_intermediates, or one whose remaining layers are not
-            known.
-    """
-    backbone: Any = subject.backbone
-    known = layer_modules(backbone)
-    unknown = [layer for layer in layers if layer not in known]
-    if unknown:
-        raise ValueError(f"no layer {', '.join(unknown)} in this backbone; it has {', '.join(known)}")
-    if not hasattr(backbone, "forward_intermediates"):
-        raise ValueError(f"{subject.name} cannot be probed: it has no forward_intermediates")
-    device = next(backbone.parameters()).device
-    with torch.no_grad():
-        maps = layer_maps(subject, torch.zeros(2, 3, subject.size, subject.size, device=device), layers)
+    """A new classifier on each layer, by the layer's name, which may contain dots."""
+    known, frozen = list(layer_modules(subject.backbone)), _frozen(recipe, subject)
+    maps = frozen.whole_maps(layers)(torch.zeros(2, 3, subject.size, subject.size, dtype=torch.uint8))
     probes: dict[str, nn.Module] = {}
     for layer, features in maps.items():
         if recipe.classifier == "linear":
@@ -86,21 +74,9 @@ def build_probes(
             cells = max(1, min(side, math.isqrt(MAX_VALUES // channels)))
             probes[layer] = max_pooled_probe(channels, cells, classes)
         else:
-            probes[layer] = _rest_of_network(subject, list(known).index(layer), classes, recipe.fc_size)
-        probes[layer].to(device)
+            probes[layer] = _rest_of_network(subject, known.index(layer), classes, recipe.fc_size)
+        probes[layer].to(frozen.device)
     return probes
-
-
-def layer_maps(subject: Subject, images: torch.Tensor, layers: Sequence[str]) -> dict[str, torch.Tensor]:
-    """The maps (B, C, H', W') of the layers, from one pass of the frozen backbone over prepared images (B, 3, H, H).
-
-    The backbone is in eval mode afterwards.
-    """
-    backbone: Any = subject.backbone.eval()
-    modules = [entry["module"] for entry in backbone.feature_info]
-    indices = {name: modules.index(module) for name, module in layer_modules(backbone).items() if name in layers}
-    maps = backbone.forward_intermediates(images, list(indices.values()), stop_early=True, intermediates_only=True)
-    return dict(zip(indices, maps, strict=True))
 
 
 def train_probes(
@@ -111,27 +87,20 @@ def train_probes(
     chosen: torch.Tensor,
     seed: int = 0,
     workers: int = 0,
-    autocast: torch.dtype | None = None,
 ) -> None:
     """Train the classifiers in place, each on its own loss; they are in eval mode afterwards.
 
     Args:
-        recipe: all settings.
-        subject: the backbone, which stays frozen, in eval mode.
+        recipe: all settings, without 'auto' precision.
+        subject: the backbone, which stays frozen.
         probes: by layer.
-        data: the images.
         chosen: (M,) indices of the images to train on.
         seed: of the order and the crops.
-        workers: data-loading worker processes.
-        autocast: type that the backbone and the classifiers compute in (torch.bfloat16); None: the weights' type.
-
-    Raises:
-        ValueError: fewer images than a batch, an image that does not decode, or a loss that is not finite.
     """
     if len(chosen) < recipe.batch_size:
         raise ValueError(f"{recipe.name} takes {recipe.batch_size} images a step, got {len(chosen)}")
-    device = next(subject.backbone.parameters()).device
-    prepare, layers = preparation(subject.backbone, subject.size), list(probes)
+    layers, frozen = list(probes), _frozen(recipe, subject)
+    whole_maps = frozen.whole_maps(layers)
     classifiers = nn.ModuleList(probes.values())
     optimizer = torch.optim.SGD(
         classifiers.parameters(), recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, nesterov=True,
@@ -146,43 +115,36 @@ def train_probes(
     indices = (chosen[part] for order in permutations for part in order.split(recipe.batch_size)[:steps])
 
     def loss_of(batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        pixels, labels = (tensor.to(device, non_blocking=True) for tensor in batch)
+        pixels, labels = (tensor.to(frozen.device, non_blocking=True) for tensor in batch)
         crops = crop_and_flip(pixels, round(CROP * pixels.shape[-1]), 0, "reflect", True, generator)
-        with torch.no_grad():
-            maps = layer_maps(subject, prepare(crops), layers)
+        maps = whole_maps(crops)
         return torch.stack([F.cross_entropy(probes[layer](maps[layer]).float(), labels) for layer in layers])
 
-    with contextlib.closing(squares_of(data, indices, workers, pin=device.type == "cuda")) as squares:
+    with contextlib.closing(squares_of(data, indices, workers, pin=frozen.device.startswith("cuda"))) as squares:
         fit(
             classifiers, squares, loss_of, optimizer, name=f"{recipe.name}, {', '.join(layers)}",
             scheduler=torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, recipe.factor),
-            steps=recipe.epochs * steps, images_per_step=recipe.batch_size, autocast=autocast,
+            steps=recipe.epochs * steps, images_per_step=recipe.batch_size, autocast=frozen.autocast,
         )  # fmt: skip
 
 
 @torch.inference_mode()
 def count_correct(
+    recipe: LayerProbeRecipe,
     subject: Subject,
     probes: Mapping[str, nn.Module],
     data: Labelled,
     chosen: torch.Tensor,
     workers: int = 0,
-    autocast: torch.dtype | None = None,
 ) -> dict[str, list[int]]:
-    """By layer, the number of correct predictions in each tenth of the images at ``chosen`` (M,).
-
-    Raises:
-        ValueError: an image that does not decode, or logits that are not finite.
-    """
-    device = next(subject.backbone.parameters()).device
-    prepare, layers = preparation(subject.backbone, subject.size), list(probes)
+    """By layer, the number of correct predictions in each tenth of the images at ``chosen`` (M,)."""
+    layers, frozen = list(probes), _frozen(recipe, subject)
+    whole_maps = frozen.whole_maps(layers)
     right: dict[str, list[torch.Tensor]] = {layer: [] for layer in layers}
-    with (
-        progress("measuring", len(chosen)) as bar,
-        torch.autocast(device.type, autocast, enabled=autocast is not None),
-    ):
-        for pixels, labels in squares_of(data, iter(chosen.split(100)), workers, pin=device.type == "cuda"):
-            maps = layer_maps(subject, prepare(_central(pixels.to(device, non_blocking=True))), layers)
+    autocast = torch.autocast(torch.device(frozen.device).type, frozen.autocast, enabled=frozen.autocast is not None)
+    with progress("measuring", len(chosen)) as bar, autocast:
+        for pixels, labels in squares_of(data, iter(chosen.split(100)), workers, pin=frozen.device.startswith("cuda")):
+            maps = whole_maps(_central(pixels.to(frozen.device, non_blocking=True)))
             for layer in layers:
                 logits = probes[layer](maps[layer])
                 if not logits.isfinite().all():
@@ -210,29 +172,22 @@ def measure_layers(
     Args:
         recipe: all settings; the rows say which precision 'auto' became.
         subject: the backbone, on the device to use.
-        layers: names of the backbone's layers.
-        train: the training images.
         val: the validation images, which are not read if there is a holdout.
         name: of the data in the rows.
         holdout: test on this many training images instead.
         seed: of the classifiers, the order and the crops.
-        workers: data-loading worker processes.
-
-    Raises:
-        ValueError: as :func:`build_probes`, :func:`train_probes` and :func:`count_correct`.
     """
     started = time.monotonic()
     recipe = resolved(recipe, next(subject.backbone.parameters()).device)
     torch.manual_seed(seed)
     probes = build_probes(recipe, subject, layers, len(train.classes))
-    autocast = autocast_type(recipe.precision)
     chosen, measured, of = torch.arange(len(train)), torch.arange(len(val)), val
     if holdout:
         chosen, measured = split_holdout(train, holdout)
         of, name = train, f"{name.rpartition(' ')[0]}, {counted(holdout, 'training image')}"
     check_decoding(of, measured, workers)
-    train_probes(recipe, subject, probes, train, chosen, seed, workers, autocast)
-    found = count_correct(subject, probes, of, measured, workers, autocast)
+    train_probes(recipe, subject, probes, train, chosen, seed, workers)
+    found = count_correct(recipe, subject, probes, of, measured, workers)
     # all are trained in one pass: each row gets its share of the time
     seconds = (time.monotonic() - started) / len(probes)
     for layer, counts in found.items():
@@ -247,6 +202,11 @@ def measure_layers(
             subject, counts, len(measured), name, settings, seconds,
             protocol=recipe.protocol, budget=recipe.budget, layer=layer, seed=seed,
         )  # fmt: skip
+
+
+def _frozen(recipe: LayerProbeRecipe, subject: Subject) -> Frozen:
+    device = next(subject.backbone.parameters()).device
+    return Frozen(subject.backbone, subject.size, str(device), recipe.precision)
 
 
 def _rest_of_network(subject: Subject, index: int, classes: int, fc_size: int) -> nn.Module:
@@ -271,7 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("recipe", choices=LAYER_PROBES, metavar="RECIPE", help="one of the recipes below")
     options.add_model(parser)
     parser.add_argument("--layers", nargs="+", metavar="LAYER", help="layers to probe [all]")
-    parser.add_argument("--epochs", type=int, help="number of epochs, milestones in proportion [the recipe's]")
+    parser.add_argument("--epochs", type=positive, help="number of epochs, milestones in proportion [the recipe's]")
     options.add_data(parser, torchvision=True)
     parser.add_argument("--workers", type=int, default=0, help="data-loading worker processes [%(default)s]")
     options.add_run(parser, "runs/imagenet")
@@ -324,13 +284,7 @@ def _open(args: argparse.Namespace) -> tuple[Labelled, Labelled]:
 
 
 def with_epochs(recipe: LayerProbeRecipe, epochs: int) -> LayerProbeRecipe:
-    """The recipe with another number of epochs, its milestones in proportion.
-
-    Raises:
-        ValueError: less than one epoch.
-    """
-    if epochs < 1:
-        raise ValueError(f"--epochs must be at least 1, got {epochs}")
+    """The recipe with another number of epochs, its milestones in proportion."""
     # at 0 the rate would fall before the first epoch
     milestones = tuple(max(1, round(milestone * epochs / recipe.epochs)) for milestone in recipe.milestones)
     return dataclasses.replace(recipe, epochs=epochs, milestones=milestones)

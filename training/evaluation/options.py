@@ -4,8 +4,10 @@ import argparse
 import dataclasses
 from pathlib import Path
 
+from rotation_ssl.cli.options import positive
 from rotation_ssl.labelled import Images
 from rotation_ssl.precision import AnyRecipe, add_precision_argument, resolved
+from training.command import add_device
 from training.datasets import DATASETS, FOLDER, check_whole, load_images
 from training.evaluation.subject import Subject, load_subject
 from training.reporting.report import check_rows
@@ -34,23 +36,25 @@ def add_data(parser: argparse.ArgumentParser, torchvision: bool = False) -> None
         )
     parser.add_argument("--download", action="store_true", help="let torchvision download the images to --data")
     parser.add_argument(
-        "--holdout", type=int, default=0, metavar="N",
+        "--holdout", type=positive, default=0, metavar="N",
         help=f"hold out {'N random' if torchvision else 'the last N'} training images and test on them",
     )  # fmt: skip
-    parser.add_argument("--size", type=int, help="input size of the backbone in pixels [the model's own]")
+    parser.add_argument("--size", type=positive, help="input size of the backbone in pixels [the model's own]")
 
 
 def add_run(parser: argparse.ArgumentParser, output: str, precision: str = "the recipe's") -> None:
     """How it is computed and where the results go; ``output`` and ``precision`` say what the defaults are."""
     parser.add_argument("--seed", type=int, default=0, help="random seed [%(default)s]")
-    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="number of seeds, starting at --seed [1]")
+    parser.add_argument(
+        "--seeds", type=positive, default=1, metavar="N", help="number of seeds, starting at --seed [1]"
+    )
     add_precision_argument(parser, precision)
     add_output(parser, output)
 
 
 def add_output(parser: argparse.ArgumentParser, output: str) -> None:
     """Where it is computed and where the results go; ``output`` is the default folder."""
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps [%(default)s]")
+    add_device(parser)
     parser.add_argument("--output", type=Path, help=f"folder of rows and report [{output}/<weights>]")
     parser.set_defaults(runs=Path(output))
     parser.add_argument("--record", action="store_true", help="write the rows to training/results/, for the model card")
@@ -63,13 +67,7 @@ def own_recipe(named: AnyRecipe, recipe: AnyRecipe, device: str) -> AnyRecipe:
 
 
 def seeds(args: argparse.Namespace) -> range:
-    """The seeds that ``--seed`` and ``--seeds`` ask for.
-
-    Raises:
-        ValueError: less than one.
-    """
-    if args.seeds < 1:
-        raise ValueError(f"--seeds must be at least 1, got {args.seeds}")
+    """The seeds that ``--seed`` and ``--seeds`` ask for."""
     return range(args.seed, args.seed + args.seeds)
 
 
@@ -80,11 +78,7 @@ def subject_of(args: argparse.Namespace) -> Subject:
 
 
 def images_of(args: argparse.Namespace, size: int, test_only: bool = False) -> Images:
-    """The images that the options name, in memory: the whole dataset where rows are to be recorded.
-
-    Raises:
-        ValueError: as :func:`training.datasets.load_images`, or a part of a dataset.
-    """
+    """The images that the options name, in memory: the whole dataset where rows are to be recorded."""
     images = load_images(args.dataset, args.data, size, args.download, args.holdout, test_only)
     if args.record:
         check_whole(args.dataset, len(images.train), len(images.test))

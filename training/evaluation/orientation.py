@@ -16,20 +16,20 @@ import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from timm.data import resolve_model_data_config
 
 from rotation_ssl import zoo
+from rotation_ssl.cli.options import positive
 from rotation_ssl.evaluation.frozen import PARTS
 from rotation_ssl.images import normalize
 from rotation_ssl.orientation.predict import check_head, picture_squares, rotation_logits
 from rotation_ssl.orientation.turning import open_picture
 from rotation_ssl.progress import progress
 from training.command import create_parser
-from training.datasets import DATASETS
+from training.datasets import DATASETS, check_whole, list_files
 from training.evaluation import options
 from training.evaluation.subject import Subject, load_subject, measured_row
 from training.protocols import COVERAGES
@@ -45,20 +45,8 @@ UPRIGHT = 0
 DECODERS = 4  # threads
 
 
-@dataclass(frozen=True)
-class Answers:
-    """What the network says of N upright pictures: ``rotation`` (N,) and ``confidence`` (N,)."""
-
-    rotation: torch.Tensor
-    confidence: torch.Tensor
-
-
 def picture_logits(subject: Subject, files: Sequence[Path], size: int) -> list[torch.Tensor]:
-    """What the network says of each picture, in squares of ``size`` pixels: (squares, 4 turns, 4 rotations).
-
-    Raises:
-        ValueError: a model with other outputs, or a picture that does not decode.
-    """
+    """What the network says of each picture, in squares of ``size`` pixels: (squares, 4 turns, 4 rotations)."""
     check_head(subject.backbone)
     cfg = resolve_model_data_config(subject.backbone)
     device = next(subject.backbone.parameters()).device
@@ -77,37 +65,38 @@ def picture_logits(subject: Subject, files: Sequence[Path], size: int) -> list[t
     return found
 
 
-def answers(logits: Sequence[torch.Tensor], temperature: float) -> Answers:
-    """The network's answers from what :func:`picture_logits` gives, at a temperature."""
-    confidence, rotation = _probabilities(logits, temperature).max(1)
-    return Answers(rotation, confidence)
+def probabilities(logits: Sequence[torch.Tensor], temperature: float) -> torch.Tensor:
+    """Of the rotations of N pictures, (N, 4): the mean over the squares and turns of :func:`picture_logits`."""
+    return torch.stack([torch.softmax(each / temperature, -1).mean((0, 1)) for each in logits])
 
 
 def fit_temperature(logits: Sequence[torch.Tensor]) -> float:
     """The temperature at which the upright answer is likeliest, on the whole, over the pictures."""
-    likelihood = [float(_probabilities(logits, t)[:, UPRIGHT].clamp_min(1e-12).log().mean()) for t in TEMPERATURES]
+    likelihood = [float(probabilities(logits, t)[:, UPRIGHT].clamp_min(1e-12).log().mean()) for t in TEMPERATURES]
     return TEMPERATURES[likelihood.index(max(likelihood))]
 
 
-def fit_threshold(found: Answers, precision: float) -> float:
+def fit_threshold(confidence: torch.Tensor, right: torch.Tensor, precision: float) -> float:
     """The least confidence such that of all answers that are at least as confident ``precision`` are right.
 
-    Raises:
-        ValueError: there is none.
+    Args:
+        confidence: (N,).
+        right: (N,) bool.
+        precision: 0 to 1.
     """
-    confidence, order = found.confidence.sort(descending=True)
-    right = (found.rotation[order] == UPRIGHT).double().cumsum(0) / torch.arange(1, len(order) + 1)
+    confidence, order = confidence.sort(descending=True)
+    share = right[order].double().cumsum(0) / torch.arange(1, len(order) + 1)
     # answers of equal confidence are decided together
     last = torch.cat([confidence[1:] < confidence[:-1], torch.tensor([True])])
-    good = ((right >= precision) & last).nonzero()
+    good = ((share >= precision) & last).nonzero()
     if not len(good):
         raise ValueError(f"no confidence at which {precision:.1%} of the decisions are right")
     return math.floor(float(confidence[good[-1]]) * 1e6) / 1e6
 
 
-def most_confident(found: Answers) -> dict[int, torch.Tensor]:
+def most_confident(confidence: torch.Tensor) -> dict[int, torch.Tensor]:
     """Which pictures are among the most confident 10, 20, ... 90 %: a mask (N,) for each share in percent."""
-    rank = found.confidence.argsort(descending=True, stable=True).argsort()
+    rank = confidence.argsort(descending=True, stable=True).argsort()
     return {share: rank < math.ceil(len(rank) * share / 100) for share in COVERAGES}
 
 
@@ -120,21 +109,18 @@ def measure_orientation(subject: Subject, files: Sequence[Path], name: str, cali
         files: of upright photographs.
         name: of the data in the rows.
         calibration: 'size', 'temperature' and the thresholds of :data:`PRECISIONS`, as the manifest has them.
-
-    Raises:
-        ValueError: as :func:`picture_logits`.
     """
     started = time.monotonic()
     size, temperature = int(calibration["size"]), calibration["temperature"]
-    found = answers(picture_logits(subject, files, size), temperature)
-    right = found.rotation == UPRIGHT
+    confidence, rotation = probabilities(picture_logits(subject, files, size), temperature).max(1)
+    right = rotation == UPRIGHT
     counted = {"orientation": right}
     for field, (_, percent) in PRECISIONS.items():
-        decided = found.confidence >= calibration[field]
+        decided = confidence >= calibration[field]
         counted[f"orientation-decided-{percent}"] = decided
         counted[f"orientation-wrong-{percent}"] = decided & ~right
     totals = dict.fromkeys(counted, len(files))
-    for share, chosen in most_confident(found).items():
+    for share, chosen in most_confident(confidence).items():
         counted[f"orientation-top-{share}"] = chosen & right
         totals[f"orientation-top-{share}"] = int(chosen.sum())
     seconds = (time.monotonic() - started) / len(counted)
@@ -149,25 +135,14 @@ def measure_orientation(subject: Subject, files: Sequence[Path], name: str, cali
 
 
 def photo_list(dataset: str, root: Path) -> list[Path]:
-    """The held-out photographs of a dataset.
-
-    Raises:
-        ValueError: ``root`` lacks it, or a part of it.
-    """
-    own = DATASETS[dataset]
-    assert own.files is not None
-    files = own.files(root, "test")[0]
-    if len(files) != own.counts[1]:
-        raise ValueError(f"{own.name} has {own.counts[1]:,} photographs, {root} holds {len(files):,}: fetch it again")
+    """The held-out photographs of a dataset, all of them."""
+    files, _, _ = list_files(dataset, root, "test")
+    check_whole(dataset, 0, len(files))
     return files
 
 
 def calibration_of(subject: Subject) -> dict[str, float]:
-    """The image size, the temperature and the thresholds of published weights.
-
-    Raises:
-        ValueError: they have none.
-    """
+    """The image size, the temperature and the thresholds of published weights."""
     found = zoo.manifest().get(subject.name, {}).get("orientation")
     if not found:
         raise ValueError(f"no temperature is known for {subject.name}: give --fit first")
@@ -179,11 +154,11 @@ def fit_calibration(subject: Subject, root: Path, size: int) -> dict[str, float]
     parts = {DATASETS[name].name: picture_logits(subject, photo_list(name, root), size) for name in FITTED_ON}
     logits = [each for part in parts.values() for each in part]
     temperature = fit_temperature(logits)
-    found = answers(logits, temperature)
-    right = (found.rotation == UPRIGHT).double().split([len(part) for part in parts.values()])
-    for name, own in zip(parts, right, strict=True):
+    confidence, rotation = probabilities(logits, temperature).max(1)
+    right = rotation == UPRIGHT
+    for name, own in zip(parts, right.double().split(list(map(len, parts.values()))), strict=True):
         print(f"{name}, {size} pixels: {own.mean():.2%} correct")
-    thresholds = {field: fit_threshold(found, precision) for field, (precision, _) in PRECISIONS.items()}
+    thresholds = {field: fit_threshold(confidence, right, precision) for field, (precision, _) in PRECISIONS.items()}
     return {"size": size, "temperature": round(temperature, 6), **thresholds}
 
 
@@ -193,7 +168,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("model", metavar="MODEL.TAG", help="name of bundled weights with four outputs")
     parser.add_argument("--photos", type=Path, required=True, metavar="DIR", help="folder of the datasets")
     parser.add_argument("--fit", action="store_true", help="choose temperature and thresholds, write the manifest")
-    parser.add_argument("--size", type=int, help="side of the squares in pixels, for --fit [the model's input size]")
+    parser.add_argument(
+        "--size", type=positive, help="side of the squares in pixels, for --fit [the model's input size]"
+    )
     options.add_output(parser, "runs/orientation")
     args = parser.parse_args(arguments)
     return run_measuring(lambda: _work(args), args.device)
@@ -216,8 +193,3 @@ def _work(args: argparse.Namespace) -> Path:
         for row in measure_orientation(subject, photo_list(dataset, args.photos), DATASETS[dataset].name, calibration)
     )
     return keep_rows(rows, file)
-
-
-def _probabilities(logits: Sequence[torch.Tensor], temperature: float) -> torch.Tensor:
-    """(N, 4): the mean over squares and turns."""
-    return torch.stack([torch.softmax(each / temperature, -1).mean((0, 1)) for each in logits])

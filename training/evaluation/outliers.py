@@ -25,7 +25,7 @@ from rotation_ssl.images import read_images
 from rotation_ssl.labelled import Images, LabelledImages
 from rotation_ssl.outliers import RotationOutlierDetector, auroc, false_positive_rate
 from rotation_ssl.progress import progress
-from training.command import create_parser
+from training.command import add_cifar10, create_parser
 from training.datasets import check_whole, load_images, load_split
 from training.evaluation import options
 from training.evaluation.orientation import photo_list
@@ -49,9 +49,6 @@ def measure_outliers(
         outlying: by name (N, 3, H, H) uint8, images that do not belong; beside them noise of the normal images' number
             and size is made.
         layer: that k-NN compares in.
-
-    Raises:
-        ValueError: no such layer, or another number of outputs.
     """
     started = time.monotonic()
     sets = {**outlying, **noise(normal.test.images.shape)}
@@ -111,11 +108,7 @@ def noise(shape: Sequence[int]) -> dict[str, torch.Tensor]:
 def outlier_data(
     data: Path, cifar100: Path, photos: Path | None, size: int, download: bool = False
 ) -> tuple[Images, dict[str, torch.Tensor]]:
-    """CIFAR-10, whole, and the images that do not belong: CIFAR-100's test images, and Imagenette's where it is given.
-
-    Raises:
-        ValueError: one of them is not there, or a part of it.
-    """
+    """CIFAR-10, whole, and what does not belong: CIFAR-100's test images, and Imagenette's where it is given."""
     normal = load_images("cifar10", data, size, download)
     check_whole("cifar10", len(normal.train), len(normal.test))
     outlying = load_split("cifar100", cifar100, "test", size)
@@ -143,8 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     parser = create_parser("outliers", __doc__)
     parser.add_argument("model", metavar="MODEL.TAG", help="weights with four outputs, for images of 32 pixels")
-    parser.add_argument("--data", type=Path, default=Path("data/cifar10"), help="folder of CIFAR-10 [%(default)s]")
-    parser.add_argument("--download", action="store_true", help="let torchvision download CIFAR-10 into --data")
+    add_cifar10(parser)
     parser.add_argument("--cifar100", type=Path, required=True, metavar="DIR", help="folder of CIFAR-100")
     parser.add_argument("--photos", type=Path, metavar="DIR", help="folder of imagenette2-320 [not measured]")
     parser.add_argument("--layer", help="layer that k-NN compares in [the recommended one]")

@@ -62,16 +62,10 @@ def measure_features(
 
     Args:
         subject: the backbone, on the device.
-        images: training and test images.
-        measurements: what to measure.
-        device: where to train probes.
         test_parts: tenths of the test images to measure on.
         features: precision of the features, which the rows then say; None: fp32.
         probes: precision of the trained probes; None: as in their recipes. The rows say what 'auto' became.
         checkpoints: folder that trainings on new crops keep their state in, and go on from; None: nothing is kept.
-
-    Raises:
-        ValueError: as there.
     """
     if features is not None:
         features = resolve_precision(features, device)

@@ -62,9 +62,6 @@ def load_subject(
         seed: of the random weights.
         weights: a safetensors file; the name is ``model@`` and the first 12 digits of its sha256.
         size: image size in pixels; None: that of the config.json next to the weights, or the model's own.
-
-    Raises:
-        ValueError: no such model or weights, or a file that does not fit the model.
     """
     architecture = model.split(".", 1)[0]
     if not timm.is_model(architecture):
@@ -82,7 +79,9 @@ def load_subject(
             backbone = timm.create_model(model, pretrained=True)
     except RuntimeError as error:
         reason = first_line(error)
-        raise ValueError(f"{model} could not be loaded ({reason}); --random measures it with random weights") from error
+        raise ValueError(
+            f"{model} could not be loaded ({reason}): give other weights, or --random where the command has it"
+        ) from error
     content = weights.read_bytes() if weights else save({k: v.contiguous() for k, v in backbone.state_dict().items()})
     digest = hashlib.sha256(content).hexdigest()
     name = f"{architecture}@{digest[:12]}"
@@ -105,11 +104,7 @@ def load_subject(
 
 
 def recommended_layer(subject: Subject) -> str:
-    """The layer that the paper recommends for the network.
-
-    Raises:
-        ValueError: the network is none of the paper's.
-    """
+    """The layer that the paper recommends for the network."""
     if layer := network_facts(subject.architecture).recommended_layer:
         return layer
     layers = ", ".join(layer_modules(subject.backbone))
@@ -117,11 +112,7 @@ def recommended_layer(subject: Subject) -> str:
 
 
 def subject_of_row(weights: str) -> Subject:
-    """The subject of a reported row: published weights, or ``model.random``.
-
-    Raises:
-        ValueError: the row is of other weights.
-    """
+    """The subject of a reported row: published weights, or ``model.random``."""
     architecture, _, tag = weights.partition(".")
     if weights in zoo.bundled():
         return load_subject(weights)
