@@ -6,7 +6,6 @@ the whole image being 0, 0, width, height. The surest regions come first, so tha
 """
 
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -84,26 +83,6 @@ def check_boxes(name: str, boxes: torch.Tensor) -> None:
         raise ValueError(f"proposals of {name} must be (n, 4), at least one, got {tuple(boxes.shape)}")
     if not (boxes.isfinite().all() and (boxes[:, 2:] > boxes[:, :2]).all()):
         raise ValueError(f"proposals of {name} are empty or not finite: they are left, top, right, bottom")
-
-
-def grid_proposals(width: int, height: int) -> torch.Tensor:
-    """Windows of five sizes and three shapes all over an image, for when no better regions are at hand.
-
-    Selective search, which the paper's number is with, finds objects with fewer.
-
-    Returns:
-        (n, 4) float32: left, top, right, bottom in pixels.
-    """
-    boxes = []
-    for part in (0.2, 0.35, 0.5, 0.7, 1.0):
-        for shape in (0.5, 1.0, 2.0):
-            w = min(width, part * min(width, height) * shape**0.5)
-            h = min(height, part * min(width, height) / shape**0.5)
-            lefts = torch.linspace(0, width - w, max(1, math.ceil(4 * (width - w) / w) + 1))
-            tops = torch.linspace(0, height - h, max(1, math.ceil(4 * (height - h) / h) + 1))
-            corners = torch.cartesian_prod(lefts, tops)
-            boxes.append(torch.cat([corners, corners + torch.tensor([w, h])], 1))
-    return torch.cat(boxes)
 
 
 @functools.lru_cache(maxsize=2)
