@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import functools
 import random
+from pathlib import Path
 
 import pytest
 import timm
@@ -87,6 +88,21 @@ def test_a_failed_measurement_keeps_the_trained_network(devkit, tmp_path, capsys
     assert run(*arguments) == 2
     assert "network.safetensors is another training's: give a new --output" in capsys.readouterr().err
     assert (tmp_path / "network.safetensors").read_bytes() == kept
+
+
+def test_a_training_stopped_while_it_writes_can_be_run_again(devkit, tmp_path, monkeypatch):
+    def stopped(model, file):
+        Path(file).write_bytes(b"half")
+        assert not (tmp_path / "network.safetensors").exists(), "what a kill leaves here is no network"
+        raise KeyboardInterrupt
+
+    arguments = ("rotnet_alexnet", "--random", "--data", devkit, "--output", tmp_path, *TINY)
+    with monkeypatch.context() as patched:
+        patched.setattr("training.transfer.network.save_model", stopped)
+        assert run(*arguments) == 130
+    assert list(tmp_path.iterdir()) == []
+    assert run(*arguments) == 0
+    assert load_file(tmp_path / "network.safetensors")["head.fc.weight"].shape == (20, 16)
 
 
 def test_trainings_have_folders_of_their_own(devkit, tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from rotation_ssl.backbones.alexnet import FcHead, RotNetAlexNet
 from rotation_ssl.evaluation.frozen import preparation
+from rotation_ssl.files import replace_file
 from rotation_ssl.fit import fit
 from rotation_ssl.images import square
 from rotation_ssl.messages import first_line
@@ -273,7 +274,7 @@ def train_network(
         autocast=autocast_type(resolve_precision(training.precision, next(network.parameters()).device)),
     )  # fmt: skip
     if run.output:
-        save_model(network, str(run.output / NETWORK))
+        replace_file(run.output / NETWORK, lambda file: save_model(network, str(file)))
 
 
 def fc_size_of(network: nn.Module) -> int:
