@@ -1,6 +1,5 @@
 """Classification on a small VOCdevkit: what is frozen stays, what is learned beats chance, what is written is read."""
 
-import argparse
 import dataclasses
 import functools
 import random
@@ -19,7 +18,7 @@ from training.evaluation.subject import load_subject
 from training.protocols import PROTOCOLS
 from training.reporting.rows import read_file
 from training.transfer import classification as voc
-from training.transfer.command import add_arguments, recipe_of
+from training.transfer.command import recipe_of, transfer_parser
 from training.transfer.data import CLASSES, class_labels, read_annotations
 from training.transfer.metrics import mean_over_classes
 from training.transfer.network import Backbone, Draws, Run, batches, smallest_side, transfer_network
@@ -122,8 +121,7 @@ def test_trainings_have_folders_of_their_own(devkit, tmp_path, monkeypatch):
 
 def test_a_budget_is_that_of_a_recipe_as_it_is():
     """Every setting and every dataset of one's own makes a number of no budget."""
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
+    parser = transfer_parser("voc", "")
 
     def budget(*options):
         args = parser.parse_args(["rotnet_alexnet", *options])
@@ -140,8 +138,7 @@ def test_a_budget_is_that_of_a_recipe_as_it_is():
 
 
 def test_options_change_a_recipe():
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
+    parser = transfer_parser("voc", "")
     options = "--budget cpu --steps 7 --lr 0.5 --dropout 0.25 --clip 2 --train train --test val --no-rescale"
     args = parser.parse_args(["rotnet_alexnet", *options.split()])
     recipe = recipe_of(CLASSIFICATIONS["cpu"], args)

@@ -3,17 +3,12 @@
     python -m training voc rotnet_alexnet.gidaris_in1k --data VOCdevkit --layers fc6-8
     python -m training voc rotnet_alexnet.gidaris_in1k --random --data VOCdevkit --layers all --device cuda
 
-MODEL is any timm model whose batch norm can be folded, with its published weights, --random weights, or those of a file
-(--weights FILE); models that are not a chain of layers, such as ResNets, need --no-rescale. Batch norm is folded and
-the layers are rescaled; then a new classifier is trained, together with fc6 and fc7 (--layers fc6-8) or with all
-layers. VOCdevkit is the standard folder; docs/transfer.md explains how to use your own data. Scores are averaged over
-ten random crops of each test image. Objects marked difficult do not count.
+A new classifier is trained, together with fc6 and fc7 (--layers fc6-8) or with all layers. Scores are averaged over ten
+random crops of each test image. Objects marked difficult do not count.
 
 Three numbers are reported: VOC2007's 11-point average precision, the area under the interpolated precision-recall curve
 (VOC2010 and later), and scikit-learn's average precision, which the code of Kraehenbuehl et al., whose settings we use,
-reports. Settings are the recipes voc-classification-paper and voc-classification-cpu (--budget) in
-training/transfer/recipes.py. Results are written to --output: rows.jsonl, report.md, report.json and report.png,
-classes.json with the numbers of every class, and the trained network as network.safetensors.
+reports. The recipes are voc-classification-paper and voc-classification-cpu.
 """
 
 import argparse
@@ -31,11 +26,10 @@ from torch.nn import functional as F
 from rotation_ssl.evaluation.frozen import preparation
 from rotation_ssl.messages import counted
 from rotation_ssl.progress import progress
-from training.command import create_parser
 from training.evaluation.subject import Subject
 from training.reporting.report import run_measuring
 from training.transfer.checking import check_images
-from training.transfer.command import add_arguments, classes_shown, keep_numbers, prepare_transfer, recipe_of
+from training.transfer.command import classes_shown, keep_numbers, prepare_transfer, recipe_of, transfer_parser
 from training.transfer.data import (
     AnnotatedImage,
     check_countable,
@@ -211,8 +205,7 @@ def measure(args: argparse.Namespace) -> Path:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's options."""
-    parser = create_parser("voc", __doc__)
-    add_arguments(parser)
+    parser = transfer_parser("voc", __doc__)
     parser.add_argument("--layers", choices=LAYERS, default="all", help="layers to train [%(default)s]")
     parser.add_argument("--size", type=int, help="side of the crops in pixels [the recipe's, or the model's own]")
     return parser

@@ -5,17 +5,12 @@
 
 With --proposals this is Fast R-CNN on the region proposals of a file, as in the paper; only this result is comparable
 with the paper's 54.4 %. Without, it is torchvision's Faster R-CNN, which generates its own proposals, on the same
-backbone. MODEL is any timm model whose batch norm can be folded, with its published weights, --random weights, or those
-of a file (--weights FILE); models that are not a chain of layers, such as ResNets, need --no-rescale. Batch norm is
-folded and the layers are rescaled; AlexNet's fc6 and fc7 classify the regions, other networks get two new fc layers.
-All layers are trained, on images of several scales; one scale is used for testing. Objects marked difficult are neither
-trained on nor counted.
+backbone. AlexNet's fc6 and fc7 classify the regions, other networks get two new fc layers. All layers are trained, on
+images of several scales; one scale is used for testing. Objects marked difficult are neither trained on nor counted.
 
 The file of proposals is a safetensors file with a float32 tensor (n, 4) for each image's name ('000005'): left, top,
-right, bottom in pixels from the image's corner; python -m training proposals writes one with selective search. Settings
-are the recipes voc-fast-rcnn-paper and -cpu, voc-faster-rcnn and voc-faster-rcnn-cpu (--budget) in
-training/transfer/recipes.py. Results are written to --output: rows.jsonl, report.md, report.json and report.png,
-classes.json with the numbers of every class, and the trained network as network.safetensors.
+right, bottom in pixels from the image's corner; python -m training proposals writes one with selective search. The
+recipes are voc-fast-rcnn-paper and -cpu, voc-faster-rcnn and voc-faster-rcnn-cpu.
 """
 
 import argparse
@@ -30,16 +25,15 @@ from torch import nn
 
 from rotation_ssl.files import sha256_of
 from rotation_ssl.progress import progress
-from training.command import create_parser
 from training.reporting.report import run_measuring
 from training.transfer.checking import check_images
 from training.transfer.command import (
-    add_arguments,
     add_pictures_argument,
     classes_shown,
     keep_numbers,
     prepare_transfer,
     recipe_of,
+    transfer_parser,
 )
 from training.transfer.data import (
     AnnotatedImage,
@@ -224,8 +218,7 @@ def measure(args: argparse.Namespace) -> Path:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's options."""
-    parser = create_parser("detect", __doc__)
-    add_arguments(parser)
+    parser = transfer_parser("detect", __doc__)
     parser.add_argument("--proposals", type=Path, metavar="FILE", help="file of region proposals; selects Fast R-CNN")
     parser.add_argument("--side", type=int, help="shorter side of all images in pixels [the recipe's, several]")
     parser.add_argument("--regions", type=int, help="regions per training image [the recipe's]")

@@ -4,15 +4,9 @@
 
 A fully convolutional network (Long, Shelhamer, Darrell 2015, https://arxiv.org/abs/1411.4038): AlexNet's fc6 and fc7 as
 convolutions, with scores for every class at stride 32, which are upsampled to the image. Other networks, and AlexNet
-with --fc-size 0, compute the scores from the last feature layer. MODEL is any timm model whose batch norm can be
-folded, with its published weights, --random weights, or those of a file (--weights FILE); models that are not a chain
-of layers, such as ResNets, need --no-rescale. Batch norm is folded and the layers are rescaled, then all layers are
-trained on whole images. Pixels labelled 255 are ignored. The paper does not name its splits: --budget paper uses
-VOC2012's train and val, --budget cpu VOC2007's trainval and test.
-
-Settings are the recipes voc-segmentation-paper and voc-segmentation-cpu in training/transfer/recipes.py. Results are
-written to --output: rows.jsonl, report.md, report.json and report.png, classes.json with the numbers of every class,
-and the trained network as network.safetensors.
+with --fc-size 0, compute the scores from the last feature layer. All layers are trained on whole images. Pixels
+labelled 255 are ignored. The recipes are voc-segmentation-paper and voc-segmentation-cpu. The paper does not name its
+splits: --budget paper uses VOC2012's train and val, --budget cpu VOC2007's trainval and test.
 """
 
 import argparse
@@ -31,17 +25,16 @@ from torch.nn import functional as F
 from rotation_ssl.backbones.alexnet import POOL_SIZE, RotNetAlexNet
 from rotation_ssl.images import normalize
 from rotation_ssl.progress import progress
-from training.command import create_parser
 from training.reporting.report import run_measuring
 from training.transfer.checking import check_images, check_masks
 from training.transfer.command import (
     IOU,
-    add_arguments,
     add_pictures_argument,
     classes_shown,
     keep_numbers,
     prepare_transfer,
     recipe_of,
+    transfer_parser,
 )
 from training.transfer.data import MaskedImage, check_large_enough, open_mask, open_pixels, pixels_tensor, read_masks
 from training.transfer.metrics import IGNORED, confusion_matrix, intersections_over_unions
@@ -277,8 +270,7 @@ def measure(args: argparse.Namespace) -> Path:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's options."""
-    parser = create_parser("segment", __doc__)
-    add_arguments(parser)
+    parser = transfer_parser("segment", __doc__)
     parser.add_argument("--longest", type=int, metavar="PIXELS", help="longer side images are scaled to [the recipe's]")
     add_pictures_argument(parser)
     return parser
