@@ -53,7 +53,6 @@ def random_crop(image: Image.Image, size: int, scales: tuple[float, float], rng:
         image: RGB.
         size: side of the result in pixels.
         scales: least and largest factor; a square that would be larger than the image is as large as fits.
-        rng: the source of randomness.
 
     Returns:
         (3, size, size) uint8.
@@ -88,17 +87,12 @@ def train_classifier(
     """Train a transferred network on labelled images, in place.
 
     Args:
-        recipe: the settings.
         network: of :func:`training.transfer.network.transfer_network`, on the device.
         layers: 'fc6-8' keeps the convolutions as they are, 'all' trains everything.
         images: N training images.
         labels: (N, K), of :func:`training.transfer.data.class_labels`.
         prepare: from uint8 crops to what the network takes.
         size: side of the crops.
-        run: how it is computed.
-
-    Raises:
-        ValueError: 'fc6-8' of a network without fc layers, or a loss that is not finite.
     """
     head: Any = getattr(network, "head", None)
     has_fc = fc_size_of(network) > 0
@@ -127,11 +121,7 @@ def classify(
     size: int,
     run: Run = DEFAULT_RUN,
 ) -> torch.Tensor:
-    """Mean logits of each image's crops: (N, K) float32 on the CPU.
-
-    Raises:
-        ValueError: logits that are not finite.
-    """
+    """Mean logits of each image's crops: (N, K) float32 on the CPU."""
     load = functools.partial(_crops, size, recipe.scales, recipe.test_crops, run.seed)
     logits = []
     with torch.inference_mode(), autocast_of(recipe.training, network), progress("test", len(images)) as bar:
@@ -155,12 +145,7 @@ def measure_classification(
     classes: int,
     run: Run = DEFAULT_RUN,
 ) -> dict[str, Sequence[float]]:
-    """Train a transferred network and measure it: by kind of average precision those of the K classes.
-
-    Raises:
-        ValueError: an image that does not decode, test images that show nothing that counts, or as
-            :func:`train_classifier` and :func:`classify`.
-    """
+    """Train a transferred network and measure it: by kind of average precision those of the K classes."""
     check_countable(test)
     check_images([image.file for image in (*train, *test)], run.workers)
     prepare = preparation(subject.backbone, subject.size)

@@ -100,9 +100,6 @@ def recipe_of(named: AnyRecipe, args: argparse.Namespace, **own: Any) -> AnyReci
         named: one of :data:`training.transfer.recipes.VOC_RECIPES`.
         args: of the command line; options are named as the fields are.
         own: fields that no option has the name of.
-
-    Raises:
-        ValueError: a value out of range.
     """
     named = dataclasses.replace(named, training=resolved(named.training, args.device))
     given = _given(named.training, args)
@@ -126,15 +123,9 @@ def prepare_transfer(
     """What the command line asks for, checked, with the network folded and rescaled.
 
     Args:
-        args: of the command line.
-        recipe: with what the command line changes.
         what: is trained, in a word that is good as a folder's name.
         read: from a split's name to its images.
         size: side of the images the backbone gets; None: its own.
-
-    Raises:
-        ValueError: no such weights or images, images in both splits, a folder that holds a trained network, or a
-            network that cannot be rescaled.
     """
     started = time.monotonic()
     warn_if_emulated(args.precision, args.device)
@@ -183,8 +174,6 @@ def keep_numbers(
     percent.
 
     Args:
-        transfer: what was trained.
-        args: of the command line.
         by_class: by kind of number, a kind of average precision or :data:`IOU`, those of the classes.
         settings: in words, beside those of the transfer.
         classes: their names, as many.

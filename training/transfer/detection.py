@@ -61,11 +61,7 @@ def train_detector(
     proposals: Path | None = None,
     run: Run = DEFAULT_RUN,
 ) -> None:
-    """Train a detector in place, on the images that show an object which is not difficult.
-
-    Raises:
-        ValueError: no such image, proposals that are none, or a loss that is not finite.
-    """
+    """Train a detector in place, on the images that show an object which is not difficult."""
     useful = [image for image in images if bool((~image.difficult).any())]
     if not useful:
         raise ValueError("no training image shows an object that is not difficult: there is nothing to train on")
@@ -107,11 +103,7 @@ def detect(
 def detection_precisions(
     found: Sequence[Detections], images: Sequence[AnnotatedImage], classes: int, kind: str
 ) -> list[float]:
-    """Average precision of each of K classes; nan for those that the images do not show.
-
-    Raises:
-        ValueError: as :func:`training.transfer.metrics.average_precision`.
-    """
+    """Average precision of each of K classes; nan for those that the images do not show."""
     precisions = []
     for label in range(classes):
         own = [result["labels"] == label + 1 for result in found]
@@ -138,10 +130,6 @@ def measure_detection(
 
     Returns:
         The detector, and by kind of average precision those of the K classes.
-
-    Raises:
-        ValueError: an image too small for the network or one that does not decode, test images that show nothing that
-            counts, proposals that lack an image or do not fit one, or as :func:`train_detector`.
     """
     check_countable(test)
     if proposals:

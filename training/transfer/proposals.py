@@ -39,8 +39,7 @@ def write_proposals(file: Path, proposals: Mapping[str, torch.Tensor], metadata:
 def read_proposals(file: Path, image: AnnotatedImage, most: int | None = None) -> torch.Tensor:
     """The first ``most`` regions of an image (None: all), (n, 4) float32, clipped to its pixels.
 
-    Raises:
-        ValueError: regions of another shape, empty ones, or ones more than a pixel outside of the image.
+    Regions more than a pixel outside of the image are refused.
     """
     boxes = opened(file).get_tensor(image.name).float()[:most]
     check_boxes(f"{image.name} in {file}", boxes)
@@ -54,12 +53,7 @@ def read_proposals(file: Path, image: AnnotatedImage, most: int | None = None) -
 
 
 def check_proposals_file(file: Path, images: Sequence[AnnotatedImage]) -> None:
-    """Refuse proposals that do not fit the images, before anything is trained.
-
-    Raises:
-        ValueError: no such file, no safetensors file, an image without proposals, or as :func:`read_proposals`; the
-            error names the image.
-    """
+    """Refuse proposals that do not fit the images, before anything is trained."""
     if not file.is_file():
         raise ValueError(f"proposals {file} do not exist: write them with python -m training proposals")
     try:
@@ -74,11 +68,7 @@ def check_proposals_file(file: Path, images: Sequence[AnnotatedImage]) -> None:
 
 
 def check_boxes(name: str, boxes: torch.Tensor) -> None:
-    """Refuse what are no boxes.
-
-    Raises:
-        ValueError: another shape, none at all, empty ones, or ones that are not finite; the error says ``name``.
-    """
+    """Refuse boxes that are not (n, 4), none at all, empty ones and ones that are not finite."""
     if boxes.ndim != 2 or boxes.shape[1] != 4 or len(boxes) == 0:
         raise ValueError(f"proposals of {name} must be (n, 4), at least one, got {tuple(boxes.shape)}")
     if not (boxes.isfinite().all() and (boxes[:, 2:] > boxes[:, :2]).all()):

@@ -53,9 +53,6 @@ class Fcn(nn.Module):
         network: of :func:`training.transfer.network.transfer_network`, which is taken over.
         classes: K, without the background.
         dropout: after fc6 and fc7.
-
-    Raises:
-        ValueError: a network that timm cannot cut at its last feature layer.
     """
 
     def __init__(self, network: nn.Module, classes: int, dropout: float) -> None:
@@ -110,11 +107,7 @@ def train_segmenter(
     images: Sequence[MaskedImage],
     run: Run = DEFAULT_RUN,
 ) -> None:
-    """Train a network on images and masks, in place.
-
-    Raises:
-        ValueError: a mask with a class that there is not, or a loss that is not finite.
-    """
+    """Train a network on images and masks, in place."""
     load = functools.partial(_training_sample, network.score.out_channels - 1, recipe.longest)
 
     def loss_of(batch: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
@@ -152,9 +145,6 @@ def segment(
     """Pixels of all images by true (rows) and predicted class: (K + 1, K + 1) int64.
 
     Images are scaled down as in training; every pixel of the mask as it is stored is judged.
-
-    Raises:
-        ValueError: a mask with a class that there is not; the error names it.
     """
     network.eval()
     classes = network.score.out_channels
@@ -202,10 +192,6 @@ def measure_segmentation(
 
     Returns:
         The network, and the intersection over union of the background and K classes, nan for those that are not there.
-
-    Raises:
-        ValueError: an image too small for the network, an image or mask that does not decode or a mask with a class
-            that there is not, or as :func:`train_segmenter`.
     """
     torch.manual_seed(run.seed)
     fcn = Fcn(network, classes, recipe.dropout).to(run.device)
