@@ -28,16 +28,8 @@ from rotation_ssl.messages import counted
 from rotation_ssl.progress import progress
 from training.evaluation.subject import Subject
 from training.reporting.report import run_measuring
+from training.transfer import command, data
 from training.transfer.checking import check_images
-from training.transfer.command import classes_shown, keep_numbers, prepare_transfer, recipe_of, transfer_parser
-from training.transfer.data import (
-    AnnotatedImage,
-    check_countable,
-    class_labels,
-    open_pixels,
-    pixels_tensor,
-    read_annotations,
-)
 from training.transfer.metrics import KINDS, classification_precisions
 from training.transfer.network import DEFAULT_RUN, InOrder, Run, autocast_of, batches, fc_size_of, train_network
 from training.transfer.recipes import CLASSIFICATIONS, VocClassification
@@ -60,7 +52,7 @@ def random_crop(image: Image.Image, size: int, scales: tuple[float, float], rng:
     side = min(size / rng.uniform(*scales), *image.size)
     left, top = rng.uniform(0, image.width - side), rng.uniform(0, image.height - side)
     crop = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
-    return pixels_tensor(crop).flip(-1) if rng.random() < 0.5 else pixels_tensor(crop)
+    return data.pixels_tensor(crop).flip(-1) if rng.random() < 0.5 else data.pixels_tensor(crop)
 
 
 def multi_label_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -78,7 +70,7 @@ def train_classifier(
     recipe: VocClassification,
     network: nn.Module,
     layers: str,
-    images: Sequence[AnnotatedImage],
+    images: Sequence[data.AnnotatedImage],
     labels: torch.Tensor,
     prepare: Callable[[torch.Tensor], torch.Tensor],
     size: int,
@@ -116,7 +108,7 @@ def train_classifier(
 def classify(
     recipe: VocClassification,
     network: nn.Module,
-    images: Sequence[AnnotatedImage],
+    images: Sequence[data.AnnotatedImage],
     prepare: Callable[[torch.Tensor], torch.Tensor],
     size: int,
     run: Run = DEFAULT_RUN,
@@ -140,23 +132,23 @@ def measure_classification(
     subject: Subject,
     network: nn.Module,
     layers: str,
-    train: Sequence[AnnotatedImage],
-    test: Sequence[AnnotatedImage],
+    train: Sequence[data.AnnotatedImage],
+    test: Sequence[data.AnnotatedImage],
     classes: int,
     run: Run = DEFAULT_RUN,
 ) -> dict[str, Sequence[float]]:
     """Train a transferred network and measure it: by kind of average precision those of the K classes."""
-    check_countable(test)
+    data.check_countable(test)
     check_images([image.file for image in (*train, *test)], run.workers)
     prepare = preparation(subject.backbone, subject.size)
     network.to(run.device)
-    train_classifier(recipe, network, layers, train, class_labels(train, classes), prepare, subject.size, run)
+    train_classifier(recipe, network, layers, train, data.class_labels(train, classes), prepare, subject.size, run)
     scores = classify(recipe, network, test, prepare, subject.size, run)
-    truth = class_labels(test, classes)
+    truth = data.class_labels(test, classes)
     return {kind: classification_precisions(scores, truth, kind) for kind in KINDS}
 
 
-def _numbered(images: Sequence[AnnotatedImage]) -> list[tuple[int, Path]]:
+def _numbered(images: Sequence[data.AnnotatedImage]) -> list[tuple[int, Path]]:
     return list(enumerate(image.file for image in images))
 
 
@@ -164,33 +156,34 @@ def _crop(
     size: int, scales: tuple[float, float], numbered: tuple[int, Path], rng: random.Random
 ) -> tuple[int, torch.Tensor]:
     index, file = numbered
-    return index, random_crop(open_pixels(file), size, scales, rng)
+    return index, random_crop(data.open_pixels(file), size, scales, rng)
 
 
 def _crops(size: int, scales: tuple[float, float], crops: int, seed: int, numbered: tuple[int, Path]) -> torch.Tensor:
     index, file = numbered
-    rng, image = random.Random(f"{seed} test {index}"), open_pixels(file)
+    rng, image = random.Random(f"{seed} test {index}"), data.open_pixels(file)
     return torch.stack([random_crop(image, size, scales, rng) for _ in range(crops)])
 
 
 def measure(args: argparse.Namespace) -> Path:
     """Train and measure what the options ask for; returns the file of the rows."""
-    recipe = recipe_of(CLASSIFICATIONS[args.budget], args)
-    transfer = prepare_transfer(
+    recipe = command.recipe_of(CLASSIFICATIONS[args.budget], args)
+    transfer = command.prepare_transfer(
         args, recipe, f"classification-{args.layers}",
-        lambda split: read_annotations(args.data, recipe.splits.year, split, args.classes), recipe.size,
+        lambda split: data.read_annotations(args.data, recipe.splits.year, split, args.classes), recipe.size,
     )  # fmt: skip
     by_class = measure_classification(
         recipe, transfer.subject, transfer.network, args.layers, transfer.train, transfer.test, len(args.classes),
         transfer.run,
     )  # fmt: skip
     crops = f"{counted(recipe.test_crops, 'crop')} of {transfer.subject.size} pixels"
-    return keep_numbers(transfer, args, by_class, f"{classes_shown(by_class)}, {crops}", args.classes, args.layers)
+    settings = f"{command.classes_shown(by_class)}, {crops}"
+    return command.keep_numbers(transfer, args, by_class, settings, args.classes, args.layers)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's options."""
-    parser = transfer_parser("voc", __doc__)
+    parser = command.transfer_parser("voc", __doc__)
     parser.add_argument("--layers", choices=LAYERS, default="all", help="layers to train [%(default)s]")
     parser.add_argument("--size", type=int, help="side of the crops in pixels [the recipe's, or the model's own]")
     return parser
