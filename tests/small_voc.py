@@ -4,9 +4,11 @@ Masks have the object's whole square, with a frame of two pixels that does not c
 is difficult: pasted faintly, and flagged.
 """
 
+import math
 import random
 
 import numpy as np
+import torch
 from conftest import SAMPLES
 from PIL import Image
 
@@ -97,3 +99,17 @@ def annotation(name, size, placed):
         f"<annotation><folder>VOC{YEAR}</folder><filename>{name}.jpg</filename><size><width>{size[0]}</width>"
         f"<height>{size[1]}</height><depth>3</depth></size><segmented>1</segmented>{objects}</annotation>\n"
     )
+
+
+def grid_proposals(width, height):
+    """Windows of five sizes and three shapes all over an image: (n, 4), as a file of proposals has them."""
+    boxes = []
+    for part in (0.2, 0.35, 0.5, 0.7, 1.0):
+        for shape in (0.5, 1.0, 2.0):
+            w = min(width, part * min(width, height) * shape**0.5)
+            h = min(height, part * min(width, height) / shape**0.5)
+            lefts = torch.linspace(0, width - w, max(1, math.ceil(4 * (width - w) / w) + 1))
+            tops = torch.linspace(0, height - h, max(1, math.ceil(4 * (height - h) / h) + 1))
+            corners = torch.cartesian_prod(lefts, tops)
+            boxes.append(torch.cat([corners, corners + torch.tensor([w, h])], 1))
+    return torch.cat(boxes)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from small_voc import write_small_voc
+from small_voc import grid_proposals, write_small_voc
 
 from training.evaluation.subject import load_subject
 from training.reporting.rows import read_file
@@ -19,7 +19,7 @@ from training.transfer.detector import build_detector
 from training.transfer.metrics import average_precision, match_detections, mean_over_classes
 from training.transfer.network import transfer_network
 from training.transfer.pictures import draw_detections
-from training.transfer.proposals import check_proposals_file, grid_proposals, read_proposals, write_proposals
+from training.transfer.proposals import check_proposals_file, read_proposals, write_proposals
 from training.transfer.recipes import VOC_FAST_RCNN, VOC_FASTER_RCNN
 
 LEARNED = ("aeroplane", "horse")

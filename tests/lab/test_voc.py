@@ -1,9 +1,9 @@
 """Classification on a small VOCdevkit: what is frozen stays, what is learned beats chance, what is written is read."""
 
-import argparse
 import dataclasses
 import functools
 import random
+from pathlib import Path
 
 import pytest
 import timm
@@ -18,7 +18,7 @@ from training.evaluation.subject import load_subject
 from training.protocols import PROTOCOLS
 from training.reporting.rows import read_file
 from training.transfer import classification as voc
-from training.transfer.command import add_arguments, recipe_of
+from training.transfer.command import recipe_of, transfer_parser
 from training.transfer.data import CLASSES, class_labels, read_annotations
 from training.transfer.metrics import mean_over_classes
 from training.transfer.network import Backbone, Draws, Run, batches, smallest_side, transfer_network
@@ -89,6 +89,21 @@ def test_a_failed_measurement_keeps_the_trained_network(devkit, tmp_path, capsys
     assert (tmp_path / "network.safetensors").read_bytes() == kept
 
 
+def test_a_training_stopped_while_it_writes_can_be_run_again(devkit, tmp_path, monkeypatch):
+    def stopped(model, file):
+        Path(file).write_bytes(b"half")
+        assert not (tmp_path / "network.safetensors").exists(), "what a kill leaves here is no network"
+        raise KeyboardInterrupt
+
+    arguments = ("rotnet_alexnet", "--random", "--data", devkit, "--output", tmp_path, *TINY)
+    with monkeypatch.context() as patched:
+        patched.setattr("training.transfer.network.save_model", stopped)
+        assert run(*arguments) == 130
+    assert list(tmp_path.iterdir()) == []
+    assert run(*arguments) == 0
+    assert load_file(tmp_path / "network.safetensors")["head.fc.weight"].shape == (20, 16)
+
+
 def test_trainings_have_folders_of_their_own(devkit, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for arguments in (("--layers", "fc6-8"), ("--layers", "all"), ("--layers", "all", "--seed", 1)):
@@ -106,8 +121,7 @@ def test_trainings_have_folders_of_their_own(devkit, tmp_path, monkeypatch):
 
 def test_a_budget_is_that_of_a_recipe_as_it_is():
     """Every setting and every dataset of one's own makes a number of no budget."""
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
+    parser = transfer_parser("voc", "")
 
     def budget(*options):
         args = parser.parse_args(["rotnet_alexnet", *options])
@@ -124,8 +138,7 @@ def test_a_budget_is_that_of_a_recipe_as_it_is():
 
 
 def test_options_change_a_recipe():
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
+    parser = transfer_parser("voc", "")
     options = "--budget cpu --steps 7 --lr 0.5 --dropout 0.25 --clip 2 --train train --test val --no-rescale"
     args = parser.parse_args(["rotnet_alexnet", *options.split()])
     recipe = recipe_of(CLASSIFICATIONS["cpu"], args)

@@ -21,24 +21,12 @@ FEW = 500  # images that are checked in seconds: nothing is recorded
 
 
 def check_images(files: Sequence[Path], workers: int = 0) -> None:
-    """Decode every image that has not been decoded before as it is now.
-
-    Args:
-        files: image files, all of one folder.
-        workers: data-loading worker processes.
-
-    Raises:
-        ValueError: an image does not decode; the error names it.
-    """
+    """Decode every image, all of one folder, that has not been decoded before as it is now."""
     _check("image", files, open_pixels, workers)
 
 
 def check_masks(files: Sequence[Path], classes: int, workers: int = 0) -> None:
-    """Decode every mask of ``classes`` classes and the background, as :func:`check_images`.
-
-    Raises:
-        ValueError: a mask does not decode, or has a class out of range; the error names it.
-    """
+    """Decode every mask of ``classes`` classes and the background, as :func:`check_images`."""
     _check(f"mask of {classes} classes", files, functools.partial(open_mask, classes=classes), workers)
 
 

@@ -3,17 +3,12 @@
     python -m training voc rotnet_alexnet.gidaris_in1k --data VOCdevkit --layers fc6-8
     python -m training voc rotnet_alexnet.gidaris_in1k --random --data VOCdevkit --layers all --device cuda
 
-MODEL is any timm model whose batch norm can be folded, with its published weights, --random weights, or those of a file
-(--weights FILE); models that are not a chain of layers, such as ResNets, need --no-rescale. Batch norm is folded and
-the layers are rescaled; then a new classifier is trained, together with fc6 and fc7 (--layers fc6-8) or with all
-layers. VOCdevkit is the standard folder; docs/transfer.md explains how to use your own data. Scores are averaged over
-ten random crops of each test image. Objects marked difficult do not count.
+A new classifier is trained, together with fc6 and fc7 (--layers fc6-8) or with all layers. Scores are averaged over ten
+random crops of each test image. Objects marked difficult do not count.
 
 Three numbers are reported: VOC2007's 11-point average precision, the area under the interpolated precision-recall curve
 (VOC2010 and later), and scikit-learn's average precision, which the code of Kraehenbuehl et al., whose settings we use,
-reports. Settings are the recipes voc-classification-paper and voc-classification-cpu (--budget) in
-training/transfer/recipes.py. Results are written to --output: rows.jsonl, report.md, report.json and report.png,
-classes.json with the numbers of every class, and the trained network as network.safetensors.
+reports. The recipes are voc-classification-paper and voc-classification-cpu.
 """
 
 import argparse
@@ -31,19 +26,10 @@ from torch.nn import functional as F
 from rotation_ssl.evaluation.frozen import preparation
 from rotation_ssl.messages import counted
 from rotation_ssl.progress import progress
-from training.command import create_parser
 from training.evaluation.subject import Subject
 from training.reporting.report import run_measuring
+from training.transfer import command, data
 from training.transfer.checking import check_images
-from training.transfer.command import add_arguments, classes_shown, keep_numbers, prepare_transfer, recipe_of
-from training.transfer.data import (
-    AnnotatedImage,
-    check_countable,
-    class_labels,
-    open_pixels,
-    pixels_tensor,
-    read_annotations,
-)
 from training.transfer.metrics import KINDS, classification_precisions
 from training.transfer.network import DEFAULT_RUN, InOrder, Run, autocast_of, batches, fc_size_of, train_network
 from training.transfer.recipes import CLASSIFICATIONS, VocClassification
@@ -59,7 +45,6 @@ def random_crop(image: Image.Image, size: int, scales: tuple[float, float], rng:
         image: RGB.
         size: side of the result in pixels.
         scales: least and largest factor; a square that would be larger than the image is as large as fits.
-        rng: the source of randomness.
 
     Returns:
         (3, size, size) uint8.
@@ -67,7 +52,7 @@ def random_crop(image: Image.Image, size: int, scales: tuple[float, float], rng:
     side = min(size / rng.uniform(*scales), *image.size)
     left, top = rng.uniform(0, image.width - side), rng.uniform(0, image.height - side)
     crop = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
-    return pixels_tensor(crop).flip(-1) if rng.random() < 0.5 else pixels_tensor(crop)
+    return data.pixels_tensor(crop).flip(-1) if rng.random() < 0.5 else data.pixels_tensor(crop)
 
 
 def multi_label_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -85,7 +70,7 @@ def train_classifier(
     recipe: VocClassification,
     network: nn.Module,
     layers: str,
-    images: Sequence[AnnotatedImage],
+    images: Sequence[data.AnnotatedImage],
     labels: torch.Tensor,
     prepare: Callable[[torch.Tensor], torch.Tensor],
     size: int,
@@ -94,17 +79,12 @@ def train_classifier(
     """Train a transferred network on labelled images, in place.
 
     Args:
-        recipe: the settings.
         network: of :func:`training.transfer.network.transfer_network`, on the device.
         layers: 'fc6-8' keeps the convolutions as they are, 'all' trains everything.
         images: N training images.
         labels: (N, K), of :func:`training.transfer.data.class_labels`.
         prepare: from uint8 crops to what the network takes.
         size: side of the crops.
-        run: how it is computed.
-
-    Raises:
-        ValueError: 'fc6-8' of a network without fc layers, or a loss that is not finite.
     """
     head: Any = getattr(network, "head", None)
     has_fc = fc_size_of(network) > 0
@@ -128,16 +108,12 @@ def train_classifier(
 def classify(
     recipe: VocClassification,
     network: nn.Module,
-    images: Sequence[AnnotatedImage],
+    images: Sequence[data.AnnotatedImage],
     prepare: Callable[[torch.Tensor], torch.Tensor],
     size: int,
     run: Run = DEFAULT_RUN,
 ) -> torch.Tensor:
-    """Mean logits of each image's crops: (N, K) float32 on the CPU.
-
-    Raises:
-        ValueError: logits that are not finite.
-    """
+    """Mean logits of each image's crops: (N, K) float32 on the CPU."""
     load = functools.partial(_crops, size, recipe.scales, recipe.test_crops, run.seed)
     logits = []
     with torch.inference_mode(), autocast_of(recipe.training, network), progress("test", len(images)) as bar:
@@ -156,28 +132,23 @@ def measure_classification(
     subject: Subject,
     network: nn.Module,
     layers: str,
-    train: Sequence[AnnotatedImage],
-    test: Sequence[AnnotatedImage],
+    train: Sequence[data.AnnotatedImage],
+    test: Sequence[data.AnnotatedImage],
     classes: int,
     run: Run = DEFAULT_RUN,
 ) -> dict[str, Sequence[float]]:
-    """Train a transferred network and measure it: by kind of average precision those of the K classes.
-
-    Raises:
-        ValueError: an image that does not decode, test images that show nothing that counts, or as
-            :func:`train_classifier` and :func:`classify`.
-    """
-    check_countable(test)
+    """Train a transferred network and measure it: by kind of average precision those of the K classes."""
+    data.check_countable(test)
     check_images([image.file for image in (*train, *test)], run.workers)
     prepare = preparation(subject.backbone, subject.size)
     network.to(run.device)
-    train_classifier(recipe, network, layers, train, class_labels(train, classes), prepare, subject.size, run)
+    train_classifier(recipe, network, layers, train, data.class_labels(train, classes), prepare, subject.size, run)
     scores = classify(recipe, network, test, prepare, subject.size, run)
-    truth = class_labels(test, classes)
+    truth = data.class_labels(test, classes)
     return {kind: classification_precisions(scores, truth, kind) for kind in KINDS}
 
 
-def _numbered(images: Sequence[AnnotatedImage]) -> list[tuple[int, Path]]:
+def _numbered(images: Sequence[data.AnnotatedImage]) -> list[tuple[int, Path]]:
     return list(enumerate(image.file for image in images))
 
 
@@ -185,34 +156,34 @@ def _crop(
     size: int, scales: tuple[float, float], numbered: tuple[int, Path], rng: random.Random
 ) -> tuple[int, torch.Tensor]:
     index, file = numbered
-    return index, random_crop(open_pixels(file), size, scales, rng)
+    return index, random_crop(data.open_pixels(file), size, scales, rng)
 
 
 def _crops(size: int, scales: tuple[float, float], crops: int, seed: int, numbered: tuple[int, Path]) -> torch.Tensor:
     index, file = numbered
-    rng, image = random.Random(f"{seed} test {index}"), open_pixels(file)
+    rng, image = random.Random(f"{seed} test {index}"), data.open_pixels(file)
     return torch.stack([random_crop(image, size, scales, rng) for _ in range(crops)])
 
 
 def measure(args: argparse.Namespace) -> Path:
     """Train and measure what the options ask for; returns the file of the rows."""
-    recipe = recipe_of(CLASSIFICATIONS[args.budget], args)
-    transfer = prepare_transfer(
+    recipe = command.recipe_of(CLASSIFICATIONS[args.budget], args)
+    transfer = command.prepare_transfer(
         args, recipe, f"classification-{args.layers}",
-        lambda split: read_annotations(args.data, recipe.splits.year, split, args.classes), recipe.size,
+        lambda split: data.read_annotations(args.data, recipe.splits.year, split, args.classes), recipe.size,
     )  # fmt: skip
     by_class = measure_classification(
         recipe, transfer.subject, transfer.network, args.layers, transfer.train, transfer.test, len(args.classes),
         transfer.run,
     )  # fmt: skip
     crops = f"{counted(recipe.test_crops, 'crop')} of {transfer.subject.size} pixels"
-    return keep_numbers(transfer, args, by_class, f"{classes_shown(by_class)}, {crops}", args.classes, args.layers)
+    settings = f"{command.classes_shown(by_class)}, {crops}"
+    return command.keep_numbers(transfer, args, by_class, settings, args.classes, args.layers)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's options."""
-    parser = create_parser("voc", __doc__)
-    add_arguments(parser)
+    parser = command.transfer_parser("voc", __doc__)
     parser.add_argument("--layers", choices=LAYERS, default="all", help="layers to train [%(default)s]")
     parser.add_argument("--size", type=int, help="side of the crops in pixels [the recipe's, or the model's own]")
     return parser

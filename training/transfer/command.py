@@ -18,10 +18,10 @@ from rotation_ssl.cli.options import positive
 from rotation_ssl.machine import device_name
 from rotation_ssl.messages import counted
 from rotation_ssl.precision import AnyRecipe, add_precision_argument, resolved, warn_if_emulated
+from training.command import create_parser
 from training.evaluation.options import add_model
 from training.evaluation.subject import Subject, load_subject, measured_value
 from training.reporting.report import check_rows, keep_rows
-from training.reporting.rows import Row
 from training.transfer.data import CLASSES
 from training.transfer.metrics import mean_over_classes
 from training.transfer.network import NETWORK, Run, check_apart, fc_size_of, transfer_network
@@ -29,6 +29,16 @@ from training.transfer.recipes import VocRecipe
 
 RESCALED = "-rescaled"  # random weights whose layers are rescaled have it after their name
 IOU = "IoU"  # the kind of number of segmentation: its protocol has no other
+COMMON_HELP = """\
+MODEL is any timm model whose batch norm can be folded, with its published weights, --random weights, or those of a file
+(--weights FILE). Batch norm is folded and the layers are rescaled before the training; models that are not a chain of
+layers, such as ResNets, need --no-rescale. VOCdevkit is the standard folder; docs/transfer.md explains how to use your
+own data.
+
+Settings are recipes of training/transfer/recipes.py, chosen by --budget. Results are written to --output: rows.jsonl,
+report.md, report.json and report.png, classes.json with the numbers of every class, and the trained network as
+network.safetensors.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +60,9 @@ class Transfer:
     started: float
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that the three commands have in common."""
+def transfer_parser(command: str, head: str | None) -> argparse.ArgumentParser:
+    """The parser of a command, with the options and the end of the help that the three commands have in common."""
+    parser = create_parser(command, f"{head or ''}\n{COMMON_HELP}")
     add = parser.add_argument
     add_model(parser)
     add("--budget", choices=("paper", "cpu"), default="paper", help="budget of the recipe [%(default)s]")
@@ -73,6 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--workers", type=int, default=os.cpu_count() or 1, help="data-loading worker processes [all cores]")
     add("--device", default="cpu", help="cpu, cuda, cuda:1, mps [%(default)s]")
     add("--output", type=Path, help="new folder for rows, report and network [runs/voc/<weights>/<what is trained>]")
+    return parser
 
 
 def add_pictures_argument(parser: argparse.ArgumentParser) -> None:
@@ -88,9 +100,6 @@ def recipe_of(named: AnyRecipe, args: argparse.Namespace, **own: Any) -> AnyReci
         named: one of :data:`training.transfer.recipes.VOC_RECIPES`.
         args: of the command line; options are named as the fields are.
         own: fields that no option has the name of.
-
-    Raises:
-        ValueError: a value out of range.
     """
     named = dataclasses.replace(named, training=resolved(named.training, args.device))
     given = _given(named.training, args)
@@ -114,15 +123,9 @@ def prepare_transfer(
     """What the command line asks for, checked, with the network folded and rescaled.
 
     Args:
-        args: of the command line.
-        recipe: with what the command line changes.
         what: is trained, in a word that is good as a folder's name.
         read: from a split's name to its images.
         size: side of the images the backbone gets; None: its own.
-
-    Raises:
-        ValueError: no such weights or images, images in both splits, a folder that holds a trained network, or a
-            network that cannot be rescaled.
     """
     started = time.monotonic()
     warn_if_emulated(args.precision, args.device)
@@ -145,34 +148,9 @@ def prepare_transfer(
     )
     check_rows(output / "rows.jsonl")
     run = Run(args.device, args.seed, args.workers, output)
-    settings = settings_text(recipe, subject, network)
-    return Transfer(recipe, subject, network, train, test, output, settings, run, started)
-
-
-def transfer_row(
-    transfer: Transfer, args: argparse.Namespace, kind: str, value: float, settings: str, layer: str
-) -> Row:
-    """The row of a number that is no count, a mean over classes; arguments as of :func:`keep_numbers`."""
-    recipe = transfer.recipe
-    data = f"VOC{recipe.splits.year} {recipe.splits.test}"
-    if tuple(args.classes) != CLASSES:
-        data = f"{args.data.resolve().name}, {data}"
-    row = measured_value(
-        transfer.subject, value, data, f"{settings}, {transfer.settings}", time.monotonic() - transfer.started,
-        protocol=recipe.protocol if kind == IOU else f"{recipe.protocol}-{kind}", budget=recipe.budget, layer=layer,
-        seed=args.seed,
-    )  # fmt: skip
-    # the subject itself was not trained: it is where it was loaded
-    versions = row.versions | {"torchvision": torchvision.__version__}
-    return dataclasses.replace(row, versions=versions, device=device_name(args.device))
-
-
-def settings_text(recipe: VocRecipe, subject: Subject, network: nn.Module) -> str:
-    """What a row says of its training, in a few words: data, steps, and what was done to the network before."""
-    training = recipe.training
     fc_size = fc_size_of(network)
     fresh = "fresh " if fc_size != fc_size_of(subject.backbone) else ""
-    parts = [
+    told = [
         f"trained on {recipe.splits.train}",
         f"{training.steps:,} step{'s' * (training.steps != 1)} of {counted(training.images_per_step, 'image')}",
         f"rate {training.lr:g}",
@@ -181,7 +159,7 @@ def settings_text(recipe: VocRecipe, subject: Subject, network: nn.Module) -> st
         "layers rescaled" if training.rescale else "",
         training.precision,
     ]
-    return ", ".join(filter(None, parts))
+    return Transfer(recipe, subject, network, train, test, output, ", ".join(filter(None, told)), run, started)
 
 
 def keep_numbers(
@@ -196,8 +174,6 @@ def keep_numbers(
     percent.
 
     Args:
-        transfer: what was trained.
-        args: of the command line.
         by_class: by kind of number, a kind of average precision or :data:`IOU`, those of the classes.
         settings: in words, beside those of the transfer.
         classes: their names, as many.
@@ -206,17 +182,28 @@ def keep_numbers(
     Returns:
         The rows' file.
     """
-    means = {kind: mean_over_classes(values) for kind, values in by_class.items()}
-    rows = [transfer_row(transfer, args, kind, mean, settings, layer) for kind, mean in means.items()]
-    names = [name for name, value in zip(classes, next(iter(by_class.values())), strict=True) if value == value]
-    tqdm.write(f"  {'':24s}{' '.join(f'{name[:8]:>8s}' for name in names)}")
-    for title, values in by_class.items():
-        known = [f"{100 * value:8.1f}" for value in values if value == value]
-        tqdm.write(f"  {title:24s}{' '.join(known)}")
+    recipe = transfer.recipe
+    data = f"VOC{recipe.splits.year} {recipe.splits.test}"
+    if tuple(args.classes) != CLASSES:
+        data = f"{args.data.resolve().name}, {data}"
+    rows = []
+    for kind, values in by_class.items():
+        row = measured_value(
+            transfer.subject, mean_over_classes(values), data, f"{settings}, {transfer.settings}",
+            time.monotonic() - transfer.started,
+            protocol=recipe.protocol if kind == IOU else f"{recipe.protocol}-{kind}", budget=recipe.budget, layer=layer,
+            seed=args.seed,
+        )  # fmt: skip
+        # the subject itself was not trained: it is where it was loaded
+        versions = row.versions | {"torchvision": torchvision.__version__}
+        rows.append(dataclasses.replace(row, versions=versions, device=device_name(args.device)))
     numbers = {
-        title: {name: value for name, value in zip(classes, values, strict=True) if value == value}
-        for title, values in by_class.items()
+        kind: {name: value for name, value in zip(classes, values, strict=True) if not math.isnan(value)}
+        for kind, values in by_class.items()
     }
+    tqdm.write(f"  {'':24s}{' '.join(f'{name[:8]:>8s}' for name in next(iter(numbers.values())))}")
+    for kind, known in numbers.items():
+        tqdm.write(f"  {kind:24s}{' '.join(f'{100 * value:8.1f}' for value in known.values())}")
     (transfer.output / "classes.json").write_text(json.dumps(numbers, indent=1) + "\n")
     return keep_rows(rows, transfer.output / "rows.jsonl")
 

@@ -114,11 +114,7 @@ def class_labels(images: Sequence[AnnotatedImage], classes: int) -> torch.Tensor
 
 
 def check_countable(images: Sequence[AnnotatedImage]) -> None:
-    """Refuse images to measure on that show nothing which counts.
-
-    Raises:
-        ValueError: no image shows an object that is not difficult.
-    """
+    """Refuse images to measure on that show no object, or difficult ones only: none counts."""
     if not any(bool((~image.difficult).any()) for image in images):
         raise ValueError("no test image shows an object that is not difficult: there is nothing to measure")
 
@@ -167,11 +163,7 @@ def pixels_tensor(image: Image.Image) -> torch.Tensor:
 
 
 def check_large_enough(file: Path, width: int, height: int, smallest: int, scaled: str = "") -> None:
-    """Refuse an image that the network's strides leave nothing of.
-
-    Raises:
-        ValueError: a side of the image is under ``smallest`` pixels; the error names the file.
-    """
+    """Refuse an image with a side under ``smallest`` pixels: the network's strides leave nothing of it."""
     if min(width, height) < smallest:
         raise ValueError(
             f"image {file} is of {_pixels((width, height))}{scaled}: the network's strides leave nothing of a side "

@@ -5,17 +5,12 @@
 
 With --proposals this is Fast R-CNN on the region proposals of a file, as in the paper; only this result is comparable
 with the paper's 54.4 %. Without, it is torchvision's Faster R-CNN, which generates its own proposals, on the same
-backbone. MODEL is any timm model whose batch norm can be folded, with its published weights, --random weights, or those
-of a file (--weights FILE); models that are not a chain of layers, such as ResNets, need --no-rescale. Batch norm is
-folded and the layers are rescaled; AlexNet's fc6 and fc7 classify the regions, other networks get two new fc layers.
-All layers are trained, on images of several scales; one scale is used for testing. Objects marked difficult are neither
-trained on nor counted.
+backbone. AlexNet's fc6 and fc7 classify the regions, other networks get two new fc layers. All layers are trained, on
+images of several scales; one scale is used for testing. Objects marked difficult are neither trained on nor counted.
 
 The file of proposals is a safetensors file with a float32 tensor (n, 4) for each image's name ('000005'): left, top,
-right, bottom in pixels from the image's corner; python -m training proposals writes one with selective search. Settings
-are the recipes voc-fast-rcnn-paper and -cpu, voc-faster-rcnn and voc-faster-rcnn-cpu (--budget) in
-training/transfer/recipes.py. Results are written to --output: rows.jsonl, report.md, report.json and report.png,
-classes.json with the numbers of every class, and the trained network as network.safetensors.
+right, bottom in pixels from the image's corner; python -m training proposals writes one with selective search. The
+recipes are voc-fast-rcnn-paper and -cpu, voc-faster-rcnn and voc-faster-rcnn-cpu.
 """
 
 import argparse
@@ -30,25 +25,9 @@ from torch import nn
 
 from rotation_ssl.files import sha256_of
 from rotation_ssl.progress import progress
-from training.command import create_parser
 from training.reporting.report import run_measuring
+from training.transfer import command, data
 from training.transfer.checking import check_images
-from training.transfer.command import (
-    add_arguments,
-    add_pictures_argument,
-    classes_shown,
-    keep_numbers,
-    prepare_transfer,
-    recipe_of,
-)
-from training.transfer.data import (
-    AnnotatedImage,
-    check_countable,
-    check_large_enough,
-    open_pixels,
-    pixels_tensor,
-    read_annotations,
-)
 from training.transfer.detector import build_detector, set_sides
 from training.transfer.metrics import average_precision, match_detections
 from training.transfer.network import DEFAULT_RUN, InOrder, Run, autocast_of, batches, smallest_side, train_network
@@ -63,15 +42,11 @@ Detections = dict[str, torch.Tensor]
 def train_detector(
     recipe: VocDetection,
     detector: nn.Module,
-    images: Sequence[AnnotatedImage],
+    images: Sequence[data.AnnotatedImage],
     proposals: Path | None = None,
     run: Run = DEFAULT_RUN,
 ) -> None:
-    """Train a detector in place, on the images that show an object which is not difficult.
-
-    Raises:
-        ValueError: no such image, proposals that are none, or a loss that is not finite.
-    """
+    """Train a detector in place, on the images that show an object which is not difficult."""
     useful = [image for image in images if bool((~image.difficult).any())]
     if not useful:
         raise ValueError("no training image shows an object that is not difficult: there is nothing to train on")
@@ -92,7 +67,7 @@ def train_detector(
 def detect(
     recipe: VocDetection,
     detector: nn.Module,
-    images: Sequence[AnnotatedImage],
+    images: Sequence[data.AnnotatedImage],
     proposals: Path | None = None,
     run: Run = DEFAULT_RUN,
 ) -> list[Detections]:
@@ -111,13 +86,9 @@ def detect(
 
 
 def detection_precisions(
-    found: Sequence[Detections], images: Sequence[AnnotatedImage], classes: int, kind: str
+    found: Sequence[Detections], images: Sequence[data.AnnotatedImage], classes: int, kind: str
 ) -> list[float]:
-    """Average precision of each of K classes; nan for those that the images do not show.
-
-    Raises:
-        ValueError: as :func:`training.transfer.metrics.average_precision`.
-    """
+    """Average precision of each of K classes; nan for those that the images do not show."""
     precisions = []
     for label in range(classes):
         own = [result["labels"] == label + 1 for result in found]
@@ -134,8 +105,8 @@ def detection_precisions(
 def measure_detection(
     recipe: VocDetection,
     network: nn.Module,
-    train: Sequence[AnnotatedImage],
-    test: Sequence[AnnotatedImage],
+    train: Sequence[data.AnnotatedImage],
+    test: Sequence[data.AnnotatedImage],
     classes: int,
     proposals: Path | None = None,
     run: Run = DEFAULT_RUN,
@@ -144,12 +115,8 @@ def measure_detection(
 
     Returns:
         The detector, and by kind of average precision those of the K classes.
-
-    Raises:
-        ValueError: an image too small for the network or one that does not decode, test images that show nothing that
-            counts, proposals that lack an image or do not fit one, or as :func:`train_detector`.
     """
-    check_countable(test)
+    data.check_countable(test)
     if proposals:
         check_proposals_file(proposals, [*train, *test])
     torch.manual_seed(run.seed)
@@ -159,7 +126,7 @@ def measure_detection(
         for image in images:
             scale = min(min(sides) / min(image.width, image.height), recipe.longest / max(image.width, image.height))
             width, height = round(image.width * scale), round(image.height * scale)
-            check_large_enough(image.file, width, height, smallest, " as it is scaled")
+            data.check_large_enough(image.file, width, height, smallest, " as it is scaled")
     check_images([image.file for image in (*train, *test)], run.workers)
     train_detector(recipe, detector, train, proposals, run)
     found = detect(recipe, detector, test, proposals, run)
@@ -167,7 +134,7 @@ def measure_detection(
 
 
 def _training_sample(
-    proposals: Path | None, image: AnnotatedImage, rng: random.Random
+    proposals: Path | None, image: data.AnnotatedImage, rng: random.Random
 ) -> tuple[torch.Tensor, torch.Tensor | None, dict[str, torch.Tensor]]:
     pixels, regions = _test_sample(proposals, None, image)
     boxes, labels = image.boxes[~image.difficult], image.labels[~image.difficult] + 1
@@ -178,9 +145,10 @@ def _training_sample(
 
 
 def _test_sample(
-    proposals: Path | None, most: int | None, image: AnnotatedImage
+    proposals: Path | None, most: int | None, image: data.AnnotatedImage
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    return pixels_tensor(open_pixels(image.file)), None if proposals is None else read_proposals(proposals, image, most)
+    pixels = data.pixels_tensor(data.open_pixels(image.file))
+    return pixels, None if proposals is None else read_proposals(proposals, image, most)
 
 
 def _mirrored(boxes: torch.Tensor, width: int) -> torch.Tensor:
@@ -192,15 +160,15 @@ def measure(args: argparse.Namespace) -> Path:
     if args.test_proposals is not None and not args.proposals:
         raise ValueError("--test-proposals is of Fast R-CNN: give its --proposals too")
     sides = {} if args.side is None else {"train_sides": (args.side,), "test_side": args.side}
-    recipe = recipe_of((FAST_RCNNS if args.proposals else FASTER_RCNNS)[args.budget], args, **sides)
+    recipe = command.recipe_of((FAST_RCNNS if args.proposals else FASTER_RCNNS)[args.budget], args, **sides)
     name, given = "Faster R-CNN", ""
     if args.proposals:
         check_proposals_file(args.proposals, [])
         digest = sha256_of(args.proposals)[:12]
         name, given = "Fast R-CNN", f", proposals {digest}, the first {recipe.test_proposals:,} in the test"
-    transfer = prepare_transfer(
+    transfer = command.prepare_transfer(
         args, recipe, recipe.protocol.removeprefix("voc-"),
-        lambda split: read_annotations(args.data, recipe.splits.year, split, args.classes),
+        lambda split: data.read_annotations(args.data, recipe.splits.year, split, args.classes),
     )  # fmt: skip
     detector, by_class = measure_detection(
         recipe, transfer.network, transfer.train, transfer.test, len(args.classes), args.proposals,
@@ -216,21 +184,20 @@ def measure(args: argparse.Namespace) -> Path:
             ],
         )
     settings = (
-        f"{name}, {classes_shown(by_class)}, shorter side {', '.join(map(str, recipe.train_sides))} in training and"
-        f" {recipe.test_side} in the test{given}"
+        f"{name}, {command.classes_shown(by_class)}, shorter side {', '.join(map(str, recipe.train_sides))} in training"
+        f" and {recipe.test_side} in the test{given}"
     )
-    return keep_numbers(transfer, args, by_class, settings, args.classes)
+    return command.keep_numbers(transfer, args, by_class, settings, args.classes)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's options."""
-    parser = create_parser("detect", __doc__)
-    add_arguments(parser)
+    parser = command.transfer_parser("detect", __doc__)
     parser.add_argument("--proposals", type=Path, metavar="FILE", help="file of region proposals; selects Fast R-CNN")
     parser.add_argument("--side", type=int, help="shorter side of all images in pixels [the recipe's, several]")
     parser.add_argument("--regions", type=int, help="regions per training image [the recipe's]")
     parser.add_argument("--test-proposals", type=int, metavar="N", help="proposals per test image [the recipe's]")
-    add_pictures_argument(parser)
+    command.add_pictures_argument(parser)
     return parser
 
 

@@ -99,7 +99,6 @@ def build_detector(recipe: VocDetection, network: nn.Module, classes: int, given
     """A detector of K classes on a transferred network, which it takes over.
 
     Args:
-        recipe: the settings.
         network: of :func:`training.transfer.network.transfer_network`.
         classes: K, without the background.
         given_regions: Fast R-CNN, which is given its regions, or else Faster R-CNN.

@@ -29,9 +29,6 @@ def average_precision(scores: torch.Tensor, right: torch.Tensor, kind: str, tota
 
     Returns:
         A fraction; nan where there are none to find.
-
-    Raises:
-        ValueError: an unknown kind, shapes that differ, scores that are nan, or fewer right answers than given.
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(map(repr, KINDS))}, got {kind!r}")
@@ -74,9 +71,6 @@ def classification_precisions(scores: torch.Tensor, labels: torch.Tensor, kind: 
 
     Returns:
         K fractions, nan for classes that no image shows.
-
-    Raises:
-        ValueError: as :func:`average_precision`, or shapes that differ.
     """
     if scores.shape != labels.shape or scores.ndim != 2:
         raise ValueError(f"scores and labels must be (N, K), got {tuple(scores.shape)} and {tuple(labels.shape)}")
@@ -108,9 +102,6 @@ def match_detections(
     Returns:
         The scores (N,) of the detections that count, whether they are right (N,), and the number of objects to find,
         difficult ones left out.
-
-    Raises:
-        ValueError: sequences of different lengths.
     """
     kept, right = [torch.empty(0)], [torch.empty(0, dtype=torch.bool)]
     for own_boxes, own_scores, own_truths, own_difficult in zip(boxes, scores, truths, difficult, strict=True):
@@ -133,11 +124,7 @@ def match_detections(
 
 
 def mean_over_classes(values: Sequence[float]) -> float:
-    """The mean of the classes that have a number.
-
-    Raises:
-        ValueError: none has.
-    """
+    """The mean of the classes that have a number."""
     known = [value for value in values if not math.isnan(value)]
     if not known:
         raise ValueError("none of the classes is in the measured images: there is nothing to average")
@@ -151,9 +138,6 @@ def confusion_matrix(predicted: torch.Tensor, truth: torch.Tensor, classes: int)
         predicted: classes 0..K - 1, of any shape.
         truth: of the same shape, 0..K - 1 or 255.
         classes: K, the background among them.
-
-    Raises:
-        ValueError: shapes that differ, or a class out of range.
     """
     if predicted.shape != truth.shape:
         raise ValueError(f"prediction and truth must be of one shape, got {predicted.shape} and {truth.shape}")

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from rotation_ssl.backbones.alexnet import FcHead, RotNetAlexNet
 from rotation_ssl.evaluation.frozen import preparation
+from rotation_ssl.files import replace_file
 from rotation_ssl.fit import fit
 from rotation_ssl.images import square
 from rotation_ssl.messages import first_line
@@ -107,10 +108,6 @@ def transfer_network(
         scaled: centre and rescale the layers (they must be a chain, as AlexNet's are).
         seed: of what is fresh.
         fresh_fc_size: width where the weights have no fc6 and fc7; the paper's is 4096.
-
-    Raises:
-        ValueError: fc layers for a network that is no AlexNet or of a negative width, or what
-            :mod:`training.transfer.rescale` refuses.
     """
     if fc_size is not None and fc_size < 0:
         raise ValueError(f"--fc-size must be 0 (no fc layers) or more, got {fc_size}")
@@ -145,10 +142,8 @@ class Backbone(nn.Module):
 
     Images (N, 3, H, W) -> (N, C, H', W'); cell j of the map lies at pixels j * reduction to (j + 1) * reduction, as
     torchvision's detection and an upsampling take it: AlexNet, whose convolutions and pools are padded less, gets its
-    images padded by 8 pixels (of the mean colour) for that.
-
-    Raises:
-        ValueError: a network that timm cannot cut, or one that takes images of one size alone.
+    images padded by 8 pixels (of the mean colour) for that. A network that timm cannot cut, or that takes images of one
+    size alone, is refused.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -180,11 +175,7 @@ class Backbone(nn.Module):
 
 
 def smallest_side(network: nn.Module) -> int:
-    """The least side in pixels of a square image that the network's strides leave something of.
-
-    Raises:
-        ValueError: it takes none of up to 512 pixels.
-    """
+    """The least side in pixels of a square image that the network's strides leave something of."""
     device = next(network.parameters()).device
     with torch.inference_mode():
         for side in range(1, 513):
@@ -221,11 +212,7 @@ def batches(draws: Dataset, size: int, workers: int) -> Iterator[list[Any]]:
 
 
 def check_apart(train: Sequence[Any], test: Sequence[Any]) -> None:
-    """Refuse to measure on images that are trained on.
-
-    Raises:
-        ValueError: an image is in both splits; the error names one.
-    """
+    """Refuse to measure on images that are trained on."""
     both = sorted({image.file for image in train} & {image.file for image in test})
     if both:
         raise ValueError(
@@ -246,17 +233,11 @@ def train_network(
     """Train those of the network's parameters that want gradients; it is in eval mode afterwards.
 
     Args:
-        training: the settings.
         network: trained in place.
         images: to train on, and
         load: what makes a sample of one, as :class:`Draws` takes them.
         loss_of: the loss of a list of as many samples as a step has images.
         name: for the progress bar and errors.
-        run: how it is computed.
-
-    Raises:
-        ValueError: an image that does not decode, or a loss that is not finite.
-        OSError: the folder cannot be made or written to.
     """
     if run.output:
         run.output.mkdir(parents=True, exist_ok=True)
@@ -273,7 +254,7 @@ def train_network(
         autocast=autocast_type(resolve_precision(training.precision, next(network.parameters()).device)),
     )  # fmt: skip
     if run.output:
-        save_model(network, str(run.output / NETWORK))
+        replace_file(run.output / NETWORK, lambda file: save_model(network, str(file)))
 
 
 def fc_size_of(network: nn.Module) -> int:

@@ -17,7 +17,6 @@ def draw_detections(output: Path, file: Path, found: Mapping[str, torch.Tensor],
 
     Args:
         output: the folder ``pictures`` is made in.
-        file: the image.
         found: 'boxes' (n, 4) in pixels, 'labels' (n,) from 1, 'scores' (n,).
         classes: the names of the K classes.
     """

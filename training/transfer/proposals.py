@@ -6,7 +6,6 @@ the whole image being 0, 0, width, height. The surest regions come first, so tha
 """
 
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,8 +39,7 @@ def write_proposals(file: Path, proposals: Mapping[str, torch.Tensor], metadata:
 def read_proposals(file: Path, image: AnnotatedImage, most: int | None = None) -> torch.Tensor:
     """The first ``most`` regions of an image (None: all), (n, 4) float32, clipped to its pixels.
 
-    Raises:
-        ValueError: regions of another shape, empty ones, or ones more than a pixel outside of the image.
+    Regions more than a pixel outside of the image are refused.
     """
     boxes = opened(file).get_tensor(image.name).float()[:most]
     check_boxes(f"{image.name} in {file}", boxes)
@@ -55,12 +53,7 @@ def read_proposals(file: Path, image: AnnotatedImage, most: int | None = None) -
 
 
 def check_proposals_file(file: Path, images: Sequence[AnnotatedImage]) -> None:
-    """Refuse proposals that do not fit the images, before anything is trained.
-
-    Raises:
-        ValueError: no such file, no safetensors file, an image without proposals, or as :func:`read_proposals`; the
-            error names the image.
-    """
+    """Refuse proposals that do not fit the images, before anything is trained."""
     if not file.is_file():
         raise ValueError(f"proposals {file} do not exist: write them with python -m training proposals")
     try:
@@ -75,35 +68,11 @@ def check_proposals_file(file: Path, images: Sequence[AnnotatedImage]) -> None:
 
 
 def check_boxes(name: str, boxes: torch.Tensor) -> None:
-    """Refuse what are no boxes.
-
-    Raises:
-        ValueError: another shape, none at all, empty ones, or ones that are not finite; the error says ``name``.
-    """
+    """Refuse boxes that are not (n, 4), none at all, empty ones and ones that are not finite."""
     if boxes.ndim != 2 or boxes.shape[1] != 4 or len(boxes) == 0:
         raise ValueError(f"proposals of {name} must be (n, 4), at least one, got {tuple(boxes.shape)}")
     if not (boxes.isfinite().all() and (boxes[:, 2:] > boxes[:, :2]).all()):
         raise ValueError(f"proposals of {name} are empty or not finite: they are left, top, right, bottom")
-
-
-def grid_proposals(width: int, height: int) -> torch.Tensor:
-    """Windows of five sizes and three shapes all over an image, for when no better regions are at hand.
-
-    Selective search, which the paper's number is with, finds objects with fewer.
-
-    Returns:
-        (n, 4) float32: left, top, right, bottom in pixels.
-    """
-    boxes = []
-    for part in (0.2, 0.35, 0.5, 0.7, 1.0):
-        for shape in (0.5, 1.0, 2.0):
-            w = min(width, part * min(width, height) * shape**0.5)
-            h = min(height, part * min(width, height) / shape**0.5)
-            lefts = torch.linspace(0, width - w, max(1, math.ceil(4 * (width - w) / w) + 1))
-            tops = torch.linspace(0, height - h, max(1, math.ceil(4 * (height - h) / h) + 1))
-            corners = torch.cartesian_prod(lefts, tops)
-            boxes.append(torch.cat([corners, corners + torch.tensor([w, h])], 1))
-    return torch.cat(boxes)
 
 
 @functools.lru_cache(maxsize=2)

@@ -8,8 +8,8 @@ change what they compute.
 """
 
 import copy
-from collections.abc import Collection, Iterator
-from typing import Any
+from collections.abc import Callable, Collection
+from typing import Any, TypeVar
 
 import torch
 from timm.layers import BatchNormAct2d, ConvNormAct
@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 Layer = nn.Conv2d | nn.Linear
+Found = TypeVar("Found")
 SLIGHT = 1e-8  # what is smaller beside a layer's activations never speaks
 
 
@@ -111,19 +112,10 @@ def centre(model: nn.Module, images: torch.Tensor, fresh: Collection[nn.Module] 
         images: (N, C, H, W), as the network takes them.
         fresh: the layers; None for all.
     """
-    with torch.no_grad():
-        for layer in _chain(model, images):
-            if layer.bias is None or (fresh is not None and layer not in fresh):
-                continue
-            means: list[torch.Tensor] = []
-            handle = layer.register_forward_hook(
-                lambda _, __, output, means=means: means.append(_by_channel(output).mean(1))
-            )
-            try:
-                model(images)
-            finally:
-                handle.remove()
-            layer.bias.sub_(means[0])
+    for layer in _chain(model, images):
+        if layer.bias is not None and (fresh is None or layer in fresh):
+            means = dict(_run(model, images, lambda output: output.mean(1)))
+            layer.bias.detach().sub_(means[layer])
 
 
 def channel_magnitudes(model: nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
@@ -132,20 +124,7 @@ def channel_magnitudes(model: nn.Module, images: torch.Tensor) -> list[torch.Ten
     Returns:
         For each convolution or linear layer (C_out,).
     """
-    magnitudes = []
-    handles = [
-        layer.register_forward_hook(
-            lambda _, __, output: magnitudes.append(_by_channel(output).square().mean(1).sqrt())
-        )
-        for layer in _layers(model)
-    ]
-    try:
-        with torch.no_grad():
-            model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return magnitudes
+    return [found for _, found in _run(model, images, lambda output: output.square().mean(1).sqrt())]
 
 
 def relative_gradients(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
@@ -154,8 +133,7 @@ def relative_gradients(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     The loss is the outputs times random numbers, other ones for each image (as in section 3.2 of Kraehenbuehl et al.),
     drawn from a fixed seed.
     """
-    with torch.no_grad():
-        layers = _chain(model, images)
+    layers = _chain(model, images)
     generator = torch.Generator().manual_seed(0)
     squares = torch.zeros(len(layers), device=images.device)
     weights = [layer.weight for layer in layers]
@@ -203,13 +181,7 @@ def _chain(model: nn.Module, images: torch.Tensor) -> list[Layer]:
     Raises:
         ValueError: one runs twice, is grouped, or does not take as many channels as the one before gives.
     """
-    order: list[Layer] = []
-    handles = [layer.register_forward_hook(lambda module, _, __: order.append(module)) for layer in _layers(model)]
-    try:
-        model(images[:1])
-    finally:
-        for handle in handles:
-            handle.remove()
+    order = [layer for layer, _ in _run(model, images[:1], len)]
     for position, layer in enumerate(order):
         gives = order[position - 1].weight.shape[0] if position else layer.weight.shape[1]
         grouped = isinstance(layer, nn.Conv2d) and layer.groups > 1
@@ -218,8 +190,22 @@ def _chain(model: nn.Module, images: torch.Tensor) -> list[Layer]:
     return order
 
 
-def _layers(model: nn.Module) -> Iterator[Layer]:
-    return (module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear)))
+@torch.no_grad()
+def _run(model: nn.Module, images: torch.Tensor, of: Callable[[torch.Tensor], Found]) -> list[tuple[Layer, Found]]:
+    """Each layer in the order they run, and what ``of`` makes of its output by channel: (C, N * positions)."""
+    found: list[tuple[Layer, Found]] = []
+
+    def note(layer: Any, _: Any, output: torch.Tensor) -> None:
+        found.append((layer, of(output.transpose(0, 1).flatten(1))))
+
+    layers = [module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    handles = [layer.register_forward_hook(note) for layer in layers]
+    try:
+        model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
 
 
 def _folded(layer: nn.Module, norm: nn.Module) -> tuple[nn.Module, nn.Module]:
@@ -236,10 +222,6 @@ def _fused(layer: Layer, norm: Any) -> Layer:
     fused: Any = fuse_conv_bn_eval(layer, norm) if isinstance(layer, nn.Conv2d) else fuse_linear_bn_eval(layer, norm)
     fused.bias.requires_grad_(fused.weight.requires_grad)
     return fused
-
-
-def _by_channel(output: torch.Tensor) -> torch.Tensor:
-    return output.transpose(0, 1).flatten(1)
 
 
 def _check_same_but_for_scale(before: torch.Tensor, after: torch.Tensor) -> None:

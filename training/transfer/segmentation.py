@@ -4,15 +4,9 @@
 
 A fully convolutional network (Long, Shelhamer, Darrell 2015, https://arxiv.org/abs/1411.4038): AlexNet's fc6 and fc7 as
 convolutions, with scores for every class at stride 32, which are upsampled to the image. Other networks, and AlexNet
-with --fc-size 0, compute the scores from the last feature layer. MODEL is any timm model whose batch norm can be
-folded, with its published weights, --random weights, or those of a file (--weights FILE); models that are not a chain
-of layers, such as ResNets, need --no-rescale. Batch norm is folded and the layers are rescaled, then all layers are
-trained on whole images. Pixels labelled 255 are ignored. The paper does not name its splits: --budget paper uses
-VOC2012's train and val, --budget cpu VOC2007's trainval and test.
-
-Settings are the recipes voc-segmentation-paper and voc-segmentation-cpu in training/transfer/recipes.py. Results are
-written to --output: rows.jsonl, report.md, report.json and report.png, classes.json with the numbers of every class,
-and the trained network as network.safetensors.
+with --fc-size 0, compute the scores from the last feature layer. All layers are trained on whole images. Pixels
+labelled 255 are ignored. The recipes are voc-segmentation-paper and voc-segmentation-cpu. The paper does not name its
+splits: --budget paper uses VOC2012's train and val, --budget cpu VOC2007's trainval and test.
 """
 
 import argparse
@@ -31,19 +25,9 @@ from torch.nn import functional as F
 from rotation_ssl.backbones.alexnet import POOL_SIZE, RotNetAlexNet
 from rotation_ssl.images import normalize
 from rotation_ssl.progress import progress
-from training.command import create_parser
 from training.reporting.report import run_measuring
+from training.transfer import command, data
 from training.transfer.checking import check_images, check_masks
-from training.transfer.command import (
-    IOU,
-    add_arguments,
-    add_pictures_argument,
-    classes_shown,
-    keep_numbers,
-    prepare_transfer,
-    recipe_of,
-)
-from training.transfer.data import MaskedImage, check_large_enough, open_mask, open_pixels, pixels_tensor, read_masks
 from training.transfer.metrics import IGNORED, confusion_matrix, intersections_over_unions
 from training.transfer.network import DEFAULT_RUN, Backbone, InOrder, Run, autocast_of, batches, train_network
 from training.transfer.pictures import draw_segmentation, draw_sheet
@@ -60,9 +44,6 @@ class Fcn(nn.Module):
         network: of :func:`training.transfer.network.transfer_network`, which is taken over.
         classes: K, without the background.
         dropout: after fc6 and fc7.
-
-    Raises:
-        ValueError: a network that timm cannot cut at its last feature layer.
     """
 
     def __init__(self, network: nn.Module, classes: int, dropout: float) -> None:
@@ -114,14 +95,10 @@ def pixel_loss(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
 def train_segmenter(
     recipe: VocSegmentation,
     network: Fcn,
-    images: Sequence[MaskedImage],
+    images: Sequence[data.MaskedImage],
     run: Run = DEFAULT_RUN,
 ) -> None:
-    """Train a network on images and masks, in place.
-
-    Raises:
-        ValueError: a mask with a class that there is not, or a loss that is not finite.
-    """
+    """Train a network on images and masks, in place."""
     load = functools.partial(_training_sample, network.score.out_channels - 1, recipe.longest)
 
     def loss_of(batch: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
@@ -154,14 +131,11 @@ def together(
 
 
 def segment(
-    recipe: VocSegmentation, network: Fcn, images: Sequence[MaskedImage], run: Run = DEFAULT_RUN
+    recipe: VocSegmentation, network: Fcn, images: Sequence[data.MaskedImage], run: Run = DEFAULT_RUN
 ) -> torch.Tensor:
     """Pixels of all images by true (rows) and predicted class: (K + 1, K + 1) int64.
 
     Images are scaled down as in training; every pixel of the mask as it is stored is judged.
-
-    Raises:
-        ValueError: a mask with a class that there is not; the error names it.
     """
     network.eval()
     classes = network.score.out_channels
@@ -183,7 +157,7 @@ def predict(network: Fcn, pixels: torch.Tensor, size: Sequence[int]) -> torch.Te
 
 
 def draw_pictures(
-    recipe: VocSegmentation, network: Fcn, images: Sequence[MaskedImage], output: Path, device: str = "cpu"
+    recipe: VocSegmentation, network: Fcn, images: Sequence[data.MaskedImage], output: Path, device: str = "cpu"
 ) -> None:
     """Write the predicted classes of images over them, into ``output``/pictures, and all of them on pictures.jpg."""
     classes = network.score.out_channels - 1
@@ -200,8 +174,8 @@ def draw_pictures(
 def measure_segmentation(
     recipe: VocSegmentation,
     network: nn.Module,
-    train: Sequence[MaskedImage],
-    test: Sequence[MaskedImage],
+    train: Sequence[data.MaskedImage],
+    test: Sequence[data.MaskedImage],
     classes: int,
     run: Run = DEFAULT_RUN,
 ) -> tuple[Fcn, list[float]]:
@@ -209,17 +183,13 @@ def measure_segmentation(
 
     Returns:
         The network, and the intersection over union of the background and K classes, nan for those that are not there.
-
-    Raises:
-        ValueError: an image too small for the network, an image or mask that does not decode or a mask with a class
-            that there is not, or as :func:`train_segmenter`.
     """
     torch.manual_seed(run.seed)
     fcn = Fcn(network, classes, recipe.dropout).to(run.device)
     for image in (*train, *test):
         width, height = scaled_size(image.width, image.height, recipe.longest)
         scaled = " as it is scaled" if (width, height) != (image.width, image.height) else ""
-        check_large_enough(image.file, width, height, fcn.stride, scaled)
+        data.check_large_enough(image.file, width, height, fcn.stride, scaled)
     check_images([image.file for image in (*train, *test)], run.workers)
     check_masks([image.mask for image in (*train, *test)], classes, run.workers)
     train_segmenter(recipe, fcn, train, run)
@@ -242,7 +212,7 @@ def scaled_size(width: int, height: int, longest: int | None) -> tuple[int, int]
 
 
 def _training_sample(
-    classes: int, longest: int | None, image: MaskedImage, rng: random.Random
+    classes: int, longest: int | None, image: data.MaskedImage, rng: random.Random
 ) -> tuple[torch.Tensor, torch.Tensor]:
     pixels, mask = _test_sample(classes, longest, image)
     if mask.shape != pixels.shape[1:]:
@@ -251,36 +221,35 @@ def _training_sample(
     return (pixels.flip(-1), mask.flip(-1)) if rng.random() < 0.5 else (pixels, mask)
 
 
-def _test_sample(classes: int, longest: int | None, image: MaskedImage) -> tuple[torch.Tensor, torch.Tensor]:
-    pixels = open_pixels(image.file)
+def _test_sample(classes: int, longest: int | None, image: data.MaskedImage) -> tuple[torch.Tensor, torch.Tensor]:
+    pixels = data.open_pixels(image.file)
     size = scaled_size(image.width, image.height, longest)
     if size != pixels.size:
         pixels = pixels.resize(size, Image.Resampling.BICUBIC)
-    return pixels_tensor(pixels), open_mask(image.mask, classes)
+    return data.pixels_tensor(pixels), data.open_mask(image.mask, classes)
 
 
 def measure(args: argparse.Namespace) -> Path:
     """Train and measure what the options ask for; returns the file of the rows."""
-    recipe = recipe_of(SEGMENTATIONS[args.budget], args)
-    transfer = prepare_transfer(
-        args, recipe, "segmentation", lambda split: read_masks(args.data, recipe.splits.year, split)
+    recipe = command.recipe_of(SEGMENTATIONS[args.budget], args)
+    transfer = command.prepare_transfer(
+        args, recipe, "segmentation", lambda split: data.read_masks(args.data, recipe.splits.year, split)
     )
     network, values = measure_segmentation(
         recipe, transfer.network, transfer.train, transfer.test, len(args.classes), transfer.run
     )
     draw_pictures(recipe, network, transfer.test[: args.pictures], transfer.output, args.device)
-    by_class = {IOU: values}
+    by_class = {command.IOU: values}
     scaled = f", longer side {recipe.longest} pixels" if recipe.longest else ""
-    settings = f"FCN, {classes_shown(by_class)} with the background{scaled}"
-    return keep_numbers(transfer, args, by_class, settings, ("background", *args.classes))
+    settings = f"FCN, {command.classes_shown(by_class)} with the background{scaled}"
+    return command.keep_numbers(transfer, args, by_class, settings, ("background", *args.classes))
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's options."""
-    parser = create_parser("segment", __doc__)
-    add_arguments(parser)
+    parser = command.transfer_parser("segment", __doc__)
     parser.add_argument("--longest", type=int, metavar="PIXELS", help="longer side images are scaled to [the recipe's]")
-    add_pictures_argument(parser)
+    command.add_pictures_argument(parser)
     return parser
 
 

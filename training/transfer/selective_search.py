@@ -52,9 +52,6 @@ def selective_search(image: Image.Image, scale: int = SCALE, most: int = MOST, s
         scale: longer side in pixels that a larger image is scaled down to.
         most: regions to keep.
         seed: OpenCV ranks the regions by random numbers.
-
-    Raises:
-        ValueError: OpenCV is not installed.
     """
     segmentation = _opencv().ximgproc.segmentation
     factor = min(1.0, scale / max(image.size))
@@ -85,9 +82,6 @@ def search_images(
         scale: as of :func:`selective_search`.
         most: as of :func:`selective_search`.
         workers: processes that search.
-
-    Raises:
-        ValueError: the file is there already, an image does not decode, or parts are there of other images or settings.
     """
     if output.exists():
         raise ValueError(f"{output} exists already: remove it, or give another --output")
