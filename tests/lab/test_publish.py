@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import multiprocessing
 import re
 import shutil
 import statistics
@@ -315,6 +316,24 @@ def test_rows_round_trip_and_replace(tmp_path):
     write_rows(file, [row(), row(layer="block1", correct=1, n=2)])
     write_rows(file, [row(value=0.75)])
     assert read_rows(tmp_path) == [row(value=0.75), row(layer="block1", correct=1, n=2)]
+
+
+def _write_layers(file, name, count):
+    for i in range(count):
+        write_rows(file, [row(layer=f"{name}{i}")])
+
+
+def test_rows_of_two_processes_are_all_kept(tmp_path):
+    file, context = tmp_path / "results" / "a.jsonl", multiprocessing.get_context("spawn")
+    writers = [context.Process(target=_write_layers, args=(file, name, 25)) for name in ("block", "conv")]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert [writer.exitcode for writer in writers] == [0, 0]
+    # what keeps them apart is no row
+    wanted = {f"{name}{i}" for name in ("block", "conv") for i in range(25)}
+    assert {r.layer for r in read_rows(tmp_path / "results")} == wanted
 
 
 def test_rows_of_other_bytes_go_when_the_new_ones_come(tmp_path):

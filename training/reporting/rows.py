@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 from rotation_ssl.evaluation.protocols import find_protocol
 from rotation_ssl.files import replace_bytes
@@ -146,15 +147,17 @@ def write_rows(file: Path, new: list[Row]) -> None:
     more, and nothing may mix the two. A kill while writing leaves the file as it was.
     """
     bytes_of = {_made_of(row): row.sha256 for row in new if row.source == "measured"}
-    old = [
-        row
-        for row in (read_file(file) if file.exists() else [])
-        if row.source != "measured" or bytes_of.get(_made_of(row), row.sha256) == row.sha256
-    ]
-    rows = {row.key: row for row in (*old, *new)}
     file.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(dataclasses.asdict(row) | {"digest": row.digest}) + "\n" for row in rows.values()]
-    replace_bytes(file, "".join(lines).encode())
+    # two commands may measure at the same time: each adds to what the other wrote
+    with FileLock(f"{file}.lock"):
+        old = [
+            row
+            for row in (read_file(file) if file.exists() else [])
+            if row.source != "measured" or bytes_of.get(_made_of(row), row.sha256) == row.sha256
+        ]
+        rows = {row.key: row for row in (*old, *new)}
+        lines = [json.dumps(dataclasses.asdict(row) | {"digest": row.digest}) + "\n" for row in rows.values()]
+        replace_bytes(file, "".join(lines).encode())
 
 
 def _made_of(row: Row) -> tuple[str, int | None]:
