@@ -288,7 +288,10 @@ def main(arguments: list[str] | None = None) -> int:
         "--only", nargs="+", choices=VARIANTS, metavar="VARIANT", help=f"variants: {', '.join(VARIANTS)} [all]"
     )
     add_precision_argument(parser)
-    parser.add_argument("--device", default="cpu", help="device: cpu, cuda, cuda:1, mps [%(default)s]")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu",
+        help="device; CUDA_VISIBLE_DEVICES selects the GPU [%(default)s]",
+    )  # fmt: skip
     parser.add_argument("--check", action="store_true", help="with render: write nothing; fail if something differs")
     args = parser.parse_args(arguments)
     if args.action == "run" and args.check:

@@ -93,7 +93,10 @@ def main(arguments: list[str] | None = None) -> int:
         help=f"recipes: {', '.join(ABLATIONS)} [those of rotnet_nin]",
     )  # fmt: skip
     add_precision_argument(parser)
-    parser.add_argument("--device", default="cpu", help="device: cpu, cuda, cuda:1, mps [%(default)s]")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu",
+        help="device; CUDA_VISIBLE_DEVICES selects the GPU [%(default)s]",
+    )  # fmt: skip
     args = parser.parse_args(arguments)
     keep_large_blocks()
     return run(lambda: _work(args))
