@@ -68,7 +68,7 @@ def test_rows_come_as_they_are_measured():
     pairs = again._paired(rows, measured())
     assert next(pairs) == (rows[2], dataclasses.replace(rows[2], value=0.6))
     assert next(pairs)[0] == rows[0]
-    with pytest.raises(ValueError, match="seed 1 is not among what was measured again"):
+    with pytest.raises(ValueError, match="seed 1 on VOC2007 test is not among what was measured again"):
         next(pairs)
 
 

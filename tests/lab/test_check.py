@@ -110,7 +110,8 @@ def test_what_was_reported_in_bf16_is_found_again_in_fp32(results, small_cifar10
 def test_quick_measures_a_fifth_of_the_published_counts(results, small_cifar10, capsys):
     assert run(results, small_cifar10, "--quick") == 0
     out = capsys.readouterr().out
-    assert "5 numbers" in out and "rotation accuracy, 32 images" in out and "k-NN block3, 8 images" in out
+    assert "5 numbers" in out
+    assert "rotation accuracy on CIFAR-10 test, 32 images" in out and "k-NN block3 on CIFAR-10 test, 8 images" in out
     assert ".random" not in out and "linear" not in out
 
 
@@ -131,7 +132,7 @@ def test_a_number_that_does_not_hold_is_caught(results, small_cifar10, capsys):
     assert run(results, small_cifar10, "--only", "knn") == 1
     out = capsys.readouterr().out
     (broken,) = [line for line in out.splitlines() if line.startswith("BROKEN")]
-    assert f"{NAME} k-NN block1" in broken and f"{100 * true.value:.2f} %" in broken
+    assert f"{NAME} k-NN block1 on CIFAR-10 test" in broken and f"{100 * true.value:.2f} %" in broken
     assert "something is broken" in out
 
 
@@ -206,7 +207,7 @@ def test_rows_of_other_bytes_are_caught(results, small_cifar10, capsys):
     file = results / f"{NAME}.jsonl"
     write_rows(file, [dataclasses.replace(read_file(file)[0], sha256="0" * 64)])
     assert run(results, small_cifar10, "--quick") == 1
-    assert "BROKEN  rotnet_nin.cifar10 rotation accuracy is of other bytes" in capsys.readouterr().out
+    assert "BROKEN  rotnet_nin.cifar10 rotation accuracy on CIFAR-10 test is of other bytes" in capsys.readouterr().out
 
 
 def test_a_missing_row_is_caught(results, small_cifar10, capsys):
@@ -215,7 +216,7 @@ def test_a_missing_row_is_caught(results, small_cifar10, capsys):
     file.write_text("\n".join(lines) + "\n")
     assert run(results, small_cifar10, "--quick") == 1
     (broken,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("BROKEN")]
-    assert "linear probe, L-BFGS (cached) block3 has no row" in broken
+    assert "linear probe, L-BFGS (cached) block3 on CIFAR-10 test has no row" in broken
 
 
 def test_nothing_reported_is_not_nothing_broken(tmp_path, small_cifar10, capsys, monkeypatch):
@@ -244,7 +245,8 @@ def test_rows_of_unpublished_weights_are_refused(results, small_cifar10, capsys)
     write_rows(results / "mine.jsonl", [dataclasses.replace(row, weights="rotnet_nin@0123456789ab")])
     assert run(results, small_cifar10, "--only", "rotation") == 1
     captured = capsys.readouterr()
-    assert "rotnet_nin@0123456789ab rotation accuracy is of weights that have no entry in the manifest" in captured.out
+    number = "rotnet_nin@0123456789ab rotation accuracy on CIFAR-10 test"
+    assert f"{number} is of weights that have no entry in the manifest" in captured.out
     assert "nothing was measured" in captured.err
 
 
@@ -388,7 +390,7 @@ def test_complaints_by_hand():
     good = row(commit="0" * 40)
     assert complaints([good, row(source="paper", weights="a.b")], entries) == []
     (uncommitted,) = complaints([row(commit="0" * 40 + "-dirty")], entries)
-    assert "k-NN block1 was measured by code that is not committed" in uncommitted
+    assert "k-NN block1 on CIFAR-10 test was measured by code that is not committed" in uncommitted
     (new,) = complaints([], {"rotnet_nin.toy": {"sha256": "s", "source": "bundled"}})
     assert "rotnet_nin.toy is not in REQUIRED" in new
 
@@ -400,7 +402,7 @@ def test_missing_rows_by_hand():
         for layer in ("block1", "block2")
     ]
     missing = [r.number for r in missing_rows(rows, NAME)]
-    assert "rotnet_nin.cifar10 rotation accuracy" in missing and "rotnet_nin.random rotation accuracy" in missing
+    assert {f"{weights} rotation accuracy on CIFAR-10 test" for weights in (NAME, "rotnet_nin.random")} < set(missing)
     outliers = 4 * 2 * 2 + 1
     assert len(missing) == 2 * (1 + 2 + 4 + 3 * 4 + 3) + 2 + 2 * 5 + outliers
     assert not [number for number in missing if "k-NN block1" in number]
@@ -409,7 +411,7 @@ def test_missing_rows_by_hand():
     linear = {"weights": name, "protocol": "linear-sgd", "budget": "cpu", "seed": 0}
     rows = [row(layer="conv1", data=data, **linear) for data in ("CIFAR-10 test", "MiniPlaces val")]
     missing = [r.number for r in missing_rows(rows[:1], name)]
-    of_conv1 = f"{name} linear probe, max-pooled, SGD (cpu) conv1 seed 0"
+    of_conv1 = f"{name} linear probe, max-pooled, SGD (cpu) conv1 seed 0 on MiniPlaces val"
     layers, rotations, orientations, transfers = 2 * 2 * 5, 5, 2 * (1 + 4 + 9), 2 * (2 * 2 + 2 + 1)
     assert len(missing) == layers + rotations + orientations + transfers and of_conv1 in missing
     assert len(missing_rows(rows, name)) == len(missing) - 1

@@ -75,7 +75,7 @@ class Verdict:
 
     def __str__(self) -> str:
         return (
-            f"{'holds ' if self.holds else 'BROKEN'}  {self.number:58s} reported {self.reported:>9s}  "
+            f"{'holds ' if self.holds else 'BROKEN'}  {self.number:76s} reported {self.reported:>9s}  "
             f"measured {self.measured:>9s}  tolerance {self.tolerance}"
         )
 

@@ -81,7 +81,7 @@ class Row:
         """The number's name in one line, for tables and errors."""
         few = f"{counted(self.labels_per_class, 'label')} a class ({self.draw})" if self.labels_per_class else ""
         seed = "" if self.seed is None else f"seed {self.seed}"
-        parts = (self.weights, self.title, self.layer, few, seed)
+        parts = (self.weights, self.title, self.layer, few, seed, f"on {self.data}")
         return " ".join(part for part in parts if part)
 
     @property
