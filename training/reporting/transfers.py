@@ -99,8 +99,8 @@ def _found(rows: Sequence[Row], weights: str, column: Column, kind: str) -> list
 
 
 def _cell(own: Sequence[Row], column: Column, kind: str) -> str:
-    text = spread_text(_found(own, own[0].weights, column, kind))
-    return quoted_text(text) if own[0].source != "measured" else text
+    found = _found(own, own[0].weights, column, kind)
+    return spread_text(found) if own[0].source == "measured" else quoted_text(found)
 
 
 def _whose(own: Sequence[Row]) -> str:
