@@ -7,11 +7,11 @@
 
 `bundle` copies the weights, run.json and curve of a run into the package and writes their manifest entry and golden
 outputs. `figures` draws the figures from the result rows, the weights and the test images of CIFAR-10 (DIR). `render`
-rewrites the rendered parts of README.md, MODEL_CARD.md and docs/ and the manifest's metrics from the result rows; with
---check it writes nothing, and fails if something would change or a figure was drawn from other rows or weights.
---namespace uploads weights to the Hub as ORG/model.tag, with their card, golden outputs, recipe and curve; it downloads
-them again, compares and tags them, and writes the revision into the manifest, which you then commit. Run again, it
-uploads only what is missing. --dry-run lists what each repository would contain.
+rewrites the rendered parts of README.md, MODEL_CARD.md and docs/, the manifest's metrics, and page and figure of the
+study, from the result rows; with --check it writes nothing, and fails if something would change or a figure was drawn
+from other rows or weights. --namespace uploads weights to the Hub as ORG/model.tag, with their card, golden outputs,
+recipe and curve; it downloads them again, compares and tags them, and writes the revision into the manifest, which you
+then commit. Run again, it uploads only what is missing. --dry-run lists what each repository would contain.
 """
 
 import argparse
@@ -41,12 +41,13 @@ from training.reporting.pictures import draw_attention, draw_filters, draw_neigh
 from training.reporting.required import complaints, main_data
 from training.reporting.rows import Row, read_rows
 from training.reporting.tables import is_application, select
+from training.studies import nin_cifar10
 
 WEIGHTS_FIGURES = ("filters", "attention", "neighbours")
 
 
 def render(check: bool = False) -> list[Path]:
-    """Render card, parts of README and docs, and manifest metrics from the rows; returns the files that differ.
+    """Render card, parts of README and docs, the study and manifest metrics from the rows; returns what differs.
 
     Without ``check`` those files are rewritten; with it, figures that are stale differ too.
 
@@ -61,11 +62,12 @@ def render(check: bool = False) -> list[Path]:
     wanted = {zoo.WEIGHTS_DIR / "manifest.json": manifest_text(every)}
     wanted |= {page: render_page(page, rows, every) for page in pages()}
     different = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
+    of_study = nin_cifar10.render(check)
     if not check:
         for path in different:
             replace_bytes(path, wanted[path].encode())
-        return different
-    return different + stale_figures(rows, entries)
+        return different + of_study
+    return different + of_study + stale_figures(rows, entries)
 
 
 def draw_figures(data_dir: Path, download: bool = False) -> list[Path]:
