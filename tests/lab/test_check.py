@@ -17,10 +17,11 @@ from training.datasets import load_images
 from training.evaluation import finetune, subject
 from training.evaluation import layers as imagenet
 from training.evaluation import probes as evaluate
+from training.evaluation.labelled import open_labelled, read_into_memory
 from training.evaluation.subject import load_subject
 from training.protocols import PROTOCOLS
-from training.reporting import check
-from training.reporting.again import measure_again
+from training.reporting import again, check
+from training.reporting.again import Source, measure_source
 from training.reporting.required import NIN_ON_CIFAR10, REQUIRED, complaints, missing_rows
 from training.reporting.rows import RESULTS_DIR, Row, read_file, read_rows, write_rows
 
@@ -197,8 +198,7 @@ def test_a_linear_probe_is_measured_again_with_the_penalty_it_chose(reported, sm
     assert len(rows) == 4 and all(row.strength in LINEAR_STRENGTHS for row in rows)
     other = [dataclasses.replace(row, strength=7.0) for row in rows]
     monkeypatch.setattr("training.reporting.again.measure_rotation", None)
-    images = load_images("cifar10", small_module, 32)
-    again = list(measure_again(other, lambda size, test_only: images, lambda size: None))
+    again = list(measure_source(other, Source("cifar10", small_module)))
     assert {(new.layer, new.strength) for _, new in again} == {(row.layer, 7.0) for row in rows}
     assert all("L2 7, chosen of" in new.settings for _, new in again)
 
@@ -334,29 +334,37 @@ def test_expected_time_is_that_of_the_rows():
     rotation = row(protocol="rotation", layer="", n=40_000, correct=30_000, seconds=40.0)
     probes = [row(layer="block2", seconds=10.0), row(layer="block3", seconds=20.0)]
     rows = [rotation, *probes]
-    # a millisecond an image: the rows, and one pass over the training and the test images, or a fifth of these
-    assert check.expected_seconds(rows, rows, quick=False) == pytest.approx(70 + 60)
-    assert check.expected_seconds(rows, rows, quick=True) == pytest.approx(14 + 52)
-    # four views of the training images, and two more for maps of another size
-    probes = [row(layer="block2", protocol=p, budget="cached", seed=0) for p in ("nonlinear", "conv")]
-    assert check.expected_seconds(probes[:1], [*rows, *probes], quick=False) == pytest.approx(4 * 50 + 10)
-    assert check.expected_seconds(probes, [*rows, *probes], quick=False) == pytest.approx(4 * 50 + 10 + 2 * 50 + 10)
+    assert check.expected_seconds(rows, quick=False) == pytest.approx(70)
+    assert check.expected_seconds(rows, quick=True) == pytest.approx(14)
+    # a training that gives several average precisions took its time once
+    kinds = [f"voc-classification-{kind}" for kind in ("area", "11-point")]
+    transfers = [
+        row(0, seed, protocol=kind, budget="cpu", layer="all", seconds=600.0) for kind in kinds for seed in (0, 1)
+    ]
+    assert check.expected_seconds([*rows, *transfers], quick=False) == pytest.approx(70 + 2 * 600)
 
 
 def test_rows_of_all_layers_are_measured_again_in_one_pass(small_tinyimagenet, monkeypatch):
     shorten_probes(monkeypatch, PROTOCOLS, ["linear-sgd"], epochs=2, milestones=(1,), batch_size=10)
     short = PROTOCOLS["linear-sgd"].recipes["cpu"]
-    images = load_images("tinyimagenet", small_tinyimagenet, 64)
-    train, val = images.train, images.test
-    measured = load_subject("rotnet_alexnet", random=True)
+    train, val = (
+        read_into_memory(open_labelled("tinyimagenet", small_tinyimagenet, split, 64), 0) for split in ("train", "val")
+    )
+    opened = []
+    monkeypatch.setattr(again, "open_labelled", lambda *words: opened.append(words) or open_labelled(*words))
+    networks = [load_subject("rotnet_alexnet", random=True), load_subject("rotnet_alexnet.photos")]
     layers = ["conv2", "conv5"]
+    wanted = [(network, seed) for network in networks for seed in (0, 1)]
     rows = [
         row
-        for seed in (0, 1)
-        for row in imagenet.measure_layers(short, measured, layers, train, val, images.name, seed=seed)
+        for network, seed in wanted
+        for row in imagenet.measure_layers(short, network, layers, train, val, "Tiny-ImageNet val", seed=seed)
     ]
-    found = list(measure_again(rows, lambda size, test_only: images, lambda size: (train, val)))
-    assert [(old.layer, old.seed) for old, _ in found] == [(layer, seed) for seed in (0, 1) for layer in layers]
+    found = list(measure_source(rows, Source("tinyimagenet", small_tinyimagenet)))
+    assert [(old.weights, old.layer, old.seed) for old, _ in found] == [
+        (network.name, layer, seed) for network, seed in wanted for layer in layers
+    ]
+    assert [split for _, _, split, *_ in opened] == ["train", "val"], "decoded once for both networks"
     assert all((new.layer, new.seed, new.counts) == (old.layer, old.seed, old.counts) for old, new in found)
 
 

@@ -34,24 +34,14 @@ from tqdm import tqdm
 
 from rotation_ssl import zoo
 from rotation_ssl.evaluation.frozen import PARTS
-from rotation_ssl.evaluation.measure import images_to_run
 from rotation_ssl.machine import keep_large_blocks
 from rotation_ssl.messages import counted
 from rotation_ssl.zoo.golden import GOLDEN_TOLERANCE, golden_difference
 from training.command import create_parser, run
-from training.datasets import DATASETS
-from training.protocols import FROZEN
-from training.reporting.again import (
-    QUICK_PARTS,
-    TRANSFERS,
-    command_of,
-    measure_sources,
-    measurement_of,
-    transfer_training,
-)
+from training.reporting.again import QUICK_PARTS, How, measure_sources, one_of_each_training
 from training.reporting.options import add_data_arguments, add_only, no_cifar10, option_of, source_of
 from training.reporting.required import complaints
-from training.reporting.rows import RESULTS_DIR, Row, check_device, model_of, read_file, read_rows
+from training.reporting.rows import RESULTS_DIR, Row, check_device, read_file, read_rows
 
 QUICK_PROTOCOLS = ("rotation", "knn")
 FLIPS = 1e-3
@@ -135,25 +125,10 @@ def trained_tolerance(row: Row, rows: Sequence[Row]) -> float:
     return max(TRAINED_TOLERANCE, 3 * math.sqrt(2 * row.value * (1 - row.value) / row.n))
 
 
-def expected_seconds(rows: Sequence[Row], every: Sequence[Row], quick: bool) -> float:
-    """How long measuring the rows took on the machine that reported them, features by the rate of the same network's
-    rotation accuracy.
-    """
+def expected_seconds(rows: Sequence[Row], quick: bool) -> float:
+    """How long measuring the rows took on the machine that reported them, without passes to cache features."""
     part = len(QUICK_PARTS) / PARTS if quick else 1.0
-    seconds = 0.0
-    # a training of a transfer gives several rows
-    rows = list({(transfer_training(row) if command_of(row) in TRANSFERS else row.key): row for row in rows}.values())
-    counts = {dataset.name: dataset.counts for dataset in DATASETS.values()}
-    for weights, data in {(row.weights, row.data) for row in rows}:
-        own = [row for row in rows if (row.weights, row.data) == (weights, data)]
-        probed = [measurement_of(row) for row in own if row.protocol in FROZEN and row.protocol != "rotation"]
-        train, test = counts.get(data, (0, 0))
-        passes = [row for row in every if (model_of(row.weights), row.data) == (model_of(weights), data)]
-        rates = [row.seconds / row.n for row in passes if row.protocol == "rotation" and row.seconds and row.n]
-        rate = statistics.mean(rates) if rates else 0.0
-        seconds += rate * images_to_run(probed, train, round(part * test))
-        seconds += sum(row.seconds or 0.0 for row in own) * part
-    return seconds
+    return part * sum(row.seconds or 0.0 for row in one_of_each_training(rows))
 
 
 def _difference(row: Row, new: Row) -> str:
@@ -183,7 +158,7 @@ def check_numbers(every: Sequence[Row], args: argparse.Namespace) -> Iterator[Ve
     """Measure the rows that the options ask for again, where the data are there.
 
     Raises:
-        ValueError: no such rows, data that are not what they should be, or as :func:`measure_again`.
+        ValueError: no such rows, data that are not what they should be, or as :func:`measure_source`.
     """
     check_device(args.device)
     rows = chosen_rows(every, args)
@@ -191,9 +166,10 @@ def check_numbers(every: Sequence[Row], args: argparse.Namespace) -> Iterator[Ve
     given = [row for row in rows if sources[row.key]]
     if not given and any(option_of(row, args) == "data" for row in rows):
         raise ValueError(no_cifar10(args.data))
-    minutes = counted(round(expected_seconds(given, every, args.quick) / 60), "minute")
-    print(f"{counted(len(given), 'number')}; measuring took {minutes} where they were reported")
-    for row, new in measure_sources(given, sources, args.quick, args.device):
+    minutes = counted(round(expected_seconds(given, args.quick) / 60), "minute")
+    told = f"measuring took {minutes} where they were reported, without passes to cache features"
+    print(f"{counted(len(given), 'number')}; {told}")
+    for row, new in measure_sources(given, sources, How(args.quick, args.device)):
         yield judge(row, new, every)
     lacking = [(row.data, option_of(row, args)) for row in rows if not sources[row.key]]
     for data, option in dict.fromkeys(lacking):

@@ -19,7 +19,7 @@ from rotation_ssl import zoo
 from rotation_ssl.machine import keep_large_blocks
 from rotation_ssl.messages import counted
 from training.command import create_parser, run
-from training.reporting.again import measure_sources
+from training.reporting.again import How, measure_sources
 from training.reporting.options import add_data_arguments, add_only, option_of, source_of
 from training.reporting.report import keep_row
 from training.reporting.required import REQUIRED, missing_rows
@@ -51,7 +51,7 @@ def _work(args: argparse.Namespace) -> None:
     for row in wanted:
         if not sources[row.key]:
             raise ValueError(f"{args.weights} is measured on {row.data}: give --{option_of(row, args)} DIR")
-    for _, row in measure_sources(wanted, sources, device=args.device, checkpoints=args.output):
+    for _, row in measure_sources(wanted, sources, How(device=args.device, checkpoints=args.output)):
         keep_row(row, args.results / f"{row.weights}.jsonl")
     print("next: python -m training publish figures, then python -m training publish render")
 
