@@ -10,8 +10,8 @@ from timm.data import resolve_model_data_config
 from torch import nn
 from torch.nn import functional as F
 
+from rotation_ssl.evaluation.frozen import preparation
 from rotation_ssl.features import attention_map, extract_features, layer_modules
-from rotation_ssl.images import normalize
 from training.reporting.figures import DPI, save_figure
 
 POWERS = (1.0, 2.0, 4.0)  # of the attention maps of the first, second and third layer, as in the paper
@@ -117,16 +117,9 @@ def draw_neighbours(
 
 
 def _features(backbone: nn.Module, images: torch.Tensor, layers: list[str], maps: bool) -> dict[str, torch.Tensor]:
-    cfg = resolve_model_data_config(backbone)
-    size = cfg["input_size"][-1]
-
-    def prepare(batch: torch.Tensor) -> torch.Tensor:
-        normalized = normalize(batch, cfg["mean"], cfg["std"])
-        if batch.shape[-1] < size:
-            # smaller images than the network is for: it may not take them
-            normalized = F.interpolate(normalized, (size, size), mode="bicubic", antialias=True)
-        return normalized
-
+    # a network may not take smaller images than it is for
+    size = max(resolve_model_data_config(backbone)["input_size"][-1], images.shape[-1])
+    prepare = preparation(backbone, size)
     return extract_features(backbone, images, layers, pool=None if maps else "avg", prepare=prepare)
 
 
