@@ -179,7 +179,7 @@ def check_numbers(every: Sequence[Row], args: argparse.Namespace) -> Iterator[Ve
 
 def _work(args: argparse.Namespace) -> int:
     try:
-        every = [row for row in read_rows(args.results) if row.source == "measured"]
+        every = [row for row in read_rows(args.results) if row.measured]
         for file in args.results.glob("*/*.jsonl"):
             read_file(file)  # of the studies, which are not measured again here
     except (ValueError, OSError) as error:

@@ -160,9 +160,9 @@ def compute(bundled: Mapping[str, Any], rows: Sequence[Row]) -> str:
 def layer_table(rows: Sequence[Row]) -> str:
     """Probes of AlexNet's layers in one table a dataset: ours, and the paper's on ImageNet and Places205."""
     probes = [row for row in rows if row.protocol in ("linear-sgd", "nonlinear-sgd")]
-    probes = [row for row in probes if row.source == "measured" or row.source.startswith("paper")]
+    probes = [row for row in probes if row.measured or row.source.startswith("paper")]
     parts = []
-    for data in dict.fromkeys(row.data for row in sorted(probes, key=lambda row: row.source != "measured")):
+    for data in dict.fromkeys(row.data for row in sorted(probes, key=lambda row: not row.measured)):
         own = [row for row in probes if row.data == data]
         layers = {layer: layer for layer in sorted({row.layer for row in own})}
         header = ("protocol", "weights")
@@ -172,7 +172,7 @@ def layer_table(rows: Sequence[Row]) -> str:
 
 
 def _whose(row: Row) -> str:
-    if row.source == "measured":
+    if row.measured:
         return "random weights" if row.weights.endswith(".random") else f"`{row.weights}`"
     return f"_{tables.QUOTED[row.weights.partition('.')[2]]}, {row.source.rpartition(', ')[2]}_"
 

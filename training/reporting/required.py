@@ -133,7 +133,7 @@ def complaints(rows: Sequence[Row], entries: Mapping[str, Mapping[str, Any]]) ->
     """
     found = []
     for row in rows:
-        if row.source != "measured":
+        if not row.measured:
             continue
         if row.weights not in entries and not row.weights.endswith((".random", ".random-rescaled")):
             found.append(f"{row.number} is of weights that have no entry in the manifest: publish them first")

@@ -77,6 +77,11 @@ class Row:
         return self.weights, self.protocol, self.budget, self.layer, self.source, self.data, *few, self.seed
 
     @property
+    def measured(self) -> bool:
+        """Whether this project measured the number; others are quoted."""
+        return self.source == "measured"
+
+    @property
     def number(self) -> str:
         """The number's name in one line, for tables and errors."""
         few = f"{counted(self.labels_per_class, 'label')} a class ({self.draw})" if self.labels_per_class else ""
@@ -146,14 +151,14 @@ def write_rows(file: Path, new: list[Row]) -> None:
     Rows of weights, or of a recipe's runs, go when one of other weights of that name comes: what they were of is no
     more, and nothing may mix the two. A kill while writing leaves the file as it was.
     """
-    bytes_of = {_made_of(row): row.sha256 for row in new if row.source == "measured"}
+    bytes_of = {_made_of(row): row.sha256 for row in new if row.measured}
     file.parent.mkdir(parents=True, exist_ok=True)
     # two commands may measure at the same time: each adds to what the other wrote
     with FileLock(f"{file}.lock"):
         old = [
             row
             for row in (read_file(file) if file.exists() else [])
-            if row.source != "measured" or bytes_of.get(_made_of(row), row.sha256) == row.sha256
+            if not row.measured or bytes_of.get(_made_of(row), row.sha256) == row.sha256
         ]
         rows = {row.key: row for row in (*old, *new)}
         lines = [json.dumps(dataclasses.asdict(row) | {"digest": row.digest}) + "\n" for row in rows.values()]

@@ -52,7 +52,7 @@ def cell_table(
 
 def percent(row: Row) -> str:
     """A row's value. A quoted one is in italics, with a mark where no printed copy was at hand."""
-    if row.source == "measured":
+    if row.measured:
         return f"{100 * row.value:.2f} %"
     return f"{quoted_text([row])}{' (unchecked)' if 'unchecked' in row.source else ''}"
 
@@ -74,7 +74,7 @@ def quoted_text(rows: Sequence[Row]) -> str:
 
 def select(rows: Iterable[Row], weights: str, measured: bool = True) -> list[Row]:
     """The rows of some weights that this project measured, or those that it quotes."""
-    return [row for row in rows if row.weights == weights and (row.source == "measured") == measured]
+    return [row for row in rows if row.weights == weights and row.measured == measured]
 
 
 def is_transfer(row: Row) -> bool:
@@ -115,7 +115,7 @@ def weights_table(entries: Mapping[str, Mapping[str, Any]]) -> str:
 def results_tables(rows: Sequence[Row], bundled: Mapping[str, Mapping[str, Any]]) -> str:
     """A table for each dataset: our weights, random ones and the paper's, a column for each protocol."""
     rows = [row for row in rows if not is_application(row)]
-    own = [row for row in rows if row.source == "measured" and row.weights in bundled]
+    own = [row for row in rows if row.measured and row.weights in bundled]
     probed = dict.fromkeys(row.data for row in own if row.protocol != "rotation")
     tables = [
         f"On {data_in_words(data)}:\n\n{_results_table([row for row in rows if row.data == data], bundled, PROTOCOLS)}"
@@ -310,7 +310,7 @@ all eight views are resampled and masked to a circle. Features are computed in {
 
 
 def _probe_line(first: Row, label: str, cells: Mapping[str, Sequence[Row]]) -> tuple[str, ...]:
-    if first.source == "measured":
+    if first.measured:
         return first.title, label, *map(spread_text, cells.values())
     return f"_{first.title}_", label, *map(quoted_text, cells.values())
 
