@@ -3,13 +3,13 @@
     python -m training publish bundle runs/nin rotnet_nin.cifar10
     python -m training publish figures --data DIR
     python -m training publish render [--check]
-    python -m training publish --namespace ORG [--weights NAME|FOLDER ...] [--dry-run]
+    python -m training publish upload --namespace ORG [--weights NAME|FOLDER ...] [--dry-run]
 
 `bundle` copies the weights, run.json and curve of a run into the package and writes their manifest entry and golden
 outputs. `figures` draws the figures from the result rows, the weights and the test images of CIFAR-10 (DIR). `render`
 rewrites the rendered parts of README.md, MODEL_CARD.md and docs/, the manifest's metrics, and page and figure of the
 study, from the result rows; with --check it writes nothing, and fails if something would change or a figure was drawn
-from other rows or weights. --namespace uploads weights to the Hub as ORG/model.tag, with their card, golden outputs,
+from other rows or weights. `upload` uploads weights to the Hub as ORG/model.tag, with their card, golden outputs,
 recipe and curve; it downloads them again, compares and tags them, and writes the revision into the manifest, which you
 then commit. Run again, it uploads only what is missing. --dry-run lists what each repository would contain.
 """
@@ -168,61 +168,67 @@ def _print_uploads(uploads: list[Upload], namespace: str, version: str) -> None:
             print(f"  {path:24s} {len(content):>12,} bytes  sha256 {hashlib.sha256(content).hexdigest()}")
 
 
-def _work(args: argparse.Namespace) -> int:
-    if args.namespace:
-        uploads = [
-            upload_of_folder(Path(name), args.license, args.trained_on, args.layer)
-            if Path(name).is_dir()
-            else upload_of(name)
-            for name in args.weights or zoo.bundled()
-        ]
-        if args.dry_run:
-            _print_uploads(uploads, args.namespace, args.version)
-            return 0
-        for name, revision in publish_to_hub(uploads, args.namespace, args.version):
-            print(f"{args.namespace}/{name}@{revision} is verified, {args.version}, and in the manifest: commit it")
-        return 0
-    if args.command == "bundle":
-        bundle(args.run, args.name)
-        print(f"bundled {args.name}; commit, then python -m training measure {args.name}")
-        return 0
-    check = args.command == "render" and args.check
-    changed = render(check) if args.command == "render" else draw_figures(args.data, args.download)
+def _upload(args: argparse.Namespace) -> None:
+    uploads = [
+        upload_of_folder(Path(name), args.license, args.trained_on, args.layer)
+        if Path(name).is_dir()
+        else upload_of(name)
+        for name in args.weights or zoo.bundled()
+    ]
+    if args.dry_run:
+        _print_uploads(uploads, args.namespace, args.version)
+        return
+    for name, revision in publish_to_hub(uploads, args.namespace, args.version):
+        print(f"{args.namespace}/{name}@{revision} is verified, {args.version}, and in the manifest: commit it")
+
+
+def _bundle(args: argparse.Namespace) -> None:
+    bundle(args.run, args.name)
+    print(f"bundled {args.name}; commit, then python -m training measure {args.name}")
+
+
+def _draw(args: argparse.Namespace) -> None:
+    for path in draw_figures(args.data, args.download):
+        print(f"wrote {path.relative_to(ROOT)}")
+
+
+def _render(args: argparse.Namespace) -> int:
+    changed = render(args.check)
     for path in changed:
-        print(f"{'differs' if check else 'wrote'} {path.relative_to(ROOT)}")
-    return 1 if check and changed else 0
+        print(f"{'differs' if args.check else 'wrote'} {path.relative_to(ROOT)}")
+    return 1 if args.check and changed else 0
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's options."""
     parser = create_parser("publish", __doc__)
-    parser.add_argument("--namespace", metavar="ORG", help="publish on the Hub under this user or organisation")
-    parser.add_argument(
-        "--weights", nargs="+", metavar="NAME|FOLDER", help="weights, or folders of rotation-ssl convert [all bundled]"
-    )
-    parser.add_argument("--version", default=current_version(), help="tag of this upload on the Hub [%(default)s]")
-    parser.add_argument("--dry-run", action="store_true", help="list what would be uploaded, and upload nothing")
-    parser.add_argument("--license", default="", help="licence of a folder's weights, as the Hub names it")
-    parser.add_argument("--trained-on", default="", help="data that a folder's weights were trained on")
-    parser.add_argument("--layer", default="", help="recommended layer of a folder's weights")
-    commands = parser.add_subparsers(dest="command", metavar="{bundle,figures,render}")
+    commands = parser.add_subparsers(required=True, metavar="{bundle,figures,render,upload}")
     bundling = commands.add_parser("bundle", help="copy a finished run into the package and the manifest")
     bundling.add_argument("run", type=Path, metavar="RUN", help="output folder of `python -m training pretrain`")
     bundling.add_argument("name", metavar="MODEL.TAG", help="the name the weights are published under")
+    bundling.set_defaults(work=_bundle)
     drawing = commands.add_parser("figures", help="draw the figures")
     drawing.add_argument("--data", type=Path, default=Path("data/cifar10"), help="folder of CIFAR-10 [%(default)s]")
     drawing.add_argument("--download", action="store_true", help="let torchvision download CIFAR-10 into --data")
+    drawing.set_defaults(work=_draw)
     rendering = commands.add_parser("render", help="render the pages and the metrics from the result rows")
     rendering.add_argument("--check", action="store_true", help="write nothing; fail if something would change")
+    rendering.set_defaults(work=_render)
+    uploading = commands.add_parser("upload", help="upload weights to the Hugging Face Hub")
+    uploading.add_argument("--namespace", required=True, metavar="ORG", help="user or organisation on the Hub")
+    uploading.add_argument(
+        "--weights", nargs="+", metavar="NAME|FOLDER", help="weights, or folders of rotation-ssl convert [all bundled]"
+    )
+    uploading.add_argument("--version", default=current_version(), help="tag of this upload on the Hub [%(default)s]")
+    uploading.add_argument("--dry-run", action="store_true", help="list what would be uploaded, and upload nothing")
+    uploading.add_argument("--license", default="", help="licence of a folder's weights, as the Hub names it")
+    uploading.add_argument("--trained-on", default="", help="data that a folder's weights were trained on")
+    uploading.add_argument("--layer", default="", help="recommended layer of a folder's weights")
+    uploading.set_defaults(work=_upload)
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    parser = build_parser()
-    args = parser.parse_args(arguments)
-    if (args.command is None) == (args.namespace is None):
-        parser.error("give one of the commands, or --namespace")
-    if args.command and (args.dry_run or args.weights or args.license or args.trained_on or args.layer):
-        parser.error(f"{args.command} takes no --weights, --dry-run, --license, --trained-on or --layer")
-    return run(lambda: _work(args))
+    args = build_parser().parse_args(arguments)
+    return run(lambda: args.work(args))
