@@ -138,11 +138,7 @@ def _difference(row: Row, new: Row) -> str:
 
 
 def chosen_rows(every: Sequence[Row], args: argparse.Namespace) -> list[Row]:
-    """The rows that the options ask for.
-
-    Raises:
-        ValueError: there are none, or none of one of the weights.
-    """
+    """The rows that the options ask for."""
     if unknown := sorted(set(args.weights or ()) - {row.weights for row in every}):
         raise ValueError(f"no reported number is asked for by --weights {' '.join(unknown)}: no row is of them")
     rows = [row for row in every if args.only is None or row.protocol in args.only]
@@ -155,11 +151,7 @@ def chosen_rows(every: Sequence[Row], args: argparse.Namespace) -> list[Row]:
 
 
 def check_numbers(every: Sequence[Row], args: argparse.Namespace) -> Iterator[Verdict]:
-    """Measure the rows that the options ask for again, where the data are there.
-
-    Raises:
-        ValueError: no such rows, data that are not what they should be, or as :func:`measure_source`.
-    """
+    """Measure the rows that the options ask for again, where the data are there."""
     check_device(args.device)
     rows = chosen_rows(every, args)
     sources = {row.key: source_of(row, args) for row in rows}

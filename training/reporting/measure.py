@@ -27,11 +27,7 @@ from training.reporting.rows import RESULTS_DIR, Row, check_device, read_rows, r
 
 
 def missing(weights: str, results: Path) -> list[Row]:
-    """The numbers that published weights, and random ones of their network, have no row of, or one of other bytes.
-
-    Raises:
-        ValueError: weights that are not bundled, or whose numbers are not reported.
-    """
+    """The numbers that published weights, and random ones of their network, have no row of, or one of other bytes."""
     if weights not in zoo.bundled() or weights not in REQUIRED:
         raise ValueError(f"{weights} is not among the weights whose numbers are reported: {', '.join(REQUIRED)}")
     sha256 = zoo.bundled()[weights]["sha256"]

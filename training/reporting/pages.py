@@ -34,11 +34,7 @@ def pages() -> list[Path]:
 
 
 def render_page(page: Path, rows: Sequence[Row], entries: Mapping[str, Any]) -> str:
-    """The text of a page with its parts rendered again.
-
-    Raises:
-        ValueError: a part that this program does not know.
-    """
+    """The text of a page with its parts rendered again."""
     # figures are found from where the page stands
     figures = "figures" if page.parent.name == "docs" else FIGURES
     bundled = {name: entry for name, entry in entries.items() if entry["source"] == "bundled"}
@@ -73,11 +69,7 @@ def render_page(page: Path, rows: Sequence[Row], entries: Mapping[str, Any]) -> 
 
 
 def replace_parts(text: str, parts: Mapping[str, Callable[[], str]], page: str) -> str:
-    """A page's text with each part between ``<!-- rendered: NAME -->`` and ``<!-- end -->`` rendered again.
-
-    Raises:
-        ValueError: a part that is not among ``parts``.
-    """
+    """A page's text with each part between ``<!-- rendered: NAME -->`` and ``<!-- end -->`` rendered again."""
 
     def replace(match: re.Match[str]) -> str:
         if match[1] not in parts:

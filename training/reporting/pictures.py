@@ -27,9 +27,6 @@ def draw_filters(backbone: nn.Module, file: Path, stamp: str) -> None:
         backbone: any network whose first convolution of three input channels is to be shown.
         file: the png to write.
         stamp: sha256 of the weights.
-
-    Raises:
-        ValueError: no convolution takes three channels.
     """
     first = next((m for m in backbone.modules() if isinstance(m, nn.Conv2d) and m.weight.shape[1] == 3), None)
     if first is None:
@@ -84,9 +81,6 @@ def nearest(
 
     Returns:
         Indices into the gallery (N, k) int64 and similarities (N, k) float32 in -1..1, the largest first.
-
-    Raises:
-        ValueError: an unknown layer, or a gallery of fewer than k other images.
     """
     known, asked = (
         F.normalize(_features(backbone, images, [layer], maps=False)[layer]) for images in (gallery, queries)
@@ -105,7 +99,7 @@ def draw_neighbours(
 ) -> None:
     """A row for each query: the image and its six nearest of the gallery, each under its cosine similarity.
 
-    Args, errors: as for :func:`nearest`; ``file`` is the png to write, ``stamp`` the sha256 of the weights.
+    Args: as for :func:`nearest`; ``file`` is the png to write, ``stamp`` the sha256 of the weights.
     """
     indices, similarities = nearest(backbone, layer, gallery, queries)
     lines = []

@@ -50,9 +50,6 @@ def render(check: bool = False) -> list[Path]:
     """Render card, parts of README and docs, the study and manifest metrics from the rows; returns what differs.
 
     Without ``check`` those files are rewritten; with it, figures that are stale differ too.
-
-    Raises:
-        ValueError: rows that cannot be read, are missing, or are of other bytes or weights than the manifest's.
     """
     every = read_manifest()
     entries = {name: entry for name, entry in every.items() if entry["source"] == "bundled"}
@@ -71,11 +68,7 @@ def render(check: bool = False) -> list[Path]:
 
 
 def draw_figures(data_dir: Path, download: bool = False) -> list[Path]:
-    """Draw the card's figures of every published weight: returns the files written.
-
-    Raises:
-        ValueError: as :func:`render`, or no CIFAR-10 in ``data_dir``.
-    """
+    """Draw the card's figures of every published weight: returns the files written."""
     rows = _reportable_rows(read_manifest())
     gallery = load_cifar10(data_dir, "test", download).images
     samples = sorted((zoo.WEIGHTS_DIR.parent / "samples" / "cifar10").glob("*.png"))
@@ -102,11 +95,7 @@ def draw_figures(data_dir: Path, download: bool = False) -> list[Path]:
 
 
 def _reportable_rows(every: dict[str, Any]) -> list[Row]:
-    """The rows, where they are all there and of the published bytes.
-
-    Raises:
-        ValueError: they are not.
-    """
+    """The rows; an error unless they are all there and of the published bytes."""
     rows = read_rows()
     found = complaints(rows, every)
     if found:
@@ -130,13 +119,7 @@ def stale_figures(rows: list[Row], entries: dict[str, Any]) -> list[Path]:
 
 
 def publish_to_hub(uploads: list[Upload], namespace: str, version: str) -> Iterator[tuple[str, str]]:
-    """Publish weights one after the other; yields each name with its revision, once the manifest has it.
-
-    Raises:
-        OSError: the Hub cannot be reached or refuses.
-        ValueError: it serves other bytes than were uploaded, the version is at another revision, or numbers of the
-            card are not all there or of other bytes.
-    """
+    """Publish weights one after the other; yields each name with its revision, once the manifest has it."""
     rows = _reportable_rows(read_manifest())
     for upload in uploads:
         hub = publish(upload, namespace, version, rows)

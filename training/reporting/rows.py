@@ -171,11 +171,7 @@ def _made_of(row: Row) -> tuple[str, int | None]:
 
 
 def require_committed(what: str) -> None:
-    """Refuse to measure by code that no commit has: a row of the card names the commit that made it.
-
-    Raises:
-        ValueError: ``what`` needs committed code, and what this is instead.
-    """
+    """Refuse to measure by code that no commit has: a row of the card names the commit that made it."""
     if len(current_commit()) != 40:
         raise ValueError(f"{what} needs committed code, this is {current_commit()}: commit, then measure")
 
@@ -198,11 +194,7 @@ def current_commit() -> str:
 
 
 def check_device(device: str) -> None:
-    """Refuse a device that is not there before any work is done.
-
-    Raises:
-        ValueError: no such device.
-    """
+    """Refuse a device that is not there before any work is done."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:

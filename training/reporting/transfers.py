@@ -24,7 +24,6 @@ def transfer_table(rows: Sequence[Row], kind: str = "11-point") -> str:
     """A line for each of the weights, a column for each transfer; the paper's are in italics, with its budget.
 
     Args:
-        rows: all rows.
         kind: of average precision, '11-point' or 'area'. The paper, which does not say which its own are, is shown
             beside '11-point' alone; the overlaps of segmentation too.
     """

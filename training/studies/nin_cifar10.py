@@ -71,7 +71,6 @@ def variant(
     """The base with some settings changed.
 
     Args:
-        name: of the variant.
         crops: the stages: part of the steps, and crop in pixels.
         budget: rotated images.
         changes: fields of the recipe.
@@ -149,9 +148,6 @@ def run_variant(recipe: Recipe, images: Images, output: Path, file: Path, device
     Args:
         recipe: the variant, with a holdout.
         images: the training images, and those held out as test images.
-        output: folder of the run.
-        file: of the rows.
-        device: where to work.
     """
     count = FEW_IMAGES if recipe.name.startswith("few-images") else len(images.train)
     everything = torch.cat([images.train.images[:count], images.test.images])
@@ -224,11 +220,7 @@ def draw(found: dict[str, dict[str, Row]], file: Path) -> None:
 
 
 def render(check: bool = False) -> list[Path]:
-    """Write the page's table and figure from the published rows; the files that changed, or would.
-
-    Raises:
-        ValueError: there are no rows of the base yet.
-    """
+    """Write the page's table and figure from the published rows; the files that changed, or would."""
     found = results(ROWS)
     if BASE.name not in found:
         raise ValueError(f"{ROWS} has no rows of the base: run the study first")

@@ -50,13 +50,8 @@ def run_ablation(
     Args:
         recipe: without a holdout.
         images: training images, and the test images to measure on.
-        output: folder of the run.
-        file: of the rows.
-        seeds: of the probe.
-        device: where to work.
 
     Raises:
-        ValueError: as :func:`training.pretrain.pretrain`.
         KeyboardInterrupt: pretraining was stopped; its checkpoint is kept.
     """
     weights = finished_run(recipe, images.train.images, output, device)
