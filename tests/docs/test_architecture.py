@@ -68,6 +68,7 @@ LAYERS = (
     {"training.transfer"},
     {"training.reporting"},
     {"training.studies"},
+    {"training.reporting.publish"},
     {"training.__main__"},
 )
 # imported when something is trained: it needs an extra

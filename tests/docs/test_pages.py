@@ -41,7 +41,10 @@ def test_a_missing_package_is_one_line(monkeypatch, capsys):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_options_are_those_of_the_command(command, capsys):
     told = ""
-    for words in ([], *([[name] for name in ("bundle", "figures", "render")] if command == "publish" else [])):
+    for words in (
+        [],
+        *([[name] for name in ("bundle", "figures", "render", "upload")] if command == "publish" else []),
+    ):
         with pytest.raises(SystemExit) as left:
             main([command, *words, "--help"])
         assert left.value.code == 0

@@ -6,7 +6,7 @@ import pytest
 from small_voc import write_small_voc
 
 from training.reporting import again
-from training.reporting.again import Source, transfer_again, transfer_arguments, transfer_training
+from training.reporting.again import Source, measure_source, transfer_arguments, transfer_training
 from training.reporting.check import judge
 from training.reporting.rows import Row, read_file
 from training.transfer import classification, detection
@@ -33,7 +33,7 @@ def test_a_training_gives_its_rows_again(source, tmp_path, monkeypatch):
     assert {(r.weights, r.budget) for r in rows} == {("rotnet_alexnet.random-rescaled", "cpu")} and len(rows) == 3
     parser = classification.build_parser
     monkeypatch.setattr(classification, "build_parser", lambda: without_workers(parser()))
-    pairs = list(transfer_again(rows[:2], source))
+    pairs = list(measure_source(rows[:2], source))
     assert [old for old, _ in pairs] == rows[:2] and all(old.value == new.value for old, new in pairs)
     assert all(judge(old, new, rows).holds for old, new in pairs)
     moved = dataclasses.replace(pairs[0][1], value=pairs[0][1].value + 0.021)
@@ -68,7 +68,7 @@ def test_rows_come_as_they_are_measured():
     pairs = again._paired(rows, measured())
     assert next(pairs) == (rows[2], dataclasses.replace(rows[2], value=0.6))
     assert next(pairs)[0] == rows[0]
-    with pytest.raises(ValueError, match="seed 1 is not among what was measured again"):
+    with pytest.raises(ValueError, match="seed 1 on VOC2007 test is not among what was measured again"):
         next(pairs)
 
 

@@ -17,10 +17,11 @@ from training.datasets import load_images
 from training.evaluation import finetune, subject
 from training.evaluation import layers as imagenet
 from training.evaluation import probes as evaluate
+from training.evaluation.labelled import open_labelled, read_into_memory
 from training.evaluation.subject import load_subject
 from training.protocols import PROTOCOLS
-from training.reporting import check
-from training.reporting.again import measure_again
+from training.reporting import again, check
+from training.reporting.again import Source, measure_source
 from training.reporting.required import NIN_ON_CIFAR10, REQUIRED, complaints, missing_rows
 from training.reporting.rows import RESULTS_DIR, Row, read_file, read_rows, write_rows
 
@@ -110,7 +111,8 @@ def test_what_was_reported_in_bf16_is_found_again_in_fp32(results, small_cifar10
 def test_quick_measures_a_fifth_of_the_published_counts(results, small_cifar10, capsys):
     assert run(results, small_cifar10, "--quick") == 0
     out = capsys.readouterr().out
-    assert "5 numbers" in out and "rotation accuracy, 32 images" in out and "k-NN block3, 8 images" in out
+    assert "5 numbers" in out
+    assert "rotation accuracy on CIFAR-10 test, 32 images" in out and "k-NN block3 on CIFAR-10 test, 8 images" in out
     assert ".random" not in out and "linear" not in out
 
 
@@ -131,7 +133,7 @@ def test_a_number_that_does_not_hold_is_caught(results, small_cifar10, capsys):
     assert run(results, small_cifar10, "--only", "knn") == 1
     out = capsys.readouterr().out
     (broken,) = [line for line in out.splitlines() if line.startswith("BROKEN")]
-    assert f"{NAME} k-NN block1" in broken and f"{100 * true.value:.2f} %" in broken
+    assert f"{NAME} k-NN block1 on CIFAR-10 test" in broken and f"{100 * true.value:.2f} %" in broken
     assert "something is broken" in out
 
 
@@ -196,8 +198,7 @@ def test_a_linear_probe_is_measured_again_with_the_penalty_it_chose(reported, sm
     assert len(rows) == 4 and all(row.strength in LINEAR_STRENGTHS for row in rows)
     other = [dataclasses.replace(row, strength=7.0) for row in rows]
     monkeypatch.setattr("training.reporting.again.measure_rotation", None)
-    images = load_images("cifar10", small_module, 32)
-    again = list(measure_again(other, lambda size, test_only: images, lambda size: None))
+    again = list(measure_source(other, Source("cifar10", small_module)))
     assert {(new.layer, new.strength) for _, new in again} == {(row.layer, 7.0) for row in rows}
     assert all("L2 7, chosen of" in new.settings for _, new in again)
 
@@ -206,7 +207,7 @@ def test_rows_of_other_bytes_are_caught(results, small_cifar10, capsys):
     file = results / f"{NAME}.jsonl"
     write_rows(file, [dataclasses.replace(read_file(file)[0], sha256="0" * 64)])
     assert run(results, small_cifar10, "--quick") == 1
-    assert "BROKEN  rotnet_nin.cifar10 rotation accuracy is of other bytes" in capsys.readouterr().out
+    assert "BROKEN  rotnet_nin.cifar10 rotation accuracy on CIFAR-10 test is of other bytes" in capsys.readouterr().out
 
 
 def test_a_missing_row_is_caught(results, small_cifar10, capsys):
@@ -215,7 +216,7 @@ def test_a_missing_row_is_caught(results, small_cifar10, capsys):
     file.write_text("\n".join(lines) + "\n")
     assert run(results, small_cifar10, "--quick") == 1
     (broken,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("BROKEN")]
-    assert "linear probe, L-BFGS (cached) block3 has no row" in broken
+    assert "linear probe, L-BFGS (cached) block3 on CIFAR-10 test has no row" in broken
 
 
 def test_nothing_reported_is_not_nothing_broken(tmp_path, small_cifar10, capsys, monkeypatch):
@@ -244,7 +245,8 @@ def test_rows_of_unpublished_weights_are_refused(results, small_cifar10, capsys)
     write_rows(results / "mine.jsonl", [dataclasses.replace(row, weights="rotnet_nin@0123456789ab")])
     assert run(results, small_cifar10, "--only", "rotation") == 1
     captured = capsys.readouterr()
-    assert "rotnet_nin@0123456789ab rotation accuracy is of weights that have no entry in the manifest" in captured.out
+    number = "rotnet_nin@0123456789ab rotation accuracy on CIFAR-10 test"
+    assert f"{number} is of weights that have no entry in the manifest" in captured.out
     assert "nothing was measured" in captured.err
 
 
@@ -332,29 +334,37 @@ def test_expected_time_is_that_of_the_rows():
     rotation = row(protocol="rotation", layer="", n=40_000, correct=30_000, seconds=40.0)
     probes = [row(layer="block2", seconds=10.0), row(layer="block3", seconds=20.0)]
     rows = [rotation, *probes]
-    # a millisecond an image: the rows, and one pass over the training and the test images, or a fifth of these
-    assert check.expected_seconds(rows, rows, quick=False) == pytest.approx(70 + 60)
-    assert check.expected_seconds(rows, rows, quick=True) == pytest.approx(14 + 52)
-    # four views of the training images, and two more for maps of another size
-    probes = [row(layer="block2", protocol=p, budget="cached", seed=0) for p in ("nonlinear", "conv")]
-    assert check.expected_seconds(probes[:1], [*rows, *probes], quick=False) == pytest.approx(4 * 50 + 10)
-    assert check.expected_seconds(probes, [*rows, *probes], quick=False) == pytest.approx(4 * 50 + 10 + 2 * 50 + 10)
+    assert check.expected_seconds(rows, quick=False) == pytest.approx(70)
+    assert check.expected_seconds(rows, quick=True) == pytest.approx(14)
+    # a training that gives several average precisions took its time once
+    kinds = [f"voc-classification-{kind}" for kind in ("area", "11-point")]
+    transfers = [
+        row(0, seed, protocol=kind, budget="cpu", layer="all", seconds=600.0) for kind in kinds for seed in (0, 1)
+    ]
+    assert check.expected_seconds([*rows, *transfers], quick=False) == pytest.approx(70 + 2 * 600)
 
 
 def test_rows_of_all_layers_are_measured_again_in_one_pass(small_tinyimagenet, monkeypatch):
     shorten_probes(monkeypatch, PROTOCOLS, ["linear-sgd"], epochs=2, milestones=(1,), batch_size=10)
     short = PROTOCOLS["linear-sgd"].recipes["cpu"]
-    images = load_images("tinyimagenet", small_tinyimagenet, 64)
-    train, val = images.train, images.test
-    measured = load_subject("rotnet_alexnet", random=True)
+    train, val = (
+        read_into_memory(open_labelled("tinyimagenet", small_tinyimagenet, split, 64), 0) for split in ("train", "val")
+    )
+    opened = []
+    monkeypatch.setattr(again, "open_labelled", lambda *words: opened.append(words) or open_labelled(*words))
+    networks = [load_subject("rotnet_alexnet", random=True), load_subject("rotnet_alexnet.photos")]
     layers = ["conv2", "conv5"]
+    wanted = [(network, seed) for network in networks for seed in (0, 1)]
     rows = [
         row
-        for seed in (0, 1)
-        for row in imagenet.measure_layers(short, measured, layers, train, val, images.name, seed=seed)
+        for network, seed in wanted
+        for row in imagenet.measure_layers(short, network, layers, train, val, "Tiny-ImageNet val", seed=seed)
     ]
-    found = list(measure_again(rows, lambda size, test_only: images, lambda size: (train, val)))
-    assert [(old.layer, old.seed) for old, _ in found] == [(layer, seed) for seed in (0, 1) for layer in layers]
+    found = list(measure_source(rows, Source("tinyimagenet", small_tinyimagenet)))
+    assert [(old.weights, old.layer, old.seed) for old, _ in found] == [
+        (network.name, layer, seed) for network, seed in wanted for layer in layers
+    ]
+    assert [split for _, _, split, *_ in opened] == ["train", "val"], "decoded once for both networks"
     assert all((new.layer, new.seed, new.counts) == (old.layer, old.seed, old.counts) for old, new in found)
 
 
@@ -388,7 +398,7 @@ def test_complaints_by_hand():
     good = row(commit="0" * 40)
     assert complaints([good, row(source="paper", weights="a.b")], entries) == []
     (uncommitted,) = complaints([row(commit="0" * 40 + "-dirty")], entries)
-    assert "k-NN block1 was measured by code that is not committed" in uncommitted
+    assert "k-NN block1 on CIFAR-10 test was measured by code that is not committed" in uncommitted
     (new,) = complaints([], {"rotnet_nin.toy": {"sha256": "s", "source": "bundled"}})
     assert "rotnet_nin.toy is not in REQUIRED" in new
 
@@ -400,7 +410,7 @@ def test_missing_rows_by_hand():
         for layer in ("block1", "block2")
     ]
     missing = [r.number for r in missing_rows(rows, NAME)]
-    assert "rotnet_nin.cifar10 rotation accuracy" in missing and "rotnet_nin.random rotation accuracy" in missing
+    assert {f"{weights} rotation accuracy on CIFAR-10 test" for weights in (NAME, "rotnet_nin.random")} < set(missing)
     outliers = 4 * 2 * 2 + 1
     assert len(missing) == 2 * (1 + 2 + 4 + 3 * 4 + 3) + 2 + 2 * 5 + outliers
     assert not [number for number in missing if "k-NN block1" in number]
@@ -409,7 +419,7 @@ def test_missing_rows_by_hand():
     linear = {"weights": name, "protocol": "linear-sgd", "budget": "cpu", "seed": 0}
     rows = [row(layer="conv1", data=data, **linear) for data in ("CIFAR-10 test", "MiniPlaces val")]
     missing = [r.number for r in missing_rows(rows[:1], name)]
-    of_conv1 = f"{name} linear probe, max-pooled, SGD (cpu) conv1 seed 0"
+    of_conv1 = f"{name} linear probe, max-pooled, SGD (cpu) conv1 seed 0 on MiniPlaces val"
     layers, rotations, orientations, transfers = 2 * 2 * 5, 5, 2 * (1 + 4 + 9), 2 * (2 * 2 + 2 + 1)
     assert len(missing) == layers + rotations + orientations + transfers and of_conv1 in missing
     assert len(missing_rows(rows, name)) == len(missing) - 1

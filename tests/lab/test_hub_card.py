@@ -30,7 +30,7 @@ pytestmark = [
 
 
 def publish_files(hub, repository, *arguments):
-    assert publish.main(["--namespace", "ORG", *map(str, arguments)]) == 0
+    assert publish.main(["upload", "--namespace", "ORG", *map(str, arguments)]) == 0
     return hub.repositories[repository]["commits"][hub.repositories[repository]["main"]]
 
 
@@ -145,7 +145,7 @@ def test_a_refused_card_is_an_error_before_anything_is_created(
     monkeypatch.setattr(card, "_card_data", lambda name, entry: metadata)
     if status == 400:
         hub.answer("POST", "validate-yaml", status)
-    assert publish.main(["--namespace", "ORG", "--weights", NAME]) == 2
+    assert publish.main(["upload", "--namespace", "ORG", "--weights", NAME]) == 2
     error = capsys.readouterr().err
     assert f"the Hub refuses the card of {REPOSITORY}" in error and message in error and error.count("\n") == 1
     assert not hub.repositories and not hub.uploads

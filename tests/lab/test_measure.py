@@ -42,10 +42,10 @@ def test_what_is_missing_is_measured_and_nothing_else(small, tmp_path, capsys):
     assert run(small, folder, "--list") == 0
     assert "7 numbers are missing" in capsys.readouterr().out and not numbers(folder)
     assert run(small, folder, "--only", "knn") == 0
-    assert len(numbers(folder)) == 5 and f"{NAME} k-NN block3" in numbers(folder)
+    assert len(numbers(folder)) == 5 and f"{NAME} k-NN block3 on CIFAR-10 test" in numbers(folder)
     before = {file: file.read_bytes() for file in folder.iterdir()}
     assert run(small, folder) == 0
-    assert len(numbers(folder)) == 7 and f"{NAME} rotation accuracy" in numbers(folder)
+    assert len(numbers(folder)) == 7 and f"{NAME} rotation accuracy on CIFAR-10 test" in numbers(folder)
     assert all(file.read_bytes().startswith(content) for file, content in before.items())
     capsys.readouterr()
     assert run(small, folder) == 0

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import multiprocessing
 import re
 import shutil
 import statistics
@@ -161,7 +162,8 @@ def test_an_alexnet_is_bundled_and_reported_on_its_own_data(copied, tmp_path):
     assert entry["size"] < 10_000_000, "convolutions and a head of 4: fit for a wheel"
     golden = load_file(copied / "weights" / f"{name}.golden.safetensors")
     assert golden["input"].shape[1:] == (3, 128, 128), "of the size that the weights are for"
-    with pytest.raises(ValueError, match=rf"{name} linear probe, .* conv1 seed 0 has no row: measure it"):
+    missing = rf"{name} linear probe, .* conv1 seed 0 on MiniPlaces val has no row: measure it"
+    with pytest.raises(ValueError, match=missing):
         publish.render()
     common = {"commit": "0" * 40, "sha256": entry["sha256"], "seconds": 60.0}
     common |= {"versions": {"torch": "2"}, "device": "d", "threads": 2}
@@ -253,10 +255,11 @@ def test_rows_of_other_bytes_are_refused(copied):
     file = copied / "results" / f"{NAME}.jsonl"
     first = read_file(file)[0]
     write_rows(file, [dataclasses.replace(first, sha256="0" * 64)])
-    with pytest.raises(ValueError, match=rf"{NAME} rotation accuracy is of other bytes \(sha256 000"):
+    with pytest.raises(ValueError, match=rf"{NAME} rotation accuracy on CIFAR-10 test is of other bytes \(sha256 000"):
         publish.render()
     write_rows(file, [first, dataclasses.replace(first, weights="rotnet_nin@0123456789ab")])
-    with pytest.raises(ValueError, match="rotnet_nin@0123456789ab rotation accuracy is of weights that have no entry"):
+    unknown = "rotnet_nin@0123456789ab rotation accuracy on CIFAR-10 test is of weights that have no entry"
+    with pytest.raises(ValueError, match=unknown):
         publish.render()
 
 
@@ -265,7 +268,7 @@ def test_a_missing_row_is_refused_and_nothing_is_written(copied):
     before = (copied / "MODEL_CARD.md").read_bytes()
     lines = [line for line in file.read_text().splitlines() if '"knn", "layer": "block3"' not in line]
     file.write_text("\n".join(lines) + "\n")
-    with pytest.raises(ValueError, match=f"{NAME} k-NN block3 has no row: measure it"):
+    with pytest.raises(ValueError, match=f"{NAME} k-NN block3 on CIFAR-10 test has no row: measure it"):
         publish.render()
     assert (copied / "MODEL_CARD.md").read_bytes() == before
 
@@ -293,8 +296,8 @@ def test_options_of_uploads_are_of_uploads_alone(copied, capsys, option):
     page.write_text(page.read_text().replace("92.24", "99.99"))
     before = page.read_text()
     with pytest.raises(SystemExit):
-        publish.main([*option, "render"])
-    assert "render takes no" in capsys.readouterr().err and page.read_text() == before
+        publish.main(["render", *option])
+    assert f"unrecognized arguments: {' '.join(option)}" in capsys.readouterr().err and page.read_text() == before
 
 
 def test_a_changed_row_changes_the_card(copied):
@@ -315,6 +318,24 @@ def test_rows_round_trip_and_replace(tmp_path):
     write_rows(file, [row(), row(layer="block1", correct=1, n=2)])
     write_rows(file, [row(value=0.75)])
     assert read_rows(tmp_path) == [row(value=0.75), row(layer="block1", correct=1, n=2)]
+
+
+def _write_layers(file, name, count):
+    for i in range(count):
+        write_rows(file, [row(layer=f"{name}{i}")])
+
+
+def test_rows_of_two_processes_are_all_kept(tmp_path):
+    file, context = tmp_path / "results" / "a.jsonl", multiprocessing.get_context("spawn")
+    writers = [context.Process(target=_write_layers, args=(file, name, 25)) for name in ("block", "conv")]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert [writer.exitcode for writer in writers] == [0, 0]
+    # what keeps them apart is no row
+    wanted = {f"{name}{i}" for name in ("block", "conv") for i in range(25)}
+    assert {r.layer for r in read_rows(tmp_path / "results")} == wanted
 
 
 def test_rows_of_other_bytes_go_when_the_new_ones_come(tmp_path):
@@ -363,14 +384,15 @@ def test_settings_say_whose_they_are_where_they_differ():
 def test_bad_rows_are_named(tmp_path):
     write_rows(tmp_path / "a.jsonl", [row()])
     write_rows(tmp_path / "b.jsonl", [row(value=0.6)])
-    with pytest.raises(ValueError, match=r"b\.jsonl has a row of a\.b k-NN that another file has too"):
+    with pytest.raises(ValueError, match=r"b\.jsonl has a row of a\.b k-NN on d that another file has too"):
         read_rows(tmp_path)
     (tmp_path / "b.jsonl").write_text((tmp_path / "a.jsonl").read_text() * 2)
-    with pytest.raises(ValueError, match=r"b\.jsonl, line 2 is a second row of a\.b k-NN"):
+    with pytest.raises(ValueError, match=r"b\.jsonl, line 2 is a second row of a\.b k-NN on d: remove one"):
         read_rows(tmp_path)
     edited = (tmp_path / "a.jsonl").read_text().replace('"value": 0.5', '"value": 0.6')
     (tmp_path / "b.jsonl").write_text(edited)
-    with pytest.raises(ValueError, match=r"b\.jsonl, line 1 \(a\.b k-NN\) does not match its digest: it was edited"):
+    told = r"b\.jsonl, line 1 \(a\.b k-NN on d\) does not match its digest: it was edited"
+    with pytest.raises(ValueError, match=told):
         read_rows(tmp_path)
     for content in ("{", '{"weights": 1}', "[]"):
         (tmp_path / "b.jsonl").write_text(content + "\n")
@@ -379,7 +401,7 @@ def test_bad_rows_are_named(tmp_path):
 
 
 def test_rows_contradict_nothing():
-    with pytest.raises(ValueError, match=r"a\.b k-NN says 0\.5, but 2 of 3 were right"):
+    with pytest.raises(ValueError, match=r"a\.b k-NN on d says 0\.5, but 2 of 3 were right"):
         row(correct=2, n=3)
     with pytest.raises(ValueError, match="counts 3 in its tenths and 1 in all"):
         row(correct=1, n=2, counts=(1, 2))

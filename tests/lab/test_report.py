@@ -53,5 +53,6 @@ def test_one_is_not_many(number, expected):
 
 def test_the_name_of_a_number_of_one_label():
     one = dataclasses.replace(ROW, labels_per_class=1, draw="first")
-    assert one.number == "rotnet_nin.cifar10 linear probe, L-BFGS (cached) block1 1 label a class (first)"
+    probe = "rotnet_nin.cifar10 linear probe, L-BFGS (cached) block1"
+    assert one.number == f"{probe} 1 label a class (first) on CIFAR-10 test"
     assert "2 labels a class" in dataclasses.replace(one, labels_per_class=2).number

@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 
 from rotation_ssl.pretraining.recipe import Stage
 from training.datasets import load_images
+from training.reporting import publish
 from training.reporting.rows import read_file
 from training.studies import nin_cifar10 as study
 from training.studies.nin_cifar10 import BASE, BUDGET, LONG_BUDGET, QUESTIONS, VARIANTS, pixels, run_variant, variant
@@ -52,23 +54,10 @@ def test_a_variant_is_measured_on_the_held_out_images(small_study, tmp_path):
     assert set(study.results(small_study)) == {"base", "seed-1"}
 
 
-@pytest.mark.parametrize(
-    ("arguments", "told"),
-    [
-        (["run", "--check"], "--check is of render"),
-        (["render", "--rows", "mine.jsonl"], "render takes the published rows"),
-    ],
-)
-def test_options_of_the_other_action_are_refused(capsys, arguments, told):
-    with pytest.raises(SystemExit):
-        study.main(arguments)
-    assert told in capsys.readouterr().err
-
-
 def test_a_part_of_cifar10_is_not_for_the_page(small_cifar10, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(study, "HOLDOUT", 10)
     monkeypatch.setattr(study, "require_committed", lambda what: None)
-    arguments = ["run", "--data", str(small_cifar10), "--output", str(tmp_path), "--only", "base"]
+    arguments = ["--data", str(small_cifar10), "--output", str(tmp_path), "--only", "base"]
     assert study.main(arguments) == 2
     assert "is of the whole of CIFAR-10, not of 40 images" in capsys.readouterr().err
     monkeypatch.setattr(study, "run_variant", None)
@@ -101,7 +90,21 @@ def test_the_committed_page_shows_the_committed_rows():
     assert study.render(check=True) == []
 
 
-def test_no_rows_no_page(tmp_path, monkeypatch, capsys):
+def test_publishing_renders_the_page_and_the_figure(copied, monkeypatch, capsys):
+    page, figure = copied / "nin_cifar10.md", copied / "study.png"
+    page.write_text(study.PAGE.read_text().replace("72.90 %", "1.00 %"))
+    shutil.copyfile(copied / "docs" / "figures" / "rotnet_nin.cifar10.filters.png", figure)
+    monkeypatch.setattr(study, "FIGURE", figure)
+    committed = study.PAGE.read_bytes()
+    monkeypatch.setattr(study, "PAGE", page)
+    monkeypatch.setattr(study, "draw", lambda found, file: figure.write_bytes(b"drawn"))
+    assert publish.main(["render", "--check"]) == 1
+    assert "differs nin_cifar10.md\ndiffers study.png" in capsys.readouterr().out
+    assert publish.main(["render"]) == 0
+    assert page.read_bytes() == committed and figure.read_bytes() == b"drawn"
+
+
+def test_no_rows_no_page(copied, monkeypatch, capsys):
     monkeypatch.setattr(study, "results", lambda file: {})
-    assert study.main(["render"]) == 2
+    assert publish.main(["render"]) == 2
     assert "no rows of the base" in capsys.readouterr().err

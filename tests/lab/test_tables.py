@@ -2,7 +2,7 @@
 
 from training.protocols import PROTOCOLS
 from training.reporting.rows import Row
-from training.reporting.tables import few_labels_table, probe_table, results_tables
+from training.reporting.tables import few_labels_table, percent, probe_table, results_tables
 
 NAME, RANDOM, PAPER = "rotnet_nin.cifar10", "rotnet_nin.random", "rotnet_nin.paper"
 
@@ -55,6 +55,16 @@ BUDGETS = [
     probe(0.8906, "paper", PAPER, source="paper, table 1", seed=None),
     probe(0.9217, "paper", PAPER, "conv", "paper, table 3", seed=None),
 ]
+
+
+def test_quoted_numbers_have_the_digits_of_their_source():
+    supervised = probe(0.928, "paper", PAPER, "supervised", "paper, table 3", seed=None)
+    assert percent(supervised) == "_92.80 %_"
+    unchecked = probe(0.745, "paper", "rotnet_nin5.paper", source="paper (unchecked), table 1", seed=None)
+    assert percent(unchecked) == "_74.50 %_ (unchecked)"
+    assert "| _92.80 %_ |" in "\n".join(probe_table(NAME, [*BUDGETS, supervised]))
+    for value, text in ((0.5, "_50.0 %_"), (0.387, "_38.7 %_"), (0.7087, "_70.87 %_")):
+        assert percent(probe(value, "paper", "rotnet_alexnet.paper", source="paper, table 7", seed=None)) == text
 
 
 def test_budgets_never_share_a_column():

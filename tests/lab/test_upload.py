@@ -36,7 +36,7 @@ def run(*arguments):
 
 
 def publish_one(*arguments):
-    return run("--namespace", "ORG", "--weights", NAME, *arguments)
+    return run("upload", "--namespace", "ORG", "--weights", NAME, *arguments)
 
 
 def manifest_of(folder):
@@ -44,7 +44,7 @@ def manifest_of(folder):
 
 
 def test_published_pinned_and_loaded(hub, weights_dir, set_manifest, go_offline, capsys):
-    assert run("--namespace", "ORG") == 0
+    assert run("upload", "--namespace", "ORG") == 0
     told = manifest_of(weights_dir)[NAME]["hub"]
     revision = hub.repositories[REPOSITORY]["main"]
     assert told == {"repository": REPOSITORY, "revision": revision, "version": "v0.1", "file": "model.safetensors"}
@@ -72,7 +72,7 @@ def test_published_pinned_and_loaded(hub, weights_dir, set_manifest, go_offline,
 
 
 def test_what_a_repository_holds(hub, weights_dir, tmp_path):
-    assert run("--namespace", "ORG", "--weights", NAME) == 0
+    assert run("upload", "--namespace", "ORG", "--weights", NAME) == 0
     files = hub.repositories[REPOSITORY]["commits"][hub.repositories[REPOSITORY]["main"]]
     names = {".gitattributes", "README.md", "config.json", "model.safetensors", "backbone.safetensors"}
     assert set(files) == names | {"golden.safetensors", "training.json", "curve.png", "onnx/model.onnx"}
@@ -105,7 +105,7 @@ def test_what_a_repository_holds(hub, weights_dir, tmp_path):
 
 def test_config_is_enough_without_the_registrys_help(hub, weights_dir, monkeypatch):
     """timm takes input size, normalisation and classes from config.json alone."""
-    run("--namespace", "ORG", "--weights", NAME)
+    run("upload", "--namespace", "ORG", "--weights", NAME)
     config = json.loads(hub.repositories[REPOSITORY]["commits"][hub.repositories[REPOSITORY]["main"]]["config.json"])
     cfg = config["pretrained_cfg"]
     entry = published_manifest()[NAME]
@@ -154,7 +154,7 @@ def test_killed_after_the_upload_and_run_again(hub, weights_dir, tmp_path):
         "from training.reporting.hub import card, upload\n"
         "card.REPOSITORY = upload.REPOSITORY = 'ORG/rotation_ssl'\n"
         "upload._differing = lambda *args: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "publish.main(['--namespace', 'ORG', '--weights', sys.argv[2]])\n"
+        "publish.main(['upload', '--namespace', 'ORG', '--weights', sys.argv[2]])\n"
     )
     environment = {**os.environ, **HUB_ENVIRONMENT, "HF_HOME": str(tmp_path / "home")}
     command = [sys.executable, "-c", code, str(weights_dir), NAME]
@@ -262,7 +262,7 @@ def converted(tmp_path):
 
 def test_a_converted_folder_becomes_a_tag(hub, weights_dir, converted, set_manifest, go_offline):
     options = ("--license", "mit", "--trained-on", "CIFAR-10", "--layer", "block2")
-    assert run("--namespace", "ORG", "--weights", converted, *options) == 0
+    assert run("upload", "--namespace", "ORG", "--weights", converted, *options) == 0
     entries = manifest_of(weights_dir)
     assert entries["rotnet_nin.mine"]["source"] == "hub" and set(entries) == {*published_manifest(), "rotnet_nin.mine"}
     set_manifest(entries)
@@ -282,7 +282,7 @@ def test_a_folder_that_does_not_say_enough_is_refused(hub, weights_dir, converte
             "rotnet_nin has no layer block9; it has block1",
         ),
     ):
-        assert run("--namespace", "ORG", "--weights", converted, *options) == 2
+        assert run("upload", "--namespace", "ORG", "--weights", converted, *options) == 2
         assert message in capsys.readouterr().err
     config = json.loads((converted / "config.json").read_text())
     unsigned = {key: value for key, value in config.items() if key not in ("sha256", "size")}
@@ -296,11 +296,11 @@ def test_a_folder_that_does_not_say_enough_is_refused(hub, weights_dir, converte
         (converted / "config.json").write_text(json.dumps(unsigned | change))
         save_file(tensors, converted / "model.safetensors")
         good = ("--license", "mit", "--trained-on", "x", "--layer", "block2")
-        assert run("--namespace", "ORG", "--weights", converted, *good) == 2
+        assert run("upload", "--namespace", "ORG", "--weights", converted, *good) == 2
         assert message in capsys.readouterr().err
-    assert run("--namespace", "ORG", "--weights", tmp_path) == 2
+    assert run("upload", "--namespace", "ORG", "--weights", tmp_path) == 2
     assert "holds no config.json and model.safetensors" in capsys.readouterr().err
-    assert run("--namespace", "ORG", "--weights", "rotnet_nin.nope") == 2
+    assert run("upload", "--namespace", "ORG", "--weights", "rotnet_nin.nope") == 2
     assert "rotnet_nin.nope cannot be published" in capsys.readouterr().err
     assert hub.requests == []
 

@@ -29,8 +29,6 @@ from training.transfer import classification, detection, segmentation
 from training.transfer.command import RESCALED
 
 QUICK_PARTS = (0, 1)
-Load = Callable[[int, bool], Images]  # of a side in pixels, and whether test images alone are wanted
-Open = Callable[[int], tuple[Labelled, Labelled]]  # of a side in pixels
 Pairs = Iterator[tuple[Row, Row]]
 TRANSFERS: dict[str, ModuleType] = {"voc": classification, "detect": detection, "segment": segmentation}
 
@@ -56,176 +54,138 @@ def command_of(row: Row) -> str:
 
 
 @dataclass(frozen=True)
-class Setting:
-    """How rows are measured again: on which tenths of the test images and where, and the folder that trainings on new
-    crops keep their state in; None: nothing is kept.
+class How:
+    """How rows are measured again: on the whole test images or, ``quick``, on their first fifth; on which ``device``;
+    ``checkpoints``: folder that trainings on new crops keep their state in, and go on from; None: nothing is kept.
     """
 
-    load: Load
-    open_splits: Open
-    parts: Sequence[int]
-    device: str
-    checkpoints: Path | None
+    quick: bool = False
+    device: str = "cpu"
+    checkpoints: Path | None = None
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """The tenths of the test images to measure on."""
+        return QUICK_PARTS if self.quick else tuple(range(PARTS))
 
 
-def measure_source(
-    rows: Sequence[Row], source: Source, quick: bool = False, device: str = "cpu", checkpoints: Path | None = None
-) -> Pairs:
-    """Each row and what is measured now, of rows that all are of one dataset; arguments as :func:`measure_again`.
-
-    Raises:
-        ValueError: as :func:`measure_again` and :func:`transfer_again`.
-    """
-
-    @functools.cache
-    def load(size: int, test_only: bool) -> Images:
-        images = load_images(source.dataset, source.folder, size, source.download, test_only=test_only)
-        if source.whole:
-            check_whole(source.dataset, len(images.train), len(images.test))
-        return images
-
-    def open_splits(size: int) -> tuple[Labelled, Labelled]:
-        train, val = (
-            open_labelled(source.dataset, source.folder, split, size, source.download) for split in ("train", "val")
-        )
-        if source.whole:
-            check_whole(source.dataset, len(train), len(val))
-        return read_into_memory(train, WORKERS), read_into_memory(val, WORKERS)
-
-    own = [row for row in rows if command_of(row) in AGAIN]
-    yield from measure_again(own, load, open_splits, quick, device, checkpoints)
-    yield from transfer_again([row for row in rows if command_of(row) in TRANSFERS], source, device)
-    yield from outliers_again([row for row in rows if command_of(row) == "outliers"], source, device)
-    yield from orientation_again([row for row in rows if command_of(row) == "orientation"], source, device)
-
-
-def measure_sources(
-    rows: Sequence[Row],
-    sources: Mapping[Any, Source | None],
-    quick: bool = False,
-    device: str = "cpu",
-    checkpoints: Path | None = None,
-) -> Pairs:
+def measure_sources(rows: Sequence[Row], sources: Mapping[Any, Source | None], how: How = How()) -> Pairs:
     """Each row that has a source, by its key, and what is measured now: source by source, with a progress bar."""
     for source in filter(None, dict.fromkeys(sources.values())):
         own = [row for row in rows if sources[row.key] == source]
-        yield from progress(own[0].data, len(own), "number", measure_source(own, source, quick, device, checkpoints))
+        yield from progress(own[0].data, len(own), "number", measure_source(own, source, how))
 
 
-def measure_again(
-    rows: Sequence[Row],
-    load: Load,
-    open_splits: Open,
-    quick: bool = False,
-    device: str = "cpu",
-    checkpoints: Path | None = None,
-) -> Pairs:
-    """Each row and what is measured now: features of a network are taken once for all of its rows.
-
-    Args:
-        rows: all of one dataset.
-        load: reads the dataset, as squares of a side.
-        open_splits: opens its training and its validation images for probes of all layers, as their command does.
-        quick: on the first fifth of the test images.
-        device: where to work.
-        checkpoints: folder that trainings on new crops keep their state in, and go on from; None: nothing is kept.
+def measure_source(rows: Sequence[Row], source: Source, how: How = How()) -> Pairs:
+    """Each row and what is measured now, of rows that all are of one dataset.
 
     Raises:
-        ValueError: rows of weights that are not in the manifest, or that have no recipe, or a checkpoint of another
-            training.
+        ValueError: rows of weights that are not in the manifest, rows without a recipe, a checkpoint of another
+            training, data that are not there or not whole, or what a command refuses.
     """
-    setting = Setting(load, open_splits, QUICK_PARTS if quick else tuple(range(PARTS)), device, checkpoints)
-    for subject, own in _by_subject(rows, device):
-        for command in dict.fromkeys(map(command_of, own)):
-            yield from AGAIN[command]([row for row in own if command_of(row) == command], subject, setting)
+    try:
+        for command in dict.fromkeys(map(command_of, rows)):
+            yield from AGAIN[command]([row for row in rows if command_of(row) == command], source, how)
+    finally:
+        # the next source's images may need the memory
+        _images.cache_clear()
+        _splits.cache_clear()
 
 
-def _evaluate_again(rows: Sequence[Row], subject: Subject, setting: Setting) -> Pairs:
-    device, parts = setting.device, setting.parts
-    probed = {measurement_of(row): row for row in rows if row.protocol != "rotation"}
-    images = setting.load(subject.size, not probed)
-    for row in rows:
-        if row.protocol == "rotation":
-            yield row, measure_rotation(subject, images.test, images.name, device, parts)
-    by_number = {dataclasses.replace(m, strength=None): row for m, row in probed.items()}
-    if not probed:
-        return
-    checkpoints = setting.checkpoints and setting.checkpoints / subject.name
-    for new in measure_features(subject, images, list(probed), device, parts, checkpoints=checkpoints):
-        yield by_number[dataclasses.replace(measurement_of(new), strength=None)], new
+@functools.lru_cache(maxsize=1)
+def _images(source: Source, size: int, test_only: bool) -> Images:
+    """The dataset in memory, for every network of this input size."""
+    images = load_images(source.dataset, source.folder, size, source.download, test_only=test_only)
+    if source.whole:
+        check_whole(source.dataset, len(images.train), len(images.test))
+    return images
 
 
-def _probe_layers_again(rows: Sequence[Row], subject: Subject, setting: Setting) -> Pairs:
-    for key in dict.fromkeys((row.protocol, row.budget, row.seed) for row in rows):
-        by_layer = {row.layer: row for row in rows if (row.protocol, row.budget, row.seed) == key}
-        row = next(iter(by_layer.values()))
-        recipe = _recipe(row)
-        train, val = setting.open_splits(square_size(recipe, dataset_of(row.data)))
-        for new in measure_layers(recipe, subject, list(by_layer), train, val, row.data, seed=key[2] or 0):
-            yield by_layer[new.layer], new
+@functools.lru_cache(maxsize=1)
+def _splits(source: Source, size: int) -> tuple[Labelled, Labelled]:
+    """Training and validation images as probes of all layers take them, in memory if they fit."""
+    train, val = (
+        open_labelled(source.dataset, source.folder, split, size, source.download) for split in ("train", "val")
+    )
+    if source.whole:
+        check_whole(source.dataset, len(train), len(val))
+    return read_into_memory(train, WORKERS), read_into_memory(val, WORKERS)
 
 
-def _finetune_again(rows: Sequence[Row], subject: Subject, setting: Setting) -> Pairs:
-    images = setting.load(subject.size, False)
-    for row in rows:
-        model, seed = subject.name if subject.published else subject.architecture, row.seed or 0
-        recipe = _recipe(row)
-        # a training uses its backbone up
-        fresh = transfer_subject(recipe, model, seed, random=not subject.published)
-        labels = row.labels_per_class, row.draw or "first"
-        yield row, measure_transfer(recipe, fresh, row.layer, images, *labels, seed, setting.device)
+def _evaluate_again(rows: Sequence[Row], source: Source, how: How) -> Pairs:
+    """Features of a network are taken once for all of its rows."""
+    for subject, own in _by_subject(rows, how.device):
+        probed = {measurement_of(row): row for row in own if row.protocol != "rotation"}
+        images = _images(source, subject.size, not probed)
+        for row in own:
+            if row.protocol == "rotation":
+                yield row, measure_rotation(subject, images.test, images.name, how.device, how.parts)
+        if not probed:
+            continue
+        by_number = {dataclasses.replace(m, strength=None): row for m, row in probed.items()}
+        checkpoints = how.checkpoints and how.checkpoints / subject.name
+        for new in measure_features(subject, images, list(probed), how.device, how.parts, checkpoints=checkpoints):
+            yield by_number[dataclasses.replace(measurement_of(new), strength=None)], new
 
 
-# by the command that measures a protocol
-AGAIN: dict[str, Callable[[Sequence[Row], Subject, Setting], Pairs]] = {
-    "evaluate": _evaluate_again,
-    "probe-layers": _probe_layers_again,
-    "finetune": _finetune_again,
-}
+def _probe_layers_again(rows: Sequence[Row], source: Source, how: How) -> Pairs:
+    for subject, own in _by_subject(rows, how.device):
+        for key in dict.fromkeys((row.protocol, row.budget, row.seed) for row in own):
+            by_layer = {row.layer: row for row in own if (row.protocol, row.budget, row.seed) == key}
+            row = next(iter(by_layer.values()))
+            recipe = _recipe(row)
+            train, val = _splits(source, square_size(recipe, dataset_of(row.data)))
+            for new in measure_layers(recipe, subject, list(by_layer), train, val, row.data, seed=row.seed or 0):
+                yield by_layer[new.layer], new
 
 
-def outliers_again(rows: Sequence[Row], source: Source, device: str = "cpu") -> Pairs:
-    """Each row of images that do not belong and what is measured now; all rows of one network in one run.
+def _finetune_again(rows: Sequence[Row], source: Source, how: How) -> Pairs:
+    for subject, own in _by_subject(rows, how.device):
+        images = _images(source, subject.size, False)
+        for row in own:
+            model, seed = subject.name if subject.published else subject.architecture, row.seed or 0
+            recipe = _recipe(row)
+            # a training uses its backbone up
+            fresh = transfer_subject(recipe, model, seed, random=not subject.published)
+            labels = row.labels_per_class, row.draw or "first"
+            yield row, measure_transfer(recipe, fresh, row.layer, images, *labels, seed, how.device)
 
-    Raises:
-        ValueError: CIFAR-10 or CIFAR-100 is not there, or a part of it.
-    """
-    for subject, own in _by_subject(rows, device):
+
+def _outliers_again(rows: Sequence[Row], source: Source, how: How) -> Pairs:
+    """All rows of one network in one run."""
+    for subject, own in _by_subject(rows, how.device):
         assert source.cifar100 is not None
         normal, outlying = outlier_data(source.folder, source.cifar100, source.photos, subject.size, source.download)
         layer = next((row.layer for row in own if row.layer), recommended_layer(subject))
         yield from _paired(own, measure_outliers(subject, normal, outlying, layer))
 
 
-def orientation_again(rows: Sequence[Row], source: Source, device: str = "cpu") -> Pairs:
-    """Each row of which way up photographs are and what is measured now, on whole photographs.
-
-    Raises:
-        ValueError: rows of weights without a temperature, or photographs that are not all there.
-    """
-    for subject, own in _by_subject(rows, device):
-        files = photo_list(source.dataset, source.folder)
-        name = DATASETS[source.dataset].name
+def _orientation_again(rows: Sequence[Row], source: Source, how: How) -> Pairs:
+    """On whole photographs."""
+    files, name = photo_list(source.dataset, source.folder), DATASETS[source.dataset].name
+    for subject, own in _by_subject(rows, how.device):
         yield from _paired(own, measure_orientation(subject, files, name, calibration_of(subject)))
 
 
-def transfer_again(rows: Sequence[Row], source: Source, device: str = "cpu") -> Pairs:
-    """Each row of a transfer to PASCAL VOC and what is measured now; a training gives several rows.
-
-    Args:
-        rows: their budgets have recipes.
-        source: ``folder`` is the VOCdevkit.
-        device: where to work.
-
-    Raises:
-        ValueError: a row without a recipe, no proposals for Fast R-CNN, or what the command refuses.
-    """
+def _transfer_again(rows: Sequence[Row], source: Source, how: How) -> Pairs:
+    """By the commands of PASCAL VOC: the source's folder is the VOCdevkit, and a training gives several rows."""
     for training in dict.fromkeys(map(transfer_training, rows)):
         own = [row for row in rows if transfer_training(row) == training]
         with tempfile.TemporaryDirectory() as output:
-            module, args = transfer_arguments(own[0], source, Path(output), device)
+            module, args = transfer_arguments(own[0], source, Path(output), how.device)
             new = read_file(module.measure(args))
         yield from _paired(own, new)
+
+
+# by the command that measures a protocol
+AGAIN: dict[str, Callable[[Sequence[Row], Source, How], Pairs]] = {
+    "evaluate": _evaluate_again,
+    "probe-layers": _probe_layers_again,
+    "finetune": _finetune_again,
+    "outliers": _outliers_again,
+    "orientation": _orientation_again,
+    **dict.fromkeys(TRANSFERS, _transfer_again),
+}
 
 
 def transfer_arguments(
@@ -257,6 +217,12 @@ def transfer_training(row: Row) -> tuple[object, ...]:
     """One training of a transfer gives several average precisions."""
     kind = row.protocol.removesuffix("-11-point").removesuffix("-area").removesuffix("-steps")
     return row.weights, kind, row.budget, row.layer, row.data, row.seed
+
+
+def one_of_each_training(rows: Iterable[Row]) -> list[Row]:
+    """One row, with its seconds, for each training and each measurement without one."""
+    # a transfer gives several average precisions
+    return list({transfer_training(row) if command_of(row) in TRANSFERS else row.key: row for row in rows}.values())
 
 
 def _by_subject(rows: Sequence[Row], device: str) -> Iterator[tuple[Subject, list[Row]]]:

@@ -10,7 +10,7 @@ from training.reporting.tables import cell_table, markdown_table, percent
 
 def orientation_table(rows: Sequence[Row]) -> str:
     """Which way up photographs are: how many answers are right, and how many of those that are decided."""
-    found = [row for row in rows if row.protocol.startswith("orientation") and row.source == "measured"]
+    found = [row for row in rows if row.protocol.startswith("orientation") and row.measured]
     lines = []
     for weights, data in dict.fromkeys((row.weights, row.data) for row in found):
         own = {row.protocol: row for row in found if (row.weights, row.data) == (weights, data)}
@@ -41,7 +41,7 @@ def coverage_table(rows: Sequence[Row]) -> str:
 
 
 def _label(row: Row) -> tuple[str]:
-    measured = row.source == "measured"
+    measured = row.measured
     return (f"`{row.weights}`, {row.data}" if measured else f"_{row.source.split(' (')[0]}, {row.data}_",)
 
 
@@ -56,7 +56,7 @@ def thresholds_line(entries: Mapping[str, Mapping[str, Any]]) -> str:
 
 def outliers_table(rows: Sequence[Row]) -> str:
     """How well images that do not belong are told from the normal ones: both scores on every kind of outlier."""
-    found = sorted((r for r in rows if r.protocol.startswith("outliers-")), key=lambda row: row.source != "measured")
+    found = sorted((r for r in rows if r.protocol.startswith("outliers-")), key=lambda row: not row.measured)
     columns = {row.protocol: PROTOCOLS[row.protocol].title.removeprefix("outliers by ") for row in found}
     return cell_table(("outliers",), found, _label, lambda row: row.protocol, columns)
 
@@ -85,7 +85,7 @@ def orientation_line(rows: Sequence[Row]) -> str:
 
 def outliers_line(rows: Sequence[Row]) -> str:
     """AUROC of both scores against the first kind of outliers in a sentence."""
-    found = [row for row in rows if row.protocol in ("outliers-rotation", "outliers-knn") and row.source == "measured"]
+    found = [row for row in rows if row.protocol in ("outliers-rotation", "outliers-knn") and row.measured]
     own = [row for row in found if row.data == found[0].data]
     numbers = " and ".join(f"{percent(r)} by {PROTOCOLS[r.protocol].title.split()[2].strip(',')}" for r in own)
     if not own:

@@ -32,9 +32,6 @@ def bundle(run_dir: Path, name: str) -> None:
     """Copy a run's weights into the package as ``model.tag`` and enter them into the manifest.
 
     Everything is checked and computed before the first file is written, and the manifest is written last.
-
-    Raises:
-        ValueError: as :func:`checked_run`, or weights that do not fit the model.
     """
     run = checked_run(run_dir, name)
     recipe = run["recipe"]

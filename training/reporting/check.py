@@ -34,24 +34,14 @@ from tqdm import tqdm
 
 from rotation_ssl import zoo
 from rotation_ssl.evaluation.frozen import PARTS
-from rotation_ssl.evaluation.measure import images_to_run
 from rotation_ssl.machine import keep_large_blocks
 from rotation_ssl.messages import counted
 from rotation_ssl.zoo.golden import GOLDEN_TOLERANCE, golden_difference
 from training.command import create_parser, run
-from training.datasets import DATASETS
-from training.protocols import FROZEN
-from training.reporting.again import (
-    QUICK_PARTS,
-    TRANSFERS,
-    command_of,
-    measure_sources,
-    measurement_of,
-    transfer_training,
-)
+from training.reporting.again import QUICK_PARTS, How, measure_sources, one_of_each_training
 from training.reporting.options import add_data_arguments, add_only, no_cifar10, option_of, source_of
 from training.reporting.required import complaints
-from training.reporting.rows import RESULTS_DIR, Row, check_device, model_of, read_file, read_rows
+from training.reporting.rows import RESULTS_DIR, Row, check_device, read_file, read_rows
 
 QUICK_PROTOCOLS = ("rotation", "knn")
 FLIPS = 1e-3
@@ -75,7 +65,7 @@ class Verdict:
 
     def __str__(self) -> str:
         return (
-            f"{'holds ' if self.holds else 'BROKEN'}  {self.number:58s} reported {self.reported:>9s}  "
+            f"{'holds ' if self.holds else 'BROKEN'}  {self.number:76s} reported {self.reported:>9s}  "
             f"measured {self.measured:>9s}  tolerance {self.tolerance}"
         )
 
@@ -135,25 +125,10 @@ def trained_tolerance(row: Row, rows: Sequence[Row]) -> float:
     return max(TRAINED_TOLERANCE, 3 * math.sqrt(2 * row.value * (1 - row.value) / row.n))
 
 
-def expected_seconds(rows: Sequence[Row], every: Sequence[Row], quick: bool) -> float:
-    """How long measuring the rows took on the machine that reported them, features by the rate of the same network's
-    rotation accuracy.
-    """
+def expected_seconds(rows: Sequence[Row], quick: bool) -> float:
+    """How long measuring the rows took on the machine that reported them, without passes to cache features."""
     part = len(QUICK_PARTS) / PARTS if quick else 1.0
-    seconds = 0.0
-    # a training of a transfer gives several rows
-    rows = list({(transfer_training(row) if command_of(row) in TRANSFERS else row.key): row for row in rows}.values())
-    counts = {dataset.name: dataset.counts for dataset in DATASETS.values()}
-    for weights, data in {(row.weights, row.data) for row in rows}:
-        own = [row for row in rows if (row.weights, row.data) == (weights, data)]
-        probed = [measurement_of(row) for row in own if row.protocol in FROZEN and row.protocol != "rotation"]
-        train, test = counts.get(data, (0, 0))
-        passes = [row for row in every if (model_of(row.weights), row.data) == (model_of(weights), data)]
-        rates = [row.seconds / row.n for row in passes if row.protocol == "rotation" and row.seconds and row.n]
-        rate = statistics.mean(rates) if rates else 0.0
-        seconds += rate * images_to_run(probed, train, round(part * test))
-        seconds += sum(row.seconds or 0.0 for row in own) * part
-    return seconds
+    return part * sum(row.seconds or 0.0 for row in one_of_each_training(rows))
 
 
 def _difference(row: Row, new: Row) -> str:
@@ -163,11 +138,7 @@ def _difference(row: Row, new: Row) -> str:
 
 
 def chosen_rows(every: Sequence[Row], args: argparse.Namespace) -> list[Row]:
-    """The rows that the options ask for.
-
-    Raises:
-        ValueError: there are none, or none of one of the weights.
-    """
+    """The rows that the options ask for."""
     if unknown := sorted(set(args.weights or ()) - {row.weights for row in every}):
         raise ValueError(f"no reported number is asked for by --weights {' '.join(unknown)}: no row is of them")
     rows = [row for row in every if args.only is None or row.protocol in args.only]
@@ -180,20 +151,17 @@ def chosen_rows(every: Sequence[Row], args: argparse.Namespace) -> list[Row]:
 
 
 def check_numbers(every: Sequence[Row], args: argparse.Namespace) -> Iterator[Verdict]:
-    """Measure the rows that the options ask for again, where the data are there.
-
-    Raises:
-        ValueError: no such rows, data that are not what they should be, or as :func:`measure_again`.
-    """
+    """Measure the rows that the options ask for again, where the data are there."""
     check_device(args.device)
     rows = chosen_rows(every, args)
     sources = {row.key: source_of(row, args) for row in rows}
     given = [row for row in rows if sources[row.key]]
     if not given and any(option_of(row, args) == "data" for row in rows):
         raise ValueError(no_cifar10(args.data))
-    minutes = counted(round(expected_seconds(given, every, args.quick) / 60), "minute")
-    print(f"{counted(len(given), 'number')}; measuring took {minutes} where they were reported")
-    for row, new in measure_sources(given, sources, args.quick, args.device):
+    minutes = counted(round(expected_seconds(given, args.quick) / 60), "minute")
+    told = f"measuring took {minutes} where they were reported, without passes to cache features"
+    print(f"{counted(len(given), 'number')}; {told}")
+    for row, new in measure_sources(given, sources, How(args.quick, args.device)):
         yield judge(row, new, every)
     lacking = [(row.data, option_of(row, args)) for row in rows if not sources[row.key]]
     for data, option in dict.fromkeys(lacking):
@@ -203,7 +171,7 @@ def check_numbers(every: Sequence[Row], args: argparse.Namespace) -> Iterator[Ve
 
 def _work(args: argparse.Namespace) -> int:
     try:
-        every = [row for row in read_rows(args.results) if row.source == "measured"]
+        every = [row for row in read_rows(args.results) if row.measured]
         for file in args.results.glob("*/*.jsonl"):
             read_file(file)  # of the studies, which are not measured again here
     except (ValueError, OSError) as error:

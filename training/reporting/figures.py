@@ -43,7 +43,7 @@ def rows_by_layer(rows: Iterable[Row], name: str) -> list[Row]:
         and row.labels_per_class is None
         and row.data == main_data(name)
         and (
-            (_is_measured(row) and row.weights in (name, f"{model}.random"))
+            (row.measured and row.weights in (name, f"{model}.random"))
             # not what others got when they ran the authors' code
             or (row.source.startswith("paper") and row.weights == f"{model}.paper")
         )
@@ -65,9 +65,9 @@ def rows_few_labels(rows: Iterable[Row], name: str) -> list[Row]:
         for row in rows
         if row.labels_per_class is not None
         and row.data == main_data(name)
-        and ((row.weights, row.protocol) in measured if _is_measured(row) else model_of(row.weights) == model)
+        and ((row.weights, row.protocol) in measured if row.measured else model_of(row.weights) == model)
     ]
-    return shown if any(_is_measured(row) and row.weights == name for row in shown) else []
+    return shown if any(row.measured and row.weights == name for row in shown) else []
 
 
 def rows_stamp(rows: Iterable[Row]) -> str:
@@ -127,7 +127,7 @@ def draw_accuracy_by_layer(shown: Sequence[Row], name: str, file: Path) -> None:
     axes.margins(x=0.06)
     # colour and marker say the protocol, the line says the weights: a legend each. Quoted points are of the protocol's
     # colour; it has an entry for them only where nothing was measured
-    measured = {(row.protocol, row.budget) for row in shown if _is_measured(row)}
+    measured = {(row.protocol, row.budget) for row in shown if row.measured}
     quoted = {(row.protocol, row.budget) for row in shown if row.protocol not in {protocol for protocol, _ in measured}}
     colored = [
         Line2D([], [], color=PROTOCOLS[id].color, marker=MARKERS[budget], label=PROTOCOLS[id].titled(budget))
@@ -153,7 +153,7 @@ def draw_accuracy_by_layer(shown: Sequence[Row], name: str, file: Path) -> None:
 def draw_few_labels(shown: Sequence[Row], name: str, file: Path) -> None:
     """Accuracy over labels a class: ``name`` with a convolutional probe, supervised training, quotes (dotted)."""
     figure, axes = _plot((8.0, 4.8))
-    curves = _grouped(shown, lambda r: (_is_measured(r), r.source, r.weights, r.protocol, r.layer, r.budget, r.draw))
+    curves = _grouped(shown, lambda r: (r.measured, r.source, r.weights, r.protocol, r.layer, r.budget, r.draw))
     # ours first, in the legend as well
     for (measured, source, _, protocol, layer, budget, draw), group in sorted(
         curves.items(), key=lambda item: not item[0][0]
@@ -194,10 +194,6 @@ def draw_coverage(shown: Sequence[Row], name: str, file: Path) -> None:
     axes.set_ylabel("correct (%)")
     axes.legend(frameon=False)
     save_figure(figure, file, rows_stamp(shown))
-
-
-def _is_measured(row: Row) -> bool:
-    return row.source == "measured"
 
 
 def _grouped(rows: Iterable[Row], key: Callable[[Row], Hashable]) -> dict[Any, list[Row]]:

@@ -19,7 +19,7 @@ from rotation_ssl import zoo
 from rotation_ssl.machine import keep_large_blocks
 from rotation_ssl.messages import counted
 from training.command import create_parser, run
-from training.reporting.again import measure_sources
+from training.reporting.again import How, measure_sources
 from training.reporting.options import add_data_arguments, add_only, option_of, source_of
 from training.reporting.report import keep_row
 from training.reporting.required import REQUIRED, missing_rows
@@ -27,11 +27,7 @@ from training.reporting.rows import RESULTS_DIR, Row, check_device, read_rows, r
 
 
 def missing(weights: str, results: Path) -> list[Row]:
-    """The numbers that published weights, and random ones of their network, have no row of, or one of other bytes.
-
-    Raises:
-        ValueError: weights that are not bundled, or whose numbers are not reported.
-    """
+    """The numbers that published weights, and random ones of their network, have no row of, or one of other bytes."""
     if weights not in zoo.bundled() or weights not in REQUIRED:
         raise ValueError(f"{weights} is not among the weights whose numbers are reported: {', '.join(REQUIRED)}")
     sha256 = zoo.bundled()[weights]["sha256"]
@@ -51,7 +47,7 @@ def _work(args: argparse.Namespace) -> None:
     for row in wanted:
         if not sources[row.key]:
             raise ValueError(f"{args.weights} is measured on {row.data}: give --{option_of(row, args)} DIR")
-    for _, row in measure_sources(wanted, sources, device=args.device, checkpoints=args.output):
+    for _, row in measure_sources(wanted, sources, How(device=args.device, checkpoints=args.output)):
         keep_row(row, args.results / f"{row.weights}.jsonl")
     print("next: python -m training publish figures, then python -m training publish render")
 

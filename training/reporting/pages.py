@@ -13,36 +13,10 @@ import timm
 
 from rotation_ssl.backbones.about import network_facts
 from rotation_ssl.messages import counted
-from training.reporting.again import transfer_training
-from training.reporting.applications import (
-    coverage_table,
-    one_class_line,
-    orientation_line,
-    orientation_table,
-    outliers_line,
-    outliers_table,
-    thresholds_line,
-)
+from training.reporting import applications, tables, transfers
+from training.reporting.again import one_of_each_training
 from training.reporting.required import RANDOM, RESCALED
 from training.reporting.rows import RESULTS_DIR, Row, model_of, read_file
-from training.reporting.tables import (
-    QUOTED,
-    ablation_table,
-    cell_table,
-    evaluation_lines,
-    headline_tables,
-    markdown_table,
-    results_tables,
-    select,
-    weights_table,
-)
-from training.reporting.transfers import (
-    is_transfer,
-    transfer_lines,
-    transfer_margin,
-    transfer_table,
-    transfer_times,
-)
 
 ROOT = Path(__file__).parent.parent.parent
 FIGURES = "docs/figures"
@@ -60,36 +34,32 @@ def pages() -> list[Path]:
 
 
 def render_page(page: Path, rows: Sequence[Row], entries: Mapping[str, Any]) -> str:
-    """The text of a page with its parts rendered again.
-
-    Raises:
-        ValueError: a part that this program does not know.
-    """
+    """The text of a page with its parts rendered again."""
     # figures are found from where the page stands
     figures = "figures" if page.parent.name == "docs" else FIGURES
     bundled = {name: entry for name, entry in entries.items() if entry["source"] == "bundled"}
     parts: dict[str, Callable[[], str]] = {
-        "weights": lambda: weights_table(entries),
-        "headline": lambda: headline_tables(rows, bundled),
-        "results": lambda: results_tables(rows, bundled),
+        "weights": lambda: tables.weights_table(entries),
+        "headline": lambda: tables.headline_tables(rows, bundled),
+        "results": lambda: tables.results_tables(rows, bundled),
         "defaults": lambda: default_weights(bundled),
         "elsewhere": lambda: elsewhere(entries),
         "training": lambda: "\n\n".join(training(name, entry, figures) for name, entry in bundled.items()),
         "evaluation": lambda: "\n\n".join(evaluation(name, entry, rows, figures) for name, entry in bundled.items()),
         "compute": lambda: compute(bundled, rows),
-        "ablation": lambda: ablation_table(read_file(ABLATION_FILE) if ABLATION_FILE.exists() else [], rows),
+        "ablation": lambda: tables.ablation_table(read_file(ABLATION_FILE) if ABLATION_FILE.exists() else [], rows),
         "layers": lambda: layer_table(rows),
-        "voc": lambda: transfer_lines(rows),
-        "transfers": lambda: transfer_table(rows),
-        "orientation": lambda: orientation_table(rows),
-        "coverage": lambda: coverage_table(rows),
-        "outliers": lambda: outliers_table(rows),
-        "oneclass": lambda: one_class_line(rows),
-        "thresholds": lambda: thresholds_line(entries),
-        "upright": lambda: orientation_line(rows),
-        "belonging": lambda: outliers_line(rows),
-        "voctimes": lambda: transfer_times(rows),
-        "margins": lambda: transfer_margin(rows),
+        "voc": lambda: transfers.transfer_lines(rows),
+        "transfers": lambda: transfers.transfer_table(rows),
+        "orientation": lambda: applications.orientation_table(rows),
+        "coverage": lambda: applications.coverage_table(rows),
+        "outliers": lambda: applications.outliers_table(rows),
+        "oneclass": lambda: applications.one_class_line(rows),
+        "thresholds": lambda: applications.thresholds_line(entries),
+        "upright": lambda: applications.orientation_line(rows),
+        "belonging": lambda: applications.outliers_line(rows),
+        "voctimes": lambda: transfers.transfer_times(rows),
+        "margins": lambda: transfers.transfer_margin(rows),
         "repository": hub_snippet,
         "speed": lambda: speed_tables(json.loads(SPEED_FILE.read_text())),
         "embedding": lambda: _recorded(embedding_text),
@@ -99,11 +69,7 @@ def render_page(page: Path, rows: Sequence[Row], entries: Mapping[str, Any]) -> 
 
 
 def replace_parts(text: str, parts: Mapping[str, Callable[[], str]], page: str) -> str:
-    """A page's text with each part between ``<!-- rendered: NAME -->`` and ``<!-- end -->`` rendered again.
-
-    Raises:
-        ValueError: a part that is not among ``parts``.
-    """
+    """A page's text with each part between ``<!-- rendered: NAME -->`` and ``<!-- end -->`` rendered again."""
 
     def replace(match: re.Match[str]) -> str:
         if match[1] not in parts:
@@ -166,42 +132,41 @@ def evaluation(name: str, entry: Mapping[str, Any], rows: Sequence[Row], figures
         "attention": "Attention maps of sample images",
         "neighbours": f"Nearest CIFAR-10 test images of sample images by {entry['recommended_layer']}",
     }
-    return "\n".join([f"### `{name}`", "", *evaluation_lines(name, rows), *_figures(name, titles, figures)])
+    return "\n".join([f"### `{name}`", "", *tables.evaluation_lines(name, rows), *_figures(name, titles, figures)])
 
 
 def compute(bundled: Mapping[str, Any], rows: Sequence[Row]) -> str:
     """Minutes and machines of the measured rows."""
     random = [f"{model}.{tag}" for model in dict.fromkeys(map(model_of, bundled)) for tag in (RANDOM, RESCALED)]
-    own = [row for name in (*bundled, *random) for row in select(rows, name)]
+    own = [row for name in (*bundled, *random) for row in tables.select(rows, name)]
     seconds: dict[tuple[Any, ...], float] = {}
-    # one training gives several average precisions
-    for row in {(transfer_training(row) if is_transfer(row) else row.key): row for row in own}.values():
+    for row in one_of_each_training(own):
         machine = f"{counted(row.threads or 0, 'thread')} ({row.device})"
         key = f"`{row.weights}`", machine, row.versions["torch"], f"`{row.commit[:7]}`"
         seconds[key] = seconds.get(key, 0.0) + (row.seconds or 0.0)
     header = ("numbers of", "machine", "torch", "commit", "time, without passes to cache features")
     lines = ((*key, counted(round(value / 60), "minute")) for key, value in sorted(seconds.items()))
-    return markdown_table(header, lines)
+    return tables.markdown_table(header, lines)
 
 
 def layer_table(rows: Sequence[Row]) -> str:
     """Probes of AlexNet's layers in one table a dataset: ours, and the paper's on ImageNet and Places205."""
     probes = [row for row in rows if row.protocol in ("linear-sgd", "nonlinear-sgd")]
-    probes = [row for row in probes if row.source == "measured" or row.source.startswith("paper")]
-    tables = []
-    for data in dict.fromkeys(row.data for row in sorted(probes, key=lambda row: row.source != "measured")):
+    probes = [row for row in probes if row.measured or row.source.startswith("paper")]
+    parts = []
+    for data in dict.fromkeys(row.data for row in sorted(probes, key=lambda row: not row.measured)):
         own = [row for row in probes if row.data == data]
         layers = {layer: layer for layer in sorted({row.layer for row in own})}
         header = ("protocol", "weights")
-        table = cell_table(header, own, lambda row: (row.title, _whose(row)), lambda row: row.layer, layers)
-        tables.append(f"{data}:\n\n{table}")
-    return "\n\n".join(tables)
+        table = tables.cell_table(header, own, lambda row: (row.title, _whose(row)), lambda row: row.layer, layers)
+        parts.append(f"{data}:\n\n{table}")
+    return "\n\n".join(parts)
 
 
 def _whose(row: Row) -> str:
-    if row.source == "measured":
+    if row.measured:
         return "random weights" if row.weights.endswith(".random") else f"`{row.weights}`"
-    return f"_{QUOTED[row.weights.partition('.')[2]]}, {row.source.rpartition(', ')[2]}_"
+    return f"_{tables.QUOTED[row.weights.partition('.')[2]]}, {row.source.rpartition(', ')[2]}_"
 
 
 def speed_tables(measured: Mapping[str, Any]) -> str:
@@ -237,7 +202,7 @@ def speed_tables(measured: Mapping[str, Any]) -> str:
         f" ranged from {ours['slowest']:.0f} to {ours['fastest']:.0f} images/s. Training uses 512 rotated 32-pixel"
         " images per step, feature extraction uses batches of 128."
         f" Square matrix multiplications reach {peak / 1e9:.0f} GFLOP/s in bf16 and {peak_fp32 / 1e9:.0f} in fp32;"
-        f" convolutions can be faster.\n\n{markdown_table(header, lines)}"
+        f" convolutions can be faster.\n\n{tables.markdown_table(header, lines)}"
     )
 
 

@@ -10,8 +10,8 @@ from timm.data import resolve_model_data_config
 from torch import nn
 from torch.nn import functional as F
 
+from rotation_ssl.evaluation.frozen import preparation
 from rotation_ssl.features import attention_map, extract_features, layer_modules
-from rotation_ssl.images import normalize
 from training.reporting.figures import DPI, save_figure
 
 POWERS = (1.0, 2.0, 4.0)  # of the attention maps of the first, second and third layer, as in the paper
@@ -27,9 +27,6 @@ def draw_filters(backbone: nn.Module, file: Path, stamp: str) -> None:
         backbone: any network whose first convolution of three input channels is to be shown.
         file: the png to write.
         stamp: sha256 of the weights.
-
-    Raises:
-        ValueError: no convolution takes three channels.
     """
     first = next((m for m in backbone.modules() if isinstance(m, nn.Conv2d) and m.weight.shape[1] == 3), None)
     if first is None:
@@ -84,9 +81,6 @@ def nearest(
 
     Returns:
         Indices into the gallery (N, k) int64 and similarities (N, k) float32 in -1..1, the largest first.
-
-    Raises:
-        ValueError: an unknown layer, or a gallery of fewer than k other images.
     """
     known, asked = (
         F.normalize(_features(backbone, images, [layer], maps=False)[layer]) for images in (gallery, queries)
@@ -105,7 +99,7 @@ def draw_neighbours(
 ) -> None:
     """A row for each query: the image and its six nearest of the gallery, each under its cosine similarity.
 
-    Args, errors: as for :func:`nearest`; ``file`` is the png to write, ``stamp`` the sha256 of the weights.
+    Args: as for :func:`nearest`; ``file`` is the png to write, ``stamp`` the sha256 of the weights.
     """
     indices, similarities = nearest(backbone, layer, gallery, queries)
     lines = []
@@ -117,16 +111,9 @@ def draw_neighbours(
 
 
 def _features(backbone: nn.Module, images: torch.Tensor, layers: list[str], maps: bool) -> dict[str, torch.Tensor]:
-    cfg = resolve_model_data_config(backbone)
-    size = cfg["input_size"][-1]
-
-    def prepare(batch: torch.Tensor) -> torch.Tensor:
-        normalized = normalize(batch, cfg["mean"], cfg["std"])
-        if batch.shape[-1] < size:
-            # smaller images than the network is for: it may not take them
-            normalized = F.interpolate(normalized, (size, size), mode="bicubic", antialias=True)
-        return normalized
-
+    # a network may not take smaller images than it is for
+    size = max(resolve_model_data_config(backbone)["input_size"][-1], images.shape[-1])
+    prepare = preparation(backbone, size)
     return extract_features(backbone, images, layers, pool=None if maps else "avg", prepare=prepare)
 
 

@@ -3,15 +3,15 @@
     python -m training publish bundle runs/nin rotnet_nin.cifar10
     python -m training publish figures --data DIR
     python -m training publish render [--check]
-    python -m training publish --namespace ORG [--weights NAME|FOLDER ...] [--dry-run]
+    python -m training publish upload --namespace ORG [--weights NAME|FOLDER ...] [--dry-run]
 
 `bundle` copies the weights, run.json and curve of a run into the package and writes their manifest entry and golden
 outputs. `figures` draws the figures from the result rows, the weights and the test images of CIFAR-10 (DIR). `render`
-rewrites the rendered parts of README.md, MODEL_CARD.md and docs/ and the manifest's metrics from the result rows; with
---check it writes nothing, and fails if something would change or a figure was drawn from other rows or weights.
---namespace uploads weights to the Hub as ORG/model.tag, with their card, golden outputs, recipe and curve; it downloads
-them again, compares and tags them, and writes the revision into the manifest, which you then commit. Run again, it
-uploads only what is missing. --dry-run lists what each repository would contain.
+rewrites the rendered parts of README.md, MODEL_CARD.md and docs/, the manifest's metrics, and page and figure of the
+study, from the result rows; with --check it writes nothing, and fails if something would change or a figure was drawn
+from other rows or weights. `upload` uploads weights to the Hub as ORG/model.tag, with their card, golden outputs,
+recipe and curve; it downloads them again, compares and tags them, and writes the revision into the manifest, which you
+then commit. Run again, it uploads only what is missing. --dry-run lists what each repository would contain.
 """
 
 import argparse
@@ -41,17 +41,15 @@ from training.reporting.pictures import draw_attention, draw_filters, draw_neigh
 from training.reporting.required import complaints, main_data
 from training.reporting.rows import Row, read_rows
 from training.reporting.tables import is_application, select
+from training.studies import nin_cifar10
 
 WEIGHTS_FIGURES = ("filters", "attention", "neighbours")
 
 
 def render(check: bool = False) -> list[Path]:
-    """Render card, parts of README and docs, and manifest metrics from the rows; returns the files that differ.
+    """Render card, parts of README and docs, the study and manifest metrics from the rows; returns what differs.
 
     Without ``check`` those files are rewritten; with it, figures that are stale differ too.
-
-    Raises:
-        ValueError: rows that cannot be read, are missing, or are of other bytes or weights than the manifest's.
     """
     every = read_manifest()
     entries = {name: entry for name, entry in every.items() if entry["source"] == "bundled"}
@@ -61,19 +59,16 @@ def render(check: bool = False) -> list[Path]:
     wanted = {zoo.WEIGHTS_DIR / "manifest.json": manifest_text(every)}
     wanted |= {page: render_page(page, rows, every) for page in pages()}
     different = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
+    of_study = nin_cifar10.render(check)
     if not check:
         for path in different:
             replace_bytes(path, wanted[path].encode())
-        return different
-    return different + stale_figures(rows, entries)
+        return different + of_study
+    return different + of_study + stale_figures(rows, entries)
 
 
 def draw_figures(data_dir: Path, download: bool = False) -> list[Path]:
-    """Draw the card's figures of every published weight: returns the files written.
-
-    Raises:
-        ValueError: as :func:`render`, or no CIFAR-10 in ``data_dir``.
-    """
+    """Draw the card's figures of every published weight: returns the files written."""
     rows = _reportable_rows(read_manifest())
     gallery = load_cifar10(data_dir, "test", download).images
     samples = sorted((zoo.WEIGHTS_DIR.parent / "samples" / "cifar10").glob("*.png"))
@@ -100,11 +95,7 @@ def draw_figures(data_dir: Path, download: bool = False) -> list[Path]:
 
 
 def _reportable_rows(every: dict[str, Any]) -> list[Row]:
-    """The rows, where they are all there and of the published bytes.
-
-    Raises:
-        ValueError: they are not.
-    """
+    """The rows; an error unless they are all there and of the published bytes."""
     rows = read_rows()
     found = complaints(rows, every)
     if found:
@@ -128,13 +119,7 @@ def stale_figures(rows: list[Row], entries: dict[str, Any]) -> list[Path]:
 
 
 def publish_to_hub(uploads: list[Upload], namespace: str, version: str) -> Iterator[tuple[str, str]]:
-    """Publish weights one after the other; yields each name with its revision, once the manifest has it.
-
-    Raises:
-        OSError: the Hub cannot be reached or refuses.
-        ValueError: it serves other bytes than were uploaded, the version is at another revision, or numbers of the
-            card are not all there or of other bytes.
-    """
+    """Publish weights one after the other; yields each name with its revision, once the manifest has it."""
     rows = _reportable_rows(read_manifest())
     for upload in uploads:
         hub = publish(upload, namespace, version, rows)
@@ -166,61 +151,67 @@ def _print_uploads(uploads: list[Upload], namespace: str, version: str) -> None:
             print(f"  {path:24s} {len(content):>12,} bytes  sha256 {hashlib.sha256(content).hexdigest()}")
 
 
-def _work(args: argparse.Namespace) -> int:
-    if args.namespace:
-        uploads = [
-            upload_of_folder(Path(name), args.license, args.trained_on, args.layer)
-            if Path(name).is_dir()
-            else upload_of(name)
-            for name in args.weights or zoo.bundled()
-        ]
-        if args.dry_run:
-            _print_uploads(uploads, args.namespace, args.version)
-            return 0
-        for name, revision in publish_to_hub(uploads, args.namespace, args.version):
-            print(f"{args.namespace}/{name}@{revision} is verified, {args.version}, and in the manifest: commit it")
-        return 0
-    if args.command == "bundle":
-        bundle(args.run, args.name)
-        print(f"bundled {args.name}; commit, then python -m training measure {args.name}")
-        return 0
-    check = args.command == "render" and args.check
-    changed = render(check) if args.command == "render" else draw_figures(args.data, args.download)
+def _upload(args: argparse.Namespace) -> None:
+    uploads = [
+        upload_of_folder(Path(name), args.license, args.trained_on, args.layer)
+        if Path(name).is_dir()
+        else upload_of(name)
+        for name in args.weights or zoo.bundled()
+    ]
+    if args.dry_run:
+        _print_uploads(uploads, args.namespace, args.version)
+        return
+    for name, revision in publish_to_hub(uploads, args.namespace, args.version):
+        print(f"{args.namespace}/{name}@{revision} is verified, {args.version}, and in the manifest: commit it")
+
+
+def _bundle(args: argparse.Namespace) -> None:
+    bundle(args.run, args.name)
+    print(f"bundled {args.name}; commit, then python -m training measure {args.name}")
+
+
+def _draw(args: argparse.Namespace) -> None:
+    for path in draw_figures(args.data, args.download):
+        print(f"wrote {path.relative_to(ROOT)}")
+
+
+def _render(args: argparse.Namespace) -> int:
+    changed = render(args.check)
     for path in changed:
-        print(f"{'differs' if check else 'wrote'} {path.relative_to(ROOT)}")
-    return 1 if check and changed else 0
+        print(f"{'differs' if args.check else 'wrote'} {path.relative_to(ROOT)}")
+    return 1 if args.check and changed else 0
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's options."""
     parser = create_parser("publish", __doc__)
-    parser.add_argument("--namespace", metavar="ORG", help="publish on the Hub under this user or organisation")
-    parser.add_argument(
-        "--weights", nargs="+", metavar="NAME|FOLDER", help="weights, or folders of rotation-ssl convert [all bundled]"
-    )
-    parser.add_argument("--version", default=current_version(), help="tag of this upload on the Hub [%(default)s]")
-    parser.add_argument("--dry-run", action="store_true", help="list what would be uploaded, and upload nothing")
-    parser.add_argument("--license", default="", help="licence of a folder's weights, as the Hub names it")
-    parser.add_argument("--trained-on", default="", help="data that a folder's weights were trained on")
-    parser.add_argument("--layer", default="", help="recommended layer of a folder's weights")
-    commands = parser.add_subparsers(dest="command", metavar="{bundle,figures,render}")
+    commands = parser.add_subparsers(required=True, metavar="{bundle,figures,render,upload}")
     bundling = commands.add_parser("bundle", help="copy a finished run into the package and the manifest")
     bundling.add_argument("run", type=Path, metavar="RUN", help="output folder of `python -m training pretrain`")
     bundling.add_argument("name", metavar="MODEL.TAG", help="the name the weights are published under")
+    bundling.set_defaults(work=_bundle)
     drawing = commands.add_parser("figures", help="draw the figures")
     drawing.add_argument("--data", type=Path, default=Path("data/cifar10"), help="folder of CIFAR-10 [%(default)s]")
     drawing.add_argument("--download", action="store_true", help="let torchvision download CIFAR-10 into --data")
+    drawing.set_defaults(work=_draw)
     rendering = commands.add_parser("render", help="render the pages and the metrics from the result rows")
     rendering.add_argument("--check", action="store_true", help="write nothing; fail if something would change")
+    rendering.set_defaults(work=_render)
+    uploading = commands.add_parser("upload", help="upload weights to the Hugging Face Hub")
+    uploading.add_argument("--namespace", required=True, metavar="ORG", help="user or organisation on the Hub")
+    uploading.add_argument(
+        "--weights", nargs="+", metavar="NAME|FOLDER", help="weights, or folders of rotation-ssl convert [all bundled]"
+    )
+    uploading.add_argument("--version", default=current_version(), help="tag of this upload on the Hub [%(default)s]")
+    uploading.add_argument("--dry-run", action="store_true", help="list what would be uploaded, and upload nothing")
+    uploading.add_argument("--license", default="", help="licence of a folder's weights, as the Hub names it")
+    uploading.add_argument("--trained-on", default="", help="data that a folder's weights were trained on")
+    uploading.add_argument("--layer", default="", help="recommended layer of a folder's weights")
+    uploading.set_defaults(work=_upload)
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    parser = build_parser()
-    args = parser.parse_args(arguments)
-    if (args.command is None) == (args.namespace is None):
-        parser.error("give one of the commands, or --namespace")
-    if args.command and (args.dry_run or args.weights or args.license or args.trained_on or args.layer):
-        parser.error(f"{args.command} takes no --weights, --dry-run, --license, --trained-on or --layer")
-    return run(lambda: _work(args))
+    args = build_parser().parse_args(arguments)
+    return run(lambda: args.work(args))

@@ -37,12 +37,7 @@ def run_measuring(measure: Callable[[], Path], device: str) -> int:
 
 
 def check_rows(file: Path) -> None:
-    """Refuse a results file that rows cannot be written to, before hours go into them; nothing is made yet.
-
-    Raises:
-        ValueError: rows are there already that cannot be read.
-        OSError: the folder cannot be made or written to.
-    """
+    """Refuse a results file that rows cannot be written to, before hours go into them; nothing is made yet."""
     there = next(folder for folder in file.absolute().parents if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise OSError(

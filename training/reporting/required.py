@@ -104,10 +104,6 @@ def network_layers(weights: str) -> tuple[str, ...]:
 def missing_rows(rows: Sequence[Row], weights: str) -> list[Row]:
     """The numbers of :data:`REQUIRED` that published weights, or random ones beside them, have no row of.
 
-    Args:
-        rows: all rows.
-        weights: the published ``model.tag``.
-
     Returns:
         Rows of those numbers, without a value.
     """
@@ -129,11 +125,11 @@ def complaints(rows: Sequence[Row], entries: Mapping[str, Mapping[str, Any]]) ->
 
     Args:
         rows: all rows; quoted ones are skipped.
-        entries: the manifest: published ``model.tag`` -> its entry.
+        entries: the manifest's, by ``model.tag``.
     """
     found = []
     for row in rows:
-        if row.source != "measured":
+        if not row.measured:
             continue
         if row.weights not in entries and not row.weights.endswith((".random", ".random-rescaled")):
             found.append(f"{row.number} is of weights that have no entry in the manifest: publish them first")

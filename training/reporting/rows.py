@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 from rotation_ssl.evaluation.protocols import find_protocol
 from rotation_ssl.files import replace_bytes
@@ -76,11 +77,16 @@ class Row:
         return self.weights, self.protocol, self.budget, self.layer, self.source, self.data, *few, self.seed
 
     @property
+    def measured(self) -> bool:
+        """Whether this project measured the number; others are quoted."""
+        return self.source == "measured"
+
+    @property
     def number(self) -> str:
         """The number's name in one line, for tables and errors."""
         few = f"{counted(self.labels_per_class, 'label')} a class ({self.draw})" if self.labels_per_class else ""
         seed = "" if self.seed is None else f"seed {self.seed}"
-        parts = (self.weights, self.title, self.layer, few, seed)
+        parts = (self.weights, self.title, self.layer, few, seed, f"on {self.data}")
         return " ".join(part for part in parts if part)
 
     @property
@@ -145,16 +151,18 @@ def write_rows(file: Path, new: list[Row]) -> None:
     Rows of weights, or of a recipe's runs, go when one of other weights of that name comes: what they were of is no
     more, and nothing may mix the two. A kill while writing leaves the file as it was.
     """
-    bytes_of = {_made_of(row): row.sha256 for row in new if row.source == "measured"}
-    old = [
-        row
-        for row in (read_file(file) if file.exists() else [])
-        if row.source != "measured" or bytes_of.get(_made_of(row), row.sha256) == row.sha256
-    ]
-    rows = {row.key: row for row in (*old, *new)}
+    bytes_of = {_made_of(row): row.sha256 for row in new if row.measured}
     file.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(dataclasses.asdict(row) | {"digest": row.digest}) + "\n" for row in rows.values()]
-    replace_bytes(file, "".join(lines).encode())
+    # two commands may measure at the same time: each adds to what the other wrote
+    with FileLock(f"{file}.lock"):
+        old = [
+            row
+            for row in (read_file(file) if file.exists() else [])
+            if not row.measured or bytes_of.get(_made_of(row), row.sha256) == row.sha256
+        ]
+        rows = {row.key: row for row in (*old, *new)}
+        lines = [json.dumps(dataclasses.asdict(row) | {"digest": row.digest}) + "\n" for row in rows.values()]
+        replace_bytes(file, "".join(lines).encode())
 
 
 def _made_of(row: Row) -> tuple[str, int | None]:
@@ -163,11 +171,7 @@ def _made_of(row: Row) -> tuple[str, int | None]:
 
 
 def require_committed(what: str) -> None:
-    """Refuse to measure by code that no commit has: a row of the card names the commit that made it.
-
-    Raises:
-        ValueError: ``what`` needs committed code, and what this is instead.
-    """
+    """Refuse to measure by code that no commit has: a row of the card names the commit that made it."""
     if len(current_commit()) != 40:
         raise ValueError(f"{what} needs committed code, this is {current_commit()}: commit, then measure")
 
@@ -190,11 +194,7 @@ def current_commit() -> str:
 
 
 def check_device(device: str) -> None:
-    """Refuse a device that is not there before any work is done.
-
-    Raises:
-        ValueError: no such device.
-    """
+    """Refuse a device that is not there before any work is done."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:

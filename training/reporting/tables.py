@@ -17,6 +17,7 @@ QUOTED = {
     "paper-rescaled": "paper, random weights rescaled",
     "paper-random": "paper, random weights",
 }
+TWO_DECIMALS = (", table 1", ", table 2", ", table 3")  # the paper's tables of Network-in-Network
 HEADLINE = ("rotation", "nonlinear", "conv", "finetune-conv", "linear-sgd", "nonlinear-sgd")
 
 
@@ -51,24 +52,29 @@ def cell_table(
 
 def percent(row: Row) -> str:
     """A row's value. A quoted one is in italics, with a mark where no printed copy was at hand."""
-    text = f"{100 * row.value:.2f} %"
-    if row.source == "measured":
-        return text
-    return f"{quoted_text(text)}{' (unchecked)' if 'unchecked' in row.source else ''}"
+    if row.measured:
+        return f"{100 * row.value:.2f} %"
+    return f"{quoted_text([row])}{' (unchecked)' if 'unchecked' in row.source else ''}"
 
 
 def _cell_text(rows: Sequence[Row]) -> str:
     return percent(rows[0]) if len(rows) == 1 else spread_text(rows)
 
 
-def quoted_text(percentage: str) -> str:
-    """A quoted percentage, in italics; the paper's tables of AlexNet have one digit. '' stays ''."""
-    return f"_{percentage.replace('0 %', ' %')}_" if percentage else ""
+def quoted_text(rows: Sequence[Row]) -> str:
+    """Quoted rows in italics, with the digits that their source prints; '' without rows.
+
+    A row keeps a number and not its digits: outside of :data:`TWO_DECIMALS`, a second decimal of 0 is not printed.
+    """
+    if not rows:
+        return ""
+    text = spread_text(rows)
+    return f"_{text if rows[0].source.endswith(TWO_DECIMALS) else text.replace('0 %', ' %')}_"
 
 
 def select(rows: Iterable[Row], weights: str, measured: bool = True) -> list[Row]:
     """The rows of some weights that this project measured, or those that it quotes."""
-    return [row for row in rows if row.weights == weights and (row.source == "measured") == measured]
+    return [row for row in rows if row.weights == weights and row.measured == measured]
 
 
 def is_transfer(row: Row) -> bool:
@@ -109,7 +115,7 @@ def weights_table(entries: Mapping[str, Mapping[str, Any]]) -> str:
 def results_tables(rows: Sequence[Row], bundled: Mapping[str, Mapping[str, Any]]) -> str:
     """A table for each dataset: our weights, random ones and the paper's, a column for each protocol."""
     rows = [row for row in rows if not is_application(row)]
-    own = [row for row in rows if row.source == "measured" and row.weights in bundled]
+    own = [row for row in rows if row.measured and row.weights in bundled]
     probed = dict.fromkeys(row.data for row in own if row.protocol != "rotation")
     tables = [
         f"On {data_in_words(data)}:\n\n{_results_table([row for row in rows if row.data == data], bundled, PROTOCOLS)}"
@@ -224,10 +230,10 @@ def few_labels_table(name: str, rows: Sequence[Row]) -> list[str]:
         groups.setdefault((row.title, row.layer, row.draw, row.weights, row.source), []).append(row)
     lines = []
     for (title, layer, draw, weights, source), chosen in groups.items():
-        texts = [spread_text([row for row in chosen if row.labels_per_class == count]) for count in labels]
-        what, label = f"{title} on {layer}, {draw} images", f"`{weights}`"
+        what, label, show = f"{title} on {layer}, {draw} images", f"`{weights}`", spread_text
         if source != "measured":
-            what, label, texts = f"_{what}_", f"_{source}_", [quoted_text(text) for text in texts]
+            what, label, show = f"_{what}_", f"_{source}_", quoted_text
+        texts = [show([row for row in chosen if row.labels_per_class == count]) for count in labels]
         lines.append((what, label, *texts))
     everything = " (5,000 are all of CIFAR-10)" if 5000 in labels else ""
     header = ("protocol", "weights", *(f"{count:,}" for count in labels))
@@ -304,10 +310,9 @@ all eight views are resampled and masked to a circle. Features are computed in {
 
 
 def _probe_line(first: Row, label: str, cells: Mapping[str, Sequence[Row]]) -> tuple[str, ...]:
-    texts = [spread_text(group) for group in cells.values()]
-    if first.source == "measured":
-        return first.title, label, *texts
-    return f"_{first.title}_", label, *map(quoted_text, texts)
+    if first.measured:
+        return first.title, label, *map(spread_text, cells.values())
+    return f"_{first.title}_", label, *map(quoted_text, cells.values())
 
 
 def _settings_lines(own: Sequence[Row], random: Sequence[Row]) -> list[str]:

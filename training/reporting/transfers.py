@@ -24,7 +24,6 @@ def transfer_table(rows: Sequence[Row], kind: str = "11-point") -> str:
     """A line for each of the weights, a column for each transfer; the paper's are in italics, with its budget.
 
     Args:
-        rows: all rows.
         kind: of average precision, '11-point' or 'area'. The paper, which does not say which its own are, is shown
             beside '11-point' alone; the overlaps of segmentation too.
     """
@@ -44,7 +43,7 @@ def transfer_table(rows: Sequence[Row], kind: str = "11-point") -> str:
 def transfer_margin(rows: Sequence[Row]) -> str:
     """A sentence for each of the published weights: how far above rescaled random weights they are, in points."""
     sentences = []
-    measured = [row for row in rows if is_transfer(row) and row.source == "measured"]
+    measured = [row for row in rows if is_transfer(row) and row.measured]
     for name, budget in dict.fromkeys((row.weights, row.budget) for row in measured if ".random" not in row.weights):
         alike = [row for row in measured if row.budget == budget]
         base = f"{model_of(name)}.{RESCALED}"
@@ -75,7 +74,7 @@ def transfer_times(rows: Sequence[Row]) -> str:
 
 def transfer_lines(rows: Sequence[Row]) -> str:
     """Both tables and the margins."""
-    measured = [row for row in rows if is_transfer(row) and row.source == "measured"]
+    measured = [row for row in rows if is_transfer(row) and row.measured]
     table = transfer_table(rows)
     spread = " ± is the standard deviation over seeds." if "±" in table else ""
     parts = [
@@ -99,13 +98,13 @@ def _found(rows: Sequence[Row], weights: str, column: Column, kind: str) -> list
 
 
 def _cell(own: Sequence[Row], column: Column, kind: str) -> str:
-    text = spread_text(_found(own, own[0].weights, column, kind))
-    return quoted_text(text) if own[0].source != "measured" else text
+    found = _found(own, own[0].weights, column, kind)
+    return spread_text(found) if own[0].measured else quoted_text(found)
 
 
 def _whose(own: Sequence[Row]) -> str:
     model, _, tag = own[0].weights.partition(".")
-    if own[0].source != "measured":
+    if not own[0].measured:
         table = next(row.source for row in own if is_transfer(row)).rpartition(", ")[2]
         return f"_{QUOTED[tag]}, {table}, paper budget_"
     budget = "" if own[0].budget == "cpu" else f", {own[0].budget or 'other'} budget"

@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 from rotation_ssl import zoo
 from rotation_ssl.backbones.nin import RotNetNIN
+from rotation_ssl.cli.options import positive
 from training.command import create_parser, run
 from training.reporting.pages import EMBEDDING_FILE, SPEED_FILE, embedding_text, speed_tables
 from training.reporting.rows import require_committed
@@ -109,10 +110,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     parser = create_parser("benchmark", __doc__)
     parser.add_argument("what", choices=ROUNDS, help="what to measure")
-    parser.add_argument("--rounds", type=int, metavar="N", help="measure each N times [import 15, load 100, others 3]")
+    parser.add_argument("--rounds", type=positive, metavar="N", help="rounds [import 15, load 100, others 3]")
     parser.add_argument("--data", type=Path, help="folder of the photographs, for features")
-    parser.add_argument("--images", type=int, default=5000, metavar="N", help="photographs that are used [%(default)s]")
-    parser.add_argument("--workers", type=int, default=2, help="decoding processes, for features [%(default)s]")
+    parser.add_argument("--images", type=positive, default=5000, metavar="N", help="photographs to use [%(default)s]")
+    parser.add_argument("--workers", type=positive, default=2, help="decoding processes, for features [%(default)s]")
     parser.add_argument("--record", action="store_true", help="keep the figures of speed or features")
     args = parser.parse_args(arguments)
     if args.what == "features" and args.data is None:

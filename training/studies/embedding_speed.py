@@ -96,9 +96,6 @@ def measure_embedding(folder: Path, count: int, workers: int, rounds: int) -> di
         count: of photographs that are used, the first ones.
         workers: decoding processes.
         rounds: measurements of each way; their median counts.
-
-    Raises:
-        ValueError: fewer photographs than ``count``.
     """
     found = find_images(folder)[:count]
     if len(found) < count:

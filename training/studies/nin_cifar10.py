@@ -1,15 +1,12 @@
 """The study that chose the recipe `nin-cifar10-cpu`: one setting is changed at a time, in short runs.
 
-    python -m training study run --data DIR
-    python -m training study run --data DIR --only base muon-lr-0.2
-    python -m training study render
-    python -m training study render --check
+    python -m training study --data DIR
+    python -m training study --data DIR --only base muon-lr-0.2
 
 Every variant pretrains on the first 45,000 training images of CIFAR-10 (`--data DIR`) and is compared on the last 5,000
 by linear and non-linear probes of block2, trained on the first 10,000; the test images are not read. Result rows are
-written to training/results/study/ as they are measured. A variant that has its rows is skipped, a stopped one
-continues. `render` writes the tables of training/studies/nin_cifar10.md and draws its figure; with --check it writes
-nothing, and lists what would change.
+written to training/results/study/ as they are measured; `python -m training publish render` renders the table of
+training/studies/nin_cifar10.md and its figure. A variant that has its rows is skipped, a stopped one continues.
 """
 
 import argparse
@@ -23,6 +20,7 @@ import torch
 from matplotlib.figure import Figure
 
 from rotation_ssl.evaluation.measure import plan
+from rotation_ssl.files import replace_bytes
 from rotation_ssl.labelled import Images
 from rotation_ssl.machine import keep_large_blocks
 from rotation_ssl.precision import add_precision_argument, warn_if_emulated
@@ -73,7 +71,6 @@ def variant(
     """The base with some settings changed.
 
     Args:
-        name: of the variant.
         crops: the stages: part of the steps, and crop in pixels.
         budget: rotated images.
         changes: fields of the recipe.
@@ -151,9 +148,6 @@ def run_variant(recipe: Recipe, images: Images, output: Path, file: Path, device
     Args:
         recipe: the variant, with a holdout.
         images: the training images, and those held out as test images.
-        output: folder of the run.
-        file: of the rows.
-        device: where to work.
     """
     count = FEW_IMAGES if recipe.name.startswith("few-images") else len(images.train)
     everything = torch.cat([images.train.images[:count], images.test.images])
@@ -226,11 +220,7 @@ def draw(found: dict[str, dict[str, Row]], file: Path) -> None:
 
 
 def render(check: bool = False) -> list[Path]:
-    """Write the page's table and figure from the published rows; the files that changed, or would.
-
-    Raises:
-        ValueError: there are no rows of the base yet.
-    """
+    """Write the page's table and figure from the published rows; the files that changed, or would."""
     found = results(ROWS)
     if BASE.name not in found:
         raise ValueError(f"{ROWS} has no rows of the base: run the study first")
@@ -240,14 +230,14 @@ def render(check: bool = False) -> list[Path]:
     stamp = rows_stamp(row for own in found.values() for row in own.values())
     if not FIGURE.exists() or stamp_of(FIGURE) != stamp:
         changed.append(FIGURE)
-    if not check:
-        PAGE.write_text(anew)
-        if FIGURE in changed:
-            draw(found, FIGURE)
+    if not check and PAGE in changed:
+        replace_bytes(PAGE, anew.encode())
+    if not check and FIGURE in changed:
+        draw(found, FIGURE)
     return changed
 
 
-def _run(args: argparse.Namespace) -> int:
+def _work(args: argparse.Namespace) -> int:
     check_device(args.device)
     is_published = args.rows.resolve() == ROWS.resolve()
     if is_published:
@@ -270,17 +260,9 @@ def _run(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _render(args: argparse.Namespace) -> int:
-    changed = render(args.check)
-    for path in changed:
-        print(f"{'differs' if args.check else 'wrote'} {path.name}")
-    return 1 if args.check and changed else 0
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     parser = create_parser("study", __doc__)
-    parser.add_argument("action", choices=("run", "render"), help="run the variants, or write the page")
     parser.add_argument("--data", type=Path, default=Path("data/cifar10"), help="folder of CIFAR-10 [%(default)s]")
     parser.add_argument("--output", type=Path, default=Path("runs/study"), help="folder of the runs [%(default)s]")
     parser.add_argument("--rows", type=Path, default=ROWS, help="file of the rows [training/results/study/runs.jsonl]")
@@ -288,12 +270,10 @@ def main(arguments: list[str] | None = None) -> int:
         "--only", nargs="+", choices=VARIANTS, metavar="VARIANT", help=f"variants: {', '.join(VARIANTS)} [all]"
     )
     add_precision_argument(parser)
-    parser.add_argument("--device", default="cpu", help="device: cpu, cuda, cuda:1, mps [%(default)s]")
-    parser.add_argument("--check", action="store_true", help="with render: write nothing; fail if something differs")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu",
+        help="device; CUDA_VISIBLE_DEVICES selects the GPU [%(default)s]",
+    )  # fmt: skip
     args = parser.parse_args(arguments)
-    if args.action == "run" and args.check:
-        parser.error("--check is of render")
-    if args.action == "render" and args.rows != ROWS:
-        parser.error("render takes the published rows: leave --rows out")
     keep_large_blocks()
-    return run(lambda: _render(args) if args.action == "render" else _run(args))
+    return run(lambda: _work(args))

@@ -50,13 +50,8 @@ def run_ablation(
     Args:
         recipe: without a holdout.
         images: training images, and the test images to measure on.
-        output: folder of the run.
-        file: of the rows.
-        seeds: of the probe.
-        device: where to work.
 
     Raises:
-        ValueError: as :func:`training.pretrain.pretrain`.
         KeyboardInterrupt: pretraining was stopped; its checkpoint is kept.
     """
     weights = finished_run(recipe, images.train.images, output, device)
@@ -93,7 +88,10 @@ def main(arguments: list[str] | None = None) -> int:
         help=f"recipes: {', '.join(ABLATIONS)} [those of rotnet_nin]",
     )  # fmt: skip
     add_precision_argument(parser)
-    parser.add_argument("--device", default="cpu", help="device: cpu, cuda, cuda:1, mps [%(default)s]")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu",
+        help="device; CUDA_VISIBLE_DEVICES selects the GPU [%(default)s]",
+    )  # fmt: skip
     args = parser.parse_args(arguments)
     keep_large_blocks()
     return run(lambda: _work(args))

@@ -25,11 +25,7 @@ GOLDEN, ONNX = "golden.safetensors", "onnx/model.onnx"
 
 
 def hub_files(upload: Upload, repository: str, version: str, rows: Sequence[Row]) -> dict[str, bytes]:
-    """What the Hub repository of some weights holds: file name -> content. The same weights and rows give the same.
-
-    Raises:
-        ValueError: weights that do not fit their model.
-    """
+    """What the Hub repository of some weights holds: file name -> content. The same weights and rows give the same."""
     name, entry, state = upload.name, upload.entry, load(upload.content)
     config, model = _config(name, entry, upload.content, state)
     files = {

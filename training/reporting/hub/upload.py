@@ -99,11 +99,7 @@ def _revision(api: HfApi, repository: str, name: str) -> str | None:
 
 
 def _check_card(repository: str, text: str) -> None:
-    """Let the Hub check a card before anything is created.
-
-    Raises:
-        ValueError: it refuses the card.
-    """
+    """Let the Hub check a card before anything is created."""
     try:
         ModelCard(text).validate()
     except ValueError as error:

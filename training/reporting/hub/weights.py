@@ -25,11 +25,7 @@ class Upload:
 
 
 def upload_of(name: str) -> Upload:
-    """Weights of the manifest, from the package or their cache.
-
-    Raises:
-        ValueError: no such weights, or ones whose bytes the manifest does not know.
-    """
+    """Weights of the manifest, from the package or their cache."""
     if not zoo.manifest().get(name, {}).get("sha256"):
         raise ValueError(f"{name} cannot be published: there are {', '.join(zoo.bundled())}, and folders of `convert`")
     return Upload(name, zoo.manifest()[name], zoo.read_weights(name))
@@ -43,10 +39,6 @@ def upload_of_folder(folder: Path, license_name: str, data: str, layer: str) -> 
         license_name: of the weights, as the Hub names licences.
         data: what they were trained on.
         layer: recommended for features.
-
-    Raises:
-        ValueError: not such a folder, weights that do not fit, a model that this package does not have, or no licence,
-            data or layer.
     """
     model = _model_of_folder(folder)
     config = json.loads((folder / "config.json").read_text())
