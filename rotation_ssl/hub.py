@@ -100,7 +100,7 @@ def rotnet_alexnet(*, pretrained: bool = True, weights: str | None = None, **kwa
         ValueError: no such weights, or a file that is corrupt or does not fit.
 
     Weights:
-        photos (default): 114,334 photographs of four public datasets, labels not used; rotation accuracy 86.87 %.
+        photos (default): 114,334 photographs, labels not used; rotation accuracy 68.42 to 86.87 % on 5 datasets.
         gidaris_in1k: the authors' release, ImageNet-1k, for images of 224 pixels; not measured.
     """
     return _load("rotnet_alexnet", pretrained, weights, kwargs)

@@ -224,14 +224,6 @@ def _plan_cache(frozen: Frozen, images: Images, measurements: Sequence[Measureme
     return grids
 
 
-def images_to_run(measurements: Sequence[Measurement], train: int, test: int) -> int:
-    """Number of images that :func:`measure_features` runs through the backbone, from those of the two splits."""
-    total = 0
-    for grid in {m.inputs[1] for m in measurements} - {None}:
-        total += max(m.inputs[0] for m in measurements if m.inputs[1] == grid) * train + test
-    return total
-
-
 def _view(images: torch.Tensor, view: int) -> torch.Tensor:
     """The images themselves (view 0), or random crops and flips of them that are the same at every call."""
     if view == 0:

@@ -1,5 +1,7 @@
 """What the rotation head is good for, as text."""
 
+import dataclasses
+
 from training.reporting.applications import (
     coverage_table,
     one_class_line,
@@ -75,7 +77,10 @@ def test_outliers_by_both_scores():
     told = (
         "With CIFAR-10 test as normal images and CIFAR-100 test as outliers, `rotnet_nin.cifar10` reaches an AUROC of"
     )
-    assert outliers_line(OUTLIERS) == f"{told} 70.00 % by rotation and 80.00 % by k-NN."
+    default = "The command's default network, `rotnet_alexnet.photos`, has not been measured."
+    assert outliers_line(OUTLIERS) == f"{told} 70.00 % by rotation and 80.00 % by k-NN. {default}"
+    both = [*OUTLIERS, dataclasses.replace(OUTLIERS[0], weights="rotnet_alexnet.photos")]
+    assert "has not been measured" not in outliers_line(both)
     assert "75.00 % by k-NN (`rotnet_nin.cifar10`)" in one_class_line(OUTLIERS)
     theirs = Row("x", "one-class-rotation", "", 0.905, "Someone 2019 (unchecked)", "CIFAR-10 test")
     assert one_class_line([*OUTLIERS, theirs]).endswith("separately reach _90.5 %_ (unchecked) (Someone 2019).")

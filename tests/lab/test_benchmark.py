@@ -74,7 +74,7 @@ def test_what_is_recorded_is_what_the_pages_show(monkeypatch, tmp_path, capsys):
     assert recorded["images_per_second"] == RATES and recorded["precision"] in ("fp32", "bf16")
     shown = part.format("embedding", pages.embedding_text(recorded))
     line = pages.embedding_line(recorded)
-    assert "1.50 times as fast as" in line and "(5 photographs, `rotnet_alexnet.photos`)" in line
+    assert "1.50 times as fast as" in line and "features of 5 photographs with `rotnet_alexnet.photos`" in line
     assert pages.render_page(tmp_path / "page.md", [], {}) == f"{shown}\n{part.format('embeddingratio', line)}"
     assert pages.embedding_text(recorded) in capsys.readouterr().out
 

@@ -62,7 +62,7 @@ def test_other_images_are_another_column():
 
 
 def test_the_margin_is_over_rescaled_random_weights():
-    told = "16.0 in classification, all layers; +7.5 in segmentation."
+    told = "16.0 in classification, all layers (1 seed); +7.5 in segmentation (1 seed)."
     assert transfer_margin(ROWS) == f"`{OURS}` minus rescaled random weights, in points: +{told}"
     assert transfer_margin(ROWS[:3]) == "", "nothing to compare with"
 

@@ -14,6 +14,7 @@ from conftest import MODELS, ROOT, WITHOUT_WEIGHTS, assert_state
 from safetensors.torch import save_file
 
 from rotation_ssl import hub, zoo
+from rotation_ssl.cli.list import accuracy_text
 from rotation_ssl.features import layer_modules
 
 
@@ -54,8 +55,7 @@ def test_help_is_the_docstring_and_says_what_the_manifest_says(downloaded, name)
     assert told.keys() == own.keys() and ("None are published" in text) == (not own)
     assert re.findall(r"(\w+) \(default\):", text) == ([cfg.tag] if own else [])
     for tag, entry in own.items():
-        accuracy = entry["metrics"].get("rotation accuracy")
-        assert told[tag].endswith(f"rotation accuracy {100 * accuracy:.2f} %." if accuracy else "not measured.")
+        assert told[tag].endswith(f"{accuracy_text(entry)}.")
 
 
 def test_load_from_the_cache_takes_the_downloaded_package(downloaded, tmp_path):

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rotation_ssl.cli.outliers import DEFAULT_MODEL
 from training.protocols import COVERAGES, PROTOCOLS
 from training.reporting.rows import Row
 from training.reporting.tables import cell_table, markdown_table, percent
@@ -91,4 +92,7 @@ def outliers_line(rows: Sequence[Row]) -> str:
     if not own:
         return ""
     told = f"With CIFAR-10 test as normal images and {own[0].data} as outliers"
-    return f"{told}, `{own[0].weights}` reaches an AUROC of {numbers}."
+    told = f"{told}, `{own[0].weights}` reaches an AUROC of {numbers}."
+    if any(row.weights == DEFAULT_MODEL for row in found):
+        return told
+    return f"{told} The command's default network, `{DEFAULT_MODEL}`, has not been measured."

@@ -34,7 +34,6 @@ from tqdm import tqdm
 
 from rotation_ssl import zoo
 from rotation_ssl.evaluation.frozen import PARTS
-from rotation_ssl.machine import keep_large_blocks
 from rotation_ssl.messages import counted
 from rotation_ssl.zoo.golden import GOLDEN_TOLERANCE, golden_difference
 from training.command import create_parser, run
@@ -201,5 +200,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS_DIR, help="folder of the rows [training/results]")
     parser.add_argument("--device", default="cpu", help="device: cpu, cuda, cuda:1, mps [%(default)s]")
     args = parser.parse_args(arguments)
-    keep_large_blocks()
     return run(lambda: _work(args), "stopped; what was not measured is not known to hold")

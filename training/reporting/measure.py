@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rotation_ssl import zoo
-from rotation_ssl.machine import keep_large_blocks
 from rotation_ssl.messages import counted
 from training.command import create_parser, run
 from training.reporting.again import How, measure_sources
@@ -66,5 +65,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS_DIR, help="folder of the rows [training/results]")
     parser.add_argument("--device", default="cpu", help="device: cpu, cuda, cuda:1, mps [%(default)s]")
     args = parser.parse_args(arguments)
-    keep_large_blocks()
     return run(lambda: _work(args))

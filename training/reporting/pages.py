@@ -114,6 +114,7 @@ def training(name: str, entry: Mapping[str, Any], figures: str) -> str:
         f" {entry['license'].upper()} licence.",
         f"- Recipe `{entry['recipe']}`, seed {entry['seed']}, commit `{entry['commit']}`, on {entry['data']}:"
         f" {entry['rotated_images']:,} rotated images.",
+        _settings(run),
         f"- Time: {counted(round(run['seconds'] / 60), 'minute')} on {run['threads']} threads ({run['device']}).",
         f"- Budget: {entry['rotated_images'] / budget:.1%} of the paper's {budget / 1e6:.0f} million rotated images"
         f" ({facts.paper_epochs} epochs of 4 x {facts.paper_images:,}). Expect lower accuracy than with"
@@ -122,6 +123,17 @@ def training(name: str, entry: Mapping[str, Any], figures: str) -> str:
         *_figures(name, {"curve": "Training loss", "filters": "Filters of the first layer"}, figures),
     ]
     return "\n".join(lines)
+
+
+def _settings(run: Mapping[str, Any]) -> str:
+    """The settings of a pretraining that decide most, in a line."""
+    recipe = run["recipe"]
+    crops = " then ".join(str(stage["crop"]) for stage in recipe["stages"])
+    other = "" if run["optimizer"] == "Sgd" else " (the paper: SGD)"
+    return (
+        f"- Optimiser: {run['optimizer']}, learning rate {recipe['optimizer']['lr']:g}{other}; crops of {crops} pixels;"
+        f" {recipe['images_per_step']} images in {len(recipe['rotations'])} rotations per step; {recipe['precision']}."
+    )
 
 
 def evaluation(name: str, entry: Mapping[str, Any], rows: Sequence[Row], figures: str) -> str:
@@ -225,8 +237,9 @@ def embedding_line(measured: Mapping[str, Any]) -> str:
     """What README says of :func:`embedding_text`."""
     rates = measured["images_per_second"]
     return (
-        f"On {measured['threads']} threads, the second command is {rates['ours'] / rates['timm']:.2f} times as fast"
-        f" as timm's loader and `forward_features` ({measured['images']:,} photographs, `{measured['model']}`)."
+        f"On {measured['threads']} threads, writing the features of {measured['images']:,} photographs with"
+        f" `{measured['model']}` is {rates['ours'] / rates['timm']:.2f} times as fast as timm's loader and"
+        " `forward_features` (large JPEGs are decoded at a smaller scale)."
     )
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 from rotation_ssl.evaluation import report
-from rotation_ssl.machine import keep_large_blocks
 from training.command import run
 from training.reporting.rows import RESULTS_DIR, Row, check_device, read_file, write_rows
 
@@ -32,7 +31,6 @@ def run_measuring(measure: Callable[[], Path], device: str) -> int:
             report.write_report(file.parent, read_file(file))
             print(f"rows are in {file}; report.md, report.json and report.png beside it")
 
-    keep_large_blocks()
     return run(work, "stopped; numbers that were measured are kept")
 
 

@@ -22,7 +22,6 @@ from matplotlib.figure import Figure
 from rotation_ssl.evaluation.measure import plan
 from rotation_ssl.files import replace_bytes
 from rotation_ssl.labelled import Images
-from rotation_ssl.machine import keep_large_blocks
 from rotation_ssl.precision import add_precision_argument, warn_if_emulated
 from rotation_ssl.pretraining.recipe import CosineSchedule, LinearSchedule, Muon, Recipe, Sgd, Stage
 from rotation_ssl.progress import progress
@@ -275,5 +274,4 @@ def main(arguments: list[str] | None = None) -> int:
         help="device; CUDA_VISIBLE_DEVICES selects the GPU [%(default)s]",
     )  # fmt: skip
     args = parser.parse_args(arguments)
-    keep_large_blocks()
     return run(lambda: _work(args))

@@ -16,7 +16,6 @@ from pathlib import Path
 
 from rotation_ssl.evaluation.measure import plan
 from rotation_ssl.labelled import Images
-from rotation_ssl.machine import keep_large_blocks
 from rotation_ssl.precision import add_precision_argument, warn_if_emulated
 from rotation_ssl.pretraining.recipe import Recipe
 from rotation_ssl.progress import progress
@@ -93,5 +92,4 @@ def main(arguments: list[str] | None = None) -> int:
         help="device; CUDA_VISIBLE_DEVICES selects the GPU [%(default)s]",
     )  # fmt: skip
     args = parser.parse_args(arguments)
-    keep_large_blocks()
     return run(lambda: _work(args))
