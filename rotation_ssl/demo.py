@@ -57,13 +57,13 @@ def draw(
     maps: dict[str, torch.Tensor],
     file: Path,
 ) -> None:
-    """Draw each image as given, rotated back by the prediction, and its attention maps; this needs matplotlib."""
+    """Draw each image as given, its attention maps, and it rotated back by the prediction; this needs matplotlib."""
     from matplotlib.figure import Figure
 
     columns = 3 if len(squares) > 15 else 1
     rows = -(-len(squares) // columns)
     pictures = 2 + len(maps)
-    figure = Figure(figsize=(columns * (pictures * 0.95 + 0.3), rows * 1.12 + 0.6), layout="constrained")
+    figure = Figure(figsize=(columns * (pictures * 0.95 + 0.3), rows * 1.12 + 0.15), layout="constrained")
     axes = np.atleast_2d(figure.subplots(rows, columns * pictures))
     for axis in axes.flat:
         axis.axis("off")
@@ -72,12 +72,12 @@ def draw(
         line = axes[row, column * pictures : (column + 1) * pictures]
         upright = torch.rot90(square, -int(rotations[i]), (-2, -1))
         line[0].imshow(square.permute(1, 2, 0).numpy())
-        line[1].imshow(upright.permute(1, 2, 0).numpy())
-        line[1].set_title(f"{90 * int(rotations[i])}°, {100 * probabilities[i]:.0f} %", fontsize=6, pad=2)
-        for axis, attention in zip(line[2:], maps.values(), strict=True):
+        for axis, attention in zip(line[1:-1], maps.values(), strict=True):
             axis.imshow(attention[i].numpy(), cmap="inferno", vmin=0, vmax=1)
+        line[-1].imshow(upright.permute(1, 2, 0).numpy())
+        line[-1].set_title(f"{90 * int(rotations[i])}°, {100 * probabilities[i]:.0f} %", fontsize=6, pad=2)
         if row == 0:
-            for axis, title in zip(line, ("as given", "upright", *maps), strict=True):
+            for axis, title in zip(line, ("as given", *maps, "rotated back by"), strict=True):
                 axis.set_title(f"{title}\n{axis.get_title()}".strip(), fontsize=6, pad=2)
     figure.savefig(file, dpi=130)
 

@@ -5,13 +5,14 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from rotation_ssl.cli.options import Parser
 from rotation_ssl.machine import TURN_OFF, keep_large_blocks
 
 
 def create_parser(command: str, description: str | None, recipes: Iterable[str] = ()) -> argparse.ArgumentParser:
     """The parser of ``python -m training COMMAND``, with a line of help for each recipe that it takes, if any."""
     lines = "".join(f"  {line}\n" for line in recipes)
-    return argparse.ArgumentParser(
+    return Parser(
         prog=f"python -m training {command}",
         description=description,
         epilog=f"recipes:\n{lines}\n{TURN_OFF}" if lines else TURN_OFF,

@@ -22,8 +22,8 @@ from rotation_ssl.precision import add_precision_argument, resolve_precision, wa
 
 DETAILS = """
 
-FOLDER holds train/<class>/* and test/<class>/* (or val/). k-NN and the probes use features that are extracted in one
-pass through the frozen backbone. The linear probe's L2 penalty is chosen on the last tenth of the training images;
+FOLDER holds train/<class>/* and test/<class>/* (or val/). One pass through the frozen backbone gives the features for
+k-NN, linear and non-linear probes, another those for convolutional probes. The linear probe's L2 penalty is chosen on the last tenth of the training images;
 nothing is chosen on the test images. Each number is printed and written to report.md, report.json and report.png in
 --output when it is measured.
 """

@@ -179,7 +179,10 @@ def start(folder: Path, manifest: Manifest, resume: bool) -> None:
             raise ValueError(f"{folder} has other files, {some(others)}; give an empty --output")
         read_manifest(folder)  # another program's is not replaced
     if has_parts and (differences := _differences(read_manifest(folder), manifest)):
-        raise ValueError(f"{folder} was made otherwise: {'; '.join(differences)}; give another --output")
+        raise ValueError(
+            f"{folder} was made otherwise: {'; '.join(differences)}; repeat the options of the first run, or give "
+            "another --output"
+        )
     for unfinished in (*folder.glob("*.tmp"), *folder.glob("errors/*.tmp")):
         # of a run that was killed
         if _OWN.fullmatch(unfinished.name):

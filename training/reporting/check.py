@@ -139,7 +139,10 @@ def _difference(row: Row, new: Row) -> str:
 def chosen_rows(every: Sequence[Row], args: argparse.Namespace) -> list[Row]:
     """The rows that the options ask for."""
     if unknown := sorted(set(args.weights or ()) - {row.weights for row in every}):
-        raise ValueError(f"no reported number is asked for by --weights {' '.join(unknown)}: no row is of them")
+        known = dict.fromkeys(row.weights for row in every)
+        raise ValueError(
+            f"no reported number is asked for by --weights {' '.join(unknown)}: there are rows of {', '.join(known)}"
+        )
     rows = [row for row in every if args.only is None or row.protocol in args.only]
     rows = [row for row in rows if args.weights is None or row.weights in args.weights]
     if args.quick:
