@@ -23,9 +23,9 @@ from rotation_ssl.precision import add_precision_argument, resolve_precision, wa
 DETAILS = """
 
 FOLDER holds train/<class>/* and test/<class>/* (or val/). One pass through the frozen backbone gives the features for
-k-NN, linear and non-linear probes, another those for convolutional probes. The linear probe's L2 penalty is chosen on the last tenth of the training images;
-nothing is chosen on the test images. Each number is printed and written to report.md, report.json and report.png in
---output when it is measured.
+k-NN, linear and non-linear probes, another those for convolutional probes. The linear probe's L2 penalty is chosen on
+the last tenth of the training images; nothing is chosen on the test images. Each number is printed and written to
+report.md, report.json and report.png in --output when it is measured.
 """
 
 
