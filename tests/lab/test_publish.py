@@ -349,20 +349,21 @@ def test_rows_of_other_bytes_go_when_the_new_ones_come(tmp_path):
     assert [r.recipe for r in read_rows(tmp_path)] == ["", "", "", "r"]
 
 
-def test_supervised_networks_of_other_seeds_are_of_other_random_weights(tmp_path):
+@pytest.mark.parametrize("protocol", ["supervised", "voc-classification-area"])
+def test_random_weights_that_are_trained_are_those_of_their_seed(tmp_path, protocol):
     file = tmp_path / "a.jsonl"
     known = [
         row(weights="a.random", sha256="zero"),
         row(weights="a.random", sha256="zero", protocol="rotation", seed=1),
     ]
     networks = [
-        row(weights="a.random", sha256=name, protocol="supervised", seed=seed)
+        row(weights="a.random", sha256=name, protocol=protocol, seed=seed)
         for seed, name in ((0, "zero"), (1, "one"))
     ]
     for new in (*known, *networks):
         write_rows(file, [new])
     assert read_rows(tmp_path) == [*known, *networks]
-    replaced = row(weights="a.random", sha256="two", protocol="supervised", seed=1)
+    replaced = row(weights="a.random", sha256="two", protocol=protocol, seed=1)
     write_rows(file, [replaced])
     assert read_rows(tmp_path) == [*known, networks[0], replaced]
 

@@ -109,12 +109,12 @@ def test_trainings_have_folders_of_their_own(devkit, tmp_path, monkeypatch):
     for arguments in (("--layers", "fc6-8"), ("--layers", "all"), ("--layers", "all", "--seed", 1)):
         assert run("rotnet_alexnet", "--random", "--data", devkit, *TINY, *arguments) == 0
     files = sorted(str(file.relative_to(tmp_path / "runs" / "voc")) for file in tmp_path.rglob("network.safetensors"))
-    names = (
-        "-rescaled/classification-all-seed0", "-rescaled/classification-fc6-8-seed0",
-        "1-rescaled/classification-all-seed1",
-    )  # fmt: skip
-    assert files == [f"rotnet_alexnet.random{name}/network.safetensors" for name in names]
-    one, _, other = (load_file(tmp_path / "runs" / "voc" / file) for file in files)
+    names = ("all-seed0", "all-seed1", "fc6-8-seed0")
+    assert files == [f"rotnet_alexnet.random-rescaled/classification-{name}/network.safetensors" for name in names]
+    rows = [read_file(file)[0] for file in sorted(tmp_path.rglob("rows.jsonl"))]
+    assert [(row.weights.partition(".")[2], row.seed) for row in rows] == [("random-rescaled", s) for s in (0, 1, 0)]
+    assert rows[0].sha256 == rows[2].sha256 != rows[1].sha256
+    one, other, _ = (load_file(tmp_path / "runs" / "voc" / file) for file in files)
     first = next(name for name in one if name.startswith("features."))
     assert not torch.equal(one[first], other[first]), "a seed's own convolutions"
 

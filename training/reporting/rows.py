@@ -166,8 +166,9 @@ def write_rows(file: Path, new: list[Row]) -> None:
 
 
 def _made_of(row: Row) -> tuple[str, int | None]:
-    """What has one content at a time; a supervised training starts from the random weights of its own seed."""
-    return row.recipe or row.weights, row.seed if row.protocol == "supervised" else None
+    """What has one content at a time; trainings that start from random weights take those of their own seed."""
+    from_own_seed = row.protocol == "supervised" or (row.protocol.startswith("voc-") and ".random" in row.weights)
+    return row.recipe or row.weights, row.seed if from_own_seed else None
 
 
 def require_committed(what: str) -> None:

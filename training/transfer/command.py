@@ -133,8 +133,10 @@ def prepare_transfer(
         raise ValueError(f"--classes names a class twice: {', '.join(args.classes)}")
     seed = args.seed if args.random else 0
     subject = load_subject(args.model, random=args.random, seed=seed, weights=args.weights, size=size)
-    if args.random and recipe.training.rescale:
-        subject = dataclasses.replace(subject, name=f"{subject.name}{RESCALED}")
+    if args.random:
+        # without the seed, which is also that of the training and is in the row
+        name = subject.name.removesuffix(str(seed or ""))
+        subject = dataclasses.replace(subject, name=f"{name}{RESCALED if recipe.training.rescale else ''}")
     # a new folder for each training
     output = args.output or Path("runs") / "voc" / subject.name / f"{what}-seed{args.seed}"
     if (output / NETWORK).exists():
