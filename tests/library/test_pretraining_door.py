@@ -154,6 +154,21 @@ def test_the_monitor_finds_what_is_easy_to_find(tmp_path):
     assert max(Monitor(tmp_path, 16)(network)["knn_accuracy"].values()) == 1
 
 
+def test_the_monitor_asks_of_no_image_that_it_knows(by_class, monkeypatch):
+    asked_of, predict = [], monitor.knn_predict
+
+    def recorded(known, known_labels, asked, *options):
+        asked_of.append((known, asked))
+        return predict(known, known_labels, asked, *options)
+
+    monkeypatch.setattr(monitor, "knn_predict", recorded)
+    Monitor(by_class, 16)(timm.create_model("test_resnet", num_classes=4).eval())
+    assert asked_of
+    for known, asked in asked_of:
+        assert len(known) + len(asked) == 40
+        assert not (known[:, None] == asked[None]).all(2).any()
+
+
 def test_the_monitor_reads_what_it_looks_at(by_class, tmp_path, monkeypatch):
     monkeypatch.setattr(monitor, "MOST", 6)
     read = []
