@@ -69,6 +69,13 @@ def test_training_has_the_settings_of_the_recipe(frozen, images, monkeypatch):
     assert [{name: group[name] for name in expected} for group in made[0].param_groups] == [expected, expected]
 
 
+def test_half_of_the_crops_may_be_mirrored(frozen, images, monkeypatch):
+    flips, crop = [], fresh.crop_and_flip
+    monkeypatch.setattr(fresh, "crop_and_flip", lambda *args: flips.append(args[4]) or crop(*args))
+    train_fresh(frozen, images, heads(dataclasses.replace(RECIPE, epochs=1)), seed=0)
+    assert flips == [True] * 3, "in each of the three batches"
+
+
 def test_they_learn(frozen, images):
     recipe = dataclasses.replace(RECIPE, epochs=12, milestones=(8,))
     maps = frozen.whole_maps(["block1", "block2"])(images.images)
