@@ -18,6 +18,7 @@ from conftest import ARCHIVE, ROOT, SAMPLES, corrupt, published_manifest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import rotation_ssl
 from rotation_ssl import cli, zoo
 from rotation_ssl.cli import features
 from rotation_ssl.features import extract_features
@@ -403,6 +404,18 @@ def test_help_is_worth_reading(capsys):
         # the result of the others is what they write
         printed = name not in ("outliers", "evaluate", "pretrain")
         assert bool(re.search(r"^  --json ", told, re.MULTILINE)) == printed
+
+
+def test_the_version_is_the_packages(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"rotation_ssl {rotation_ssl.__version__}\n"
+
+
+def test_converted_weights_have_the_tag_that_is_given(run, tmp_path):
+    assert run("convert", ARCHIVE, "-o", tmp_path / "theirs", "--tag", "mine")[0] == 0
+    config = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    assert config["pretrained_cfg"]["tag"] == "mine"
 
 
 def test_the_installed_command_runs():

@@ -169,6 +169,17 @@ def test_cached_probes_use_all_of_their_views(monkeypatch):
     }  # fmt: skip
 
 
+def test_the_precision_that_is_asked_for_is_that_of_the_features(labelled, tmp_path, monkeypatch):
+    # of which the default is one, whatever the machine
+    monkeypatch.setattr(evaluate, "load_model", lambda name, device: timm.create_model(name, num_classes=4))
+    for precision in ("fp32", "bf16"):
+        arguments = ["evaluate", "test_resnet", "--data", str(labelled), "--output", str(tmp_path / precision)]
+        arguments += ["--size", "32", "--only", "knn", "--layers", "layer4", "--precision", precision]
+        assert cli.main(arguments) == 0
+        (result,) = json.loads((tmp_path / precision / "report.json").read_text())
+        assert result["settings"].endswith(f"; features in {precision}")
+
+
 @pytest.mark.parametrize(
     ("protocol", "budget", "message"),
     [
