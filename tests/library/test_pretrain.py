@@ -117,8 +117,10 @@ def test_a_short_run_has_a_curve_too(monkeypatch, tmp_path, steps, points):
 def test_the_time_left_is_told_from_the_first_point_on(images, tmp_path, capsys):
     """In a log file too, which is no terminal."""
     pretrain(SHORT, images, tmp_path)
-    first = capsys.readouterr().err.split("\r")[2]
-    assert re.search(r" 16/96 \[\d\d:\d\d<\d\d:\d\d, .*loss=", first), first
+    told = capsys.readouterr().err
+    # each point is shown as it is reached; what a slow machine shows between them does not matter
+    for done in range(16, 97, 16):
+        assert re.search(rf" {done}/96 \[\d\d:\d\d<\d\d:\d\d, [^\r]*loss=", told), told
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_others(images, tmp_path):
