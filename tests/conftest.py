@@ -27,8 +27,14 @@ HUB_ENVIRONMENT = {
     "HF_HUB_DISABLE_XET": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_OFFLINE": "0",
+    # a proxy does not lead to the loopback
+    "NO_PROXY": "127.0.0.1,localhost",
+    "no_proxy": "127.0.0.1,localhost",
 }
 os.environ.update(HUB_ENVIRONMENT)
+# the tests say where it is set
+os.environ.pop("ROTATION_SSL_MALLOPT", None)
 
 import huggingface_hub
 import pytest

@@ -24,8 +24,6 @@ from rotation_ssl.orientation.turning import open_picture
 from training import page as builder
 from training.__main__ import main
 
-pytestmark = pytest.mark.slow
-
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 PHOTOS = SAMPLES / "photos"
 SIZE = zoo.manifest()[DEFAULT_MODEL]["orientation"]["size"]
@@ -153,6 +151,7 @@ def write_pictures(folder):
     return files
 
 
+@pytest.mark.slow
 def test_page_says_what_python_says(page, model, tmp_path):
     files = write_pictures(tmp_path)
     cards = look_at(page, files)
@@ -161,6 +160,7 @@ def test_page_says_what_python_says(page, model, tmp_path):
     assert rotations == {0, 1, 2, 3}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("factor", "exif"), ((2, 1), (5, 6), (9, 3)))
 def test_large_jpeg_is_reduced_as_pillow_would(page, model, tmp_path, factor, exif):
     source = read_image(PHOTOS / "astronaut.jpg")
@@ -183,6 +183,7 @@ def test_large_jpeg_is_reduced_as_pillow_would(page, model, tmp_path, factor, ex
     assert int(np.argmax(probabilities_of(card))) == found.rotation
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("width", "height"), ((128, 128), (61, 40), (130, 141), (317, 700), (511, 256), (1900, 300)))
 def test_squares_are_pillows_to_the_last_bit(page, width, height):
     values = np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8)
@@ -193,6 +194,7 @@ def test_squares_are_pillows_to_the_last_bit(page, width, height):
     assert run_module(page, code, with_alpha(values)) == squares
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", (2, 3, 5, 6, 7, 8, 11))
 def test_pixels_are_reduced_as_pillow_does_to_the_last_bit(page, factor):
     values = np.random.default_rng(factor).integers(0, 256, (83, 110, 3), dtype=np.uint8)
@@ -217,6 +219,7 @@ def run_module(page, code, pixels):
     return base64.b64decode(result)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(builder.SAMPLES))
 def test_attention_maps_are_pythons(page, folder, model, name):
     code = (
@@ -232,6 +235,7 @@ def test_attention_maps_are_pythons(page, folder, model, name):
     torch.testing.assert_close(torch.tensor(page.evaluate(code, name)), expected, rtol=0, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_samples_are_one_click_and_one_key(page):
     buttons = page.locator("#samples button")
     assert buttons.count() == len(builder.SAMPLES)
@@ -245,6 +249,7 @@ def test_samples_are_one_click_and_one_key(page):
     assert page.locator("#samples img").evaluate_all("images => images.every(image => image.alt && image.naturalWidth)")
 
 
+@pytest.mark.slow
 def test_dropped_files_are_looked_at_ten_at_once_and_broken_ones_are_named(page, tmp_path):
     content = (PHOTOS / "rocket.jpg").read_bytes()
     files = [(f"rocket{number}.jpg", content) for number in range(9)]
@@ -264,6 +269,7 @@ def test_dropped_files_are_looked_at_ten_at_once_and_broken_ones_are_named(page,
     expect(page.locator("#status")).to_have_text("12 photographs: 9 upright, 3 not read.")
 
 
+@pytest.mark.slow
 def test_photographs_cannot_leave_the_page(page):
     # without CORS only the page's policy keeps a request from being sent
     code = "(url) => fetch(url, { mode: 'no-cors' }).then(() => 'sent', () => 'refused')"
@@ -273,6 +279,7 @@ def test_photographs_cannot_leave_the_page(page):
     page.asked = [(method, url) for method, url in page.asked if not url.startswith(elsewhere.url)]
 
 
+@pytest.mark.slow
 def test_a_photograph_of_100_megapixels_is_looked_at(page, model, tmp_path):
     file = tmp_path / "huge.jpg"
     read_image(PHOTOS / "china.jpg").rotate(180).resize((12_250, 8_192)).save(file, quality=70)
@@ -280,6 +287,7 @@ def test_a_photograph_of_100_megapixels_is_looked_at(page, model, tmp_path):
     assert card.get_attribute("data-outcome") == "turned" and "k = 2" in card.inner_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "sentence"),
     (
@@ -297,6 +305,7 @@ def test_an_old_browser_is_told_so(folder, tab, script, sentence):
         expect(tab.locator("progress")).to_be_hidden()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ("model.json", "model.onnx", *builder.RUNTIME_FILES))
 @pytest.mark.parametrize("content", (None, b"damaged"))
 def test_a_file_that_does_not_load_is_told(folder, tab, tmp_path, name, content):
@@ -311,6 +320,7 @@ def test_a_file_that_does_not_load_is_told(folder, tab, tmp_path, name, content)
             expect(tab.locator("#status")).to_contain_text(name)
 
 
+@pytest.mark.slow
 def test_the_page_without_a_script_says_what_it_needs(folder, browser):
     context = browser.new_context(java_script_enabled=False)
     tab = context.new_page()
@@ -320,6 +330,7 @@ def test_the_page_without_a_script_says_what_it_needs(folder, browser):
     context.close()
 
 
+@pytest.mark.slow
 def test_page_is_small_and_built_anew(folder, capsys):
     files = [file for file in folder.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) < 25e6

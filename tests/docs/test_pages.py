@@ -2,10 +2,12 @@
 
 import importlib
 import re
+import shlex
 
 import pytest
 from conftest import ROOT
 
+from rotation_ssl import cli
 from training.__main__ import COMMANDS, main
 
 # the heads of the commands' files are what --help prints
@@ -58,6 +60,16 @@ def test_options_are_those_of_the_command(command, capsys):
 
 def test_every_command_that_is_told_is_there():
     assert {command for _, command, _ in TYPED} <= set(COMMANDS)
+
+
+def test_every_line_of_the_command_is_one_that_it_takes(monkeypatch):
+    for command in cli.COMMANDS:
+        monkeypatch.setattr(command, "run", lambda args: 0)
+    texts = [page.read_text().replace("\\\n", " ") for page in PAGES]
+    lines = [line for text in texts for line in re.findall(r"^rotation-ssl (.*)$", text, re.MULTILINE)]
+    assert len(lines) > 20
+    for line in lines:
+        assert cli.main(shlex.split(line, comments=True)) == 0, line
 
 
 def test_every_page_that_has_commands_is_read():

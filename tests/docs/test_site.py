@@ -21,8 +21,6 @@ from conftest import MODELS, ROOT
 import hubconf
 import rotation_ssl
 
-pytestmark = pytest.mark.slow
-
 # modules that are not part of the interface, with all below them. A new one is public unless it is named here, or is in
 # a package whose __all__ says what is public
 INTERNAL = {
@@ -153,6 +151,7 @@ def undocumented(names, documented):
     }
 
 
+@pytest.mark.slow
 def test_every_public_name_is_documented(documented):
     names = public_names()
     assert {f"rotation_ssl.{name}" for name in rotation_ssl.__all__} <= documented
@@ -160,10 +159,12 @@ def test_every_public_name_is_documented(documented):
     assert undocumented(names, documented) == set()
 
 
+@pytest.mark.slow
 def test_every_name_that_is_documented_is_there(documented):
     assert len(documented) > 100 and all(resolve(name) is not None for name in documented)
 
 
+@pytest.mark.slow
 def test_every_model_is_documented(documented):
     assert {name for name in vars(hubconf) if name.startswith("rotnet_")} == set(MODELS)
     for name in MODELS:
@@ -171,11 +172,13 @@ def test_every_model_is_documented(documented):
         assert {f"rotation_ssl.hub.{name}", f"{entry.__module__}.{name}"} <= documented
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["rotation_ssl.features.rankme", "rotation_ssl.convert.AUTHORS"])
 def test_a_name_that_no_page_has_is_found(name, documented):
     assert undocumented(public_names(), documented - {name}) == {name}
 
 
+@pytest.mark.slow
 def test_no_link_is_dead_and_nothing_is_loaded_from_elsewhere(site):
     pages = read_pages(site)
     assert len(pages) > 30 and sum(len(page.links) for page in pages.values()) > 1000
@@ -197,12 +200,14 @@ def test_dead_links_and_what_is_loaded_from_elsewhere_are_found(tmp_path):
     assert external(pages) == ["https://example.org/x.js", "//example.org/x.css"]
 
 
+@pytest.mark.slow
 def test_every_figure_is_shown(site):
     figures = {file.name for file in (ROOT / "docs" / "figures").iterdir()}
     shown = {Path(link).name for page in read_pages(site).values() for tag, link in page.links if tag == "img"}
     assert figures and figures <= shown
 
 
+@pytest.mark.slow
 def test_the_first_page_is_where_the_address_leads(site):
     assert 'url=README.html"' in (site / "index.html").read_text() and (site / "README.html").is_file()
 
@@ -223,12 +228,14 @@ def spoilt(tmp_path_factory):
     return copy / "html", sphinx(copy, copy / "html", "-c", str(copy / "docs"))
 
 
+@pytest.mark.slow
 def test_a_dead_link_or_a_page_outside_of_the_navigation_fails_the_build(spoilt):
     _, built = spoilt
     warned = sorted(re.findall(r"(\w+\.md)(?::\d+)?: WARNING:", built.stderr))
     assert built.returncode == 1 and warned == ["lonely.md", *["outliers.md"] * 3], built.stderr
 
 
+@pytest.mark.slow
 def test_the_page_that_runs_in_a_browser_is_part_of_the_site(spoilt):
     html, _ = spoilt
     pages = read_pages(html)

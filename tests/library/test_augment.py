@@ -1,5 +1,7 @@
 """Crops are windows of the image, drawn alike for all of it or for a part; mirroring is left to right alone."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -108,6 +110,22 @@ def test_boxes_lie_in_the_image_and_have_the_scale(count, least, more, seed):
     assert (area[whole] >= least - 1e-5).all(), "only a side that was cut makes a box smaller"
     again = draw_boxes(count, (least, most), True, generator(seed))
     assert all(torch.equal(getattr(again, name), getattr(boxes, name)) for name in boxes._fields)
+
+
+def test_boxes_are_of_every_size_aspect_and_place():
+    boxes = draw_boxes(4000, (0.2, 0.8), True, generator())
+    assert 0.45 < boxes.mirrored.float().mean() < 0.55
+    uncut = (boxes.height < 1) & (boxes.width < 1)
+    assert uncut.float().mean() > 0.9
+    area, aspect = (boxes.height * boxes.width)[uncut], (boxes.width / boxes.height)[uncut].log()
+    assert area.mean() == pytest.approx(0.5, abs=0.02) and area.min() < 0.25 and area.max() > 0.75
+    assert aspect.mean() == pytest.approx(0, abs=0.02)
+    assert aspect.min() < -0.95 * math.log(4 / 3) and aspect.max() > 0.95 * math.log(4 / 3)
+    places = torch.stack([boxes.top / (1 - boxes.height), boxes.left / (1 - boxes.width)])[:, uncut]
+    for place in places:
+        assert place.mean() == pytest.approx(0.5, abs=0.02) and place.std() == pytest.approx(12**-0.5, abs=0.01)
+    drawn = torch.stack([area, aspect, *places, boxes.mirrored[uncut].float()])
+    assert (torch.corrcoef(drawn) - torch.eye(5)).abs().max() < 0.08, "each is drawn by itself"
 
 
 def test_the_whole_box_is_the_image_resized():

@@ -22,6 +22,13 @@ BODY = bytes(range(256)) * 4
 ESCAPES = "\x1b[2J\x1b]0;title\x07\x9b31m"  # clears the screen, sets the window's title, turns the text red
 
 
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch):
+    """A proxy would answer for the hosts that do not exist."""
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "*")
+
+
 class Server:
     """Plain sockets on loopback: each connection gets the next of some answers, the last one again and again."""
 

@@ -12,7 +12,6 @@ from many_images import contents, errors_of, part_bytes, rows_of, write_folder, 
 
 from rotation_ssl.embedding import cluster, embed
 
-pytestmark = pytest.mark.slow
 SMALL = {"shard_size": 16, "batch_size": 8, "precision": "fp32"}
 PROLOGUE = """
 import json, os, signal, sys, threading
@@ -114,6 +113,7 @@ def whole(images, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_same_parts(images, whole, tmp_path):
     result = on_ray(EMBED, images, tmp_path / "out")
     assert "Summary(parts=13, images=198, errors=2)" in result.stdout, result.stderr
@@ -123,6 +123,7 @@ def test_the_same_parts(images, whole, tmp_path):
     assert part_bytes(tmp_path / "out") == part_bytes(whole)
 
 
+@pytest.mark.slow
 def test_the_command_with_decoding_processes(images, whole, tmp_path):
     command = [sys.executable, "-m", "rotation_ssl.cli", "features", str(images), "-o", f"{tmp_path}/out/"]
     options = ["--engine", "ray", "--workers", "1", "--shard-size", "16", "--batch-size", "8", "--precision", "fp32"]
@@ -133,6 +134,7 @@ def test_the_command_with_decoding_processes(images, whole, tmp_path):
     assert part_bytes(tmp_path / "out") == part_bytes(whole)
 
 
+@pytest.mark.slow
 def test_actors_that_are_killed(images, whole, tmp_path):
     told = "assert len(set(killed)) >= 2, killed\n"
     result = on_ray(KILL_ACTORS + EMBED + told, images, tmp_path / "out")
@@ -140,6 +142,7 @@ def test_actors_that_are_killed(images, whole, tmp_path):
     assert part_bytes(tmp_path / "out") == part_bytes(whole)
 
 
+@pytest.mark.slow
 def test_a_machine_that_is_lost(images, whole, tmp_path):
     told = "assert len(progressed) == 13 and len(ray.nodes()) == 2, progressed\n"
     result = on_ray(EMBED + told, images, tmp_path / "out", start=LOSE_MACHINE)
@@ -147,6 +150,7 @@ def test_a_machine_that_is_lost(images, whole, tmp_path):
     assert part_bytes(tmp_path / "out") == part_bytes(whole)
 
 
+@pytest.mark.slow
 def test_a_driver_that_is_killed(images, whole, tmp_path):
     for parts in ("1", "3"):
         result = on_ray(KILL_DRIVER + EMBED, images, tmp_path / "out", {**SMALL, "resume": True}, KILLED_AT=parts)
@@ -156,6 +160,7 @@ def test_a_driver_that_is_killed(images, whole, tmp_path):
     assert part_bytes(tmp_path / "out") == part_bytes(whole)
 
 
+@pytest.mark.slow
 def test_errors_of_actors_are_one_line(tmp_path):
     for number in range(3):
         write_tar(tmp_path / f"{number}.tar", contents(10))
@@ -188,12 +193,14 @@ def test_room_for_actors():
         cluster._count_actors(nodes, {"num_cpus": 16})
 
 
+@pytest.mark.slow
 def test_a_cluster_that_cannot_be_reached(images, tmp_path):
     for address in ("127.0.0.1:9", "ray://127.0.0.1:9"):
         with pytest.raises(OSError, match=rf"the Ray cluster {address} cannot be reached \(.*refused\)"):
             embed(images, tmp_path / "out", engine="ray", address=address, **SMALL)
 
 
+@pytest.mark.slow
 def test_other_weights_are_refused(images, whole, tmp_path):
     manifest = json.loads((whole / "manifest.json").read_text())
     manifest["weights_sha256"] = "0" * 64

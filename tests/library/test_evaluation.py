@@ -12,7 +12,9 @@ from conftest import SAMPLES, shorten_probes
 from rotation_ssl import cli
 from rotation_ssl.cli import evaluate
 from rotation_ssl.evaluation import measure, report
+from rotation_ssl.evaluation.frozen import Frozen
 from rotation_ssl.evaluation.protocols import PROTOCOLS, ProbeRecipe, Protocol
+from rotation_ssl.labelled import Images, LabelledImages
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +135,49 @@ def test_a_new_probe_is_a_function_and_an_entry_of_the_table(labelled, tmp_path,
     assert (result["protocol"], result["budget"], result["layer"]) == ("toy", "cached", "block3")
     assert "toy probe (cached) block3: " in capsys.readouterr().out
     assert "| toy probe (cached) |" in (tmp_path / "r" / "report.md").read_text()
+
+
+def test_cached_probes_use_all_of_their_views(monkeypatch):
+    shorten_probes(monkeypatch, ids=["nonlinear"], epochs=3, lr=0.05, momentum=0.7, weight_decay=0.02)
+    recipe, trained, drawn = PROTOCOLS["nonlinear"].recipes["cached"], [], []
+
+    def fill(images, size, padding, mode, flip, generator):
+        """Each view has a value of its own, as has the image itself, 0."""
+        drawn.append(flip)
+        return torch.full_like(images, len(drawn))
+
+    def train(probe, batches, **settings):
+        trained.append(
+            ({value for epoch in range(3) for f, _ in batches(epoch) for value in f.unique().tolist()}, settings)
+        )
+
+    def pixels(frozen, images, grids, bar=None):
+        return {layer: images[:, :1, :grid, :grid].bfloat16() for layer, grid in grids.items()}
+
+    monkeypatch.setattr(measure, "crop_and_flip", fill)
+    monkeypatch.setattr(measure, "train_probe", train)
+    monkeypatch.setattr(Frozen, "maps", pixels)
+    data = LabelledImages(torch.zeros(20, 3, 32, 32, dtype=torch.uint8), torch.arange(20) % 2, ("a", "b"))
+    frozen = Frozen(timm.create_model("rotnet_nin").eval(), 32)
+    measurement = measure.Measurement("nonlinear", "cached", "block2", 0)
+    list(measure.measure_features(frozen, Images("twenty", data, data), [measurement]))
+    ((values, settings),) = trained
+    assert recipe.views == 4 and values == {0, 1, 2, 3}
+    assert drawn == [True] * 3, "half of the crops may be mirrored"
+    assert {name: settings[name] for name in ("lr", "momentum", "weight_decay")} == {
+        "lr": 0.05, "momentum": 0.7, "weight_decay": 0.02,
+    }  # fmt: skip
+
+
+def test_the_precision_that_is_asked_for_is_that_of_the_features(labelled, tmp_path, monkeypatch):
+    # of which the default is one, whatever the machine
+    monkeypatch.setattr(evaluate, "load_model", lambda name, device: timm.create_model(name, num_classes=4))
+    for precision in ("fp32", "bf16"):
+        arguments = ["evaluate", "test_resnet", "--data", str(labelled), "--output", str(tmp_path / precision)]
+        arguments += ["--size", "32", "--only", "knn", "--layers", "layer4", "--precision", precision]
+        assert cli.main(arguments) == 0
+        (result,) = json.loads((tmp_path / precision / "report.json").read_text())
+        assert result["settings"].endswith(f"; features in {precision}")
 
 
 @pytest.mark.parametrize(

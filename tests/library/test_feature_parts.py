@@ -1,7 +1,9 @@
 """rotation-ssl features -o FOLDER/."""
 
+import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -10,7 +12,9 @@ from conftest import ROOT, SAMPLES
 from many_images import contents, part_bytes, write_folder, write_tar
 
 from rotation_ssl import cli
+from rotation_ssl.cli import feature_parts
 from rotation_ssl.embedding import embed
+from rotation_ssl.embedding.run import Summary
 
 
 def run(capsys, *arguments):
@@ -30,6 +34,33 @@ def test_the_command(tmp_path, capsys):
     assert json.loads(text) == {"folder": f"{tmp_path}/out/", "parts": 4, "images": 98, "errors": 2}
     status, text = run(capsys, "features", SAMPLES / "cifar10", "-o", f"{tmp_path}/v1.2/", "--workers", 0)
     assert status == 0 and text == f"{tmp_path}/v1.2/: 40 images in 1 part\n"
+
+
+def test_every_option_arrives(monkeypatch, capsys):
+    expected = {
+        "layers": ["block1", "block3"], "pool": "max", "grid": 2, "batch_size": 7, "device": "cuda:1", "engine": "ray",
+        "address": "host:6379", "format": "npy", "shard_size": 5, "workers": 3, "precision": "bf16",
+        "dtype": "float16", "sha1": True, "resume": True,
+    }  # fmt: skip
+    parameters = inspect.signature(embed).parameters
+    assert {name for name, parameter in parameters.items() if parameter.kind == parameter.KEYWORD_ONLY} == set(expected)
+    assert all(parameters[name].default != value for name, value in expected.items())
+    asked = []
+    monkeypatch.setattr(
+        feature_parts, "embed", lambda *arguments, **options: asked.append((arguments, options)) or Summary(1, 2, 0)
+    )
+    arguments = ["features", "images", "-o", "out/", "--model", "rotnet_alexnet"]
+    for name, value in expected.items():
+        arguments.append(f"--{name.replace('_', '-')}")
+        arguments += [] if value is True else value if isinstance(value, list) else [str(value)]
+    assert cli.main(arguments) == 0
+    assert asked == [(("images", "out/", "rotnet_alexnet"), expected)]
+    with pytest.raises(SystemExit):
+        cli.main(["features", "--help"])
+    options = set(
+        re.findall(r"^  (?:-\w(?: \w+)?, )?(--[a-z0-9-]+)", capsys.readouterr().out.split("options:")[1], re.M)
+    )
+    assert options - set(arguments) == {"--output", "--force", "--strict", "--json"}
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,22 @@ def test_probes_trained_together_are_those_trained_alone(frozen, images):
         assert not equal(probe, other)
 
 
+def test_training_has_the_settings_of_the_recipe(frozen, images, monkeypatch):
+    made, sgd = [], torch.optim.SGD
+    monkeypatch.setattr(torch.optim, "SGD", lambda *args, **options: made.append(sgd(*args, **options)) or made[-1])
+    recipe = dataclasses.replace(RECIPE, epochs=1, lr=0.05, momentum=0.7, weight_decay=0.02)
+    train_fresh(frozen, images, heads(recipe), seed=0)
+    expected = {"lr": 0.05, "momentum": 0.7, "weight_decay": 0.02, "nesterov": True}
+    assert [{name: group[name] for name in expected} for group in made[0].param_groups] == [expected, expected]
+
+
+def test_half_of_the_crops_may_be_mirrored(frozen, images, monkeypatch):
+    flips, crop = [], fresh.crop_and_flip
+    monkeypatch.setattr(fresh, "crop_and_flip", lambda *args: flips.append(args[4]) or crop(*args))
+    train_fresh(frozen, images, heads(dataclasses.replace(RECIPE, epochs=1)), seed=0)
+    assert flips == [True] * 3, "in each of the three batches"
+
+
 def test_they_learn(frozen, images):
     recipe = dataclasses.replace(RECIPE, epochs=12, milestones=(8,))
     maps = frozen.whole_maps(["block1", "block2"])(images.images)

@@ -18,14 +18,21 @@ from rotation_ssl.cli.list import accuracy_text
 from rotation_ssl.features import layer_modules
 
 
-@pytest.fixture
-def downloaded(tmp_path, monkeypatch, offline):
-    """The repository in torch.hub's cache, under the name OWNER/rotation_ssl:main."""
-    folder = tmp_path / "OWNER_rotation_ssl_main"
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """torch.hub's cache with the repository, which the tests only read."""
+    cache = tmp_path_factory.mktemp("cache")
+    folder = cache / "OWNER_rotation_ssl_main"
     folder.mkdir()
     shutil.copyfile(ROOT / "hubconf.py", folder / "hubconf.py")
     shutil.copytree(ROOT / "rotation_ssl", folder / "rotation_ssl", ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    return cache
+
+
+@pytest.fixture
+def downloaded(cache, monkeypatch, offline):
+    """The repository in torch.hub's cache, under the name OWNER/rotation_ssl:main."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(cache))
     return "OWNER/rotation_ssl:main"
 
 
@@ -58,7 +65,7 @@ def test_help_is_the_docstring_and_says_what_the_manifest_says(downloaded, name)
         assert told[tag].endswith(f"{accuracy_text(entry)}.")
 
 
-def test_load_from_the_cache_takes_the_downloaded_package(downloaded, tmp_path):
+def test_load_from_the_cache_takes_the_downloaded_package(downloaded, cache, tmp_path):
     code = (
         "import socket, sys, torch\n"
         "def refuse(*args, **kwargs): raise SystemExit('the network was used')\n"
@@ -70,10 +77,10 @@ def test_load_from_the_cache_takes_the_downloaded_package(downloaded, tmp_path):
         "import rotation_ssl\n"
         "print(model.num_classes, rotation_ssl.__file__)\n"
     )
-    command = [sys.executable, "-c", code, str(tmp_path), str(ROOT)]
+    command = [sys.executable, "-c", code, str(cache), str(ROOT)]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == ["4", str(tmp_path / "OWNER_rotation_ssl_main" / "rotation_ssl" / "__init__.py")]
+    assert result.stdout.split() == ["4", str(cache / "OWNER_rotation_ssl_main" / "rotation_ssl" / "__init__.py")]
 
 
 def test_default_tag_and_named_tag_are_timms(offline):

@@ -11,7 +11,7 @@ from rotation_ssl.pretraining.optim import (
     create_scheduler,
     renormalize_filters,
 )
-from rotation_ssl.pretraining.recipe import CosineSchedule, LinearSchedule, Muon, Sgd
+from rotation_ssl.pretraining.recipe import AdamW, CosineSchedule, LinearSchedule, Muon, Sgd
 from training.recipes import NIN_CIFAR10_AUTHORS, NIN_CIFAR10_PAPER
 
 
@@ -51,6 +51,25 @@ def test_step_schedules_of_the_paper_and_its_code(recipe, epochs, drops):
     steps_per_epoch = recipe.steps // epochs
     rates = learning_rates(recipe.schedule, recipe.steps, [e * steps_per_epoch + d for e in drops for d in (-1, 0)])
     assert rates == pytest.approx([1, 0.2, 0.2, 0.04, 0.04, 0.008])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_optimizers_have_the_settings_of_the_recipe(precision):
+    def assert_groups(optimizer, **expected):
+        for group in optimizer.param_groups:
+            assert {name: group[name] for name in expected} == expected
+
+    model = timm.create_model("rotnet_nin3")
+    settings = Sgd(lr=0.3, momentum=0.7, weight_decay=0.02)
+    expected = {"lr": 0.3, "momentum": 0.7, "weight_decay": 0.02, "nesterov": True, "dampening": 0}
+    (sgd,) = create_optimizers(settings, model, precision)
+    assert_groups(sgd, **expected)
+    (adamw,) = create_optimizers(AdamW(lr=0.02, betas=(0.8, 0.95), weight_decay=0.3), model, precision)
+    assert type(adamw) is torch.optim.AdamW
+    assert_groups(adamw, lr=0.02, betas=(0.8, 0.95), weight_decay=0.3)
+    muon, rest = create_optimizers(Muon(lr=0.04, momentum=0.5, rest=settings), model, precision)
+    assert_groups(muon, lr=0.04, momentum=0.5)
+    assert_groups(rest, **expected)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

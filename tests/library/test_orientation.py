@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import inspect
 import io
 import json
 import os
@@ -228,7 +229,7 @@ def album(tmp_path):
 
 
 def orient(*arguments):
-    return cli.main(["orient", *map(str, arguments), "--threshold", "0.6"])
+    return cli.main(["orient", *map(str, arguments)])
 
 
 def contents(folder):
@@ -250,9 +251,22 @@ def test_a_dry_run_tells_and_changes_nothing(album, capsys):
     assert [found["upright.png"][key] for key in fields[1:6]] == [0, 0, 0, 1, 1]
     assert not found["noise.png"]["decided"]
     assert contents(album) == before
-    assert orient(album) == 0
+    assert orient(album, "--threshold", 0.6) == 0
     told = capsys.readouterr().out
     assert "4 pictures: 1 upright, 2 to turn (nothing is written without --apply), 1 undecided" in told
+
+
+def test_the_calibration_of_the_weights_is_what_counts_without_options(album, capsys, monkeypatch):
+    entry, asked = zoo.manifest()["rotnet_alexnet.photos"]["orientation"], []
+
+    def recorded(*arguments, **options):
+        asked.append(inspect.signature(predict_orientation).bind(*arguments, **options).arguments)
+        return predict_orientation(*arguments, **options)
+
+    monkeypatch.setattr(orienting, "predict_orientation", recorded)
+    assert orient(album / "pixels.jpg") == 0
+    assert [(one["size"], one["temperature"]) for one in asked] == [(entry["size"], entry["temperature"])]
+    assert f"undecided at a threshold of {entry['threshold']:.4g}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("how", ["exif", "pixels"])
@@ -279,7 +293,7 @@ def test_what_is_fixed_is_shown_upright_and_a_second_run_changes_nothing(album, 
 
 def test_a_picture_of_several_names_is_turned_once(album, capsys):
     (album / "link.jpg").symlink_to("pixels.jpg")
-    assert orient(album, album / ".." / "album", "--apply", "pixels", "--in-place") == 0
+    assert orient(album, album / ".." / "album", "--threshold", 0.6, "--apply", "pixels", "--in-place") == 0
     assert "4 pictures: 1 upright, 2 turned, 1 undecided" in capsys.readouterr().out
     assert orient(album / "pixels.jpg") == 0
     assert "1 picture: 1 upright" in capsys.readouterr().out
@@ -350,7 +364,7 @@ def test_what_cannot_be_written_is_named_and_left(album, capsys):
     (album / "pixels.jpg").chmod(0o444)
     (album / "deep" / "tag.jpg").rename(album / "deep" / "tag.tmp.jpg")
     before = contents(album)
-    assert orient(album, "--apply", "exif", "--in-place") == 1
+    assert orient(album, "--threshold", 0.6, "--apply", "exif", "--in-place") == 1
     told = capsys.readouterr()
     assert "pixels.jpg is read-only: make it writable, or give -o DIR" in told.err
     assert "1 upright, 1 turned, 1 undecided at a threshold of 0.6, 1 failed" in told.out

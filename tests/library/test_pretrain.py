@@ -90,7 +90,8 @@ def test_outputs(images, tmp_path):
     run = json.loads((file.parent / "run.json").read_text())
     assert run["rotated_images"] == 30 * 4 * 4 and [point["step"] for point in run["curve"]] == list(range(1, 31))
     assert run["recipe"]["name"] == "nin-cifar10-cpu" and run["optimizer"] == "Muon" and run["processes"] == 1
-    assert file.stat().st_mode & 0o777 == 0o644
+    (tmp_path / "any").touch()
+    assert file.stat().st_mode == (tmp_path / "any").stat().st_mode
     assert {tensor.dtype for tensor in weights(file.parent).values()} == {torch.float32, torch.int64}
 
 
@@ -116,8 +117,10 @@ def test_a_short_run_has_a_curve_too(monkeypatch, tmp_path, steps, points):
 def test_the_time_left_is_told_from_the_first_point_on(images, tmp_path, capsys):
     """In a log file too, which is no terminal."""
     pretrain(SHORT, images, tmp_path)
-    first = capsys.readouterr().err.split("\r")[2]
-    assert re.search(r" 16/96 \[\d\d:\d\d<\d\d:\d\d, .*loss=", first), first
+    told = capsys.readouterr().err
+    # each point is shown as it is reached; what a slow machine shows between them does not matter
+    for done in range(16, 97, 16):
+        assert re.search(rf" {done}/96 \[\d\d:\d\d<\d\d:\d\d, [^\r]*loss=", told), told
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_others(images, tmp_path):

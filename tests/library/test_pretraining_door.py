@@ -1,11 +1,14 @@
 """Pretraining as people meet it: `rotation_ssl.pretrain`, `rotation-ssl pretrain`, and what one watches meanwhile."""
 
 import dataclasses
+import inspect
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -23,7 +26,7 @@ from rotation_ssl.pretraining import command, monitor
 from rotation_ssl.pretraining.command import run
 from rotation_ssl.pretraining.loop import pretrain
 from rotation_ssl.pretraining.monitor import Monitor
-from rotation_ssl.pretraining.recipe import AdamW, Stage
+from rotation_ssl.pretraining.recipe import FOLDER, AdamW, Stage
 
 # in fp32: oneDNN's gradients of 3 x 3 filters on maps of one pixel are not reliable in bf16
 SMALL = ["--model", "test_resnet", "--size", "16", "--steps", "6", "--images-per-step", "4", "--precision", "fp32"]
@@ -68,6 +71,49 @@ def test_the_function_is_the_command(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         rotation_ssl.pretrain(tmp_path / "nowhere", tmp_path / "new", "test_resnet", **options)
     assert not (tmp_path / "new").exists()
+
+
+def test_every_option_of_the_command_arrives(tmp_path, monkeypatch, capsys):
+    expected = {
+        "resume": True, "device": "cpu", "workers": 3, "stream": True, "accumulate": 2, "sync_batchnorm": True,
+        "checkpoint_seconds": 7.0, "tracker": "wandb", "monitor": tmp_path, "monitor_every": 9,
+    }  # fmt: skip
+    defaults = inspect.signature(run).parameters
+    assert all(defaults[name].default != value for name, value in expected.items())
+    fields = {"model": "resnet50", "images_per_step": 12, "steps": 77, "precision": "bf16", "holdout": 5, "seed": 3}
+    asked, opened = [], []
+
+    def recorded(recipe, open_set, output, **options):
+        open_set(recipe)
+        asked.append((recipe, output, options))
+        return tmp_path / "step-000001"
+
+    monkeypatch.setattr(command, "run", recorded)
+    monkeypatch.setattr(command, "open_images", lambda *arguments: opened.append(arguments))
+    arguments = [
+        "pretrain",
+        "--data",
+        "images",
+        "--output",
+        "out",
+        "--size",
+        "48",
+        "--dataset",
+        "torch/x",
+        "--download",
+    ]
+    for name, value in (expected | fields).items():
+        arguments += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    assert cli.main(arguments) == 130
+    recipe = command.changed(FOLDER, image_size=48, data="torch/x", **fields)
+    assert all(getattr(recipe, name) == value != getattr(FOLDER, name) for name, value in fields.items())
+    assert asked == [(recipe, Path("out"), {**expected, "commit": ""})]
+    assert opened == [("torch/x", Path("images"), 48, True, 3)]
+    assert "stopped; continue with --resume --output out" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["pretrain", "--help"])
+    told = capsys.readouterr().out.split("options:")[1]
+    assert set(re.findall(r"^  (--[a-z0-9-]+)", told, re.MULTILINE)) <= set(arguments)
 
 
 def test_images_in_memory_and_a_recipe_of_ones_own(tmp_path):
@@ -164,6 +210,21 @@ def test_the_monitor_finds_what_is_easy_to_find(tmp_path):
             Image.new("RGB", (16, 16), (grey + i,) * 3).save(tmp_path / name / f"{i}.png")
     network = timm.create_model("test_resnet", num_classes=4).eval()
     assert max(Monitor(tmp_path, 16)(network)["knn_accuracy"].values()) == 1
+
+
+def test_the_monitor_asks_of_no_image_that_it_knows(by_class, monkeypatch):
+    asked_of, predict = [], monitor.knn_predict
+
+    def recorded(known, known_labels, asked, *options):
+        asked_of.append((known, asked))
+        return predict(known, known_labels, asked, *options)
+
+    monkeypatch.setattr(monitor, "knn_predict", recorded)
+    Monitor(by_class, 16)(timm.create_model("test_resnet", num_classes=4).eval())
+    assert asked_of
+    for known, asked in asked_of:
+        assert len(known) + len(asked) == 40
+        assert not (known[:, None] == asked[None]).all(2).any()
 
 
 def test_the_monitor_reads_what_it_looks_at(by_class, tmp_path, monkeypatch):

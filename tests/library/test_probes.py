@@ -216,6 +216,16 @@ def test_two_steps_of_training_by_hand():
     assert probe.weight[1, 0].item() == pytest.approx(-expected, rel=1e-5)
 
 
+def test_training_has_the_momentum_and_the_weight_decay_that_are_given(monkeypatch):
+    made, sgd = [], torch.optim.SGD
+    monkeypatch.setattr(torch.optim, "SGD", lambda *args, **options: made.append(sgd(*args, **options)) or made[-1])
+    data = [(torch.ones(2, 1), torch.tensor([0, 1]))]
+    settings = {"lr": 0.05, "momentum": 0.7, "weight_decay": 0.02}
+    train_probe(torch.nn.Linear(1, 2), lambda epoch: data, epochs=1, **settings)
+    assert {name: made[0].defaults[name] for name in settings} == settings
+    assert len(made) == 1 and made[0].defaults["nesterov"]
+
+
 @pytest.mark.parametrize("build", [lambda: nonlinear_probe(45, 3, hidden=16), lambda: convolutional_probe(5, 3, 16)])
 def test_probes_learn_a_handful_and_tell_new_ones(build):
     train, labels = clusters(90, spread=0.2)

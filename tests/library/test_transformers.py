@@ -47,10 +47,13 @@ FOLDERS = {
 }
 
 
-@pytest.fixture(params=FOLDERS)
-def folder(request, tmp_path):
-    FOLDERS[request.param](tmp_path / "folder")
-    return tmp_path / "folder"
+@pytest.fixture(params=FOLDERS, scope="module")
+def folder(request, tmp_path_factory):
+    """A folder of each kind, which the tests only read."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("weights") / "folder"
+    FOLDERS[request.param](folder)
+    return folder
 
 
 def test_the_arguments_that_transformers_gives_timm(folder):
