@@ -357,8 +357,7 @@ def test_random_weights_that_are_trained_are_those_of_their_seed(tmp_path, proto
         row(weights="a.random", sha256="zero", protocol="rotation", seed=1),
     ]
     networks = [
-        row(weights="a.random", sha256=name, protocol=protocol, seed=seed)
-        for seed, name in ((0, "zero"), (1, "one"))
+        row(weights="a.random", sha256=name, protocol=protocol, seed=seed) for seed, name in ((0, "zero"), (1, "one"))
     ]
     for new in (*known, *networks):
         write_rows(file, [new])

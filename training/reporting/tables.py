@@ -62,10 +62,7 @@ def _cell_text(rows: Sequence[Row]) -> str:
 
 
 def quoted_text(rows: Sequence[Row]) -> str:
-    """Quoted rows in italics, with the digits that their source prints; '' without rows.
-
-    A row keeps a number and not its digits: outside of :data:`TWO_DECIMALS`, a second decimal of 0 is not printed.
-    """
+    """Quoted rows in italics; '' without rows. Only the tables of :data:`TWO_DECIMALS` print a second decimal of 0."""
     if not rows:
         return ""
     text = spread_text(rows)
