@@ -14,15 +14,26 @@ from small_voc import write_small_voc
 from torch import nn
 
 from rotation_ssl.evaluation.frozen import preparation
+from rotation_ssl.precision import resolved
 from training.evaluation.subject import load_subject
 from training.protocols import PROTOCOLS
 from training.reporting.rows import read_file
 from training.transfer import classification as voc
+from training.transfer import detection, segmentation
 from training.transfer.command import recipe_of, transfer_parser
 from training.transfer.data import CLASSES, class_labels, read_annotations
+from training.transfer.detector import build_detector
 from training.transfer.metrics import mean_over_classes
 from training.transfer.network import Backbone, Draws, Run, batches, smallest_side, train_network, transfer_network
-from training.transfer.recipes import CLASSIFICATIONS, VOC_CLASSIFICATION, VOC_RECIPES, Splits
+from training.transfer.recipes import (
+    CLASSIFICATIONS,
+    FAST_RCNNS,
+    FASTER_RCNNS,
+    SEGMENTATIONS,
+    VOC_CLASSIFICATION,
+    VOC_RECIPES,
+    Splits,
+)
 
 TINY = ("--size", 64, "--fc-size", 16, "--steps", 3, "--images-per-step", 4)
 # forking beside torch's threads is a warning from Python 3.12 on
@@ -148,6 +159,34 @@ def test_options_change_a_recipe():
     assert recipe.dropout == 0.25 and recipe.training.rescale is False and recipe.training.precision in ("bf16", "fp32")
     assert recipe.splits == Splits("2007", "train", "val")
     assert recipe.training.schedule == CLASSIFICATIONS["cpu"].training.schedule
+
+
+@pytest.mark.parametrize(
+    ("command", "named"),
+    [
+        (voc, CLASSIFICATIONS["cpu"]),
+        (detection, FAST_RCNNS["cpu"]),
+        (detection, FASTER_RCNNS["cpu"]),
+        (segmentation, SEGMENTATIONS["cpu"]),
+    ],
+)
+def test_every_command_takes_a_weight_decay(command, named):
+    args = command.build_parser().parse_args(["rotnet_alexnet", "--budget", "cpu", "--weight-decay", "0.03"])
+    recipe = recipe_of(named, args)
+    assert named.training.weight_decay != 0.03 == recipe.training.weight_decay and recipe.budget == ""
+    assert dataclasses.replace(recipe.training, weight_decay=named.training.weight_decay) == (
+        resolved(named.training, "cpu")
+    )
+
+
+@pytest.mark.parametrize("named", [FAST_RCNNS["cpu"], FASTER_RCNNS["cpu"]])
+def test_regions_are_those_of_the_command_line(named):
+    args = detection.build_parser().parse_args(["rotnet_alexnet", "--regions", "36", "--fc-size", "16"])
+    recipe = recipe_of(named, args)
+    assert named.regions != 36 == recipe.regions and recipe.budget == ""
+    network = transfer_network(load_subject("rotnet_alexnet", random=True, size=64), 20, [], 16, scaled=False)
+    detector = build_detector(recipe, network, 20, given_regions=named.protocol == "voc-fast-rcnn")
+    assert detector.roi_heads.fg_bg_sampler.batch_size_per_image == 36
 
 
 @pytest.mark.parametrize("recipe", VOC_RECIPES.values(), ids=VOC_RECIPES)
