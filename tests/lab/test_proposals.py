@@ -59,6 +59,15 @@ def test_regions_are_inside_and_in_order_and_always_the_same():
         assert [0, 0, *size] in boxes.tolist()
 
 
+def test_the_command_keeps_the_first_regions(devkit, tmp_path):
+    arguments = ("--data", devkit, "--workers", 0, "--split", "val", "--output")
+    for name, most in (("all", 2000), ("some", 3)):
+        assert run(*arguments, tmp_path / f"{name}.safetensors", "--most", most) == 0
+    every, some = (load_file(tmp_path / f"{name}.safetensors") for name in ("all", "some"))
+    assert len(some) == 5 and all(len(every[name]) > 3 and torch.equal(some[name], every[name][:3]) for name in some)
+    assert run(*arguments, tmp_path / "none.safetensors", "--most", 0) == 2
+
+
 def test_recall_by_hand(devkit):
     image = read_annotations(devkit, "2007", "train")[0]
     image.difficult[:] = False
