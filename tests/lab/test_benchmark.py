@@ -10,7 +10,7 @@ from conftest import SAMPLES
 from rotation_ssl.embedding import read_chunks
 from rotation_ssl.images import find_images
 from training.reporting import pages
-from training.studies import benchmark, embedding_speed
+from training.studies import benchmark, embedding_speed, speed
 
 
 def test_both_ways_load_the_same_tensors():
@@ -77,6 +77,26 @@ def test_what_is_recorded_is_what_the_pages_show(monkeypatch, tmp_path, capsys):
     assert "1.50 times as fast as" in line and "features of 5 photographs with `rotnet_alexnet.photos`" in line
     assert pages.render_page(tmp_path / "page.md", [], {}) == f"{shown}\n{part.format('embeddingratio', line)}"
     assert pages.embedding_text(recorded) in capsys.readouterr().out
+
+
+def test_the_recorded_speed_is_what_the_page_shows(monkeypatch, tmp_path, capsys):
+    asked = []
+    monkeypatch.setattr(benchmark, "SPEED_FILE", tmp_path / "speed.json")
+    monkeypatch.setattr(benchmark, "require_committed", lambda what: None)
+    monkeypatch.setattr(speed, "measure", lambda case: asked.append(case) or speed.Speed(100.0, 1e9, 2**30))
+    assert benchmark.main(["speed", "--rounds", "2"]) == 0 and not (tmp_path / "speed.json").exists()
+    assert benchmark.main(["speed", "--rounds", "2", "--record"]) == 0
+    recorded = json.loads((tmp_path / "speed.json").read_text())
+    shown = pages.speed_tables(recorded)
+    assert shown in capsys.readouterr().out and "the median of 2 interleaved runs" in shown
+    assert "| **training in bf16, as in our commands** | 100 | 1.00 | 100% | 1.0 GiB |" in shown
+    cases = len(recorded["cases"])
+    assert len(asked) == 4 * cases and asked[:cases] == asked[cases : 2 * cases][::-1] == asked[2 * cases : 3 * cases]
+
+
+def test_every_other_round_is_backwards():
+    assert list(speed.in_turns("ab", 2)) == ["a", "b", "b", "a"]
+    assert list(speed.in_turns("ab", 3)) == ["a", "b", "b", "a", "a", "b"]
 
 
 def test_only_what_pages_show_is_recorded(capsys):

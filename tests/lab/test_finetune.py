@@ -127,6 +127,35 @@ def test_batches_are_permutations_one_after_the_other(images, monkeypatch):
     assert len(found) == 1 and len(found[0]) == 128
 
 
+@pytest.mark.parametrize(
+    ("name", "rates"),
+    [("few-labels-cpu", [0.05]), ("finetune-conv-cpu", [0.05, 0.003]), ("supervised-cpu", [0.05, 0.05])],
+)
+def test_steps_and_crops_are_the_recipes(name, rates, images, monkeypatch):
+    optimizers, crops, crop = [], [], finetune.crop_and_flip
+    monkeypatch.setattr(finetune, "crop_and_flip", lambda *args: crops.append(args[1:5]) or crop(*args))
+
+    def one_loss(network, batches, loss_of, optimizer, **options):
+        optimizers.append(optimizer)
+        loss_of(next(iter(batches)))
+
+    monkeypatch.setattr(finetune, "fit", one_loss)
+    recipe = short(name, batch_size=2, lr=0.05, backbone_lr=0.003, momentum=0.7, weight_decay=0.02)
+    subject = load_subject(NAME)
+    network = finetune.build_network(recipe, subject, "block1", 10)
+    finetune.train_network(recipe, network, images.train, preparation(subject.backbone, 32))
+    groups = optimizers[0].param_groups
+    assert [(group["lr"], group["momentum"], group["weight_decay"]) for group in groups] == [
+        (rate, 0.7, 0.02) for rate in rates
+    ]
+    parts = (network.classifier, network.backbone)[: len(rates)]
+    assert all(
+        list(map(id, group["params"])) == list(map(id, part.parameters()))
+        for group, part in zip(groups, parts, strict=True)
+    )
+    assert crops == [(32, 4, "constant", True)], "half of them mirrored"
+
+
 def test_any_timm_model_is_cut_at_a_layer(images):
     subject = load_subject("resnet18", random=True, size=32)
     row = finetune.measure_transfer(short("finetune-conv-cpu", images=32), subject, "layer2", images)

@@ -91,6 +91,34 @@ def test_the_rest_of_the_network_learns_a_handful(subject, train):
     assert all(sum(parts) >= 16 for parts in counts.values()), f"of 20 images of 10 classes: {counts}"
 
 
+def test_steps_and_crops_are_the_recipes(subject, train, monkeypatch):
+    optimizers, crops, crop = [], [], imagenet.crop_and_flip
+    monkeypatch.setattr(imagenet, "crop_and_flip", lambda *args: crops.append(args[1:5]) or crop(*args))
+
+    def one_loss(network, squares, loss_of, optimizer, **options):
+        optimizers.append(optimizer)
+        loss_of(next(iter(squares)))
+
+    monkeypatch.setattr(imagenet, "fit", one_loss)
+    recipe = dataclasses.replace(LINEAR, momentum=0.7, weight_decay=0.02)
+    probes = build_probes(recipe, subject, ["conv1"], 10)
+    train_probes(recipe, subject, probes, train, torch.arange(len(train)))
+    (group,) = optimizers[0].param_groups
+    assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.02, 0.7, 0.02)
+    assert list(map(id, group["params"])) == list(map(id, probes["conv1"].parameters()))
+    assert crops == [(56, 0, "reflect", True)], "7/8 of 64 pixels, half of them mirrored"
+
+
+def test_tests_look_at_the_middle(subject, train, monkeypatch):
+    middle = imagenet._central(torch.arange(256).view(1, 1, 16, 16))[0, 0]
+    assert middle.tolist() == [list(range(16 * row + 1, 16 * row + 15)) for row in range(1, 15)]
+    seen = []
+    monkeypatch.setattr(imagenet, "_central", lambda pixels: seen.append(len(pixels)) or pixels[..., 4:60, 4:60])
+    probes = build_probes(LINEAR, subject, ["conv1"], 10)
+    count_correct(LINEAR, subject, probes, train, torch.arange(2))
+    assert seen == [2]
+
+
 def test_a_layer_learns_the_same_beside_others_as_alone(subject, train):
     few = with_epochs(LINEAR, 2)
     torch.manual_seed(0)

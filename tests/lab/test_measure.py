@@ -1,5 +1,6 @@
 """What the card lacks is measured, number by number, and a command that was stopped goes on."""
 
+import argparse
 import dataclasses
 
 import pytest
@@ -7,9 +8,9 @@ from conftest import shorten_probes
 
 from rotation_ssl.evaluation import fresh
 from training.datasets import DATASETS
-from training.reporting import again, measure
+from training.reporting import again, measure, options
 from training.reporting.required import CIFAR10, PUBLISHED, REQUIRED, Required
-from training.reporting.rows import read_file, write_rows
+from training.reporting.rows import Row, read_file, write_rows
 
 NAME = "rotnet_nin.cifar10"
 
@@ -117,6 +118,22 @@ def test_rows_of_other_bytes_are_measured_anew(small, tmp_path):
 def test_bad_arguments(small, tmp_path, capsys, more, message):
     assert run(small, tmp_path, *more) == 2
     assert message in capsys.readouterr().err
+
+
+def test_data_come_from_the_folder_of_their_option(tmp_path):
+    """Of one row on Tiny-ImageNet: nowhere without its option, in the folder that it names, and a wrong one is said."""
+    parser = argparse.ArgumentParser()
+    options.add_data_arguments(parser)
+    row = Row("a.b", "linear-sgd", "conv1", 0.5, "measured", "Tiny-ImageNet val", "cpu", seed=0)
+    others = [word for name in ("photos", "cifar100", "voc") for word in (f"--{name}", str(tmp_path / name))]
+    assert options.source_of(row, parser.parse_args(others)) is None
+    (tmp_path / "tiny").mkdir()
+    args = parser.parse_args([*others, "--tinyimagenet", str(tmp_path / "tiny")])
+    assert options.option_of(row, args) == "tinyimagenet"
+    assert options.source_of(row, args, whole=True) == again.Source("tinyimagenet", tmp_path / "tiny", whole=True)
+    args = parser.parse_args(["--tinyimagenet", str(tmp_path / "none")])
+    with pytest.raises(ValueError, match=r"--tinyimagenet .*none is not a folder: give the one that holds Tiny-Image"):
+        options.source_of(row, args)
 
 
 def test_only_bundled_weights_and_committed_code(small, tmp_path, capsys, monkeypatch):

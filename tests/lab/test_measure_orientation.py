@@ -78,6 +78,33 @@ def test_rows_count_what_is_decided_and_what_is_wrong(subject, tmp_path):
     assert "temperature 1" in rows["orientation"].settings
 
 
+def test_every_row_by_hand(subject, monkeypatch):
+    answers = ((0, 0.95), (0, 0.7), (2, 0.92), (1, 0.65), (0, 0.3), (0, 0.97))
+    logits = [torch.full((1, 1, 4), (1 - confidence) / 3).log() for _, confidence in answers]
+    for each, (rotation, confidence) in zip(logits, answers, strict=True):
+        each[..., rotation] = torch.tensor(confidence).log()
+    monkeypatch.setattr(orientation, "picture_logits", lambda *_: logits)
+    rows = measure_orientation(subject, PHOTOS[:1] * 6, "six", CALIBRATION)
+    assert {row.protocol: (row.correct, row.n) for row in rows} == {
+        "orientation": (4, 6),
+        "orientation-decided-99": (5, 6),
+        "orientation-wrong-99": (2, 6),
+        "orientation-decided-99.5": (3, 6),
+        "orientation-wrong-99.5": (1, 6),
+        # from the most confident on: right, right, wrong, right, wrong, right
+        "orientation-top-10": (1, 1),
+        "orientation-top-20": (2, 2),
+        "orientation-top-30": (2, 2),
+        "orientation-top-40": (2, 3),
+        "orientation-top-50": (2, 3),
+        "orientation-top-60": (3, 4),
+        "orientation-top-70": (3, 5),
+        "orientation-top-80": (3, 5),
+        "orientation-top-90": (4, 6),
+    }
+    assert [sum(row.counts) for row in rows] == [row.correct for row in rows]
+
+
 @pytest.fixture
 def small(monkeypatch, tmp_path):
     """The samples as all four datasets, and a manifest of its own."""

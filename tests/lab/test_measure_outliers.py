@@ -52,6 +52,42 @@ def test_the_command_and_measuring_again(small, tmp_path, capsys):
     assert f"no CIFAR-100 in {tmp_path}: expected test/<class>/*.png" in capsys.readouterr().err
 
 
+class Reading:
+    """A detector whose scores are the features that it is given."""
+
+    def __init__(self, *args):
+        pass
+
+    def fit_features(self, features):
+        return self
+
+    def predict_features(self, features):
+        return features
+
+
+def test_both_numbers_of_both_scores_by_hand(monkeypatch):
+    normal = torch.arange(1, 21, dtype=torch.uint8)
+    normal = outliers.LabelledImages(normal.view(20, 1, 1, 1), torch.zeros(20, dtype=torch.int64), ("a",))
+    others = torch.tensor([0, 19, 20, 30], dtype=torch.uint8).view(4, 1, 1, 1)
+    monkeypatch.setattr(outliers, "RotationOutlierDetector", Reading)
+    monkeypatch.setattr(outliers, "_surprise", lambda subject, detector, images: images.flatten().float())
+    monkeypatch.setattr(outliers, "_features", lambda subject, images, layer: 255 - images.flatten().float())
+    monkeypatch.setattr(outliers, "noise", lambda shape: {})
+    monkeypatch.setattr(outliers, "one_class", lambda *args: 0.5)
+    subject = load_subject("rotnet_nin.cifar10")
+    rows = list(outliers.measure_outliers(subject, outliers.Images("a", normal, normal), {"b": others}, "block2"))
+    assert {row.protocol: row.value for row in rows} == {
+        # 0 is above none of 1 to 20, 19 above 18 and level with one, 20 above 19 and level with one, 30 above all
+        "outliers-rotation": pytest.approx((0 + 18.5 + 19.5 + 20) / 80),
+        # 19 of 20 normal images are 19 or less, and so are 0 and 19
+        "outliers-rotation-fpr95": 2 / 4,
+        # the other way round: the normal ones are 235 to 254, and these are 255, 236, 235, 225
+        "outliers-knn": pytest.approx((20 + 1.5 + 0.5 + 0) / 80),
+        "outliers-knn-fpr95": 3 / 4,
+        "one-class-knn": 0.5,
+    }
+
+
 def test_one_class_is_the_mean_over_classes():
     """Features that tell two classes apart, and two others not at all."""
     model = load_subject("rotnet_nin.cifar10").backbone

@@ -1,10 +1,8 @@
 """Selective search on a small VOCdevkit: it finds the objects, and goes on after it was killed."""
 
-import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -61,6 +59,15 @@ def test_regions_are_inside_and_in_order_and_always_the_same():
         assert [0, 0, *size] in boxes.tolist()
 
 
+def test_the_command_keeps_the_first_regions(devkit, tmp_path):
+    arguments = ("--data", devkit, "--workers", 0, "--split", "val", "--output")
+    for name, most in (("all", 2000), ("some", 3)):
+        assert run(*arguments, tmp_path / f"{name}.safetensors", "--most", most) == 0
+    every, some = (load_file(tmp_path / f"{name}.safetensors") for name in ("all", "some"))
+    assert len(some) == 5 and all(len(every[name]) > 3 and torch.equal(some[name], every[name][:3]) for name in some)
+    assert run(*arguments, tmp_path / "none.safetensors", "--most", 0) == 2
+
+
 def test_recall_by_hand(devkit):
     image = read_annotations(devkit, "2007", "train")[0]
     image.difficult[:] = False
@@ -71,33 +78,33 @@ def test_recall_by_hand(devkit):
 
 
 def test_a_killed_search_goes_on(devkit, tmp_path, monkeypatch):
-    """Killed after its first part: finished parts are used as they are, and only the other images are searched."""
+    """Killed in its third part: finished parts are used as they are, and only the other images are searched."""
     monkeypatch.setattr(search, "PART", 2)
     images = read_annotations(devkit, "2007", "trainval")
     file = tmp_path / "killed.safetensors"
     code = (
-        "import sys, time; from training.transfer import selective_search as search\n"
+        "import os, signal; from training.transfer import selective_search as search\n"
         "search.PART = 2\n"
-        "found = search.selective_search\n"
-        "search.selective_search = lambda *args: (time.sleep(0.3), found(*args))[1]\n"
+        "found, calls = search.selective_search, []\n"
+        "def fifth_kills(*args):\n"
+        "    calls.append(args)\n"
+        "    if len(calls) == 5:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return found(*args)\n"
+        "search.selective_search = fifth_kills\n"
         f"search.main(['--data', {str(devkit)!r}, '--split', 'trainval', '--output', {str(file)!r}, '--workers', '0'])"
     )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
+    assert process.wait() == -signal.SIGKILL and not file.exists()
     parts = tmp_path / "killed.safetensors.parts"
-    give_up = time.monotonic() + 60
-    while not list(parts.glob("*.safetensors")):
-        assert time.monotonic() < give_up and process.poll() is None
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not file.exists()
-    kept = [load_file(part) for part in parts.glob("*.safetensors")]
-    assert 1 <= len(kept) < 5
+    kept = [load_file(part) for part in sorted(parts.glob("*.safetensors"))]
+    names = [image.name for image in images]
+    assert [sorted(part) for part in kept] == [names[:2], names[2:4]]
     searched = []
     original = search.selective_search
     monkeypatch.setattr(search, "selective_search", lambda *args: searched.append(args) or original(*args))
     found = search.search_images(images, file)
-    assert len(searched) == len(images) - 2 * len(kept)
+    assert len(searched) == len(images) - 4
     assert all(torch.equal(found[name], part[name]) for part in kept for name in part)
     assert set(found) == set(load_file(file)) == {image.name for image in images} and not parts.exists()
 

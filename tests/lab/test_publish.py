@@ -17,6 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from rotation_ssl import zoo
 from rotation_ssl.features import layer_modules
+from rotation_ssl.images import read_images
+from rotation_ssl.labelled import LabelledImages
+from rotation_ssl.zoo import published
 from training.recipes import NIN_CIFAR10_ABLATION_R8, RECIPES
 from training.reporting import bundle, pages, publish, tables
 from training.reporting.required import missing_rows
@@ -281,6 +284,26 @@ def test_a_figure_of_other_rows_or_weights_is_stale(copied):
     # the card links to a figure only where it is
     stale = {"results.md", f"{NAME}.layers.png", f"{NAME}.attention.png"}
     assert {path.name for path in publish.render(check=True)} == stale
+
+
+def test_drawn_figures_are_not_stale(copied, monkeypatch, capsys):
+    figures = copied / "docs" / "figures"
+    kinds = (*publish.ROW_FIGURES, *publish.WEIGHTS_FIGURES)
+    before = {file.name for kind in kinds for file in figures.glob(f"*.{kind}.png")}
+    (figures / "demo.png").unlink()
+    for name in before:
+        (figures / name).unlink()
+    # of no rows there is to be no figure
+    (figures / "rotnet_alexnet.photos.few-labels.png").touch()
+    pixels = read_images(sorted((copied / "samples" / "cifar10").glob("*.png")), 32)
+    samples = LabelledImages(pixels, torch.zeros(len(pixels), dtype=torch.int64), ("any",))
+    monkeypatch.setattr(publish, "load_cifar10", lambda *args: samples)
+    # the weights that timm knows of
+    monkeypatch.setattr(published, "WEIGHTS_DIR", ROOT / "rotation_ssl" / "weights")
+    assert publish.main(["figures", "--data", str(copied)]) == 0
+    told = {line.rpartition("/")[2] for line in capsys.readouterr().out.splitlines() if line.startswith("wrote ")}
+    assert told == before | {"demo.png"} and (figures / "demo.png").is_file()
+    assert publish.render(check=True) == []
 
 
 def test_a_figure_without_rows_is_stale(copied, monkeypatch):

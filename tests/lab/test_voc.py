@@ -14,15 +14,26 @@ from small_voc import write_small_voc
 from torch import nn
 
 from rotation_ssl.evaluation.frozen import preparation
+from rotation_ssl.precision import resolved
 from training.evaluation.subject import load_subject
 from training.protocols import PROTOCOLS
 from training.reporting.rows import read_file
 from training.transfer import classification as voc
+from training.transfer import detection, segmentation
 from training.transfer.command import recipe_of, transfer_parser
 from training.transfer.data import CLASSES, class_labels, read_annotations
+from training.transfer.detector import build_detector
 from training.transfer.metrics import mean_over_classes
-from training.transfer.network import Backbone, Draws, Run, batches, smallest_side, transfer_network
-from training.transfer.recipes import CLASSIFICATIONS, VOC_CLASSIFICATION, VOC_RECIPES, Splits
+from training.transfer.network import Backbone, Draws, Run, batches, smallest_side, train_network, transfer_network
+from training.transfer.recipes import (
+    CLASSIFICATIONS,
+    FAST_RCNNS,
+    FASTER_RCNNS,
+    SEGMENTATIONS,
+    VOC_CLASSIFICATION,
+    VOC_RECIPES,
+    Splits,
+)
 
 TINY = ("--size", 64, "--fc-size", 16, "--steps", 3, "--images-per-step", 4)
 # forking beside torch's threads is a warning from Python 3.12 on
@@ -139,13 +150,43 @@ def test_a_budget_is_that_of_a_recipe_as_it_is():
 
 def test_options_change_a_recipe():
     parser = transfer_parser("voc", "")
-    options = "--budget cpu --steps 7 --lr 0.5 --dropout 0.25 --clip 2 --train train --test val --no-rescale"
+    options = "--budget cpu --steps 7 --lr 0.5 --dropout 0.25 --clip 2 --weight-decay 0.03"
+    options += " --train train --test val --no-rescale"
     args = parser.parse_args(["rotnet_alexnet", *options.split()])
     recipe = recipe_of(CLASSIFICATIONS["cpu"], args)
     assert (recipe.training.steps, recipe.training.lr, recipe.training.clip) == (7, 0.5, 2)
+    assert recipe.training.weight_decay == 0.03
     assert recipe.dropout == 0.25 and recipe.training.rescale is False and recipe.training.precision in ("bf16", "fp32")
     assert recipe.splits == Splits("2007", "train", "val")
     assert recipe.training.schedule == CLASSIFICATIONS["cpu"].training.schedule
+
+
+@pytest.mark.parametrize(
+    ("command", "named"),
+    [
+        (voc, CLASSIFICATIONS["cpu"]),
+        (detection, FAST_RCNNS["cpu"]),
+        (detection, FASTER_RCNNS["cpu"]),
+        (segmentation, SEGMENTATIONS["cpu"]),
+    ],
+)
+def test_every_command_takes_a_weight_decay(command, named):
+    args = command.build_parser().parse_args(["rotnet_alexnet", "--budget", "cpu", "--weight-decay", "0.03"])
+    recipe = recipe_of(named, args)
+    assert named.training.weight_decay != 0.03 == recipe.training.weight_decay and recipe.budget == ""
+    assert dataclasses.replace(recipe.training, weight_decay=named.training.weight_decay) == (
+        resolved(named.training, "cpu")
+    )
+
+
+@pytest.mark.parametrize("named", [FAST_RCNNS["cpu"], FASTER_RCNNS["cpu"]])
+def test_regions_are_those_of_the_command_line(named):
+    args = detection.build_parser().parse_args(["rotnet_alexnet", "--regions", "36", "--fc-size", "16"])
+    recipe = recipe_of(named, args)
+    assert named.regions != 36 == recipe.regions and recipe.budget == ""
+    network = transfer_network(load_subject("rotnet_alexnet", random=True, size=64), 20, [], 16, scaled=False)
+    detector = build_detector(recipe, network, 20, given_regions=named.protocol == "voc-fast-rcnn")
+    assert detector.roi_heads.fg_bg_sampler.batch_size_per_image == 36
 
 
 @pytest.mark.parametrize("recipe", VOC_RECIPES.values(), ids=VOC_RECIPES)
@@ -236,6 +277,27 @@ def test_crops_are_squares_inside_the_image():
     stripes = Image.linear_gradient("L").convert("RGB")
     sides = {tuple(voc.random_crop(stripes, 8, (1, 1), random.Random(seed)).flatten().tolist()) for seed in range(8)}
     assert len(sides) > 1
+
+
+def test_crops_are_mirrored_or_not():
+    # brighter from one side to the other
+    ramp = Image.linear_gradient("L").rotate(90).convert("RGB")
+    for scales in ((1, 1), (0.05, 0.05)):
+        slopes = [voc.random_crop(ramp, 8, scales, random.Random(seed))[0].int().diff().sign() for seed in range(20)]
+        assert all(slope.unique().numel() == 1 for slope in slopes), "of a row, all in one direction"
+        assert {int(slope[0, 0]) for slope in slopes} == {-1, 1}
+
+
+def test_steps_are_the_recipes(monkeypatch):
+    given = []
+    monkeypatch.setattr("training.transfer.network.fit", lambda *args, **options: given.append((args[3], options)))
+    training = dataclasses.replace(VOC_CLASSIFICATION.training, lr=0.05, momentum=0.7, weight_decay=0.02, clip=3.0)
+    network = nn.Sequential(nn.Linear(2, 2).requires_grad_(False), nn.Linear(2, 2))
+    train_network(training, network, [1], lambda image, rng: image, torch.stack, "x", Run())
+    ((optimizer, options),) = given
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["momentum"], group["weight_decay"], options["clip"]) == (0.05, 0.7, 0.02, 3.0)
+    assert list(map(id, group["params"])) == list(map(id, network[1].parameters()))
 
 
 def test_a_sample_is_the_same_whoever_loads_it():
