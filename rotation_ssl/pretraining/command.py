@@ -76,6 +76,8 @@ def run(
     # what does not fit is told before the images are read, which takes long
     check_begun(output, resume)
     accelerator = create_accelerator(recipe, device == "cpu", accumulate, tracker, output)
+    if accelerator.is_main_process:
+        warn_if_emulated(recipe.precision, accelerator.device)
     create_model(recipe)
     watch = None
     if monitor is not None and accelerator.is_main_process:
@@ -84,8 +86,6 @@ def run(
     with accelerator.local_main_process_first():
         # the other processes find what the first one downloads
         images = open_set(recipe)
-    if accelerator.is_main_process:
-        warn_if_emulated(recipe.precision, accelerator.device)
     if isinstance(images, UnlabelledImages):
         images.set_holdout(recipe.holdout)
         if not stream and images.fits_memory(accelerator.num_processes):

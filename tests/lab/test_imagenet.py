@@ -146,7 +146,7 @@ def test_features_are_those_of_the_layers(subject):
     maps = Frozen(subject.backbone, 64).whole_maps(["conv5", "conv2"])(images)
     with torch.no_grad():
         expected = subject.backbone.features[:3](preparation(subject.backbone, 64)(images))
-    assert list(maps) == ["conv2", "conv5"]
+    assert list(maps) == ["conv5", "conv2"]
     torch.testing.assert_close(maps["conv2"], expected)
 
 

@@ -60,7 +60,7 @@ def test_every_option_arrives(monkeypatch, capsys):
     options = set(
         re.findall(r"^  (?:-\w(?: \w+)?, )?(--[a-z0-9-]+)", capsys.readouterr().out.split("options:")[1], re.M)
     )
-    assert options - set(arguments) == {"--output", "--force", "--strict", "--json"}
+    assert options - set(arguments) == {"--help", "--output", "--force", "--strict", "--json"}
 
 
 @pytest.mark.parametrize(
