@@ -258,6 +258,19 @@ def shorten_probes(monkeypatch, protocols=PROTOCOLS, ids=("nonlinear", "conv"), 
         monkeypatch.setitem(protocols, protocol.id, dataclasses.replace(protocol, recipes=recipes))
 
 
+def spy_on_first_step(monkeypatch, module):
+    """Let a training loop of a module take its first loss alone; returns its optimizers, and how it crops."""
+    optimizers, crops, crop = [], [], module.crop_and_flip
+    monkeypatch.setattr(module, "crop_and_flip", lambda *args: crops.append(args[1:5]) or crop(*args))
+
+    def one_loss(network, batches, loss_of, optimizer, **options):
+        optimizers.append(optimizer)
+        loss_of(next(iter(batches)))
+
+    monkeypatch.setattr(module, "fit", one_loss)
+    return optimizers, crops
+
+
 def assert_state(model, expected):
     """The tensors of a model, or of a state dict, are these."""
     state = model if isinstance(model, dict) else model.state_dict()

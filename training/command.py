@@ -8,6 +8,8 @@ from pathlib import Path
 from rotation_ssl.cli.options import Parser
 from rotation_ssl.machine import TURN_OFF, keep_large_blocks
 
+CIFAR10_DIR = Path("data/cifar10")  # where --data is not given
+
 
 def create_parser(command: str, description: str | None, recipes: Iterable[str] = ()) -> argparse.ArgumentParser:
     """The parser of ``python -m training COMMAND``, with a line of help for each recipe that it takes, if any."""
@@ -20,14 +22,9 @@ def create_parser(command: str, description: str | None, recipes: Iterable[str] 
     )
 
 
-def add_device(parser: argparse.ArgumentParser) -> None:
-    """Where it is computed."""
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps [%(default)s]")
-
-
 def add_cifar10(parser: argparse.ArgumentParser) -> None:
-    """Where CIFAR-10 is."""
-    parser.add_argument("--data", type=Path, default=Path("data/cifar10"), help="folder of CIFAR-10 [%(default)s]")
+    """Add the options of where CIFAR-10 is."""
+    parser.add_argument("--data", type=Path, default=CIFAR10_DIR, help="folder of CIFAR-10 [%(default)s]")
     parser.add_argument("--download", action="store_true", help="let torchvision download CIFAR-10 into --data")
 
 

@@ -74,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
     measurements = plan(layers, wanted, "cached", [0])
     numbers = measure_features(frozen, images, measurements, precision=precision)
     if "rotation" in wanted:
+        # measured as it is asked for: what does not fit has been refused before
         numbers = itertools.chain((measure_rotation(frozen, split) for split in [test]), numbers)
     results: list[Reported] = []
     for number in numbers:

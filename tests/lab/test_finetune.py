@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from conftest import spy_on_first_step
 
 from rotation_ssl.evaluation.frozen import preparation
 from rotation_ssl.labelled import labels_subset
@@ -132,14 +133,7 @@ def test_batches_are_permutations_one_after_the_other(images, monkeypatch):
     [("few-labels-cpu", [0.05]), ("finetune-conv-cpu", [0.05, 0.003]), ("supervised-cpu", [0.05, 0.05])],
 )
 def test_steps_and_crops_are_the_recipes(name, rates, images, monkeypatch):
-    optimizers, crops, crop = [], [], finetune.crop_and_flip
-    monkeypatch.setattr(finetune, "crop_and_flip", lambda *args: crops.append(args[1:5]) or crop(*args))
-
-    def one_loss(network, batches, loss_of, optimizer, **options):
-        optimizers.append(optimizer)
-        loss_of(next(iter(batches)))
-
-    monkeypatch.setattr(finetune, "fit", one_loss)
+    optimizers, crops = spy_on_first_step(monkeypatch, finetune)
     recipe = short(name, batch_size=2, lr=0.05, backbone_lr=0.003, momentum=0.7, weight_decay=0.02)
     subject = load_subject(NAME)
     network = finetune.build_network(recipe, subject, "block1", 10)

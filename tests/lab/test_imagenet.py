@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from conftest import spy_on_first_step
 
 from rotation_ssl.evaluation.frozen import Frozen, preparation
 from rotation_ssl.precision import multiplies_bfloat16
@@ -92,14 +93,7 @@ def test_the_rest_of_the_network_learns_a_handful(subject, train):
 
 
 def test_steps_and_crops_are_the_recipes(subject, train, monkeypatch):
-    optimizers, crops, crop = [], [], imagenet.crop_and_flip
-    monkeypatch.setattr(imagenet, "crop_and_flip", lambda *args: crops.append(args[1:5]) or crop(*args))
-
-    def one_loss(network, squares, loss_of, optimizer, **options):
-        optimizers.append(optimizer)
-        loss_of(next(iter(squares)))
-
-    monkeypatch.setattr(imagenet, "fit", one_loss)
+    optimizers, crops = spy_on_first_step(monkeypatch, imagenet)
     recipe = dataclasses.replace(LINEAR, momentum=0.7, weight_decay=0.02)
     probes = build_probes(recipe, subject, ["conv1"], 10)
     train_probes(recipe, subject, probes, train, torch.arange(len(train)))

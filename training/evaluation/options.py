@@ -4,10 +4,9 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from rotation_ssl.cli.options import positive
+from rotation_ssl.cli.options import add_device, positive
 from rotation_ssl.labelled import Images
 from rotation_ssl.precision import AnyRecipe, add_precision_argument, resolved
-from training.command import add_device
 from training.datasets import DATASETS, FOLDER, check_whole, load_images
 from training.evaluation.subject import Subject, load_subject
 from training.reporting.report import check_rows

@@ -33,6 +33,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from rotation_ssl import zoo
+from rotation_ssl.cli.options import add_device
 from rotation_ssl.evaluation.frozen import PARTS
 from rotation_ssl.messages import counted
 from rotation_ssl.zoo.golden import GOLDEN_TOLERANCE, golden_difference
@@ -201,6 +202,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--weights", nargs="+", metavar="NAME", help="check the numbers of these weights [all]")
     add_data_arguments(parser)
     parser.add_argument("--results", type=Path, default=RESULTS_DIR, help="folder of the rows [training/results]")
-    parser.add_argument("--device", default="cpu", help="device: cpu, cuda, cuda:1, mps [%(default)s]")
+    add_device(parser)
     args = parser.parse_args(arguments)
     return run(lambda: _work(args), "stopped; what was not measured is not known to hold")

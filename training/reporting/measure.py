@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rotation_ssl import zoo
+from rotation_ssl.cli.options import add_device
 from rotation_ssl.messages import counted
 from training.command import create_parser, run
 from training.reporting.again import How, measure_sources
@@ -63,6 +64,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="folder that the longest trainings keep their state in [%(default)s]",
     )  # fmt: skip
     parser.add_argument("--results", type=Path, default=RESULTS_DIR, help="folder of the rows [training/results]")
-    parser.add_argument("--device", default="cpu", help="device: cpu, cuda, cuda:1, mps [%(default)s]")
+    add_device(parser)
     args = parser.parse_args(arguments)
     return run(lambda: _work(args))

@@ -3,13 +3,13 @@
 import argparse
 from pathlib import Path
 
+from training.command import CIFAR10_DIR, add_cifar10
 from training.datasets import dataset_of
 from training.evaluation.outliers import PHOTOS
 from training.protocols import PROTOCOLS
 from training.reporting.again import TRANSFERS, Source, command_of
 from training.reporting.rows import Row
 
-DEFAULT_DATA = Path("data/cifar10")
 # the option that names the folder of each dataset
 OPTIONS = {
     "cifar10": "data",
@@ -21,8 +21,7 @@ OPTIONS = {
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that name folders of datasets."""
-    parser.add_argument("--data", type=Path, default=DEFAULT_DATA, help="folder of CIFAR-10 [%(default)s]")
-    parser.add_argument("--download", action="store_true", help="let torchvision download CIFAR-10 into --data")
+    add_cifar10(parser)
     parser.add_argument(
         "--photos", type=Path, metavar="DIR",
         help="folder that contains imagenette2-320, imagewoof2-320, miniplaces, caltech101, VOCdevkit [not measured]",
@@ -60,7 +59,7 @@ def source_of(row: Row, args: argparse.Namespace, whole: bool = False) -> Source
     folder: Path | None = getattr(args, option)
     if folder is None:
         return None
-    if option == "data" and folder == DEFAULT_DATA and not folder.is_dir() and not args.download:
+    if option == "data" and folder == CIFAR10_DIR and not folder.is_dir() and not args.download:
         return None
     if option == "data" and not folder.is_dir() and not args.download:
         raise ValueError(no_cifar10(folder))

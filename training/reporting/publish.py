@@ -27,7 +27,7 @@ from rotation_ssl import zoo
 from rotation_ssl.demo import show
 from rotation_ssl.files import replace_bytes
 from rotation_ssl.images import read_images
-from training.command import create_parser, run
+from training.command import add_cifar10, create_parser, run
 from training.datasets import load_cifar10
 from training.protocols import PROTOCOLS
 from training.reporting.bundle import bundle
@@ -191,8 +191,7 @@ def build_parser() -> argparse.ArgumentParser:
     bundling.add_argument("name", metavar="MODEL.TAG", help="the name the weights are published under")
     bundling.set_defaults(work=_bundle)
     drawing = commands.add_parser("figures", help="draw the figures")
-    drawing.add_argument("--data", type=Path, default=Path("data/cifar10"), help="folder of CIFAR-10 [%(default)s]")
-    drawing.add_argument("--download", action="store_true", help="let torchvision download CIFAR-10 into --data")
+    add_cifar10(drawing)
     drawing.set_defaults(work=_draw)
     rendering = commands.add_parser("render", help="render the pages and the metrics from the result rows")
     rendering.add_argument("--check", action="store_true", help="write nothing; fail if something would change")

@@ -14,7 +14,7 @@ import torchvision
 from torch import nn
 from tqdm import tqdm
 
-from rotation_ssl.cli.options import positive
+from rotation_ssl.cli.options import add_device, positive
 from rotation_ssl.machine import device_name
 from rotation_ssl.messages import counted
 from rotation_ssl.precision import AnyRecipe, add_precision_argument, resolved, warn_if_emulated
@@ -82,7 +82,7 @@ def transfer_parser(command: str, head: str | None) -> argparse.ArgumentParser:
     add_precision_argument(parser)
     add("--seed", type=int, default=0, help="random seed [%(default)s]")
     add("--workers", type=int, default=os.cpu_count() or 1, help="data-loading worker processes [all cores]")
-    add("--device", default="cpu", help="cpu, cuda, cuda:1, mps [%(default)s]")
+    add_device(parser)
     add("--output", type=Path, help="new folder for rows, report and network [runs/voc/<weights>/<what is trained>]")
     return parser
 
