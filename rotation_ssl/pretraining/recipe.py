@@ -154,6 +154,7 @@ class Recipe:
         scale: smallest and largest share of the image's area that a crop has, which is resized to the stage's pixels
             (torchvision's RandomResizedCrop); None: crops of the stage's pixels.
         model_args: arguments of the model in addition to its number of classes, as pairs.
+        pretrained: begin with the model's pretrained weights instead of random ones.
     """
 
     name: str
@@ -177,6 +178,7 @@ class Recipe:
     image_size: int = 32
     scale: tuple[float, float] | None = None
     model_args: tuple[tuple[str, int], ...] = ()
+    pretrained: bool = False
 
     def __post_init__(self) -> None:
         check_field(len(self.stages) > 0, "stages", "at least one", self.stages)

@@ -83,7 +83,7 @@ def create_model(recipe: Recipe) -> nn.Module:
         options: dict[str, Any] = dict(recipe.model_args)
         if takes_one_size(recipe.model):
             options["img_size"] = crops[-1]
-        model = timm.create_model(recipe.model, num_classes=outputs, **options)
+        model = timm.create_model(recipe.model, recipe.pretrained, num_classes=outputs, **options)
     except (RuntimeError, TypeError, ValueError, AssertionError, ZeroDivisionError) as error:
         raise ValueError(
             f"model {recipe.model!r} cannot be made ({first_line(error)}); see timm.list_models()"
