@@ -135,7 +135,7 @@ def execute(args: argparse.Namespace, recipe: Recipe, open_set: Opener, commit: 
     """Run what the options ask for and print the result; returns the exit status."""
     keep_large_blocks()
     try:
-        names = ("model", "images_per_step", "precision", "holdout", "seed", "steps")
+        names = ("model", "pretrained", "images_per_step", "precision", "holdout", "seed", "steps")
         recipe = changed(recipe, image_size=args.size, **{name: getattr(args, name) for name in names})
         output = args.output or Path("runs") / recipe.name
         same = (

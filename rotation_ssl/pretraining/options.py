@@ -47,6 +47,9 @@ def add_options(
     how.add_argument("--workers", type=int, default=WORKERS, help="data-loading worker processes [%(default)s]")
     instead = parser.add_argument_group("what to train", defaults)
     instead.add_argument("--model", help="name of any timm model")
+    instead.add_argument(
+        "--pretrained", action="store_true", default=None, help="begin with the model's pretrained weights"
+    )
     instead.add_argument("--size", type=int, help="image size in pixels; crops and padding change in proportion")
     instead.add_argument("--images-per-step", type=int, help="images per step; each one is used in every rotation")
     instead.add_argument("--steps", type=int, help="number of steps; schedule and crop stages are scaled to it")

@@ -76,7 +76,8 @@ def create_model(recipe: Recipe) -> nn.Module:
     """The recipe's backbone with an output for each rotation.
 
     Raises:
-        ValueError: no such model, one whose head cannot be resized, or one that does not take the recipe's crops.
+        ValueError: no such model, no weights to begin with, a head that cannot be resized, or crops that the model does
+            not take.
     """
     outputs, crops = len(recipe.rotations), sorted({stage.crop for stage in recipe.stages})
     try:
@@ -84,7 +85,7 @@ def create_model(recipe: Recipe) -> nn.Module:
         if takes_one_size(recipe.model):
             options["img_size"] = crops[-1]
         model = timm.create_model(recipe.model, recipe.pretrained, num_classes=outputs, **options)
-    except (RuntimeError, TypeError, ValueError, AssertionError, ZeroDivisionError) as error:
+    except (RuntimeError, TypeError, ValueError, OSError, AssertionError, ZeroDivisionError) as error:
         raise ValueError(
             f"model {recipe.model!r} cannot be made ({first_line(error)}); see timm.list_models()"
         ) from error

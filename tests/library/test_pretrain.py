@@ -394,6 +394,20 @@ class Stubborn(nn.Linear):
         return super().forward(images.mean((2, 3)))
 
 
+def test_a_run_begins_with_pretrained_weights(images, tmp_path):
+    published = timm.create_model("rotnet_nin.cifar10", pretrained=True).state_dict()
+    recipe = dataclasses.replace(TINY, model="rotnet_nin.cifar10", pretrained=True, optimizer=Sgd(lr=1e-6))
+    assert same(create_model(recipe).state_dict(), published)
+    pretrain(recipe, images, tmp_path)
+    after = weights(tmp_path)
+    convolutions = [name for name, value in after.items() if value.ndim == 4]
+    assert not same(after, published) and all(
+        torch.allclose(after[name], published[name], atol=1e-4) for name in convolutions
+    )
+    with pytest.raises(ValueError, match=r"model 'rotnet_resnet18' cannot be made .*no pretrained weights"):
+        create_model(dataclasses.replace(recipe, model="rotnet_resnet18"))
+
+
 def test_backbones_that_do_not_fit(monkeypatch):
     large = {"stages": (Stage(1, 32),), "image_size": 32}
     with pytest.raises(ValueError, match="model 'resnet_of_nobody' cannot be made"):

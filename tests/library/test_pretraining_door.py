@@ -81,6 +81,7 @@ def test_every_option_of_the_command_arrives(tmp_path, monkeypatch, capsys):
     defaults = inspect.signature(run).parameters
     assert all(defaults[name].default != value for name, value in expected.items())
     fields = {"model": "resnet50", "images_per_step": 12, "steps": 77, "precision": "bf16", "holdout": 5, "seed": 3}
+    fields["pretrained"] = True
     asked, opened = [], []
 
     def recorded(recipe, open_set, output, **options):
