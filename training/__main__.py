@@ -17,7 +17,7 @@ COMMANDS = {
         "training.evaluation.orientation",
         "how accurately the orientation of photographs is predicted",
     ),
-    "outliers": ("training.evaluation.outliers", "how well outliers are distinguished from CIFAR-10's images"),
+    "outliers": ("training.evaluation.outliers", "how well outliers are distinguished from normal images"),
     "probe-layers": (
         "training.evaluation.layers",
         "the paper's probes of all layers, on ImageNet, Places and smaller datasets",

@@ -1,7 +1,5 @@
 """What the rotation head is good for, as text."""
 
-import dataclasses
-
 from training.reporting.applications import (
     coverage_table,
     one_class_line,
@@ -69,22 +67,21 @@ def test_the_thresholds_are_the_manifests():
 
 def test_outliers_by_both_scores():
     assert outliers_table(OUTLIERS).splitlines() == [
-        "| outliers | rotation, AUROC | rotation, FPR at 95 % | k-NN, AUROC |",
-        "|---|---|---|---|",
-        "| `rotnet_nin.cifar10`, CIFAR-100 test | 70.00 % | 90.00 % | 80.00 % |",
-        "| `rotnet_nin.cifar10`, uniform noise | 100.00 % |  |  |",
+        "| normal images | outliers | rotation, AUROC | rotation, FPR at 95 % | k-NN, AUROC |",
+        "|---|---|---|---|---|",
+        "| CIFAR-10 test | `rotnet_nin.cifar10`, CIFAR-100 test | 70.00 % | 90.00 % | 80.00 % |",
+        "| CIFAR-10 test | `rotnet_nin.cifar10`, uniform noise | 100.00 % |  |  |",
     ]
-    told = (
-        "With CIFAR-10 test as normal images and CIFAR-100 test as outliers, `rotnet_nin.cifar10` reaches an AUROC of"
-    )
-    default = "The command's default network, `rotnet_alexnet.photos`, has not been measured."
-    assert outliers_line(OUTLIERS) == f"{told} 70.00 % by rotation and 80.00 % by k-NN. {default}"
-    both = [*OUTLIERS, dataclasses.replace(OUTLIERS[0], weights="rotnet_alexnet.photos")]
-    assert "has not been measured" not in outliers_line(both)
-    assert "75.00 % by k-NN (`rotnet_nin.cifar10`)" in one_class_line(OUTLIERS)
+    told = "`rotnet_nin.cifar10` 70.00 % by rotation and 80.00 % by k-NN with CIFAR-10 test as normal images and"
+    assert outliers_line(OUTLIERS) == f"AUROC: {told} CIFAR-100 test as outliers."
+    both = [*OUTLIERS, row("rotnet_alexnet.photos", "outliers-knn", "Imagenette val", 0.6, layer="conv4")]
+    other = "`rotnet_alexnet.photos` 60.00 % by k-NN with MiniPlaces val as normal images and Imagenette val as"
+    assert outliers_line(both) == f"AUROC: {told} CIFAR-100 test as outliers; {other} outliers."
+    assert outliers_table(both).splitlines()[-1].startswith("| MiniPlaces val | `rotnet_alexnet.photos`, Imagenette")
+    assert "75.00 % on CIFAR-10 test by k-NN (`rotnet_nin.cifar10`)" in one_class_line(OUTLIERS)
     theirs = Row("x", "one-class-rotation", "", 0.905, "Someone 2019 (unchecked)", "CIFAR-10 test")
     assert one_class_line([*OUTLIERS, theirs]).endswith("separately reach _90.5 %_ (unchecked) (Someone 2019).")
-    assert "on each class separately" not in one_class_line(OUTLIERS)
+    assert "separately" not in one_class_line(OUTLIERS)
 
 
 def test_without_rows_nothing_is_told():

@@ -1,5 +1,6 @@
-"""Outliers of CIFAR-10, measured: the rows, the command, and measuring them again."""
+"""Outliers, measured: the rows, the command, and measuring them again."""
 
+import argparse
 import dataclasses
 import shutil
 
@@ -12,6 +13,8 @@ from training.evaluation import outliers
 from training.evaluation.subject import load_subject
 from training.reporting import again
 from training.reporting.applications import outliers_table
+from training.reporting.options import source_of
+from training.reporting.required import REQUIRED
 from training.reporting.rows import read_file
 
 
@@ -46,10 +49,44 @@ def test_the_command_and_measuring_again(small, tmp_path, capsys):
     pairs = list(again.measure_source(rows, source))
     assert len(pairs) == len(rows) == 17 and all(abs(old.value - new.value) < 1e-6 for old, new in pairs)
     table = outliers_table(rows)
-    assert table.startswith("| outliers | rotation, AUROC | rotation, FPR at 95 % | k-NN, AUROC | k-NN, FPR at 95 % |")
+    assert table.startswith(
+        "| normal images | outliers | rotation, AUROC | rotation, FPR at 95 % | k-NN, AUROC | k-NN, FPR at 95 % |"
+    )
     assert len(table.splitlines()) == 6
     assert outliers.main([*arguments, "--cifar100", str(tmp_path)]) == 2
     assert f"no CIFAR-100 in {tmp_path}: expected test/<class>/*.png" in capsys.readouterr().err
+    for normal, option in (("cifar10", "cifar100"), ("miniplaces", "photos")):
+        assert outliers.main([*arguments, "--normal", normal]) == 2
+        assert f"the outliers of {normal} are missing: give --{option} DIR" in capsys.readouterr().err
+
+
+def test_scenes_are_normal_to_a_network_of_photographs(small, tmp_path, monkeypatch):
+    photos = sorted((SAMPLES / "photos").glob("*.jpg"))
+    places = tmp_path / "miniplaces" / "data"
+    for split in ("train", "val"):
+        names = [f"{split}/{letter}/{file.name}" for letter in "ab" for file in photos]
+        for name in names:
+            (places / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(SAMPLES / "photos" / name.rpartition("/")[2], places / "images" / name)
+        (places / f"{split}.txt").write_text("".join(f"{name} {number // 5}\n" for number, name in enumerate(names)))
+    (tmp_path / "caltech101" / "101_ObjectCategories").mkdir(parents=True)
+    shutil.copy(photos[0], tmp_path / "caltech101" / "101_ObjectCategories")
+    (tmp_path / "caltech101" / "test.txt").write_text(f"{photos[0].name}\n")
+    for name, counts in (("miniplaces", (10, 10)), ("caltech101", (0, 1))):
+        monkeypatch.setitem(datasets.DATASETS, name, dataclasses.replace(datasets.DATASETS[name], counts=counts))
+    arguments = ["rotnet_alexnet.photos", "--normal", "miniplaces", "--photos", str(tmp_path)]
+    assert outliers.main([*arguments, "--output", str(tmp_path / "out")]) == 0
+    rows = read_file(tmp_path / "out" / "rows.jsonl")
+    wanted = [required for required in REQUIRED["rotnet_alexnet.photos"] if "outliers" in required.protocol]
+    assert {(r.protocol, r.data) for r in rows} == {
+        *((required.protocol, required.data) for required in wanted), ("one-class-knn", "MiniPlaces val")
+    }  # fmt: skip
+    assert all("MiniPlaces val" in f"{r.settings} {r.data}" for r in rows)
+    args = argparse.Namespace(data=tmp_path, cifar100=None, photos=tmp_path, download=False)
+    (source,) = {source_of(row, args) for row in rows}
+    assert source is not None and (source.dataset, source.folder) == ("miniplaces", tmp_path)
+    pairs = list(again.measure_source(rows, source))
+    assert len(pairs) == len(rows) == 17 and all(abs(old.value - new.value) < 1e-6 for old, new in pairs)
 
 
 class Reading:

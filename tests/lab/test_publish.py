@@ -207,6 +207,7 @@ def test_filters_in_16_bits_and_weights_that_a_run_began_with(copied, tmp_path):
     entry = json.loads((copied / "weights" / "manifest.json").read_text())[name]
     assert entry["rotated_images"] == 2_560_000 + recipe.rotated_images
     assert entry["origin"] == "trained by this project, from rotnet_alexnet.photos" and entry["size"] < 5_000_000
+    assert entry["filters"] == "float16"
     stored = load_file(copied / "weights" / f"{name}.safetensors")
     for key, tensor in model.state_dict().items():
         assert stored[key].dtype == (torch.float16 if tensor.ndim > 1 else tensor.dtype)

@@ -1,14 +1,17 @@
-"""Measure how well outliers are distinguished from the images of CIFAR-10, by the rotation head and by k-NN.
+"""Measure how well outliers are distinguished from normal images, by the rotation head and by k-NN.
 
     python -m training outliers rotnet_nin.cifar10 --data DIR --cifar100 DIR --photos DIR
+    python -m training outliers rotnet_alexnet.photos --normal miniplaces --photos DIR
 
-The normal images are the test images of CIFAR-10; k-NN compares with the training images, in a middle layer. The
-outliers are the test images of CIFAR-100, Gaussian noise, uniform noise and, with --photos, the held-out photographs of
-Imagenette at 32 pixels, some of whose subjects are CIFAR-10's. Two numbers are reported for each: AUROC, and the share
-of outliers that are accepted at the threshold that accepts 95 % of the normal images (FPR at 95 %).
-One-class: for each class of CIFAR-10, its training images are the normal ones and its test images are distinguished
-from those of the other nine classes; the mean AUROC is reported. The network was trained on all ten classes, whereas
-one-class methods are trained on a single class.
+The normal images are the test images of CIFAR-10, or the validation images of MiniPlaces; k-NN compares with the
+training images, in a middle layer. The outliers of CIFAR-10 are the test images of CIFAR-100 and, with --photos, the
+held-out photographs of Imagenette at 32 pixels, some of whose subjects are CIFAR-10's; those of MiniPlaces, which shows
+scenes, are the held-out photographs of Imagenette and of Caltech-101, which show objects. Both have Gaussian noise and
+uniform noise too. Two numbers are reported for each: AUROC, and the share of outliers that are accepted at the
+threshold that accepts 95 % of the normal images (FPR at 95 %).
+One-class: for each class of the normal data, its training images are the normal ones and its test images are
+distinguished from those of the other classes; the mean AUROC is reported. The network was trained on all classes,
+whereas one-class methods are trained on a single class.
 """
 
 import argparse
@@ -21,19 +24,18 @@ from torch import nn
 
 from rotation_ssl.evaluation.frozen import preparation
 from rotation_ssl.features import extract_features
-from rotation_ssl.images import read_images
 from rotation_ssl.labelled import Images, LabelledImages
 from rotation_ssl.outliers import RotationOutlierDetector, auroc, false_positive_rate
 from rotation_ssl.progress import progress
 from training.command import add_cifar10, create_parser
-from training.datasets import check_whole, load_images, load_split
+from training.datasets import DATASETS, check_whole, load_images, load_split
 from training.evaluation import options
-from training.evaluation.orientation import photo_list
 from training.evaluation.subject import Subject, load_subject, measured_value, recommended_layer
 from training.reporting.report import keep_rows, run_measuring
 from training.reporting.rows import Row
 
-OUTLYING, PHOTOS = "CIFAR-100 test", "Imagenette val"
+# the datasets that do not belong, by the normal one
+OUTLYING = {"cifar10": ("cifar100", "imagenette"), "miniplaces": ("imagenette", "caltech101")}
 NEIGHBOURS = 10
 BATCH = 250
 
@@ -106,16 +108,20 @@ def noise(shape: Sequence[int]) -> dict[str, torch.Tensor]:
 
 
 def outlier_data(
-    data: Path, cifar100: Path, photos: Path | None, size: int, download: bool = False
+    dataset: str, folder: Path, cifar100: Path | None, photos: Path | None, size: int, download: bool = False
 ) -> tuple[Images, dict[str, torch.Tensor]]:
-    """CIFAR-10, whole, and what does not belong: CIFAR-100's test images, and Imagenette's where it is given."""
-    normal = load_images("cifar10", data, size, download)
-    check_whole("cifar10", len(normal.train), len(normal.test))
-    outlying = load_split("cifar100", cifar100, "test", size)
-    check_whole("cifar100", 0, len(outlying))
-    found = {OUTLYING: outlying.images}
-    if photos is not None:
-        found[PHOTOS] = read_images(photo_list("imagenette", photos), size)
+    """The normal images, a whole dataset of :data:`OUTLYING`, and by name those of the folders given that do not
+    belong.
+    """
+    normal = load_images(dataset, folder, size, download)
+    check_whole(dataset, len(normal.train), len(normal.test))
+    found = {}
+    for name in OUTLYING[dataset]:
+        root = cifar100 if name == "cifar100" else photos
+        if root is not None:
+            outlying = load_split(name, root, "test", size)
+            check_whole(name, 0, len(outlying))
+            found[DATASETS[name].name] = outlying.images
     return normal, found
 
 
@@ -135,10 +141,11 @@ def _surprise(subject: Subject, detector: RotationOutlierDetector, images: torch
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     parser = create_parser("outliers", __doc__)
-    parser.add_argument("model", metavar="MODEL.TAG", help="weights with four outputs, for images of 32 pixels")
+    parser.add_argument("model", metavar="MODEL.TAG", help="weights with four outputs")
+    parser.add_argument("--normal", choices=OUTLYING, default="cifar10", help="the normal images [%(default)s]")
     add_cifar10(parser)
-    parser.add_argument("--cifar100", type=Path, required=True, metavar="DIR", help="folder of CIFAR-100")
-    parser.add_argument("--photos", type=Path, metavar="DIR", help="folder of imagenette2-320 [not measured]")
+    parser.add_argument("--cifar100", type=Path, metavar="DIR", help="folder of CIFAR-100, for cifar10")
+    parser.add_argument("--photos", type=Path, metavar="DIR", help="folder of imagenette2-320, miniplaces, caltech101")
     parser.add_argument("--layer", help="layer that k-NN compares in [the recommended one]")
     options.add_output(parser, "runs/outliers")
     args = parser.parse_args(arguments)
@@ -148,5 +155,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _work(args: argparse.Namespace) -> Path:
     subject = load_subject(args.model).on(args.device)
     file = options.rows_file(args, subject, args.layer)
-    normal, outlying = outlier_data(args.data, args.cifar100, args.photos, subject.size, args.download)
-    return keep_rows(measure_outliers(subject, normal, outlying, args.layer or recommended_layer(subject)), file)
+    needed = "cifar100" if args.normal == "cifar10" else "photos"
+    if getattr(args, needed) is None:
+        raise ValueError(f"the outliers of {args.normal} are missing: give --{needed} DIR")
+    folder = args.data if args.normal == "cifar10" else args.photos
+    data = outlier_data(args.normal, folder, args.cifar100, args.photos, subject.size, args.download)
+    return keep_rows(measure_outliers(subject, *data, args.layer or recommended_layer(subject)), file)

@@ -154,10 +154,10 @@ def _finetune_again(rows: Sequence[Row], source: Source, how: How) -> Pairs:
 def _outliers_again(rows: Sequence[Row], source: Source, how: How) -> Pairs:
     """All rows of one network in one run."""
     for subject, own in _by_subject(rows, how.device):
-        assert source.cifar100 is not None
-        normal, outlying = outlier_data(source.folder, source.cifar100, source.photos, subject.size, source.download)
+        folders = source.folder, source.cifar100, source.photos
+        data = outlier_data(source.dataset, *folders, subject.size, source.download)
         layer = next((row.layer for row in own if row.layer), recommended_layer(subject))
-        yield from _paired(own, measure_outliers(subject, normal, outlying, layer))
+        yield from _paired(own, measure_outliers(subject, *data, layer))
 
 
 def _orientation_again(rows: Sequence[Row], source: Source, how: How) -> Pairs:

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rotation_ssl.cli.outliers import DEFAULT_MODEL
 from training.protocols import COVERAGES, PROTOCOLS
+from training.reporting.required import CIFAR10, main_data
 from training.reporting.rows import Row
 from training.reporting.tables import cell_table, markdown_table, percent
 
@@ -59,18 +59,22 @@ def outliers_table(rows: Sequence[Row]) -> str:
     """How well images that do not belong are told from the normal ones: both scores on every kind of outlier."""
     found = sorted((r for r in rows if r.protocol.startswith("outliers-")), key=lambda row: not row.measured)
     columns = {row.protocol: PROTOCOLS[row.protocol].title.removeprefix("outliers by ") for row in found}
-    return cell_table(("outliers",), found, _label, lambda row: row.protocol, columns)
+
+    def line(row: Row) -> tuple[str, str]:
+        return main_data(row.weights) or CIFAR10, *_label(row)
+
+    return cell_table(("normal images", "outliers"), found, line, lambda row: row.protocol, columns)
 
 
 def one_class_line(rows: Sequence[Row]) -> str:
     """The mean AUROC of one-class detection: ours, then those of networks that were trained for it."""
-    told = "With one class of CIFAR-10 as normal and the other nine as outliers, the mean AUROC over the classes is"
-    own = [f"{percent(row)} by k-NN (`{row.weights}`)" for row in rows if row.protocol == "one-class-knn"]
+    told = "With one class as normal and the others as outliers, the mean AUROC over the classes is"
+    own = [f"{percent(row)} on {row.data} by k-NN (`{row.weights}`)" for row in rows if row.protocol == "one-class-knn"]
     quoted = [f"{percent(row)} ({row.source.split(' (')[0]})" for row in rows if row.protocol == "one-class-rotation"]
     if not own:
         return ""
-    beside = f" Networks trained on each class separately reach {'; '.join(quoted)}." if quoted else ""
-    return f"{told} {'; '.join(own)}. This network was trained on all ten classes.{beside}"
+    beside = f" Networks trained on each class of CIFAR-10 separately reach {'; '.join(quoted)}." if quoted else ""
+    return f"{told} {'; '.join(own)}. These networks were trained on all classes.{beside}"
 
 
 def orientation_line(rows: Sequence[Row]) -> str:
@@ -85,14 +89,13 @@ def orientation_line(rows: Sequence[Row]) -> str:
 
 
 def outliers_line(rows: Sequence[Row]) -> str:
-    """AUROC of both scores against the first kind of outliers in a sentence."""
+    """AUROC of both scores of each network against its first kind of outliers in a sentence."""
     found = [row for row in rows if row.protocol in ("outliers-rotation", "outliers-knn") and row.measured]
-    own = [row for row in found if row.data == found[0].data]
-    numbers = " and ".join(f"{percent(r)} by {PROTOCOLS[r.protocol].title.split()[2].strip(',')}" for r in own)
-    if not own:
-        return ""
-    told = f"With CIFAR-10 test as normal images and {own[0].data} as outliers"
-    told = f"{told}, `{own[0].weights}` reaches an AUROC of {numbers}."
-    if any(row.weights == DEFAULT_MODEL for row in found):
-        return told
-    return f"{told} The command's default network, `{DEFAULT_MODEL}`, has not been measured."
+    told = []
+    for weights in dict.fromkeys(row.weights for row in found):
+        own = [row for row in found if row.weights == weights]
+        first = [row for row in own if row.data == own[0].data]
+        numbers = " and ".join(f"{percent(r)} by {PROTOCOLS[r.protocol].title.split()[2].strip(',')}" for r in first)
+        normal = f"with {main_data(weights)} as normal images and {first[0].data} as outliers"
+        told.append(f"`{weights}` {numbers} {normal}")
+    return f"AUROC: {'; '.join(told)}." if told else ""

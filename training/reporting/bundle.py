@@ -63,6 +63,7 @@ def bundle(run_dir: Path, name: str, half: bool = False) -> None:
         "recommended_layer": network_facts(architecture).recommended_layer,
         **{key: list(cfg[key]) for key in ("input_size", "mean", "std")},
         **({"model_args": dict(recipe["model_args"])} if recipe.get("model_args") else {}),
+        **({"filters": "float16"} if half else {}),
         "metrics": {},
     }
     content = add_metadata(content, name, entry)

@@ -107,13 +107,19 @@ def training(name: str, entry: Mapping[str, Any], figures: str) -> str:
     facts = network_facts(name)
     budget = facts.paper_rotated_images
     run = json.loads((RESULTS_DIR / f"{name}.run.json").read_text())
+    stored = f"filters in {entry['filters']}, the rest in float32" if "filters" in entry else "fp32"
+    began = (
+        f", {run['rotated_images']:,} of them by this run, which began with `{run['recipe']['model']}`"
+        if run["recipe"].get("pretrained")
+        else ""
+    )
     lines = [
         f"### `{name}`",
         "",
-        f"- sha256 `{entry['sha256']}`, {entry['size']:,} bytes, safetensors, fp32, {entry['source']} in the wheel;"
+        f"- sha256 `{entry['sha256']}`, {entry['size']:,} bytes, safetensors, {stored}, {entry['source']} in the wheel;"
         f" {entry['license'].upper()} licence.",
         f"- Recipe `{entry['recipe']}`, seed {entry['seed']}, commit `{entry['commit']}`, on {entry['data']}:"
-        f" {entry['rotated_images']:,} rotated images.",
+        f" {entry['rotated_images']:,} rotated images{began}.",
         _settings(run),
         f"- Time: {counted(round(run['seconds'] / 60), 'minute')} on {run['threads']} threads ({run['device']}).",
         f"- Budget: {entry['rotated_images'] / budget:.1%} of the paper's {budget / 1e6:.0f} million rotated images"
