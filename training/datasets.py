@@ -163,6 +163,17 @@ def held_out(source: str) -> Callable[[Path, str], Listed]:
     return files
 
 
+def exif_files(root: Path, split: str) -> Listed:
+    """Two photographs, each with every EXIF orientation and none: https://github.com/recurser/exif-orientation-examples.
+
+    Shown as their EXIF orientation says, all are upright.
+    """
+    files = sorted((root / "exif").glob("*.jpg")) if split == "test" else []
+    if not files:
+        raise ValueError(f"no test images of exif-orientation-examples in {root / 'exif'}: expected *.jpg there")
+    return files, torch.zeros(len(files), dtype=torch.int64), ("photograph",)
+
+
 DATASETS = {
     "cifar10": DataSet("CIFAR-10 test", (50_000, 10_000), 32, probe_size=32),
     "cifar100": DataSet("CIFAR-100 test", (50_000, 10_000), 32, cifar100_files, 32),
@@ -173,6 +184,7 @@ DATASETS = {
     "imagewoof": DataSet("Imagewoof val", (0, 3_929), 0, held_out("imagewoof2-320")),
     "caltech101": DataSet("Caltech-101 test", (0, 3_049), 0, held_out("caltech101")),
     "voc2007": DataSet("VOC2007 test", (0, 4_952), 0, held_out("VOCdevkit/VOC2007")),
+    "exif": DataSet("EXIF orientation examples", (0, 18), 0, exif_files),
 }
 FOLDER = "folder"  # of one's own images
 

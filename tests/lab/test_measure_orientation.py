@@ -132,13 +132,26 @@ def test_the_command_fits_measures_and_what_it_measured_is_measured_again(small,
     assert entry["orientation"]["size"] == 160
     assert {**entry, "orientation": 0} == {**before, "orientation": 0}, "nothing else"
     rows = read_file(small / "out" / "rows.jsonl")
-    assert {row.data for row in rows} == {"Imagenette val", "VOC2007 test"} and len(rows) == 28
+    names = {"Imagenette val", "VOC2007 test", "EXIF orientation examples"}
+    assert {row.data for row in rows} == names and len(rows) == 42
     assert all("160 pixels" in row.settings for row in rows)
     monkeypatch.setattr(zoo, "manifest", manifest.read_manifest)
     own = [row for row in rows if row.data == "Imagenette val"]
     pairs = list(again.measure_source(own, again.Source("imagenette", small)))
     assert len(pairs) == 14 and all((old.key, old.counts) == (new.key, new.counts) for old, new in pairs)
     assert json.loads((small / "out" / "report.json").read_text())
+
+
+def test_photographs_with_every_exif_orientation_are_test_images(tmp_path):
+    with pytest.raises(ValueError, match="no test images of exif-orientation-examples"):
+        datasets.list_files("exif", tmp_path, "test")
+    (tmp_path / "exif").mkdir()
+    for name in ("Portrait_1.jpg", "Landscape_8.jpg", "README.markdown"):
+        (tmp_path / "exif" / name).touch()
+    files, labels, _ = datasets.list_files("exif", tmp_path, "test")
+    assert [file.name for file in files] == ["Landscape_8.jpg", "Portrait_1.jpg"] and len(labels) == 2
+    with pytest.raises(ValueError, match="no test images of exif-orientation-examples"):
+        datasets.list_files("exif", tmp_path, "train")
 
 
 def test_what_cannot_be_measured_is_refused(small, capsys, monkeypatch):

@@ -3,11 +3,12 @@
     python -m training orientation rotnet_alexnet.photos --photos DIR
     python -m training orientation rotnet_alexnet.photos --photos DIR --fit --size 160
 
-DIR contains imagenette2-320, imagewoof2-320, caltech101 and VOCdevkit. Whole photographs are processed as in
+DIR contains imagenette2-320, imagewoof2-320, caltech101, VOCdevkit and exif. Whole photographs are processed as in
 `rotation-ssl orient`. --fit fits, on Imagewoof val and Caltech-101 test, the temperature that calibrates the
 confidences and the lowest thresholds at which 99 % and 99.5 % of the decisions are correct, for squares of --size
 pixels, and writes them into the manifest. It prints the accuracy on these two sets, to choose the size by. The results
-are measured on Imagenette val and VOC2007 test, which were not used for fitting. Rotating a picture rotates the
+are measured on Imagenette val, VOC2007 test and two photographs with every EXIF orientation
+(https://github.com/recurser/exif-orientation-examples), which were not used for fitting. Rotating a picture rotates the
 prediction with it, so measuring upright photographs is enough.
 """
 
@@ -37,7 +38,7 @@ from training.reporting.manifest import enter_manifest, read_manifest
 from training.reporting.report import keep_rows, run_measuring
 from training.reporting.rows import Row
 
-FITTED_ON, MEASURED_ON = ("imagewoof", "caltech101"), ("imagenette", "voc2007")
+FITTED_ON, MEASURED_ON = ("imagewoof", "caltech101"), ("imagenette", "voc2007", "exif")
 TEMPERATURES = [1.02**step for step in range(-80, 81)]
 # the share of right decisions that each of the manifest's thresholds was fitted for, and its name in protocols
 PRECISIONS = {"threshold": (0.99, "99"), "sure_threshold": (0.995, "99.5")}

@@ -15,7 +15,7 @@ OPTIONS = {
     "cifar10": "data",
     "cifar100": "cifar100",
     "tinyimagenet": "tinyimagenet",
-    **dict.fromkeys(("miniplaces", "imagenet20", "imagenette", "imagewoof", "caltech101", "voc2007"), "photos"),
+    **dict.fromkeys(("miniplaces", "imagenet20", "imagenette", "imagewoof", "caltech101", "voc2007", "exif"), "photos"),
 }
 
 
@@ -24,7 +24,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add_cifar10(parser)
     parser.add_argument(
         "--photos", type=Path, metavar="DIR",
-        help="folder that contains imagenette2-320, imagewoof2-320, miniplaces, caltech101, VOCdevkit [not measured]",
+        help="folder of imagenette2-320, imagewoof2-320, miniplaces, caltech101, VOCdevkit and exif [not measured]",
     )  # fmt: skip
     parser.add_argument("--cifar100", type=Path, metavar="DIR", help="folder of CIFAR-100, as outliers [not measured]")
     parser.add_argument("--tinyimagenet", type=Path, metavar="DIR", help="folder tiny-imagenet-200 [not measured]")
