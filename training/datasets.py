@@ -21,6 +21,7 @@ from training.photos import listed_files, photo_files
 
 # the N files of a split, their labels (N,) int64 (positions in the classes) and the classes
 Listed = tuple[list[Path], torch.Tensor, tuple[str, ...]]
+EXIF, EXIF_SOURCE = "exif", "https://github.com/recurser/exif-orientation-examples"
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
@@ -164,13 +165,15 @@ def held_out(source: str) -> Callable[[Path, str], Listed]:
 
 
 def exif_files(root: Path, split: str) -> Listed:
-    """Two photographs, each with every EXIF orientation and none: https://github.com/recurser/exif-orientation-examples.
+    """Two photographs with printed labels, each with the orientation tag 0 to 8, a clone of :data:`EXIF_SOURCE`.
 
-    Shown as their EXIF orientation says, all are upright.
+    Shown as the tag says, all are upright.
     """
-    files = sorted((root / "exif").glob("*.jpg")) if split == "test" else []
+    if split == "train":
+        raise ValueError("the EXIF orientation examples have no training images: only orientation is measured on them")
+    files = sorted((root / EXIF).glob("*.jpg"))
     if not files:
-        raise ValueError(f"no test images of exif-orientation-examples in {root / 'exif'}: expected *.jpg there")
+        raise ValueError(f"no EXIF orientation examples in {root / EXIF}: clone {EXIF_SOURCE} to it")
     return files, torch.zeros(len(files), dtype=torch.int64), ("photograph",)
 
 
@@ -184,7 +187,7 @@ DATASETS = {
     "imagewoof": DataSet("Imagewoof val", (0, 3_929), 0, held_out("imagewoof2-320")),
     "caltech101": DataSet("Caltech-101 test", (0, 3_049), 0, held_out("caltech101")),
     "voc2007": DataSet("VOC2007 test", (0, 4_952), 0, held_out("VOCdevkit/VOC2007")),
-    "exif": DataSet("EXIF orientation examples", (0, 18), 0, exif_files),
+    "exif": DataSet("EXIF orientation examples test", (0, 18), 0, exif_files),
 }
 FOLDER = "folder"  # of one's own images
 

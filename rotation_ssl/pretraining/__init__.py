@@ -17,7 +17,7 @@ def pretrain(data: str | Path | torch.Tensor, output: str | Path, model: str | N
         **options: those of :func:`rotation_ssl.pretraining.command.run`: ``resume=True``; ``device="cpu"``;
             ``workers=8``; ``monitor=FOLDER, monitor_every=500``. Fields of the recipe by their names
             (:class:`rotation_ssl.pretraining.recipe.Recipe`): ``steps=2000``, ``image_size=64``,
-            ``images_per_step=32``, ``precision="fp32"``, ``seed=1``; or ``recipe``, a whole one.
+            ``images_per_step=32``, ``precision="fp32"``, ``seed=1``, ``pretrained=True``; or ``recipe``, a whole one.
 
     Returns:
         The weights file; the checkpoint where Ctrl-C stopped the run, from which ``resume=True`` goes on.

@@ -48,7 +48,7 @@ def add_options(
     instead = parser.add_argument_group("what to train", defaults)
     instead.add_argument("--model", help="name of any timm model")
     instead.add_argument(
-        "--pretrained", action="store_true", default=None, help="begin with the model's pretrained weights"
+        "--pretrained", action=argparse.BooleanOptionalAction, help="begin with the model's pretrained weights"
     )
     instead.add_argument("--size", type=int, help="image size in pixels; crops and padding change in proportion")
     instead.add_argument("--images-per-step", type=int, help="images per step; each one is used in every rotation")

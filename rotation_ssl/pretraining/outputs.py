@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ def check_finished(recipe: Recipe, images: str, output: Path) -> None:
     """Refuse to take a finished run of other settings, or of images of another fingerprint, for the one asked for."""
     try:
         run = json.loads((output / "run.json").read_text())
-        finished = dict(run["recipe"])
+        finished = recorded_recipe(run["recipe"])
         # earlier versions did not record them
         trained_on = run.get("images", images)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -123,6 +123,15 @@ def check_finished(recipe: Recipe, images: str, output: Path) -> None:
         raise ValueError(
             f"{output} holds a finished run of other images ({trained_on} -> {images}): give another --output"
         )
+
+
+def recorded_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe as run.json has it; fields that are younger than the run have their defaults."""
+    defaults = {f.name: f.default for f in dataclasses.fields(Recipe) if f.default is not dataclasses.MISSING}
+    recorded: dict[str, Any] = json.loads(
+        json.dumps({**defaults, **recipe})
+    )  # a default is a tuple, what was read a list
+    return recorded
 
 
 def describe_run(recipe: Recipe, progress: Progress, accelerator: Accelerator) -> dict[str, Any]:

@@ -86,9 +86,8 @@ def create_model(recipe: Recipe) -> nn.Module:
             options["img_size"] = crops[-1]
         model = timm.create_model(recipe.model, recipe.pretrained, num_classes=outputs, **options)
     except (RuntimeError, TypeError, ValueError, OSError, AssertionError, ZeroDivisionError) as error:
-        raise ValueError(
-            f"model {recipe.model!r} cannot be made ({first_line(error)}); see timm.list_models()"
-        ) from error
+        instead = "list_pretrained(), or leave --pretrained out" if recipe.pretrained else "list_models()"
+        raise ValueError(f"model {recipe.model!r} cannot be made ({first_line(error)}); see timm.{instead}") from error
     model.eval()
     for crop in crops:
         try:

@@ -166,7 +166,8 @@ def read_progress(folder: Path, identity: dict[str, str]) -> Progress:
     check_hashes(folder)
     try:
         progress = Progress(**json.loads((folder / PROGRESS).read_text()))
-        saved = dict(progress.identity)
+        # the field is younger than some checkpoints
+        saved = {"pretrained": "False", **progress.identity}
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(_not_a_checkpoint(folder, first_line(error))) from error
     different = [

@@ -72,11 +72,14 @@ def test_outliers_by_both_scores():
         "| CIFAR-10 test | `rotnet_nin.cifar10`, CIFAR-100 test | 70.00 % | 90.00 % | 80.00 % |",
         "| CIFAR-10 test | `rotnet_nin.cifar10`, uniform noise | 100.00 % |  |  |",
     ]
-    told = "`rotnet_nin.cifar10` 70.00 % by rotation and 80.00 % by k-NN with CIFAR-10 test as normal images and"
-    assert outliers_line(OUTLIERS) == f"AUROC: {told} CIFAR-100 test as outliers."
+    told = (
+        "With CIFAR-10 test as normal images and CIFAR-100 test as outliers, `rotnet_nin.cifar10` reaches an AUROC of"
+        " 70.00 % by rotation and 80.00 % by k-NN."
+    )
+    assert outliers_line(OUTLIERS) == told
     both = [*OUTLIERS, row("rotnet_alexnet.photos", "outliers-knn", "Imagenette val", 0.6, layer="conv4")]
-    other = "`rotnet_alexnet.photos` 60.00 % by k-NN with MiniPlaces val as normal images and Imagenette val as"
-    assert outliers_line(both) == f"AUROC: {told} CIFAR-100 test as outliers; {other} outliers."
+    other = "With MiniPlaces val as normal images and Imagenette val as outliers, `rotnet_alexnet.photos` reaches an"
+    assert outliers_line(both) == f"{told} {other} AUROC of 60.00 % by k-NN."
     assert outliers_table(both).splitlines()[-1].startswith("| MiniPlaces val | `rotnet_alexnet.photos`, Imagenette")
     assert "75.00 % on CIFAR-10 test by k-NN (`rotnet_nin.cifar10`)" in one_class_line(OUTLIERS)
     theirs = Row("x", "one-class-rotation", "", 0.905, "Someone 2019 (unchecked)", "CIFAR-10 test")

@@ -1,5 +1,6 @@
 """Which way up photographs are, measured: temperature and threshold on answers that can be worked out by hand."""
 
+import argparse
 import dataclasses
 import json
 
@@ -9,6 +10,7 @@ from conftest import SAMPLES
 from PIL import Image
 
 from rotation_ssl import zoo
+from rotation_ssl.orientation.turning import open_picture
 from training import datasets
 from training.evaluation import orientation
 from training.evaluation.orientation import (
@@ -20,9 +22,20 @@ from training.evaluation.orientation import (
 )
 from training.evaluation.subject import load_subject
 from training.reporting import again, manifest
-from training.reporting.rows import read_file
+from training.reporting.options import source_of
+from training.reporting.rows import Row, read_file
 
 CALIBRATION = {"size": 128, "temperature": 1.0, "threshold": 0.6, "sure_threshold": 0.9}
+# what undoes each orientation's turn or mirror
+BACK = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
 PHOTOS = sorted((SAMPLES / "photos").glob("*.jpg"))
 
 
@@ -65,6 +78,17 @@ def test_the_most_confident_are_chosen():
     assert chosen[20] == [1] and chosen[40] == [1, 2] and chosen[80] == [1, 2, 3, 4]
 
 
+@pytest.fixture
+def few_are_ranked(monkeypatch):
+    monkeypatch.setattr(orientation, "RANKED", 1)
+
+
+def test_of_few_pictures_no_shares_are_reported(subject):
+    rows = measure_orientation(subject, PHOTOS, "five", CALIBRATION)
+    assert [row.protocol for row in rows if "top" in row.protocol] == [] and len(rows) == 5
+
+
+@pytest.mark.usefixtures("few_are_ranked")
 def test_rows_count_what_is_decided_and_what_is_wrong(subject, tmp_path):
     turned = tmp_path / "turned.jpg"
     with Image.open(PHOTOS[0]) as image:
@@ -78,6 +102,7 @@ def test_rows_count_what_is_decided_and_what_is_wrong(subject, tmp_path):
     assert "temperature 1" in rows["orientation"].settings
 
 
+@pytest.mark.usefixtures("few_are_ranked")
 def test_every_row_by_hand(subject, monkeypatch):
     answers = ((0, 0.95), (0, 0.7), (2, 0.92), (1, 0.65), (0, 0.3), (0, 0.97))
     logits = [torch.full((1, 1, 4), (1 - confidence) / 3).log() for _, confidence in answers]
@@ -121,6 +146,7 @@ def small(monkeypatch, tmp_path):
     return tmp_path
 
 
+@pytest.mark.usefixtures("few_are_ranked")
 def test_the_command_fits_measures_and_what_it_measured_is_measured_again(small, capsys, monkeypatch):
     monkeypatch.setattr(orientation, "fit_threshold", lambda confidence, right, precision: precision - 0.3)
     arguments = ["rotnet_alexnet.photos", "--photos", str(small), "--output", str(small / "out")]
@@ -132,7 +158,7 @@ def test_the_command_fits_measures_and_what_it_measured_is_measured_again(small,
     assert entry["orientation"]["size"] == 160
     assert {**entry, "orientation": 0} == {**before, "orientation": 0}, "nothing else"
     rows = read_file(small / "out" / "rows.jsonl")
-    names = {"Imagenette val", "VOC2007 test", "EXIF orientation examples"}
+    names = {"Imagenette val", "VOC2007 test", "EXIF orientation examples test"}
     assert {row.data for row in rows} == names and len(rows) == 42
     assert all("160 pixels" in row.settings for row in rows)
     monkeypatch.setattr(zoo, "manifest", manifest.read_manifest)
@@ -143,14 +169,28 @@ def test_the_command_fits_measures_and_what_it_measured_is_measured_again(small,
 
 
 def test_photographs_with_every_exif_orientation_are_test_images(tmp_path):
-    with pytest.raises(ValueError, match="no test images of exif-orientation-examples"):
+    with pytest.raises(ValueError, match=r"no EXIF orientation examples in .*exif: clone https://github.com/recurser"):
         datasets.list_files("exif", tmp_path, "test")
+    row = Row("rotnet_alexnet.photos", "orientation", "", 1.0, "measured", "EXIF orientation examples test")
+    args = argparse.Namespace(photos=tmp_path, download=False, proposals=None)
+    assert source_of(row, args) is None, "listed as not measured, not refused"
     (tmp_path / "exif").mkdir()
-    for name in ("Portrait_1.jpg", "Landscape_8.jpg", "README.markdown"):
-        (tmp_path / "exif" / name).touch()
+    (tmp_path / "exif" / "README.markdown").touch()
+    upright = Image.open(PHOTOS[0])
+    for tag in range(9):
+        # stored the other way round: from its tag on it is shown upright
+        stored = upright.transpose(Image.Transpose(BACK[tag])) if tag in BACK else upright
+        exif = Image.Exif()
+        exif[0x0112] = tag
+        stored.save(tmp_path / "exif" / f"Portrait_{tag}.png", exif=exif)
+        (tmp_path / "exif" / f"Portrait_{tag}.png").rename(tmp_path / "exif" / f"Portrait_{tag}.jpg")
     files, labels, _ = datasets.list_files("exif", tmp_path, "test")
-    assert [file.name for file in files] == ["Landscape_8.jpg", "Portrait_1.jpg"] and len(labels) == 2
-    with pytest.raises(ValueError, match="no test images of exif-orientation-examples"):
+    assert [file.name for file in files] == [f"Portrait_{tag}.jpg" for tag in range(9)] and len(labels) == 9
+    source = source_of(row, args)
+    assert source is not None and (source.dataset, source.folder) == ("exif", tmp_path)
+    shown = [open_picture(file, 128).image for file in files]
+    assert len({image.tobytes() for image in shown}) == 1, "all are upright"
+    with pytest.raises(ValueError, match="have no training images"):
         datasets.list_files("exif", tmp_path, "train")
 
 

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from conftest import SAMPLES
+from PIL import Image
 
 from training import datasets
 from training.evaluation import outliers
@@ -58,10 +59,17 @@ def test_the_command_and_measuring_again(small, tmp_path, capsys):
     for normal, option in (("cifar10", "cifar100"), ("miniplaces", "photos")):
         assert outliers.main([*arguments, "--normal", normal]) == 2
         assert f"the outliers of {normal} are missing: give --{option} DIR" in capsys.readouterr().err
+    # the card has them among scenes
+    other = ["rotnet_alexnet.photos", "--normal", "cifar10", "--cifar100", str(cifar100), "--record"]
+    assert outliers.main(other) == 2
+    assert "leave out what changes them" in capsys.readouterr().err
 
 
 def test_scenes_are_normal_to_a_network_of_photographs(small, tmp_path, monkeypatch):
     photos = sorted((SAMPLES / "photos").glob("*.jpg"))
+    # of one colour each: they look like no photograph
+    for number, file in enumerate(sorted((tmp_path / "imagenette2-320" / "val" / "photos").iterdir())):
+        Image.new("RGB", (64, 48), (60 * number, 200, 0)).save(file)
     places = tmp_path / "miniplaces" / "data"
     for split in ("train", "val"):
         names = [f"{split}/{letter}/{file.name}" for letter in "ab" for file in photos]
@@ -74,7 +82,7 @@ def test_scenes_are_normal_to_a_network_of_photographs(small, tmp_path, monkeypa
     (tmp_path / "caltech101" / "test.txt").write_text(f"{photos[0].name}\n")
     for name, counts in (("miniplaces", (10, 10)), ("caltech101", (0, 1))):
         monkeypatch.setitem(datasets.DATASETS, name, dataclasses.replace(datasets.DATASETS[name], counts=counts))
-    arguments = ["rotnet_alexnet.photos", "--normal", "miniplaces", "--photos", str(tmp_path)]
+    arguments = ["rotnet_alexnet.photos", "--photos", str(tmp_path)]
     assert outliers.main([*arguments, "--output", str(tmp_path / "out")]) == 0
     rows = read_file(tmp_path / "out" / "rows.jsonl")
     wanted = [required for required in REQUIRED["rotnet_alexnet.photos"] if "outliers" in required.protocol]
@@ -82,6 +90,9 @@ def test_scenes_are_normal_to_a_network_of_photographs(small, tmp_path, monkeypa
         *((required.protocol, required.data) for required in wanted), ("one-class-knn", "MiniPlaces val")
     }  # fmt: skip
     assert all("MiniPlaces val" in f"{r.settings} {r.data}" for r in rows)
+    values = {(r.protocol, r.data): r.value for r in rows}
+    assert values["outliers-knn", "Imagenette val"] == values["outliers-knn", "uniform noise"] == 1
+    assert values["outliers-knn", "Caltech-101 test"] < 1, "a copy of a normal one"
     args = argparse.Namespace(data=tmp_path, cifar100=None, photos=tmp_path, download=False)
     (source,) = {source_of(row, args) for row in rows}
     assert source is not None and (source.dataset, source.folder) == ("miniplaces", tmp_path)

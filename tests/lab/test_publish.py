@@ -47,10 +47,10 @@ def test_every_number_of_a_table_is_a_row_or_made_of_rows(page):
     possible = {f"{statistics.mean(values):.2f}" for values in groups.values()}
     possible |= {f"{statistics.stdev(values):.2f}" for values in groups.values() if len(values) > 1}
     # of the decisions that were made, how many are right
-    measured = {(row.protocol, row.data): row.correct for row in read_rows() if "orientation-" in row.protocol}
-    for (protocol, data), decided in measured.items():
-        if "decided" in protocol:
-            wrong = measured[protocol.replace("decided", "wrong"), data]
+    measured = {(r.protocol, r.data, r.weights): r.correct for r in read_rows() if "orientation-" in r.protocol}
+    for (protocol, data, weights), decided in measured.items():
+        if "decided" in protocol and decided:
+            wrong = measured[protocol.replace("decided", "wrong"), data, weights]
             possible.add(f"{100 * (1 - wrong / decided):.2f}")
     shown = re.findall(r"(?<![+\-\d.])(\d+\.\d\d)(?= %| ±)", "".join(parts))
     assert len(shown) > 10 and set(shown) <= possible

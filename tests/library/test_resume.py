@@ -21,7 +21,7 @@ from rotation_ssl.pretraining.images import open_images
 from rotation_ssl.pretraining.loop import pretrain
 from rotation_ssl.pretraining.recipe import AdamW, Sgd, Stage
 from rotation_ssl.pretraining.setup import create_accelerator
-from rotation_ssl.pretraining.state import HASHES, Progress, find_checkpoint, read_progress, write_hashes
+from rotation_ssl.pretraining.state import HASHES, PROGRESS, Progress, find_checkpoint, read_progress, write_hashes
 
 
 @pytest.fixture(scope="module")
@@ -397,6 +397,22 @@ def test_a_full_disk_leaves_the_checkpoint_before(images, tmp_path):
     assert "step-000004 is kept: make room, then --resume" in result.stdout
     assert find_checkpoint(tmp_path / "run").name == "step-000004"
     pretrain(TINY, images, tmp_path / "run", resume=True)
+
+
+def test_a_run_that_is_older_than_a_field_of_its_recipe_goes_on(images, stopped, tmp_path):
+    output = shutil.copytree(stopped, tmp_path / "run")
+    checkpoint = find_checkpoint(output)
+    told = json.loads((checkpoint / PROGRESS).read_text())
+    assert told["identity"].pop("pretrained") == "False"
+    (checkpoint / PROGRESS).write_text(json.dumps(told))
+    write_hashes(checkpoint)
+    file = pretrain(TINY, images, output, resume=True)
+    run = json.loads((output / "run.json").read_text())
+    del run["recipe"]["pretrained"]
+    (output / "run.json").write_text(json.dumps(run))
+    assert pretrain(TINY, images, output, resume=True) == file
+    with pytest.raises(ValueError, match=r"of another recipe \(pretrained differ\)"):
+        pretrain(dataclasses.replace(TINY, pretrained=True), images, output, resume=True)
 
 
 def test_a_run_is_finished_only_when_its_weights_are_whole(images, tmp_path, monkeypatch):

@@ -1,14 +1,14 @@
 """Measure how well outliers are distinguished from normal images, by the rotation head and by k-NN.
 
     python -m training outliers rotnet_nin.cifar10 --data DIR --cifar100 DIR --photos DIR
-    python -m training outliers rotnet_alexnet.photos --normal miniplaces --photos DIR
+    python -m training outliers rotnet_alexnet.photos --photos DIR
 
-The normal images are the test images of CIFAR-10, or the validation images of MiniPlaces; k-NN compares with the
-training images, in a middle layer. The outliers of CIFAR-10 are the test images of CIFAR-100 and, with --photos, the
-held-out photographs of Imagenette at 32 pixels, some of whose subjects are CIFAR-10's; those of MiniPlaces, which shows
-scenes, are the held-out photographs of Imagenette and of Caltech-101, which show objects. Both have Gaussian noise and
-uniform noise too. Two numbers are reported for each: AUROC, and the share of outliers that are accepted at the
-threshold that accepts 95 % of the normal images (FPR at 95 %).
+The normal images are the test images of CIFAR-10, or the validation images of MiniPlaces, which needs about 12 GB of
+memory; k-NN compares with the training images, in a middle layer. The outliers of CIFAR-10 are the test images of
+CIFAR-100 and, with --photos, the held-out photographs of Imagenette at 32 pixels, some of which show subjects of
+CIFAR-10. MiniPlaces shows scenes; its outliers are the held-out photographs of Imagenette and of Caltech-101, most of
+which show objects. Gaussian noise and uniform noise are added to both. Two numbers are reported for each: AUROC, and
+the share of outliers that are accepted at the threshold that accepts 95 % of the normal images (FPR at 95 %).
 One-class: for each class of the normal data, its training images are the normal ones and its test images are
 distinguished from those of the other classes; the mean AUROC is reported. The network was trained on all classes,
 whereas one-class methods are trained on a single class.
@@ -28,10 +28,11 @@ from rotation_ssl.labelled import Images, LabelledImages
 from rotation_ssl.outliers import RotationOutlierDetector, auroc, false_positive_rate
 from rotation_ssl.progress import progress
 from training.command import add_cifar10, create_parser
-from training.datasets import DATASETS, check_whole, load_images, load_split
+from training.datasets import DATASETS, check_whole, dataset_of, load_images, load_split
 from training.evaluation import options
 from training.evaluation.subject import Subject, load_subject, measured_value, recommended_layer
 from training.reporting.report import keep_rows, run_measuring
+from training.reporting.required import main_data
 from training.reporting.rows import Row
 
 # the datasets that do not belong, by the normal one
@@ -107,6 +108,12 @@ def noise(shape: Sequence[int]) -> dict[str, torch.Tensor]:
     return {"Gaussian noise": gaussian.to(torch.uint8), "uniform noise": uniform.to(torch.uint8)}
 
 
+def normal_dataset(weights: str) -> str:
+    """The normal images in the card's numbers: what published weights are reported on; CIFAR-10 for others."""
+    data = main_data(weights)
+    return dataset_of(data) if data else "cifar10"
+
+
 def outlier_data(
     dataset: str, folder: Path, cifar100: Path | None, photos: Path | None, size: int, download: bool = False
 ) -> tuple[Images, dict[str, torch.Tensor]]:
@@ -119,7 +126,7 @@ def outlier_data(
     for name in OUTLYING[dataset]:
         root = cifar100 if name == "cifar100" else photos
         if root is not None:
-            outlying = load_split(name, root, "test", size)
+            outlying = load_split(name, root, "test", DATASETS[dataset].size or size)
             check_whole(name, 0, len(outlying))
             found[DATASETS[name].name] = outlying.images
     return normal, found
@@ -142,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     parser = create_parser("outliers", __doc__)
     parser.add_argument("model", metavar="MODEL.TAG", help="weights with four outputs")
-    parser.add_argument("--normal", choices=OUTLYING, default="cifar10", help="the normal images [%(default)s]")
+    parser.add_argument("--normal", choices=OUTLYING, help="the normal images [as in the card, or cifar10]")
     add_cifar10(parser)
     parser.add_argument("--cifar100", type=Path, metavar="DIR", help="folder of CIFAR-100, for cifar10")
     parser.add_argument("--photos", type=Path, metavar="DIR", help="folder of imagenette2-320, miniplaces, caltech101")
@@ -154,10 +161,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _work(args: argparse.Namespace) -> Path:
     subject = load_subject(args.model).on(args.device)
-    file = options.rows_file(args, subject, args.layer)
-    needed = "cifar100" if args.normal == "cifar10" else "photos"
+    reported = normal_dataset(subject.name)
+    normal = args.normal or reported
+    file = options.rows_file(args, subject, args.layer or normal != reported)
+    needed = "cifar100" if normal == "cifar10" else "photos"
     if getattr(args, needed) is None:
-        raise ValueError(f"the outliers of {args.normal} are missing: give --{needed} DIR")
-    folder = args.data if args.normal == "cifar10" else args.photos
-    data = outlier_data(args.normal, folder, args.cifar100, args.photos, subject.size, args.download)
+        raise ValueError(f"the outliers of {normal} are missing: give --{needed} DIR")
+    folder = args.data if normal == "cifar10" else args.photos
+    data = outlier_data(normal, folder, args.cifar100, args.photos, subject.size, args.download)
     return keep_rows(measure_outliers(subject, *data, args.layer or recommended_layer(subject)), file)

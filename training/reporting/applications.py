@@ -18,8 +18,8 @@ def orientation_table(rows: Sequence[Row]) -> str:
         cells = [percent(own["orientation"])]
         for fitted in ("99", "99.5"):
             decided, wrong = (own[f"orientation-{what}-{fitted}"] for what in ("decided", "wrong"))
-            right = 1 - (wrong.correct or 0) / (decided.correct or 1)
-            cells += [percent(decided), f"{100 * right:.2f} %"]
+            right = 1 - (wrong.correct or 0) / decided.correct if decided.correct else None
+            cells += [percent(decided), "" if right is None else f"{100 * right:.2f} %"]
         lines.append((f"`{weights}`, {data}", *cells))
     header = (
         "photographs",
@@ -68,13 +68,13 @@ def outliers_table(rows: Sequence[Row]) -> str:
 
 def one_class_line(rows: Sequence[Row]) -> str:
     """The mean AUROC of one-class detection: ours, then those of networks that were trained for it."""
-    told = "With one class as normal and the others as outliers, the mean AUROC over the classes is"
+    told = "With one class as normal and the other classes as outliers, the mean AUROC over the classes is"
     own = [f"{percent(row)} on {row.data} by k-NN (`{row.weights}`)" for row in rows if row.protocol == "one-class-knn"]
     quoted = [f"{percent(row)} ({row.source.split(' (')[0]})" for row in rows if row.protocol == "one-class-rotation"]
     if not own:
         return ""
     beside = f" Networks trained on each class of CIFAR-10 separately reach {'; '.join(quoted)}." if quoted else ""
-    return f"{told} {'; '.join(own)}. These networks were trained on all classes.{beside}"
+    return f"{told} {'; '.join(own)}. The networks were pretrained on the images of all classes.{beside}"
 
 
 def orientation_line(rows: Sequence[Row]) -> str:
@@ -96,6 +96,6 @@ def outliers_line(rows: Sequence[Row]) -> str:
         own = [row for row in found if row.weights == weights]
         first = [row for row in own if row.data == own[0].data]
         numbers = " and ".join(f"{percent(r)} by {PROTOCOLS[r.protocol].title.split()[2].strip(',')}" for r in first)
-        normal = f"with {main_data(weights)} as normal images and {first[0].data} as outliers"
-        told.append(f"`{weights}` {numbers} {normal}")
-    return f"AUROC: {'; '.join(told)}." if told else ""
+        normal = f"With {main_data(weights) or CIFAR10} as normal images and {first[0].data} as outliers"
+        told.append(f"{normal}, `{weights}` reaches an AUROC of {numbers}.")
+    return " ".join(told)

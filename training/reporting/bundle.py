@@ -16,6 +16,7 @@ from rotation_ssl import zoo
 from rotation_ssl.backbones.about import network_facts
 from rotation_ssl.files import replace_bytes
 from rotation_ssl.messages import counted
+from rotation_ssl.pretraining.outputs import recorded_recipe
 from rotation_ssl.zoo.checks import read_tensors
 from rotation_ssl.zoo.golden import golden_file, golden_outputs
 from training.recipes import RECIPES
@@ -43,8 +44,12 @@ def bundle(run_dir: Path, name: str, half: bool = False) -> None:
     if half:
         # what batch norm and biases add up stays as it is
         tensors = {key: tensor.half() if tensor.ndim > 1 else tensor for key, tensor in tensors.items()}
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
+            raise ValueError(f"{weights} has values beyond float16: leave --half out")
         content = save(tensors)
-    began_with = zoo.manifest()[recipe["model"]]["rotated_images"] if recipe.get("pretrained") else 0
+    began_with = 0
+    if recipe.get("pretrained") and not (began_with := zoo.bundled().get(recipe["model"], {}).get("rotated_images", 0)):
+        raise ValueError(f"{run_dir} began with {recipe['model']}, which is not bundled: begin with weights that are")
     # the size is the recipe's, not that of the weights that are bundled already or of the paper
     input_size = (3, *[RECIPES[recipe["name"]].input_size] * 2)
     overlay = {"state_dict": tensors, "input_size": input_size}
@@ -132,8 +137,7 @@ def _departures(recipe: dict[str, Any]) -> list[str]:
         return [f"there is no recipe {recipe['name']!r}"]
     ours = RECIPES[recipe["name"]]
     named = json.loads(json.dumps(dataclasses.asdict(ours)))
-    defaults = {f.name: f.default for f in dataclasses.fields(ours) if f.default is not dataclasses.MISSING}
-    run = json.loads(json.dumps({**defaults, **recipe}))  # a default is a tuple, what was read a list
+    run = recorded_recipe(recipe)
     if named["precision"] == "auto" and run["precision"] in ("bf16", "fp32"):
         named["precision"] = run["precision"]  # what 'auto' was there
     run = {field: run[field] for field in named if field not in ("seed", "note")}

@@ -180,7 +180,8 @@ def rows_coverage(rows: Iterable[Row], name: str) -> list[Row]:
     """The rows that :func:`draw_coverage` shows of weights ``name``: orientation, of all and of the most confident."""
     wanted = ("orientation", *(f"orientation-top-{share}" for share in COVERAGES))
     shown = [row for row in rows if row.weights == name and row.protocol in wanted]
-    return shown if any(row.protocol != "orientation" for row in shown) else []
+    ranked = {row.data for row in shown if row.protocol != "orientation"}
+    return [row for row in shown if row.data in ranked]
 
 
 def draw_coverage(shown: Sequence[Row], name: str, file: Path) -> None:

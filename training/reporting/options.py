@@ -4,10 +4,10 @@ import argparse
 from pathlib import Path
 
 from training.command import CIFAR10_DIR, add_cifar10
-from training.datasets import DATASETS, dataset_of
+from training.datasets import DATASETS, EXIF, dataset_of
+from training.evaluation.outliers import normal_dataset
 from training.protocols import PROTOCOLS
 from training.reporting.again import TRANSFERS, Source, command_of
-from training.reporting.required import main_data
 from training.reporting.rows import Row
 
 # the option that names the folder of each dataset
@@ -42,17 +42,12 @@ def add_only(parser: argparse.ArgumentParser) -> None:
 
 def option_of(row: Row, args: argparse.Namespace) -> str:
     """The option that names the folder of a row's data."""
-    if command_of(row) == "outliers" and _normal_data(row) == "cifar10":
+    if command_of(row) == "outliers" and normal_dataset(row.weights) == "cifar10":
         # some of them are noise; CIFAR-10, which they are told from, is in --data
         return "photos" if row.data == DATASETS["imagenette"].name and args.cifar100 else "cifar100"
     if command_of(row) == "outliers":
-        return OPTIONS[_normal_data(row)]
+        return OPTIONS[normal_dataset(row.weights)]
     return "voc" if command_of(row) in TRANSFERS else OPTIONS[dataset_of(row.data)]
-
-
-def _normal_data(row: Row) -> str:
-    """The dataset that outliers are told from: what its network is reported on."""
-    return dataset_of(main_data(row.weights))
 
 
 def no_cifar10(folder: Path) -> str:
@@ -73,9 +68,11 @@ def source_of(row: Row, args: argparse.Namespace, whole: bool = False) -> Source
     if option != "data" and not folder.is_dir():
         raise ValueError(f"--{option} {folder} is not a folder: give the one that holds {row.data}")
     if command_of(row) == "outliers":
-        normal = _normal_data(row)
+        normal = normal_dataset(row.weights)
         folder = getattr(args, OPTIONS[normal])
         return Source(normal, folder, args.download, cifar100=args.cifar100, photos=args.photos)
+    if row.data == DATASETS["exif"].name and not (folder / EXIF).is_dir():
+        return None
     # VOC's is the folder of all years
     dataset = "" if command_of(row) in TRANSFERS else dataset_of(row.data)
     return Source(dataset, folder, args.download, args.proposals, whole)
