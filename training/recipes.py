@@ -142,22 +142,6 @@ ALEXNET_PHOTOS_CPU = Recipe(
     note="about 115 minutes on 2 cores with native bf16",
 )
 
-ALEXNET_UPRIGHT_CPU = Recipe(
-    name="alexnet-upright-cpu",
-    model="rotnet_alexnet.photos",
-    model_args=(("fc_size", 0),),
-    pretrained=True,
-    data="photos",
-    image_size=192,
-    stages=(Stage(steps=1800, crop=128),),
-    optimizer=Muon(lr=0.05),
-    schedule=LinearSchedule(warmup=0.05),
-    images_per_step=64,
-    padding=0,
-    scale=(0.35, 1.0),
-    precision="auto",
-)
-
 RECIPES = {
     recipe.name: recipe
     for recipe in (
@@ -174,7 +158,6 @@ RECIPES = {
         ALEXNET_IMAGENET_AUTHORS,
         ALEXNET_PLACES205_PAPER,
         ALEXNET_PHOTOS_CPU,
-        ALEXNET_UPRIGHT_CPU,
         FOLDER,
     )
 }

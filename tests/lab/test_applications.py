@@ -1,5 +1,7 @@
 """What the rotation head is good for, as text."""
 
+import dataclasses
+
 from training.reporting.applications import (
     coverage_table,
     one_class_line,
@@ -44,7 +46,18 @@ def test_precision_is_of_what_was_decided():
         "At the default threshold, `orient` decides on 40.00 % of VOC2007 test"
         " (97.50 % of these decisions are correct)."
     )
-    assert orientation_line(ORIENTATION) == told
+    others = [
+        *(dataclasses.replace(row, weights="rotnet_alexnet.other") for row in ORIENTATION),
+        *(dataclasses.replace(row, data="EXIF orientation examples test") for row in ORIENTATION),
+    ]
+    assert orientation_line([*ORIENTATION, *others]) == told, "of the command's network on photographs alone"
+
+
+def test_where_none_is_decided_no_precision_is_told():
+    none = [dataclasses.replace(row, value=0.0, correct=0) for row in ORIENTATION[1:]]
+    assert orientation_table([ORIENTATION[0], *none]).splitlines()[2] == (
+        "| `rotnet_alexnet.photos`, VOC2007 test | 80.00 % | 0.00 % |  | 0.00 % |  |"
+    )
 
 
 def test_accuracy_over_coverage():

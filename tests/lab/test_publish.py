@@ -195,29 +195,6 @@ def test_an_alexnet_is_bundled_and_reported_on_its_own_data(copied, tmp_path):
     assert "_50.0 %_" in text and "_31.7 %_ (unchecked)" in text and "Places205 val" in text
 
 
-def test_filters_in_16_bits_and_weights_that_a_run_began_with(copied, tmp_path):
-    name, recipe = "rotnet_alexnet.turned", RECIPES["alexnet-upright-cpu"]
-    run = json.loads((RESULTS_DIR / f"{NAME}.run.json").read_text())
-    run |= {"recipe": dataclasses.asdict(recipe), "rotated_images": recipe.rotated_images}
-    (tmp_path / "run.json").write_text(json.dumps(run))
-    model = timm.create_model("rotnet_alexnet", fc_size=0)
-    save_file(model.state_dict(), tmp_path / "model.safetensors")
-    shutil.copyfile(ROOT / "docs" / "figures" / f"{NAME}.curve.png", tmp_path / "curve.png")
-    assert publish.main(["bundle", str(tmp_path), name, "--half"]) == 0
-    entry = json.loads((copied / "weights" / "manifest.json").read_text())[name]
-    assert entry["rotated_images"] == 2_560_000 + recipe.rotated_images
-    assert entry["origin"] == "trained by this project, from rotnet_alexnet.photos" and entry["size"] < 5_000_000
-    assert entry["filters"] == "float16"
-    stored = load_file(copied / "weights" / f"{name}.safetensors")
-    for key, tensor in model.state_dict().items():
-        assert stored[key].dtype == (torch.float16 if tensor.ndim > 1 else tensor.dtype)
-        assert torch.equal(stored[key], tensor.to(stored[key].dtype))
-    golden = load_file(copied / "weights" / f"{name}.golden.safetensors")
-    model.load_state_dict(stored)
-    with torch.inference_mode():
-        assert torch.equal(model.eval()(golden["input"]), golden["logits"]), "of the weights as they are stored"
-
-
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_run_in_either_precision_is_the_recipes(copied, run_dir, precision):
     run = json.loads((run_dir / "run.json").read_text())

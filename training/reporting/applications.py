@@ -3,8 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rotation_ssl.cli.orient import DEFAULT_MODEL
 from training.protocols import COVERAGES, PROTOCOLS
-from training.reporting.required import CIFAR10, main_data
+from training.reporting.required import CIFAR10, EXIF, main_data
 from training.reporting.rows import Row
 from training.reporting.tables import cell_table, markdown_table, percent
 
@@ -78,7 +79,8 @@ def one_class_line(rows: Sequence[Row]) -> str:
 
 
 def orientation_line(rows: Sequence[Row]) -> str:
-    """Coverage and precision at the default threshold in a sentence."""
+    """Coverage and precision of the command's network at the default threshold in a sentence."""
+    rows = [row for row in rows if row.weights == DEFAULT_MODEL and row.data != EXIF]
     decided = [row for row in rows if row.protocol == "orientation-decided-99"]
     wrong = {(row.weights, row.data): row for row in rows if row.protocol == "orientation-wrong-99"}
     parts = []

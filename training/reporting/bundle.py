@@ -17,7 +17,6 @@ from rotation_ssl.backbones.about import network_facts
 from rotation_ssl.files import replace_bytes
 from rotation_ssl.messages import counted
 from rotation_ssl.pretraining.outputs import recorded_recipe
-from rotation_ssl.zoo.checks import read_tensors
 from rotation_ssl.zoo.golden import golden_file, golden_outputs
 from training.recipes import RECIPES
 from training.reporting.manifest import enter_manifest
@@ -30,48 +29,35 @@ DATA_NAMES = {
 }
 
 
-def bundle(run_dir: Path, name: str, half: bool = False) -> None:
-    """Copy a run's weights into the package as ``model.tag`` and enter them into the manifest; with ``half`` the
-    filters in 16 bits.
+def bundle(run_dir: Path, name: str) -> None:
+    """Copy a run's weights into the package as ``model.tag`` and enter them into the manifest.
 
     Everything is checked and computed before the first file is written, and the manifest is written last.
     """
     run = checked_run(run_dir, name)
     recipe = run["recipe"]
-    architecture, weights = name.split(".", 1)[0], run_dir / "model.safetensors"
-    content = weights.read_bytes()
-    tensors = read_tensors(content, str(weights))
-    if half:
-        # what batch norm and biases add up stays as it is
-        tensors = {key: tensor.half() if tensor.ndim > 1 else tensor for key, tensor in tensors.items()}
-        if not all(tensor.isfinite().all() for tensor in tensors.values()):
-            raise ValueError(f"{weights} has values beyond float16: leave --half out")
-        content = save(tensors)
-    began_with = 0
-    if recipe.get("pretrained") and not (began_with := zoo.bundled().get(recipe["model"], {}).get("rotated_images", 0)):
-        raise ValueError(f"{run_dir} began with {recipe['model']}, which is not bundled: begin with weights that are")
+    weights = run_dir / "model.safetensors"
     # the size is the recipe's, not that of the weights that are bundled already or of the paper
     input_size = (3, *[RECIPES[recipe["name"]].input_size] * 2)
-    overlay = {"state_dict": tensors, "input_size": input_size}
-    model = timm.create_model(architecture, pretrained=True, pretrained_cfg_overlay=overlay)
+    overlay = {"file": str(weights), "input_size": input_size}
+    model = timm.create_model(recipe["model"], pretrained=True, pretrained_cfg_overlay=overlay)
     cfg = resolve_model_data_config(model)
     entry = {
         "source": "bundled",
         "file": f"{name}.safetensors",
         "license": "mit",
-        "origin": f"trained by this project, from {recipe['model']}" if began_with else "trained by this project",
+        "origin": "trained by this project",
         "recipe": recipe["name"],
         "data": DATA_NAMES[recipe["data"]],
-        "rotated_images": began_with + run["rotated_images"],
+        "rotated_images": run["rotated_images"],
         "seed": recipe["seed"],
         "commit": run["commit"],
-        "recommended_layer": network_facts(architecture).recommended_layer,
+        "recommended_layer": network_facts(recipe["model"]).recommended_layer,
         **{key: list(cfg[key]) for key in ("input_size", "mean", "std")},
         **({"model_args": dict(recipe["model_args"])} if recipe.get("model_args") else {}),
-        **({"filters": "float16"} if half else {}),
         "metrics": {},
     }
-    content = add_metadata(content, name, entry)
+    content = add_metadata(weights.read_bytes(), name, entry)
     entry |= {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
     FIGURES_DIR.mkdir(parents=True, exist_ok=True)
     replace_bytes(FIGURES_DIR / f"{name}.curve.png", (run_dir / "curve.png").read_bytes())
@@ -111,7 +97,7 @@ def checked_run(run_dir: Path, name: str) -> dict[str, Any]:
     if not isinstance(run, dict) or not {"recipe", "commit", "rotated_images"} <= run.keys():
         raise ValueError(f"{run_dir / 'run.json'} does not describe a run: give the output folder of a pretraining")
     recipe = run["recipe"]
-    if recipe["model"].split(".", 1)[0] != name.split(".", 1)[0]:
+    if recipe["model"] != name.split(".", 1)[0]:
         raise ValueError(f"{run_dir} is a run of {recipe['model']}, not of {name.split('.', 1)[0]}")
     if recipe["holdout"]:
         raise ValueError(f"{run_dir} held {counted(recipe['holdout'], 'image')} out: it is for tuning, not publishing")

@@ -110,13 +110,12 @@ def training(name: str, entry: Mapping[str, Any], figures: str) -> str:
     lines = [
         f"### `{name}`",
         "",
-        f"- sha256 `{entry['sha256']}`, {entry['size']:,} bytes, safetensors, {stored_as(entry)}, {entry['source']} in"
-        f" the wheel; {entry['license'].upper()} licence.",
+        f"- sha256 `{entry['sha256']}`, {entry['size']:,} bytes, safetensors, fp32, {entry['source']} in the wheel;"
+        f" {entry['license'].upper()} licence.",
         f"- Recipe `{entry['recipe']}`, seed {entry['seed']}, commit `{entry['commit']}`, on {entry['data']}:"
-        f" {entry['rotated_images']:,} rotated images{began_with(run)}.",
+        f" {entry['rotated_images']:,} rotated images.",
         _settings(run),
-        f"- Time{' of this run' if began_with(run) else ''}: {counted(round(run['seconds'] / 60), 'minute')} on"
-        f" {run['threads']} threads ({run['device']}).",
+        f"- Time: {counted(round(run['seconds'] / 60), 'minute')} on {run['threads']} threads ({run['device']}).",
         f"- Budget: {entry['rotated_images'] / budget:.1%} of the paper's {budget / 1e6:.0f} million rotated images"
         f" ({facts.paper_epochs} epochs of 4 x {facts.paper_images:,}). Expect lower accuracy than with"
         " the paper's weights.",
@@ -124,18 +123,6 @@ def training(name: str, entry: Mapping[str, Any], figures: str) -> str:
         *_figures(name, {"curve": "Training loss", "filters": "Filters of the first layer"}, figures),
     ]
     return "\n".join(lines)
-
-
-def stored_as(entry: Mapping[str, Any]) -> str:
-    """The numbers of a weights file."""
-    return f"filters in {entry['filters']}, the rest in float32" if "filters" in entry else "fp32"
-
-
-def began_with(run: Mapping[str, Any]) -> str:
-    """Which published weights a run began with, as the end of a sentence on all rotated images; '' of none."""
-    if not run["recipe"].get("pretrained"):
-        return ""
-    return f", {run['rotated_images']:,} of them in this run, which began with `{run['recipe']['model']}`"
 
 
 def _settings(run: Mapping[str, Any]) -> str:

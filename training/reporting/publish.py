@@ -166,7 +166,7 @@ def _upload(args: argparse.Namespace) -> None:
 
 
 def _bundle(args: argparse.Namespace) -> None:
-    bundle(args.run, args.name, args.half)
+    bundle(args.run, args.name)
     print(f"bundled {args.name}; commit, then python -m training measure {args.name}")
 
 
@@ -189,7 +189,6 @@ def build_parser() -> argparse.ArgumentParser:
     bundling = commands.add_parser("bundle", help="copy a finished run into the package and the manifest")
     bundling.add_argument("run", type=Path, metavar="RUN", help="output folder of `python -m training pretrain`")
     bundling.add_argument("name", metavar="MODEL.TAG", help="the name the weights are published under")
-    bundling.add_argument("--half", action="store_true", help="store the filters in 16 bits, half the size")
     bundling.set_defaults(work=_bundle)
     drawing = commands.add_parser("figures", help="draw the figures")
     add_cifar10(drawing)

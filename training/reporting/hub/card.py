@@ -1,6 +1,5 @@
 """The model card of a Hub repository, in the form of timm's own cards."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import rotation_ssl
 from rotation_ssl.backbones.about import network_facts
 from training.reporting.applications import orientation_table
-from training.reporting.pages import REPOSITORY, began_with, stored_as
+from training.reporting.pages import REPOSITORY
 from training.reporting.required import main_data
 from training.reporting.rows import Row
 from training.reporting.tables import evaluation_lines, select
@@ -69,7 +68,6 @@ def card_text(
         size=" x ".join(map(str, entry["input_size"][1:])),
         sha256=entry["sha256"],
         bytes=f"{entry['size']:,}",
-        stored=stored_as(entry),
         head=", including the rotation head; `backbone.safetensors` has the backbone only"
         if "backbone.safetensors" in files
         else "",
@@ -147,11 +145,10 @@ def _card_data(name: str, entry: Mapping[str, Any]) -> str:
 def _training(entry: Mapping[str, Any], files: Mapping[str, bytes]) -> list[str]:
     lines = [f"Recipe: {entry['recipe']}."]
     if "rotated_images" in entry:
-        began = began_with(json.loads(files["training.json"])) if "training.json" in files else ""
         lines = [
             f"Recipe `{entry['recipe']}` of https://github.com/{REPOSITORY}, seed {entry['seed']}, commit"
-            f" `{entry['commit']}`: {entry['rotated_images']:,} rotated images{began}. `training.json` has the recipe"
-            " and the loss of every step."
+            f" `{entry['commit']}`: {entry['rotated_images']:,} rotated images. `training.json` has the recipe and the"
+            " loss of every step."
         ]
     return [*lines, "", "![Training loss](curve.png)"] if "curve.png" in files else lines
 
