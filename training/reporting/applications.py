@@ -75,7 +75,7 @@ def one_class_line(rows: Sequence[Row]) -> str:
     if not own:
         return ""
     beside = f" Networks trained on each class of CIFAR-10 separately reach {'; '.join(quoted)}." if quoted else ""
-    return f"{told} {'; '.join(own)}. The networks were pretrained on the images of all classes.{beside}"
+    return f"{told} {' and '.join(own)}. The networks were pretrained on the images of all classes.{beside}"
 
 
 def orientation_line(rows: Sequence[Row]) -> str:
