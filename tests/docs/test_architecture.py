@@ -62,7 +62,12 @@ LAYERS = (
         "training.evaluation.recipes",
         "training.transfer.recipes",
     },
-    {"training.reporting.rows", "training.reporting.report", "training.reporting.manifest"},
+    {
+        "training.reporting.rows",
+        "training.reporting.report",
+        "training.reporting.manifest",
+        "training.reporting.required",
+    },
     {"training.pretrain"},
     {"training.evaluation"},
     {"training.transfer"},

@@ -420,8 +420,9 @@ def test_missing_rows_by_hand():
     rows = [row(layer="conv1", data=data, **linear) for data in ("CIFAR-10 test", "MiniPlaces val")]
     missing = [r.number for r in missing_rows(rows[:1], name)]
     of_conv1 = f"{name} linear probe, max-pooled, SGD (cpu) conv1 seed 0 on MiniPlaces val"
-    layers, rotations, orientations, transfers = 2 * 2 * 5, 5, 2 * (1 + 4 + 9), 2 * (2 * (3 + 1) + 2 + 1)
-    assert len(missing) == layers + rotations + orientations + transfers and of_conv1 in missing
+    layers, rotations, orientations, transfers = 2 * 2 * 5, 5, 2 * (1 + 4 + 9) + 1 + 4, 2 * (2 * (3 + 1) + 2 + 1)
+    outliers = 1 + 4 * 2 * 2
+    assert len(missing) == layers + rotations + orientations + transfers + outliers and of_conv1 in missing
     assert len(missing_rows(rows, name)) == len(missing) - 1
 
 
