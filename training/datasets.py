@@ -21,7 +21,7 @@ from training.photos import listed_files, photo_files
 
 # the N files of a split, their labels (N,) int64 (positions in the classes) and the classes
 Listed = tuple[list[Path], torch.Tensor, tuple[str, ...]]
-EXIF, EXIF_SOURCE = "exif", "https://github.com/recurser/exif-orientation-examples"
+EXIF_FOLDER, EXIF_SOURCE = "exif", "https://github.com/recurser/exif-orientation-examples"
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
@@ -171,9 +171,9 @@ def exif_files(root: Path, split: str) -> Listed:
     """
     if split == "train":
         raise ValueError("the EXIF orientation examples have no training images: only orientation is measured on them")
-    files = sorted((root / EXIF).glob("*.jpg"))
+    files = sorted((root / EXIF_FOLDER).glob("*.jpg"))
     if not files:
-        raise ValueError(f"no EXIF orientation examples in {root / EXIF}: clone {EXIF_SOURCE} to it")
+        raise ValueError(f"no EXIF orientation examples in {root / EXIF_FOLDER}: clone {EXIF_SOURCE} to it")
     return files, torch.zeros(len(files), dtype=torch.int64), ("photograph",)
 
 

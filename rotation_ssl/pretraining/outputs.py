@@ -20,7 +20,7 @@ from rotation_ssl.convert import NOT_OF_THESE_WEIGHTS, write_config
 from rotation_ssl.files import replace_bytes, sync
 from rotation_ssl.machine import device_name, library_versions
 from rotation_ssl.messages import first_line
-from rotation_ssl.pretraining.recipe import Recipe
+from rotation_ssl.pretraining.recipe import Recipe, field_defaults
 from rotation_ssl.pretraining.setup import trained_size
 from rotation_ssl.pretraining.state import Progress
 from rotation_ssl.rotations import ROTATION_NAMES, ROTATIONS
@@ -127,10 +127,8 @@ def check_finished(recipe: Recipe, images: str, output: Path) -> None:
 
 def recorded_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe as run.json has it; fields that are younger than the run have their defaults."""
-    defaults = {f.name: f.default for f in dataclasses.fields(Recipe) if f.default is not dataclasses.MISSING}
-    recorded: dict[str, Any] = json.loads(
-        json.dumps({**defaults, **recipe})
-    )  # a default is a tuple, what was read a list
+    # a default is a tuple, what was read a list
+    recorded: dict[str, Any] = json.loads(json.dumps({**field_defaults(), **recipe}))
     return recorded
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 #: Values of ``flip``.
 FLIPS = ("none", "random", "alternate")
@@ -231,6 +232,11 @@ class Recipe:
                 return stage.crop
             step -= stage.steps
         return self.stages[-1].crop
+
+
+def field_defaults() -> dict[str, Any]:
+    """The fields of a recipe that have a default: what a run that is older than one of them had."""
+    return {f.name: f.default for f in dataclasses.fields(Recipe) if f.default is not dataclasses.MISSING}
 
 
 def with_steps(recipe: Recipe, steps: int) -> Recipe:

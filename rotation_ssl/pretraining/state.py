@@ -26,6 +26,7 @@ from torch import nn
 
 from rotation_ssl.files import sha256_of, sync
 from rotation_ssl.messages import first_line
+from rotation_ssl.pretraining.recipe import field_defaults
 
 PROGRESS = "progress.json"
 AVERAGE = "average.safetensors"
@@ -166,8 +167,7 @@ def read_progress(folder: Path, identity: dict[str, str]) -> Progress:
     check_hashes(folder)
     try:
         progress = Progress(**json.loads((folder / PROGRESS).read_text()))
-        # the field is younger than some checkpoints
-        saved = {"pretrained": "False", **progress.identity}
+        saved = {**{name: repr(value) for name, value in field_defaults().items()}, **progress.identity}
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(_not_a_checkpoint(folder, first_line(error))) from error
     different = [

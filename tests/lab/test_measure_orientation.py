@@ -179,7 +179,7 @@ def test_photographs_with_every_exif_orientation_are_test_images(tmp_path):
     upright = Image.open(PHOTOS[0])
     for tag in range(9):
         # stored the other way round: from its tag on it is shown upright
-        stored = upright.transpose(Image.Transpose(BACK[tag])) if tag in BACK else upright
+        stored = upright.transpose(BACK[tag]) if tag in BACK else upright
         exif = Image.Exif()
         exif[0x0112] = tag
         stored.save(tmp_path / "exif" / f"Portrait_{tag}.png", exif=exif)

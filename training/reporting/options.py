@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from training.command import CIFAR10_DIR, add_cifar10
-from training.datasets import DATASETS, EXIF, dataset_of
+from training.datasets import DATASETS, EXIF_FOLDER, dataset_of
 from training.evaluation.outliers import normal_dataset
 from training.protocols import PROTOCOLS
 from training.reporting.again import TRANSFERS, Source, command_of
@@ -42,11 +42,11 @@ def add_only(parser: argparse.ArgumentParser) -> None:
 
 def option_of(row: Row, args: argparse.Namespace) -> str:
     """The option that names the folder of a row's data."""
-    if command_of(row) == "outliers" and normal_dataset(row.weights) == "cifar10":
+    if command_of(row) == "outliers":
+        if (normal := normal_dataset(row.weights)) != "cifar10":
+            return OPTIONS[normal]
         # some of them are noise; CIFAR-10, which they are told from, is in --data
         return "photos" if row.data == DATASETS["imagenette"].name and args.cifar100 else "cifar100"
-    if command_of(row) == "outliers":
-        return OPTIONS[normal_dataset(row.weights)]
     return "voc" if command_of(row) in TRANSFERS else OPTIONS[dataset_of(row.data)]
 
 
@@ -71,7 +71,7 @@ def source_of(row: Row, args: argparse.Namespace, whole: bool = False) -> Source
         normal = normal_dataset(row.weights)
         folder = getattr(args, OPTIONS[normal])
         return Source(normal, folder, args.download, cifar100=args.cifar100, photos=args.photos)
-    if row.data == DATASETS["exif"].name and not (folder / EXIF).is_dir():
+    if row.data == DATASETS["exif"].name and not (folder / EXIF_FOLDER).is_dir():
         return None
     # VOC's is the folder of all years
     dataset = "" if command_of(row) in TRANSFERS else dataset_of(row.data)
