@@ -10,7 +10,7 @@
 
 const RUNTIME = "./ort.wasm.bundle.min.mjs";
 const WASM = "ort-wasm-simd-threaded.wasm";
-const ELONGATED = 1.1; // longer by this factor than wide, a picture is looked at in two squares
+const ELONGATED = 1.1; // longer by this factor than wide, a picture is looked at in two squares, otherwise in one
 const FIXED_BITS = 22; // the weights of resizing are integers, in units of 2^-22
 const STRIP_PIXELS = 1 << 21; // a picture is read in strips of about so many pixels
 const SHOWN_SIDE = 640; // the longer side of a picture on the page, at most
@@ -87,15 +87,15 @@ export function reduce({ width, height, data }, factor) {
 
 // ---- what is looked at: rotation_ssl.orientation.predict.picture_squares
 
-/** Where the network looks: one square in the centre; in an elongated picture two, at both ends. */
-function squarePlaces({ width, height }) {
-  const [side, long] = width < height ? [width, height] : [height, width];
-  const starts = long < ELONGATED * side ? [Math.floor((long - side) / 2)] : [0, long - side];
-  return starts.map((start) => (width === long ? { left: start, top: 0, side } : { left: 0, top: start, side }));
+/** Where the network looks: at the square in the centre; of an elongated picture also at the whole. */
+function viewPlaces({ width, height }) {
+  const side = Math.min(width, height);
+  const center = { left: (width - side) / 2, top: (height - side) / 2, width: side, height: side };
+  return Math.max(width, height) < ELONGATED * side ? [center] : [center, { left: 0, top: 0, width, height }];
 }
 
 /**
- * The V squares that are looked at, (V, 3, size, size), resized with Pillow's bicubic antialiased filter.
+ * The V views as squares, (V, 3, size, size), resized with Pillow's bicubic antialiased filter.
  * @param {Pixels} pixels
  * @param {number} size
  * @returns {Uint8Array}
@@ -103,9 +103,9 @@ function squarePlaces({ width, height }) {
 export function pictureSquares(pixels, size) {
   // Pillow 13 resizes the height first where most is to be gained
   const heightFirst = pixels.height - size > Math.max(0, 2 * (pixels.width - size));
-  const squares = squarePlaces(pixels).map(({ left, top, side }) => {
-    const across = (image) => resize(image, "x", resizeWeights(left, side, size, pixels.width));
-    const down = (image) => resize(image, "y", resizeWeights(top, side, size, pixels.height));
+  const squares = viewPlaces(pixels).map(({ left, top, width, height }) => {
+    const across = (image) => resize(image, "x", resizeWeights(left, width, size, pixels.width));
+    const down = (image) => resize(image, "y", resizeWeights(top, height, size, pixels.height));
     return (heightFirst ? across(down(pixels)) : down(across(pixels))).data;
   });
   const plane = size * size;
@@ -187,7 +187,7 @@ async function download(name, progress) {
 }
 
 /**
- * How a picture is turned, and where the network is active in each of its squares as they are given.
+ * How a picture is turned, and where the network is active in each of its views as they are given.
  * @param {Awaited<ReturnType<typeof loadNetwork>>} network
  * @param {Pixels} pixels
  * @returns {Promise<{rotation: number, confidence: number, probabilities: number[], attention: Float32Array[]}>}
@@ -202,7 +202,7 @@ export async function predictOrientation({ ort, session, size, temperature }, pi
   return { ...orientationOf(logits.data, temperature), attention: Array.from({ length: views }, (_, v) => mapOf(v)) };
 }
 
-/** The average over all squares and their four turns; logits are (4, V, 4): turn, square, rotation. */
+/** The average over all views and their four turns; logits are (4, V, 4): turn, view, rotation. */
 function orientationOf(logits, temperature) {
   const probabilities = [0, 0, 0, 0];
   for (let at = 0; at < logits.length; at += 4) {
@@ -289,21 +289,24 @@ function drawTurned(canvas, picture, quarters) {
   context.drawImage(picture, -picture.width / 2, -picture.height / 2);
 }
 
-/** The attention map of each square, from dark to bright, over the square itself; two of them in a line. */
+/** The attention map of each view, from dark to bright, over the view itself; of two the whole is above or left. */
 function drawAttention(shown, pixels, attention, size) {
-  const places = squarePlaces(pixels);
+  const places = viewPlaces(pixels);
   const scale = shown.width / pixels.width;
-  const side = Math.round(places[0].side * scale);
-  const long = places.length * (side + GAP) - GAP;
+  const side = Math.min(shown.width, shown.height);
   const isWide = pixels.width > pixels.height;
-  const canvas = newCanvas(isWide ? long : side, isWide ? side : long);
+  const more = places.length > 1 ? side + GAP : 0;
+  const canvas = newCanvas(isWide ? shown.width : shown.width + more, isWide ? shown.height + more : shown.height);
   const context = canvas.getContext("2d");
-  places.forEach(({ left, top }, view) => {
-    const place = [isWide ? view * (side + GAP) : 0, isWide ? 0 : view * (side + GAP), side, side];
+  places.forEach(({ left, top, width, height }, view) => {
+    const source = [left, top, width, height].map((length) => length * scale);
+    // the square in the centre stands beside its place in the whole
+    const place = [...source];
+    if (view === 0) place[isWide ? 1 : 0] += more;
     Object.assign(context, { globalAlpha: 1, globalCompositeOperation: "source-over" });
     context.drawImage(drawHeat(attention[view], size), ...place);
     Object.assign(context, { globalAlpha: 0.35, globalCompositeOperation: "lighter" });
-    context.drawImage(shown, left * scale, top * scale, side, side, ...place);
+    context.drawImage(shown, ...source, ...place);
   });
   return canvas;
 }

@@ -19,7 +19,7 @@ from rotation_ssl import zoo
 from rotation_ssl.images import normalize
 from rotation_ssl.rotations import rotate_all
 
-ELONGATED = 1.1  # longer by this factor than wide, a picture is looked at in two squares
+ELONGATED = 1.1  # longer by this factor than wide, a picture is looked at in two squares, otherwise in one
 
 
 @dataclass(frozen=True)
@@ -141,20 +141,22 @@ def rotation_logits(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 
 def picture_squares(image: Image.Image, size: int) -> torch.Tensor:
-    """The squares of a picture that are looked at: (V, 3, size, size) uint8.
+    """The squares in which a picture is looked at: (V, 3, size, size) uint8.
 
-    One in the centre; of an elongated picture two, at both ends of its longer side. The shorter side is resized to
-    ``size`` (bicubic, antialiased) first.
+    The square in its centre; of an elongated picture also the whole, squeezed along its longer side. They are resized
+    with a bicubic filter, antialiased.
     """
     if min(image.size) == 0:
         raise ValueError(f"a picture of {image.width} x {image.height} pixels has nothing to look at")
     short, long = sorted(image.size)
-    # of a panorama only what the squares show is resized
-    ends = [(long - short) // 2] if long < ELONGATED * short else [0, long - short]
+    # not rounded: a turned picture is looked at in the same square
+    left, top = (image.width - short) / 2, (image.height - short) / 2
+    boxes = [(left, top, left + short, top + short)]
+    if long >= ELONGATED * short:
+        boxes.append((0, 0, *image.size))
     squares = []
-    for start in ends:
-        left, top = (start, 0) if image.width == long else (0, start)
-        part = image.resize((size, size), Image.Resampling.BICUBIC, (left, top, left + short, top + short))
+    for box in boxes:
+        part = image.resize((size, size), Image.Resampling.BICUBIC, box)
         squares.append(torch.frombuffer(bytearray(part.tobytes()), dtype=torch.uint8).view(size, size, 3))
     return torch.stack(squares).permute(0, 3, 1, 2).contiguous()
 

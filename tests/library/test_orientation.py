@@ -114,14 +114,17 @@ def test_the_network_is_asked_about_squares_of_the_size_that_was_fitted(model):
 
 
 @pytest.mark.parametrize(("size", "views"), [((64, 64), 1), ((69, 64), 1), ((71, 64), 2), ((40, 800), 2), ((1, 20), 2)])
-def test_elongated_pictures_are_looked_at_at_both_ends(size, views):
+def test_elongated_pictures_are_looked_at_in_the_centre_and_as_a_whole(size, views):
     width, height = size
-    ramp = np.broadcast_to(np.linspace(0, 255, max(size)).astype(np.uint8), (min(size), max(size)))
-    image = Image.fromarray(ramp if width > height else ramp.T.copy()).convert("RGB").resize(size)
+    ramp = np.broadcast_to(np.linspace(0, 255, max(size)).round().astype(np.uint8), (min(size), max(size)))
+    image = Image.fromarray(ramp if width > height else ramp.T.copy()).convert("RGB")
     squares = picture_squares(image, 16)
     assert squares.shape == (views, 3, 16, 16) and squares.dtype == torch.uint8
-    if views == 2:
-        assert squares[0].float().mean() < squares[1].float().mean(), "the dark end first"
+    center = 255 * min(size) / max(size)
+    for square, span in zip(squares.float(), (center, 255), strict=False):
+        assert square.mean() == pytest.approx(127.5, abs=255 / max(size)), "symmetric"
+        seen = square.amax() - square.amin()
+        assert seen == pytest.approx(span * 15 / 16, abs=span / 16 + 255 / max(size))
 
 
 def test_other_heads_and_temperatures_are_refused(model):

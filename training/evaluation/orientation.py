@@ -127,7 +127,7 @@ def measure_orientation(subject: Subject, files: Sequence[Path], name: str, cali
         counted[f"orientation-top-{share}"] = chosen & right
         totals[f"orientation-top-{share}"] = int(chosen.sum())
     seconds = (time.monotonic() - started) / len(counted)
-    settings = f"both ends of elongated pictures, {size} pixels, 4 turns, temperature {temperature:.4g}"
+    settings = f"central square and all of elongated pictures, {size} pixels, 4 turns, temperature {temperature:.4g}"
     return [
         measured_row(
             subject, [int(part.sum()) for part in which.tensor_split(PARTS)], totals[protocol], name, settings, seconds,
