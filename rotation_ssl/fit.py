@@ -1,18 +1,94 @@
 """The supervised SGD loop: what trains probes, fine-tunes backbones and transfers them to another task."""
 
+import io
 import math
+import time
 from collections.abc import Callable, Iterable
 from itertools import islice
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from rotation_ssl.files import replace_bytes
+from rotation_ssl.messages import first_line
 from rotation_ssl.progress import progress
 
 CHECK_EVERY = 20  # steps: reading a loss waits for the GPU
+CHECKPOINT_SECONDS = 60.0
 Batch = TypeVar("Batch")
+
+
+class Checkpoint:
+    """The state of a training in a file, from which the same training goes on after it was killed.
+
+    ``done`` is how much was trained when the file was read, counted by the caller, and ``seconds`` how long it took.
+
+    Args:
+        file: read if it exists; None: nothing is kept.
+        identity: all that decides the training but machine and library versions, in one line.
+        what: decides it beside images and weights, in a word for errors.
+
+    Raises:
+        ValueError: the file is no checkpoint, or of another training.
+    """
+
+    def __init__(self, file: Path | None = None, identity: str = "", what: str = "options") -> None:
+        self.file, self.identity, self.parts = file, identity, dict[str, Any]()
+        self.done, self.seconds, self.state = 0, 0.0, None
+        self.started = self.saved = time.monotonic()
+        if file is None or not file.exists():
+            return
+        try:
+            self.state = torch.load(file, map_location="cpu", weights_only=True)
+            found, self.done = str(self.state["identity"]), int(self.state["done"])
+            self.seconds = float(self.state["seconds"])
+        except Exception as error:
+            # whatever torch raises for bytes that it did not write
+            raise ValueError(f"{file} is no checkpoint ({first_line(error)}): remove it") from error
+        if found != identity:
+            raise ValueError(f"{file} is of other {what}, images or weights: remove it, or give another --output")
+
+    def restore(self, **parts: Any) -> None:
+        """Put what is trained, and PyTorch's random numbers, into the state that was read, if any.
+
+        Args:
+            parts: what has a state that is to be kept, such as the model and its optimizer, by name.
+
+        Raises:
+            ValueError: the file lacks a state, or has one of something else.
+        """
+        self.parts = parts
+        if self.state is None:
+            return
+        try:
+            for name, part in parts.items():
+                part.load_state_dict(self.state[name])
+            torch.set_rng_state(self.state["random"])
+            if self.state["random_cuda"]:
+                torch.cuda.set_rng_state_all(self.state["random_cuda"])
+        except Exception as error:
+            raise ValueError(f"{self.file} is no checkpoint ({first_line(error)}): remove it") from error
+        self.state = None
+
+    def save(self, done: int, at_once: bool = False) -> None:
+        """Write the state after ``done``: at most once a minute, or ``at_once``."""
+        if self.file is None or not (at_once or time.monotonic() - self.saved >= CHECKPOINT_SECONDS):
+            return
+        content = io.BytesIO()
+        state = {
+            "identity": self.identity,
+            "done": done,
+            "seconds": self.seconds + time.monotonic() - self.started,
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        }
+        torch.save(state | {name: part.state_dict() for name, part in self.parts.items()}, content)
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        replace_bytes(self.file, content.getvalue())
+        self.saved = time.monotonic()
 
 
 def fit(
@@ -28,6 +104,7 @@ def fit(
     clip: float | None = None,
     autocast: torch.dtype | None = None,
     quiet: bool = False,
+    checkpoint: Checkpoint | None = None,
 ) -> None:
     """Train a model in place, one optimizer step for each batch; the model is in eval mode afterwards.
 
@@ -44,6 +121,8 @@ def fit(
         autocast: compute the loss in this type (torch.bfloat16) where PyTorch considers that safe; None: in the type of
             the weights.
         quiet: show no progress bar.
+        checkpoint: counts the steps that are trained, of which ``batches`` has none any more; it is written as the
+            training goes on, after losses that are finite, and at the end.
 
     Raises:
         ValueError: no batches or fewer than ``steps``, or a loss that is not finite; the error names the step.
@@ -51,10 +130,11 @@ def fit(
     device = next(model.parameters()).device.type
     # without the cache, which would keep the weights of the first step inside a caller's autocast
     precision = torch.autocast(device, autocast, enabled=autocast is not None, cache_enabled=False)
-    step, losses = 0, []
+    done = checkpoint.done if checkpoint else 0
+    step, losses = done, []
     model.train()
-    with progress(name, steps and steps * images_per_step, disable=quiet) as bar:
-        for step, batch in enumerate(islice(batches, steps), 1):
+    with progress(name, steps and steps * images_per_step, disable=quiet, initial=done * images_per_step) as bar:
+        for step, batch in enumerate(islice(batches, steps and steps - done), done + 1):
             with precision:
                 loss = loss_of(batch)
             optimizer.zero_grad()
@@ -69,6 +149,8 @@ def fit(
             if step % CHECK_EVERY == 0 or step == steps:
                 bar.set_postfix_str(f"loss {_mean_loss(losses, step, name)}")
                 losses.clear()
+                if checkpoint:
+                    checkpoint.save(step, at_once=step == steps)
         _mean_loss(losses, step, name)
     if step < (steps or 1):
         raise ValueError(f"{name} got {step} batches to train on, and needs {steps or 'at least 1'}")

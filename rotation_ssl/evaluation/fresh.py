@@ -4,8 +4,6 @@ This is the paper's protocol. Nothing is stored but the probes: memory does not 
 """
 
 import dataclasses
-import io
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -16,16 +14,12 @@ from torch.nn import functional as F
 from rotation_ssl.embedding.backbone import weights_digest
 from rotation_ssl.evaluation.frozen import Frozen
 from rotation_ssl.evaluation.protocols import ProbeRecipe
-from rotation_ssl.files import replace_bytes
-from rotation_ssl.fit import fit
+from rotation_ssl.fit import Checkpoint, fit
 from rotation_ssl.labelled import LabelledImages
-from rotation_ssl.messages import first_line
 from rotation_ssl.precision import autocast_type
 from rotation_ssl.pretraining.augment import crop_and_flip
 from rotation_ssl.pretraining.images import fingerprint
 from rotation_ssl.progress import progress
-
-CHECKPOINT_SECONDS = 60.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +63,9 @@ def train_fresh(
         [{"params": list(probe.parameters())} for probe in probes],
         shared.lr, momentum=shared.momentum, weight_decay=shared.weight_decay, nesterov=shared.momentum > 0, fused=True,
     )  # fmt: skip
-    state = _State(checkpoint, _identity(frozen, train, heads, seed), probes, optimizer)
+    identity = _identity(frozen, train, heads, seed)
+    state = Checkpoint(checkpoint, identity, "probes")
+    state.restore(probes=probes, optimizer=optimizer)
     images = LabelledImages(train.images.to(frozen.device), train.labels.to(frozen.device), train.classes)
 
     def loss_of(batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -78,9 +74,8 @@ def train_fresh(
         logits = [probe(found[head.layer]).float() for probe, head in zip(probes, heads, strict=True)]
         return torch.stack([F.cross_entropy(each, labels) for each in logits])
 
-    done = state.load()
-    with progress(f"{len(heads)} probes", shared.epochs * len(train), initial=done * len(train)) as bar:
-        for epoch in range(done, shared.epochs):
+    with progress(f"{len(heads)} probes", shared.epochs * len(train), initial=state.done * len(train)) as bar:
+        for epoch in range(state.done, shared.epochs):
             for group, head in zip(optimizer.param_groups, heads, strict=True):
                 passed = sum(epoch >= milestone for milestone in head.recipe.milestones)
                 group["lr"] = head.recipe.lr * head.recipe.factor**passed
@@ -133,44 +128,3 @@ def _identity(frozen: Frozen, train: LabelledImages, heads: Sequence[Head], seed
     data = f"{fingerprint(train.images)}, labels {fingerprint(train.labels)}"
     trained = "; ".join(f"{head.name} {head.recipe}" for head in heads)
     return f"{weights}, {frozen.size} pixels, features in {frozen.precision}, images {data}, seed {seed}: {trained}"
-
-
-class _State:
-    """Probes and optimiser on the disk between epochs; without a file nothing is kept."""
-
-    def __init__(self, file: Path | None, identity: str, probes: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        self.file, self.identity, self.probes, self.optimizer = file, identity, probes, optimizer
-        self.saved = time.monotonic()
-
-    def load(self) -> int:
-        """Restore what is there; returns the number of epochs that are done."""
-        if self.file is None or not self.file.exists():
-            return 0
-        try:
-            state = torch.load(self.file, map_location="cpu", weights_only=True)
-            identity, epoch = str(state["identity"]), int(state["epoch"])
-            if identity == self.identity:
-                self.probes.load_state_dict(state["probes"])
-                self.optimizer.load_state_dict(state["optimizer"])
-        except Exception as error:
-            # whatever torch raises for bytes that it did not write
-            raise ValueError(f"{self.file} is no checkpoint of probes ({first_line(error)}): remove it") from error
-        if identity != self.identity:
-            raise ValueError(f"{self.file} is of other probes, images or weights: remove it, or give another --output")
-        return epoch
-
-    def save(self, epoch: int) -> None:
-        """Write the state after so many epochs, at most once a minute."""
-        if self.file is None or time.monotonic() - self.saved < CHECKPOINT_SECONDS:
-            return
-        content = io.BytesIO()
-        state = {
-            "identity": self.identity,
-            "epoch": epoch,
-            "probes": self.probes.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-        }
-        torch.save(state, content)
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        replace_bytes(self.file, content.getvalue())
-        self.saved = time.monotonic()

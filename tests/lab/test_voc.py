@@ -89,12 +89,20 @@ def test_published_weights_are_transferred(devkit, tmp_path):
 
 
 def test_a_failed_measurement_keeps_the_trained_network(devkit, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(voc, "classify", lambda *args: (_ for _ in ()).throw(OSError("no space left")))
     arguments = ("rotnet_alexnet", "--random", "--data", devkit, "--output", tmp_path, *TINY)
-    assert run(*arguments) == 2
+    with monkeypatch.context() as patched:
+        patched.setattr(voc, "classify", lambda *args: (_ for _ in ()).throw(OSError("no space left")))
+        assert run(*arguments) == 2
     assert capsys.readouterr().err.splitlines()[-1] == "error: no space left"
     kept = (tmp_path / "network.safetensors").read_bytes()
-    # and the next training does not write over it
+    # another training does not write over it, and the same command measures it
+    for other in (("--seed", 1), ("--lr", 0.5), ("--classes", *CLASSES[::-1]), ("--layers", "fc6-8")):
+        assert run(*arguments, *other) == 2
+        assert "checkpoint.pt is of other options, images or weights: remove it, or give" in capsys.readouterr().err
+    with monkeypatch.context() as patched:
+        patched.setattr("torch.optim.SGD.step", lambda *args: pytest.fail("it is trained"))
+        assert run(*arguments) == 0
+    assert len(read_file(tmp_path / "rows.jsonl")) == 3 and not (tmp_path / "checkpoint.pt").exists()
     assert run(*arguments) == 2
     assert "network.safetensors is another training's: give a new --output" in capsys.readouterr().err
     assert (tmp_path / "network.safetensors").read_bytes() == kept
@@ -110,7 +118,7 @@ def test_a_training_stopped_while_it_writes_can_be_run_again(devkit, tmp_path, m
     with monkeypatch.context() as patched:
         patched.setattr("training.transfer.network.save_model", stopped)
         assert run(*arguments) == 130
-    assert list(tmp_path.iterdir()) == []
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
     assert run(*arguments) == 0
     assert load_file(tmp_path / "network.safetensors")["head.fc.weight"].shape == (20, 16)
 

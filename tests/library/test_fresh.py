@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import rotation_ssl  # noqa: F401  registers the models with timm
+from rotation_ssl import fit
 from rotation_ssl.evaluation import fresh
 from rotation_ssl.evaluation.fresh import Head, train_fresh
 from rotation_ssl.evaluation.frozen import Frozen
@@ -21,7 +22,7 @@ RECIPE = ProbeRecipe(epochs=4, milestones=(2,), views=0, grid=None, batch_size=5
 
 @pytest.fixture(autouse=True)
 def save_every_epoch(monkeypatch):
-    monkeypatch.setattr(fresh, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(fit, "CHECKPOINT_SECONDS", 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +131,7 @@ def test_a_checkpoint_of_other_probes_images_or_weights_is_refused_and_kept(froz
             train_fresh(backbone, data, probes, seed, checkpoint=file)
     assert file.read_bytes() == content
     file.write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match=r"probes\.pt is no checkpoint of probes \(.+\): remove it"):
+    with pytest.raises(ValueError, match=r"probes\.pt is no checkpoint \(.+\): remove it"):
         train_fresh(frozen, images, heads(), seed=0, checkpoint=file)
 
 
@@ -144,7 +145,7 @@ def test_a_loss_that_is_not_finite_stops_in_its_epoch_and_keeps_the_one_before(f
     (good, _), file = heads(), tmp_path / "probes.pt"
     with pytest.raises(ValueError, match="the loss of the probes in epoch 2 became nan in step 3"):
         train_fresh(frozen, images, [dataclasses.replace(good, build=broken)], seed=0, checkpoint=file)
-    assert torch.load(file, weights_only=True)["epoch"] == 1
+    assert torch.load(file, weights_only=True)["done"] == 1
 
 
 def test_recipes_that_do_not_go_together_are_refused(frozen, images):

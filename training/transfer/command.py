@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -15,6 +16,8 @@ from torch import nn
 from tqdm import tqdm
 
 from rotation_ssl.cli.options import add_device, positive
+from rotation_ssl.embedding.backbone import weights_digest
+from rotation_ssl.fit import Checkpoint
 from rotation_ssl.machine import device_name
 from rotation_ssl.messages import counted
 from rotation_ssl.precision import AnyRecipe, add_precision_argument, resolved, warn_if_emulated
@@ -27,6 +30,7 @@ from training.transfer.metrics import mean_over_classes
 from training.transfer.network import NETWORK, Run, check_apart, fc_size_of, transfer_network
 from training.transfer.recipes import VocRecipe
 
+CHECKPOINT = "checkpoint.pt"
 RESCALED = "-rescaled"  # random weights whose layers are rescaled have it after their name
 IOU = "IoU"  # the kind of number of segmentation: its protocol has no other
 COMMON_HELP = """\
@@ -35,7 +39,8 @@ MODEL is any timm model whose batch norm can be folded, with its published weigh
 layers, such as ResNets, need --no-rescale. VOCdevkit is the standard folder; docs/transfer.md explains how to use your
 own data.
 
-Settings are recipes of training/transfer/recipes.py, chosen by --budget. Results are written to --output: rows.jsonl,
+Settings are recipes of training/transfer/recipes.py, chosen by --budget. A command that was interrupted goes on where
+it was if it is given again, with the same options and --output. Results are written to --output: rows.jsonl,
 report.md, report.json and report.png, classes.json with the numbers of every class, and the trained network as
 network.safetensors.
 """
@@ -46,7 +51,8 @@ class Transfer:
     """A transfer that is ready to be trained: the ``network`` of a ``subject``, and the images of two splits.
 
     ``settings`` is a part of the rows, written before the network is cut to what the transfer needs. ``output`` is a
-    new folder's path, which ``run`` has too, ``started`` is the time (time.monotonic()).
+    new folder's path, which ``run`` has too, ``started`` is the time (time.monotonic()), less that of the parts of the
+    training before.
     """
 
     recipe: VocRecipe
@@ -119,6 +125,7 @@ def prepare_transfer(
     what: str,
     read: Callable[[str], Sequence[Any]],
     size: int | None = None,
+    given: str = "",
 ) -> Transfer:
     """What the command line asks for, checked, with the network folded and rescaled.
 
@@ -126,6 +133,7 @@ def prepare_transfer(
         what: is trained, in a word that is good as a folder's name.
         read: from a split's name to its images.
         size: side of the images the backbone gets; None: its own.
+        given: what else decides the training, in words.
     """
     started = time.monotonic()
     warn_if_emulated(args.precision, args.device)
@@ -139,29 +147,19 @@ def prepare_transfer(
         subject = dataclasses.replace(subject, name=f"{name}{RESCALED if recipe.training.rescale else ''}")
     # a new folder for each training
     output = args.output or Path("runs") / "voc" / subject.name / f"{what}-seed{args.seed}"
-    if (output / NETWORK).exists():
-        raise ValueError(f"{output / NETWORK} is another training's: give a new --output, or remove it")
     train, test = read(recipe.splits.train), read(recipe.splits.test)
     check_apart(train, test)
+    decided = f"{what}, {recipe}, seed {args.seed}, classes {args.classes}{given}"
+    checkpoint = _open_checkpoint(output, decided, subject, train)
     files = [image.file for image in train]
     training = recipe.training
     network = transfer_network(
         subject, len(args.classes), files, training.fc_size, training.rescale, args.seed, training.fresh_fc_size
     )
     check_rows(output / "rows.jsonl")
-    run = Run(args.device, args.seed, args.workers, output)
-    fc_size = fc_size_of(network)
-    fresh = "fresh " if fc_size != fc_size_of(subject.backbone) else ""
-    told = [
-        f"trained on {recipe.splits.train}",
-        f"{training.steps:,} step{'s' * (training.steps != 1)} of {counted(training.images_per_step, 'image')}",
-        f"rate {training.lr:g}",
-        f"{fresh}fc6 and fc7 of {fc_size:,}" if fc_size else "",
-        "batch norm folded",
-        "layers rescaled" if training.rescale else "",
-        training.precision,
-    ]
-    return Transfer(recipe, subject, network, train, test, output, ", ".join(filter(None, told)), run, started)
+    run = Run(args.device, args.seed, args.workers, output, checkpoint)
+    settings = _settings(recipe, fc_size_of(network), fc_size_of(subject.backbone))
+    return Transfer(recipe, subject, network, train, test, output, settings, run, started - checkpoint.seconds)
 
 
 def keep_numbers(
@@ -207,12 +205,39 @@ def keep_numbers(
     for kind, known in numbers.items():
         tqdm.write(f"  {kind:24s}{' '.join(f'{100 * value:8.1f}' for value in known.values())}")
     (transfer.output / "classes.json").write_text(json.dumps(numbers, indent=1) + "\n")
-    return keep_rows(rows, transfer.output / "rows.jsonl")
+    file = keep_rows(rows, transfer.output / "rows.jsonl")
+    (transfer.output / CHECKPOINT).unlink(missing_ok=True)
+    return file
 
 
 def classes_shown(by_class: Mapping[str, Sequence[float]]) -> str:
     """How many classes have a number, in words: those that the measured images show."""
     return counted(sum(not math.isnan(value) for value in next(iter(by_class.values()))), "class", "classes")
+
+
+def _open_checkpoint(output: Path, decided: str, subject: Subject, train: Sequence[Any]) -> Checkpoint:
+    """The checkpoint of a training in ``output``, which has no other training's network."""
+    file = output / CHECKPOINT
+    if (output / NETWORK).exists() and not file.exists():
+        raise ValueError(f"{output / NETWORK} is another training's: give a new --output, or remove it")
+    images = hashlib.sha256(repr(train).encode()).hexdigest()
+    return Checkpoint(file, f"{decided}, weights {weights_digest(subject.backbone)}, images {images}")
+
+
+def _settings(recipe: VocRecipe, fc_size: int, before: int) -> str:
+    """What the rows say of every transfer: ``before`` is the width of fc6 and fc7 of the weights."""
+    training = recipe.training
+    fresh = "fresh " if fc_size != before else ""
+    told = [
+        f"trained on {recipe.splits.train}",
+        f"{training.steps:,} step{'s' * (training.steps != 1)} of {counted(training.images_per_step, 'image')}",
+        f"rate {training.lr:g}",
+        f"{fresh}fc6 and fc7 of {fc_size:,}" if fc_size else "",
+        "batch norm folded",
+        "layers rescaled" if training.rescale else "",
+        training.precision,
+    ]
+    return ", ".join(filter(None, told))
 
 
 def _given(fields: Any, args: argparse.Namespace) -> dict[str, Any]:

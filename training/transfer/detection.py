@@ -168,7 +168,7 @@ def measure(args: argparse.Namespace) -> Path:
         name, given = "Fast R-CNN", f", proposals {digest}, the first {recipe.test_proposals:,} in the test"
     transfer = command.prepare_transfer(
         args, recipe, recipe.protocol.removeprefix("voc-"),
-        lambda split: data.read_annotations(args.data, recipe.splits.year, split, args.classes),
+        lambda split: data.read_annotations(args.data, recipe.splits.year, split, args.classes), given=given,
     )  # fmt: skip
     detector, by_class = measure_detection(
         recipe, transfer.network, transfer.train, transfer.test, len(args.classes), args.proposals,

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from safetensors.torch import save_model
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from rotation_ssl.backbones.alexnet import FcHead, RotNetAlexNet
 from rotation_ssl.evaluation.frozen import preparation
 from rotation_ssl.files import replace_file
-from rotation_ssl.fit import fit
+from rotation_ssl.fit import Checkpoint, fit
 from rotation_ssl.images import square
 from rotation_ssl.messages import first_line
 from rotation_ssl.precision import autocast_type, resolve_precision
@@ -35,13 +35,14 @@ class Run:
     """How a transfer is computed: the ``device`` that the network is on, and the ``seed`` of samples and layers.
 
     ``workers`` are the processes that read images, 0 for this one. The trained network is written into the folder
-    ``output``, if any, before anything is measured that may fail.
+    ``output``, if any, before anything is measured that may fail. The training goes on from the ``checkpoint``, if any.
     """
 
     device: str = "cpu"
     seed: int = 0
     workers: int = 0
     output: Path | None = None
+    checkpoint: Checkpoint | None = None
 
 
 DEFAULT_RUN = Run()
@@ -204,11 +205,8 @@ def batches(draws: Dataset, size: int, workers: int) -> Iterator[list[Any]]:
     # forked, as Python's default was up to 3.13: otherwise every tensor of the annotations takes a file descriptor
     context = "fork" if workers and sys.platform == "linux" else None
     loader = DataLoader(draws, size, num_workers=workers, collate_fn=list, multiprocessing_context=context)
-    for batch in loader:
-        for sample in batch:
-            if isinstance(sample, Exception):
-                raise sample
-        yield batch
+    # at once: it draws a random number, before a checkpoint's are restored
+    return _without_errors(iter(loader))
 
 
 def check_apart(train: Sequence[Any], test: Sequence[Any]) -> None:
@@ -242,16 +240,21 @@ def train_network(
     if run.output:
         run.output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(run.seed)
-    draws = Draws(images, load, training.steps * training.images_per_step, run.seed)
-    samples = batches(draws, training.images_per_step, run.workers)
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(
         parameters, training.lr, momentum=training.momentum, weight_decay=training.weight_decay, fused=True
     )
+    scheduler = create_scheduler(training.schedule, optimizer, training.steps)
+    checkpoint = run.checkpoint or Checkpoint()
+    total = training.steps * training.images_per_step
+    rest = Subset(Draws(images, load, total, run.seed), range(checkpoint.done * training.images_per_step, total))
+    samples = batches(rest, training.images_per_step, run.workers)
+    checkpoint.restore(network=network, optimizer=optimizer, scheduler=scheduler)
     fit(
         network, samples, loss_of, optimizer, name=name, steps=training.steps, images_per_step=training.images_per_step,
-        scheduler=create_scheduler(training.schedule, optimizer, training.steps), clip=training.clip,
+        scheduler=scheduler, clip=training.clip,
         autocast=autocast_type(resolve_precision(training.precision, next(network.parameters()).device)),
+        checkpoint=checkpoint,
     )  # fmt: skip
     if run.output:
         replace_file(run.output / NETWORK, lambda file: save_model(network, str(file)))
@@ -261,6 +264,15 @@ def fc_size_of(network: nn.Module) -> int:
     """The width of AlexNet's fc6 and fc7; 0 of a network without them."""
     size: int = getattr(getattr(network, "head", None), "fc_size", 0)
     return size
+
+
+def _without_errors(found: Iterator[list[Any]]) -> Iterator[list[Any]]:
+    """The batches, up to the first sample that could not be loaded, whose error is raised."""
+    for batch in found:
+        for sample in batch:
+            if isinstance(sample, Exception):
+                raise sample
+        yield batch
 
 
 def _loaded(load: Callable[..., Any], *arguments: Any) -> Any:

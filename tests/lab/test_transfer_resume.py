@@ -1,0 +1,77 @@
+"""Transfers to PASCAL VOC that are killed and given again: the same network, bit by bit, or one clear error."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from small_voc import grid_proposals, write_small_voc
+
+from training import __main__ as lab
+from training.reporting.rows import read_file
+from training.transfer.data import read_annotations
+from training.transfer.proposals import write_proposals
+
+STEPS, KILLED_AFTER = 6, 3
+OPTIONS = {
+    "voc": ("--size", "64", "--images-per-step", "4"),
+    "detect": ("--side", "128", "--images-per-step", "1"),
+    "segment": ("--year", "2007", "--train", "trainval", "--test", "test", "--images-per-step", "2"),
+}
+
+
+@pytest.fixture(scope="module")
+def devkit(tmp_path_factory):
+    return write_small_voc(tmp_path_factory.mktemp("voc"), train=6, test=4)
+
+
+@pytest.fixture(scope="module")
+def proposals(devkit):
+    file = devkit.parent / "regions.safetensors"
+    images = [image for split in ("trainval", "test") for image in read_annotations(devkit, "2007", split)]
+    write_proposals(file, {image.name: grid_proposals(image.width, image.height) for image in images})
+    return file
+
+
+def run_and_kill(arguments):
+    """Run a command in a process that is killed when it has written the checkpoint of step 3."""
+    code = f"""
+        import os, signal
+        from rotation_ssl import fit
+        from training import __main__ as lab
+
+        def save_and_die(checkpoint, done, at_once=False):
+            save(checkpoint, done, at_once=True)
+            if done == {KILLED_AFTER}:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        save, fit.Checkpoint.save, fit.CHECK_EVERY = fit.Checkpoint.save, save_and_die, 1
+        lab.main({arguments})
+    """
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    return subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=environment, check=False).returncode
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", OPTIONS)
+def test_a_killed_transfer_goes_on_to_the_same_network(command, devkit, proposals, tmp_path, monkeypatch):
+    own = OPTIONS[command] + (("--proposals", str(proposals)) if command == "detect" else ())
+    arguments = [command, "rotnet_alexnet", "--random", "--data", str(devkit), "--steps", str(STEPS), *own]
+    arguments += ["--fc-size", "16", "--workers", "0", "--output"]
+    assert lab.main([*arguments, str(tmp_path / "whole")]) == 0
+    assert run_and_kill([*arguments, str(tmp_path / "killed")]) == -signal.SIGKILL
+    (checkpoint,) = (tmp_path / "killed").iterdir()
+    # as if it had been trained for an hour
+    torch.save(torch.load(checkpoint, weights_only=True) | {"seconds": 3600.0}, checkpoint)
+    taken = []
+    step = torch.optim.SGD.step
+    monkeypatch.setattr("torch.optim.SGD.step", lambda *args: taken.append(1) or step(*args))
+    assert lab.main([*arguments, str(tmp_path / "killed")]) == 0
+    assert len(taken) == STEPS - KILLED_AFTER
+    networks = [(tmp_path / output / "network.safetensors").read_bytes() for output in ("whole", "killed")]
+    assert networks[0] == networks[1]
+    assert not checkpoint.exists()
+    assert all(row.seconds > 3600 for row in read_file(tmp_path / "killed" / "rows.jsonl"))
