@@ -1,6 +1,5 @@
 """The supervised SGD loop: what trains probes, fine-tunes backbones and transfers them to another task."""
 
-import io
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -12,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from rotation_ssl.files import replace_bytes
+from rotation_ssl.files import replace_file
 from rotation_ssl.messages import first_line
 from rotation_ssl.progress import progress
 
@@ -22,17 +21,18 @@ Batch = TypeVar("Batch")
 
 
 class Checkpoint:
-    """The state of a training in a file, from which the same training goes on after it was killed.
+    """Saves a training's state to a file and resumes from it.
 
-    ``done`` is how much was trained when the file was read, counted by the caller, and ``seconds`` how long it took.
+    ``done`` and ``seconds`` are the steps (or epochs) and the time of earlier runs, 0 without a file.
 
     Args:
-        file: read if it exists; None: nothing is kept.
+        file: read if it exists; None: nothing is saved.
         identity: all that decides the training but machine and library versions, in one line.
-        what: decides it beside images and weights, in a word for errors.
+        what: noun for the error message, what else must be the same beside images and weights.
 
     Raises:
         ValueError: the file is no checkpoint, or of another training.
+        OSError: the file cannot be read.
     """
 
     def __init__(self, file: Path | None = None, identity: str = "", what: str = "options") -> None:
@@ -45,6 +45,8 @@ class Checkpoint:
             self.state = torch.load(file, map_location="cpu", weights_only=True)
             found, self.done = str(self.state["identity"]), int(self.state["done"])
             self.seconds = float(self.state["seconds"])
+        except OSError:
+            raise
         except Exception as error:
             # whatever torch raises for bytes that it did not write
             raise ValueError(f"{file} is no checkpoint ({first_line(error)}): remove it") from error
@@ -52,13 +54,15 @@ class Checkpoint:
             raise ValueError(f"{file} is of other {what}, images or weights: remove it, or give another --output")
 
     def restore(self, **parts: Any) -> None:
-        """Put what is trained, and PyTorch's random numbers, into the state that was read, if any.
+        """Load the saved state into ``parts`` and the random number generators; without a file nothing changes.
+
+        The generators are PyTorch's, of the CPU and of CUDA.
 
         Args:
-            parts: what has a state that is to be kept, such as the model and its optimizer, by name.
+            parts: objects with a ``state_dict``, by name, such as model and optimizer: they are saved from now on.
 
         Raises:
-            ValueError: the file lacks a state, or has one of something else.
+            ValueError: the file lacks a part, or has one of something else.
         """
         self.parts = parts
         if self.state is None:
@@ -67,17 +71,17 @@ class Checkpoint:
             for name, part in parts.items():
                 part.load_state_dict(self.state[name])
             torch.set_rng_state(self.state["random"])
-            if self.state["random_cuda"]:
-                torch.cuda.set_rng_state_all(self.state["random_cuda"])
-        except Exception as error:
+            # there may be fewer GPUs now
+            for index, state in enumerate(self.state["random_cuda"][: torch.cuda.device_count()]):
+                torch.cuda.set_rng_state(state, index)
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{self.file} is no checkpoint ({first_line(error)}): remove it") from error
         self.state = None
 
     def save(self, done: int, at_once: bool = False) -> None:
-        """Write the state after ``done``: at most once a minute, or ``at_once``."""
+        """Save the state after ``done`` steps (or epochs), at most once a minute unless ``at_once``."""
         if self.file is None or not (at_once or time.monotonic() - self.saved >= CHECKPOINT_SECONDS):
             return
-        content = io.BytesIO()
         state = {
             "identity": self.identity,
             "done": done,
@@ -85,9 +89,9 @@ class Checkpoint:
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
         }
-        torch.save(state | {name: part.state_dict() for name, part in self.parts.items()}, content)
+        state |= {name: part.state_dict() for name, part in self.parts.items()}
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        replace_bytes(self.file, content.getvalue())
+        replace_file(self.file, lambda path: torch.save(state, path))
         self.saved = time.monotonic()
 
 
@@ -121,8 +125,8 @@ def fit(
         autocast: compute the loss in this type (torch.bfloat16) where PyTorch considers that safe; None: in the type of
             the weights.
         quiet: show no progress bar.
-        checkpoint: counts the steps that are trained, of which ``batches`` has none any more; it is written as the
-            training goes on, after losses that are finite, and at the end.
+        checkpoint: where to continue, restored by the caller; ``batches`` must begin after its ``done`` steps. It is
+            saved about once a minute and after step ``steps``, if all losses so far are finite.
 
     Raises:
         ValueError: no batches or fewer than ``steps``, or a loss that is not finite; the error names the step.

@@ -10,7 +10,7 @@
 
 const RUNTIME = "./ort.wasm.bundle.min.mjs";
 const WASM = "ort-wasm-simd-threaded.wasm";
-const ELONGATED = 1.1; // longer by this factor than wide, a picture is looked at in two squares, otherwise in one
+const ELONGATED = 1.1; // ratio of longer to shorter side from which the whole picture is looked at too
 const FIXED_BITS = 22; // the weights of resizing are integers, in units of 2^-22
 const STRIP_PIXELS = 1 << 21; // a picture is read in strips of about so many pixels
 const SHOWN_SIDE = 640; // the longer side of a picture on the page, at most
@@ -292,7 +292,7 @@ function drawTurned(canvas, picture, quarters) {
 /** The attention map of each view, from dark to bright, over the view itself; of two the whole is above or left. */
 function drawAttention(shown, pixels, attention, size) {
   const places = viewPlaces(pixels);
-  const scale = shown.width / pixels.width;
+  const scale = Math.max(shown.width, shown.height) / Math.max(pixels.width, pixels.height);
   const side = Math.min(shown.width, shown.height);
   const isWide = pixels.width > pixels.height;
   const more = places.length > 1 ? side + GAP : 0;

@@ -19,7 +19,7 @@ from rotation_ssl import zoo
 from rotation_ssl.images import normalize
 from rotation_ssl.rotations import rotate_all
 
-ELONGATED = 1.1  # longer by this factor than wide, a picture is looked at in two squares, otherwise in one
+ELONGATED = 1.1  # ratio of longer to shorter side from which the whole picture is looked at too
 
 
 @dataclass(frozen=True)
@@ -141,10 +141,10 @@ def rotation_logits(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 
 def picture_squares(image: Image.Image, size: int) -> torch.Tensor:
-    """The squares in which a picture is looked at: (V, 3, size, size) uint8.
+    """The views of a picture as squares: (V, 3, size, size) uint8.
 
-    The square in its centre; of an elongated picture also the whole, squeezed along its longer side. They are resized
-    with a bicubic filter, antialiased.
+    Its central square and, if it is elongated, the whole picture squeezed to a square, both resized with an antialiased
+    bicubic filter.
     """
     if min(image.size) == 0:
         raise ValueError(f"a picture of {image.width} x {image.height} pixels has nothing to look at")

@@ -161,6 +161,24 @@ def test_page_says_what_python_says(page, model, tmp_path):
 
 
 @pytest.mark.slow
+def test_attention_of_the_whole_stands_beside_that_of_the_square(page, tmp_path):
+    image = read_image(PHOTOS / "astronaut.jpg")
+    for name, size in (("wide.png", (300, 100)), ("tall.png", (100, 300)), ("thin.png", (1, 1000))):
+        image.resize(size).save(tmp_path / name)
+        (card,) = look_at(page, [tmp_path / name]).values()
+        sizes = "canvas => [canvas.width, canvas.height]"
+        shown, drawn = (card.locator(f".{part}").evaluate(sizes) for part in ("fixed", "attention"))
+        stacked = int(shown[0] > shown[1])
+        expected = list(shown)
+        expected[stacked] += min(shown) + 12
+        assert drawn == expected
+        ends = "canvas => { const { width: w, height: h } = canvas, read = canvas.getContext('2d');"
+        ends += f"return [0, {'h' if stacked else 'w'} - 1].map(at => read.getImageData("
+        ends += f"{'w / 2, at' if stacked else 'at, h / 2'}, 1, 1).data[3]); }}"
+        assert all(card.locator(".attention").evaluate(ends)), "opaque"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("factor", "exif"), ((2, 1), (5, 6), (9, 3)))
 def test_large_jpeg_is_reduced_as_pillow_would(page, model, tmp_path, factor, exif):
     source = read_image(PHOTOS / "astronaut.jpg")

@@ -74,7 +74,7 @@ def test_a_stopped_command_keeps_what_it_measured(small, tmp_path, monkeypatch, 
 
 def test_a_stopped_training_on_new_crops_goes_on(small, tmp_path, monkeypatch):
     monkeypatch.setitem(REQUIRED, NAME, (Required(CIFAR10, "nonlinear", "paper", ("block1",), (0,), of=(PUBLISHED,)),))
-    monkeypatch.setattr(fresh, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr("rotation_ssl.fit.CHECKPOINT_SECONDS", 0.0)
     shorten_probes(monkeypatch, epochs=3, milestones=(), precision="fp32")
     original, epochs = fresh.fit, []
 

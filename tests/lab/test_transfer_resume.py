@@ -8,6 +8,7 @@ import textwrap
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from small_voc import grid_proposals, write_small_voc
 
 from training import __main__ as lab
@@ -36,6 +37,13 @@ def proposals(devkit):
     return file
 
 
+def fewer(proposals):
+    """The first half of every image's regions, in another file."""
+    file = proposals.with_name("fewer.safetensors")
+    write_proposals(file, {name: boxes[: len(boxes) // 2] for name, boxes in load_file(proposals).items()})
+    return file
+
+
 def run_and_kill(arguments):
     """Run a command in a process that is killed when it has written the checkpoint of step 3."""
     code = f"""
@@ -57,7 +65,7 @@ def run_and_kill(arguments):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", OPTIONS)
-def test_a_killed_transfer_goes_on_to_the_same_network(command, devkit, proposals, tmp_path, monkeypatch):
+def test_a_killed_transfer_goes_on_to_the_same_network(command, devkit, proposals, tmp_path, monkeypatch, capsys):
     own = OPTIONS[command] + (("--proposals", str(proposals)) if command == "detect" else ())
     arguments = [command, "rotnet_alexnet", "--random", "--data", str(devkit), "--steps", str(STEPS), *own]
     arguments += ["--fc-size", "16", "--workers", "0", "--output"]
@@ -66,6 +74,9 @@ def test_a_killed_transfer_goes_on_to_the_same_network(command, devkit, proposal
     (checkpoint,) = (tmp_path / "killed").iterdir()
     # as if it had been trained for an hour
     torch.save(torch.load(checkpoint, weights_only=True) | {"seconds": 3600.0}, checkpoint)
+    if command == "detect":
+        assert lab.main([*arguments, str(tmp_path / "killed"), "--proposals", str(fewer(proposals))]) == 2
+        assert "checkpoint.pt is of other options, images or weights" in capsys.readouterr().err
     taken = []
     step = torch.optim.SGD.step
     monkeypatch.setattr("torch.optim.SGD.step", lambda *args: taken.append(1) or step(*args))

@@ -88,7 +88,7 @@ def test_published_weights_are_transferred(devkit, tmp_path):
     assert "rescaled" not in read_file(other / "rows.jsonl")[-1].settings
 
 
-def test_a_failed_measurement_keeps_the_trained_network(devkit, tmp_path, capsys, monkeypatch):
+def test_a_failed_measurement_keeps_the_trained_network(devkit, tmp_path, tmp_path_factory, capsys, monkeypatch):
     arguments = ("rotnet_alexnet", "--random", "--data", devkit, "--output", tmp_path, *TINY)
     with monkeypatch.context() as patched:
         patched.setattr(voc, "classify", lambda *args: (_ for _ in ()).throw(OSError("no space left")))
@@ -99,12 +99,18 @@ def test_a_failed_measurement_keeps_the_trained_network(devkit, tmp_path, capsys
     for other in (("--seed", 1), ("--lr", 0.5), ("--classes", *CLASSES[::-1]), ("--layers", "fc6-8")):
         assert run(*arguments, *other) == 2
         assert "checkpoint.pt is of other options, images or weights: remove it, or give" in capsys.readouterr().err
+    own = tmp_path_factory.mktemp("weights") / "own.safetensors"
+    save_file(timm.create_model("rotnet_alexnet").state_dict(), own)
+    moved = write_small_voc(tmp_path_factory.mktemp("other"), train=10, test=6)
+    for changed in ((*arguments, "--data", moved), ("rotnet_alexnet", "--weights", own, *arguments[2:])):
+        assert run(*changed) == 2
+        assert "checkpoint.pt is of other options, images or weights: remove it, or give" in capsys.readouterr().err
     with monkeypatch.context() as patched:
         patched.setattr("torch.optim.SGD.step", lambda *args: pytest.fail("it is trained"))
         assert run(*arguments) == 0
     assert len(read_file(tmp_path / "rows.jsonl")) == 3 and not (tmp_path / "checkpoint.pt").exists()
     assert run(*arguments) == 2
-    assert "network.safetensors is another training's: give a new --output" in capsys.readouterr().err
+    assert "network.safetensors is another training's, or finished: give a new --output" in capsys.readouterr().err
     assert (tmp_path / "network.safetensors").read_bytes() == kept
 
 

@@ -1,12 +1,13 @@
 """The SGD loop by hand: one step, the schedule, clipping, and what stops it."""
 
+import contextlib
 import itertools
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from rotation_ssl.fit import CHECK_EVERY, fit
+from rotation_ssl.fit import CHECK_EVERY, Checkpoint, fit
 from rotation_ssl.pretraining.optim import create_scheduler
 from rotation_ssl.pretraining.recipe import StepSchedule
 
@@ -128,3 +129,73 @@ def test_a_handful_is_overfitted(autocast):
 def test_the_same_seed_gives_the_same_bits():
     first, again, other = (trained_on_a_handful(seed)[0][0].weight for seed in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+# checkpoints
+
+
+def train_until(end, file=None, steps=50):
+    """Train with dropout and falling rates up to a step; returns all weights."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Dropout(), torch.nn.Linear(8, 1))
+    optimizer = sgd(model, lr=0.01, momentum=0.9)
+    scheduler = create_scheduler(StepSchedule(milestones=(0.3, 0.7), factor=0.5), optimizer, steps)
+    checkpoint = Checkpoint(file, "x")
+    batches = torch.randn(steps, 4, 2, generator=torch.Generator().manual_seed(1))[checkpoint.done : end]
+    checkpoint.restore(model=model, optimizer=optimizer, scheduler=scheduler)
+
+    def loss_of(batch):
+        return model(batch).square().mean()
+
+    with contextlib.nullcontext() if end == steps else pytest.raises(ValueError, match=f"w got {end} batches"):
+        fit(model, batches, loss_of, optimizer, name="w", scheduler=scheduler, steps=steps, checkpoint=checkpoint)
+    return torch.cat([parameter.flatten() for parameter in model.parameters()])
+
+
+def test_a_training_goes_on_from_its_checkpoint_to_the_same_bits(tmp_path, monkeypatch):
+    monkeypatch.setattr("rotation_ssl.fit.CHECKPOINT_SECONDS", 0.0)
+    whole = train_until(50)
+    file = tmp_path / "parts.pt"
+    for end, done in ((25, 20), (45, 40)):
+        train_until(end, file)
+        assert torch.load(file, weights_only=True)["done"] == done
+    assert torch.equal(train_until(50, file), whole)
+    # nothing is left to train
+    assert torch.equal(train_until(50, file), whole)
+
+
+def test_a_checkpoint_is_saved_once_a_minute_and_at_the_end(tmp_path):
+    train_until(45, tmp_path / "parts.pt")
+    assert not (tmp_path / "parts.pt").exists()
+    train_until(50, tmp_path / "parts.pt")
+    assert (tmp_path / "parts.pt").exists()
+
+
+def test_losses_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
+    monkeypatch.setattr("rotation_ssl.fit.CHECKPOINT_SECONDS", 0.0)
+    model = one_weight()
+    checkpoint = Checkpoint(tmp_path / "parts.pt", "x")
+    checkpoint.restore(model=model)
+    losses = [1.0] * (CHECK_EVERY - 1) + [float("nan")] * 3
+    with pytest.raises(ValueError, match=f"became nan in step {CHECK_EVERY}"):
+        fit(model, losses, lambda loss: model.weight.sum() * loss, sgd(model), name="w", checkpoint=checkpoint)
+    assert not checkpoint.file.exists()
+
+
+def test_what_is_no_checkpoint_of_the_training_is_refused(tmp_path):
+    file = tmp_path / "parts.pt"
+    train_until(50, file)
+    content = file.read_bytes()
+    with pytest.raises(
+        ValueError, match=r"parts\.pt is of other options, images or weights: remove it, or give another"
+    ):
+        Checkpoint(file, "y")
+    for wrong in ({"head": torch.nn.Linear(2, 2)}, {"model": torch.nn.Linear(2, 2)}):
+        with pytest.raises(ValueError, match=r"parts\.pt is no checkpoint \(.+\): remove it"):
+            Checkpoint(file, "x").restore(**wrong)
+    assert file.read_bytes() == content
+    file.write_bytes(b"text")
+    with pytest.raises(ValueError, match=r"parts\.pt is no checkpoint \(.+\): remove it"):
+        Checkpoint(file, "x")
+    with pytest.raises(IsADirectoryError):
+        Checkpoint(file.parent, "x")

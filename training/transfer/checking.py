@@ -39,7 +39,7 @@ def record_file(folder: Path) -> Path:
 def _check(kind: str, files: Sequence[Path], read: Callable[[Path], object], workers: int) -> None:
     known = _recorded(files)
     named = {f"{kind} {file.name}": file for file in files}
-    now = {name: _state(file) for name, file in named.items()}
+    now = {name: file_state(file) for name, file in named.items()}
     new = [file for name, file in named.items() if known.get(name) != now[name]]
     if not new:
         return
@@ -63,7 +63,8 @@ def _recorded(files: Sequence[Path]) -> dict[str, Any]:
     return known if isinstance(known, dict) else {}
 
 
-def _state(file: Path) -> list[int]:
+def file_state(file: Path) -> list[int]:
+    """Size and time of change of a file, by which another content is noticed."""
     status = file.stat()
     return [status.st_size, status.st_mtime_ns]
 

@@ -25,6 +25,7 @@ from training.command import create_parser
 from training.evaluation.options import add_model
 from training.evaluation.subject import Subject, load_subject, measured_value
 from training.reporting.report import check_rows, keep_rows
+from training.transfer.checking import file_state
 from training.transfer.data import CLASSES
 from training.transfer.metrics import mean_over_classes
 from training.transfer.network import NETWORK, Run, check_apart, fc_size_of, transfer_network
@@ -39,10 +40,9 @@ MODEL is any timm model whose batch norm can be folded, with its published weigh
 layers, such as ResNets, need --no-rescale. VOCdevkit is the standard folder; docs/transfer.md explains how to use your
 own data.
 
-Settings are recipes of training/transfer/recipes.py, chosen by --budget. A command that was interrupted goes on where
-it was if it is given again, with the same options and --output. Results are written to --output: rows.jsonl,
-report.md, report.json and report.png, classes.json with the numbers of every class, and the trained network as
-network.safetensors.
+Settings are recipes of training/transfer/recipes.py, chosen by --budget. To resume an interrupted command, run it
+again with the same options and --output. Results are written to --output: rows.jsonl, report.md, report.json and
+report.png, classes.json with the numbers of every class, and the trained network as network.safetensors.
 """
 
 
@@ -50,9 +50,9 @@ network.safetensors.
 class Transfer:
     """A transfer that is ready to be trained: the ``network`` of a ``subject``, and the images of two splits.
 
-    ``settings`` is a part of the rows, written before the network is cut to what the transfer needs. ``output`` is a
-    new folder's path, which ``run`` has too, ``started`` is the time (time.monotonic()), less that of the parts of the
-    training before.
+    ``settings`` is a part of the rows, written before the network is cut to what the transfer needs. ``output`` is
+    the folder of this training, which ``run`` has too; ``started`` is when the command started (time.monotonic()),
+    minus the seconds of earlier, interrupted runs.
     """
 
     recipe: VocRecipe
@@ -89,7 +89,11 @@ def transfer_parser(command: str, head: str | None) -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="random seed [%(default)s]")
     add("--workers", type=int, default=os.cpu_count() or 1, help="data-loading worker processes [all cores]")
     add_device(parser)
-    add("--output", type=Path, help="new folder for rows, report and network [runs/voc/<weights>/<what is trained>]")
+    add(
+        "--output",
+        type=Path,
+        help="folder for rows, report and network of this training [runs/voc/<weights>/<what is trained>]",
+    )
     return parser
 
 
@@ -171,7 +175,7 @@ def keep_numbers(
     layer: str = "all",
 ) -> Path:
     """Write a row for each mean over classes, and the numbers of every class as classes.json, which are printed in
-    percent.
+    percent; then the checkpoint is deleted.
 
     Args:
         by_class: by kind of number, a kind of average precision or :data:`IOU`, those of the classes.
@@ -206,7 +210,9 @@ def keep_numbers(
         tqdm.write(f"  {kind:24s}{' '.join(f'{100 * value:8.1f}' for value in known.values())}")
     (transfer.output / "classes.json").write_text(json.dumps(numbers, indent=1) + "\n")
     file = keep_rows(rows, transfer.output / "rows.jsonl")
-    (transfer.output / CHECKPOINT).unlink(missing_ok=True)
+    # with what kills have left
+    for checkpoint in transfer.output.glob(f"{CHECKPOINT}*"):
+        checkpoint.unlink()
     return file
 
 
@@ -216,12 +222,18 @@ def classes_shown(by_class: Mapping[str, Sequence[float]]) -> str:
 
 
 def _open_checkpoint(output: Path, decided: str, subject: Subject, train: Sequence[Any]) -> Checkpoint:
-    """The checkpoint of a training in ``output``, which has no other training's network."""
+    """Open the checkpoint in ``output``, which need not exist yet.
+
+    Raises:
+        ValueError: it is another training's, or the folder has a network and no checkpoint.
+    """
     file = output / CHECKPOINT
     if (output / NETWORK).exists() and not file.exists():
-        raise ValueError(f"{output / NETWORK} is another training's: give a new --output, or remove it")
-    images = hashlib.sha256(repr(train).encode()).hexdigest()
-    return Checkpoint(file, f"{decided}, weights {weights_digest(subject.backbone)}, images {images}")
+        raise ValueError(f"{output / NETWORK} is another training's, or finished: give a new --output, or remove it")
+    states = [[file_state(image.file), file_state(getattr(image, "mask", image.file))] for image in train]
+    images = hashlib.sha256(repr((train, states)).encode()).hexdigest()
+    network = f"{subject.name} of {subject.size} pixels, weights {weights_digest(subject.backbone)}"
+    return Checkpoint(file, f"{network}, {decided}, images {images}")
 
 
 def _settings(recipe: VocRecipe, fc_size: int, before: int) -> str:

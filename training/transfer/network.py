@@ -35,7 +35,7 @@ class Run:
     """How a transfer is computed: the ``device`` that the network is on, and the ``seed`` of samples and layers.
 
     ``workers`` are the processes that read images, 0 for this one. The trained network is written into the folder
-    ``output``, if any, before anything is measured that may fail. The training goes on from the ``checkpoint``, if any.
+    ``output``, if any, before anything is measured that may fail. Training resumes from ``checkpoint``, if given.
     """
 
     device: str = "cpu"
