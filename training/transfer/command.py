@@ -149,8 +149,10 @@ def prepare_transfer(
         # without the seed, which is also that of the training and is in the row
         name = subject.name.removesuffix(str(seed or ""))
         subject = dataclasses.replace(subject, name=f"{name}{RESCALED if recipe.training.rescale else ''}")
-    # a new folder for each training
+    # a folder for each training
     output = args.output or Path("runs") / "voc" / subject.name / f"{what}-seed{args.seed}"
+    if (output / NETWORK).exists() and not (output / CHECKPOINT).exists():
+        raise ValueError(f"{output / NETWORK} is another training's, or finished: give a new --output, or remove it")
     train, test = read(recipe.splits.train), read(recipe.splits.test)
     check_apart(train, test)
     decided = f"{what}, {recipe}, seed {args.seed}, classes {args.classes}{given}"
@@ -225,15 +227,12 @@ def _open_checkpoint(output: Path, decided: str, subject: Subject, train: Sequen
     """Open the checkpoint in ``output``, which need not exist yet.
 
     Raises:
-        ValueError: it is another training's, or the folder has a network and no checkpoint.
+        ValueError: it is another training's.
     """
-    file = output / CHECKPOINT
-    if (output / NETWORK).exists() and not file.exists():
-        raise ValueError(f"{output / NETWORK} is another training's, or finished: give a new --output, or remove it")
     states = [[file_state(image.file), file_state(getattr(image, "mask", image.file))] for image in train]
     images = hashlib.sha256(repr((train, states)).encode()).hexdigest()
     network = f"{subject.name} of {subject.size} pixels, weights {weights_digest(subject.backbone)}"
-    return Checkpoint(file, f"{network}, {decided}, images {images}")
+    return Checkpoint(output / CHECKPOINT, f"{network}, {decided}, images {images}")
 
 
 def _settings(recipe: VocRecipe, fc_size: int, before: int) -> str:
