@@ -59,7 +59,8 @@ class Checkpoint:
         The generators are PyTorch's, of the CPU and of CUDA.
 
         Args:
-            parts: objects with a ``state_dict``, by name, such as model and optimizer: they are saved from now on.
+            parts: objects with a ``state_dict``, such as model and optimizer, and random number generators of the CPU,
+                by name: they are saved from now on.
 
         Raises:
             ValueError: the file lacks a part, or has one of something else.
@@ -69,7 +70,8 @@ class Checkpoint:
             return
         try:
             for name, part in parts.items():
-                part.load_state_dict(self.state[name])
+                load = part.set_state if isinstance(part, torch.Generator) else part.load_state_dict
+                load(self.state[name])
             torch.set_rng_state(self.state["random"])
             # there may be fewer GPUs now
             for index, state in enumerate(self.state["random_cuda"][: torch.cuda.device_count()]):
@@ -89,7 +91,8 @@ class Checkpoint:
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
         }
-        state |= {name: part.state_dict() for name, part in self.parts.items()}
+        for name, part in self.parts.items():
+            state[name] = part.get_state() if isinstance(part, torch.Generator) else part.state_dict()
         self.file.parent.mkdir(parents=True, exist_ok=True)
         replace_file(self.file, lambda path: torch.save(state, path))
         self.saved = time.monotonic()

@@ -33,7 +33,7 @@ class Head:
 
 
 def train_fresh(
-    frozen: Frozen, train: LabelledImages, heads: Sequence[Head], seed: int, checkpoint: Path | None = None
+    frozen: Frozen, train: LabelledImages, heads: Sequence[Head], seed: int, checkpoint: Checkpoint | None = None
 ) -> nn.ModuleList:
     """Train probes on several layers together, each on its own loss; they are in eval mode afterwards.
 
@@ -42,14 +42,13 @@ def train_fresh(
         train: the training images.
         heads: their recipes, none of whose precision is 'auto', differ in milestones and learning rates alone.
         seed: of the order and the crops.
-        checkpoint: file that the state is written to between epochs and read from if it exists.
+        checkpoint: of :func:`open_checkpoint`, where the state is saved between epochs and resumed from.
 
     Returns:
         A probe for each head, on the backbone's device.
 
     Raises:
-        ValueError: recipes that do not go together, a loss that is not finite, or a checkpoint of other probes, images
-            or weights.
+        ValueError: recipes that do not go together, or a loss that is not finite.
     """
     shared = _shared(heads)
     maps = frozen.whole_maps(list(dict.fromkeys(head.layer for head in heads)))
@@ -63,8 +62,7 @@ def train_fresh(
         [{"params": list(probe.parameters())} for probe in probes],
         shared.lr, momentum=shared.momentum, weight_decay=shared.weight_decay, nesterov=shared.momentum > 0, fused=True,
     )  # fmt: skip
-    identity = _identity(frozen, train, heads, seed)
-    state = Checkpoint(checkpoint, identity, "probes")
+    state = checkpoint or Checkpoint()
     state.restore(probes=probes, optimizer=optimizer)
     images = LabelledImages(train.images.to(frozen.device), train.labels.to(frozen.device), train.classes)
 
@@ -82,8 +80,23 @@ def train_fresh(
             batches = _crops(images, shared, epoch_generator(seed, epoch), bar.update)
             name = f"the probes in epoch {epoch + 1}"
             fit(probes, batches, loss_of, optimizer, name=name, autocast=autocast_type(shared.precision), quiet=True)
-            state.save(epoch + 1)
+            state.save(epoch + 1, at_once=epoch + 1 == shared.epochs)
     return probes.eval()
+
+
+def open_checkpoint(
+    file: Path | None, frozen: Frozen, train: LabelledImages, heads: Sequence[Head], seed: int
+) -> Checkpoint:
+    """Where the training of these probes is saved, with its state if ``file`` exists.
+
+    Raises:
+        ValueError: the file is of other probes, images or weights.
+    """
+    weights = f"{type(frozen.backbone).__name__} {weights_digest(frozen.backbone)}"
+    trained = "; ".join(f"{head.name} {head.recipe}" for head in heads)
+    data = f"images {fingerprint(train.images)}, labels {fingerprint(train.labels)}"
+    settings = f"{frozen.size} pixels, features in {frozen.precision}, seed {seed}"
+    return Checkpoint(file, f"{weights}, {settings}, {data}: {trained}", "probes")
 
 
 def shuffled(count: int, size: int, generator: torch.Generator) -> list[torch.Tensor]:
@@ -120,11 +133,3 @@ def _shared(heads: Sequence[Head]) -> ProbeRecipe:
         names = ", ".join(head.name for head in heads)
         raise ValueError(f"{names} cannot be trained together: their recipes differ in more than rates and milestones")
     return dataclasses.replace(first, lr=heads[0].recipe.lr)
-
-
-def _identity(frozen: Frozen, train: LabelledImages, heads: Sequence[Head], seed: int) -> str:
-    """All that decides the probes but machine and library versions, in one line."""
-    weights = f"{type(frozen.backbone).__name__} {weights_digest(frozen.backbone)}"
-    data = f"{fingerprint(train.images)}, labels {fingerprint(train.labels)}"
-    trained = "; ".join(f"{head.name} {head.recipe}" for head in heads)
-    return f"{weights}, {frozen.size} pixels, features in {frozen.precision}, images {data}, seed {seed}: {trained}"

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from rotation_ssl.evaluation.fresh import Head, epoch_generator, shuffled, train_fresh
+from rotation_ssl.evaluation.fresh import Head, epoch_generator, open_checkpoint, shuffled, train_fresh
 from rotation_ssl.evaluation.frozen import BATCH, PARTS, Frozen, map_grids, preparation
 from rotation_ssl.evaluation.protocols import PROTOCOLS, ProbeRecipe, find_protocol
 from rotation_ssl.labelled import Images, LabelledImages
@@ -299,11 +299,13 @@ def _fresh_numbers(
     """Each measurement on new crops, an equal part of the time for each: one training of all of a seed."""
     classes = len(images.train.classes)
     for seed in dict.fromkeys(m.seed for m in measurements):
-        started, own = time.monotonic(), [m for m in measurements if m.seed == seed]
+        own = [m for m in measurements if m.seed == seed]
         heads = [_head(m, classes, frozen.device, precision) for m in own]
         # features that are computed every epoch have the precision of the probes
         backbone = dataclasses.replace(frozen, precision=frozen.precision or heads[0].recipe.precision)
-        checkpoint = checkpoints and checkpoints / f"probes-seed{seed or 0}.pt"
+        file = checkpoints and checkpoints / f"probes-seed{seed or 0}.pt"
+        checkpoint = open_checkpoint(file, backbone, images.train, heads, seed or 0)
+        started = time.monotonic() - checkpoint.seconds
         probes = train_fresh(backbone, images.train, heads, seed or 0, checkpoint)
         maps = backbone.whole_maps(list(dict.fromkeys(m.layer for m in own)))
         parts = images.test.images.split(1000)

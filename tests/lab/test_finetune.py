@@ -1,12 +1,14 @@
 """Training on labels: what is frozen stays, what is drawn is what was asked for, and a handful can be learned."""
 
 import dataclasses
+from itertools import islice
 
 import pytest
 import torch
 from conftest import spy_on_first_step
 
 from rotation_ssl.evaluation.frozen import preparation
+from rotation_ssl.fit import Checkpoint, fit
 from rotation_ssl.labelled import labels_subset
 from training.datasets import load_images
 from training.evaluation import finetune
@@ -126,6 +128,30 @@ def test_batches_are_permutations_one_after_the_other(images, monkeypatch):
     found.clear()
     finetune.train_network(short("few-labels-cpu", images=128, batch_size=128), network, few, torch.Tensor.float)
     assert len(found) == 1 and len(found[0]) == 128
+
+
+@pytest.mark.parametrize("name", ["few-labels-cpu", "finetune-nonlinear-cpu"])
+def test_a_stopped_training_resumes_to_the_same_network(name, images, tmp_path, monkeypatch):
+    monkeypatch.setattr("rotation_ssl.fit.CHECK_EVERY", 1)
+    monkeypatch.setattr("rotation_ssl.fit.CHECKPOINT_SECONDS", 0.0)
+    # six steps of 16 images: it stops in the middle of a permutation
+    recipe, few, file = short(name), images.train.subset(torch.arange(20)), tmp_path / "training.pt"
+
+    def trained(file=None):
+        network = finetune.build_network(recipe, load_subject(NAME), "block1", 10)
+        checkpoint = Checkpoint(file)
+        finetune.train_network(recipe, network, few, torch.Tensor.float, seed=2, checkpoint=checkpoint)
+        return torch.cat([parameter.flatten() for parameter in network.state_dict().values()])
+
+    def stopped(network, batches, *args, **options):
+        fit(network, islice(batches, 4), *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "fit", stopped)
+        with pytest.raises(ValueError, match="got 4 batches"):
+            trained(file)
+    assert torch.load(file, weights_only=True)["done"] == 4
+    assert torch.equal(trained(file), trained())
 
 
 @pytest.mark.parametrize(

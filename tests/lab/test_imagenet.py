@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import shutil
+from itertools import islice
 
 import pytest
 import torch
 from conftest import spy_on_first_step
 
 from rotation_ssl.evaluation.frozen import Frozen, preparation
+from rotation_ssl.fit import Checkpoint, fit
 from rotation_ssl.precision import multiplies_bfloat16
 from rotation_ssl.probes import max_pooled_probe
 from training.evaluation import layers as imagenet
@@ -133,6 +135,34 @@ def test_decoded_as_they_come_is_the_same_as_in_memory(subject, small_tinyimagen
         found = measure_layers(few, subject, ["conv4"], data, data, "x val", workers=workers)
         rows.append([(row.counts, row.layer, row.seed) for row in found])
     assert rows[0] == rows[1] == rows[2]
+
+
+@pytest.mark.parametrize("workers", [None, 2])
+def test_a_stopped_training_resumes_to_the_same_probes(
+    subject, small_tinyimagenet, train, workers, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("rotation_ssl.fit.CHECK_EVERY", 1)
+    monkeypatch.setattr("rotation_ssl.fit.CHECKPOINT_SECONDS", 0.0)
+    # eight steps, two an epoch; with dropout
+    recipe, file = dataclasses.replace(with_epochs(NONLINEAR, 4), milestones=(1, 3)), tmp_path / "training.pt"
+    data = train if workers is None else open_labelled("tinyimagenet", small_tinyimagenet, "train", 64)
+
+    def trained(file=None):
+        torch.manual_seed(0)
+        probes = build_probes(recipe, subject, ["conv4", "conv5"], 10)
+        checkpoint = Checkpoint(file)
+        train_probes(recipe, subject, probes, data, torch.arange(20), 1, workers or 0, checkpoint)
+        return torch.cat([value.flatten() for probe in probes.values() for value in probe.state_dict().values()])
+
+    def stopped(probes, batches, *args, **options):
+        fit(probes, islice(batches, 5), *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(imagenet, "fit", stopped)
+        with pytest.raises(ValueError, match="got 5 batches"):
+            trained(file)
+    assert torch.load(file, weights_only=True)["done"] == 5
+    assert torch.equal(trained(file), trained())
 
 
 def test_features_are_those_of_the_layers(subject):

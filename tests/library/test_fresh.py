@@ -11,7 +11,7 @@ from torch import nn
 import rotation_ssl  # noqa: F401  registers the models with timm
 from rotation_ssl import fit
 from rotation_ssl.evaluation import fresh
-from rotation_ssl.evaluation.fresh import Head, train_fresh
+from rotation_ssl.evaluation.fresh import Head, open_checkpoint, train_fresh
 from rotation_ssl.evaluation.frozen import Frozen
 from rotation_ssl.evaluation.protocols import ProbeRecipe
 from rotation_ssl.labelled import LabelledImages
@@ -46,6 +46,10 @@ def heads(recipe=RECIPE):
         Head("conv of block1", "block1", dataclasses.replace(recipe, milestones=(1, 3)),
              lambda m: convolutional_probe(m.shape[1], 2)),
     ]  # fmt: skip
+
+
+def resume(file, frozen, images, heads, seed):
+    return train_fresh(frozen, images, heads, seed, open_checkpoint(file, frozen, images, heads, seed))
 
 
 def equal(one: nn.Module, other: nn.Module) -> bool:
@@ -99,18 +103,18 @@ def test_a_stream_that_was_stopped_goes_on_to_the_same_probes(frozen, images, tm
         patched.setattr(fresh, "epoch_generator", stop)
         if epoch < RECIPE.epochs:
             with pytest.raises(Killed):
-                train_fresh(frozen, images, heads(), seed=1, checkpoint=file)
+                resume(file, frozen, images, heads(), seed=1)
         else:
-            train_fresh(frozen, images, heads(), seed=1, checkpoint=file)
+            resume(file, frozen, images, heads(), seed=1)
     asked = []
     monkeypatch.setattr(fresh, "epoch_generator", lambda seed, at: asked.append(at) or generator(seed, at))
-    assert equal(train_fresh(frozen, images, heads(), seed=1, checkpoint=file), whole)
+    assert equal(resume(file, frozen, images, heads(), seed=1), whole)
     assert asked == list(range(epoch, RECIPE.epochs))
 
 
 def test_a_checkpoint_of_other_probes_images_or_weights_is_refused_and_kept(frozen, images, tmp_path):
     file = tmp_path / "probes.pt"
-    train_fresh(frozen, images, heads(), seed=0, checkpoint=file)
+    resume(file, frozen, images, heads(), seed=0)
     content = file.read_bytes()
     longer = dataclasses.replace(RECIPE, epochs=9)
     torch.manual_seed(1)
@@ -128,11 +132,11 @@ def test_a_checkpoint_of_other_probes_images_or_weights_is_refused_and_kept(froz
     ]
     for backbone, data, probes, seed in others:
         with pytest.raises(ValueError, match=r"probes\.pt is of other probes, images or weights: remove it"):
-            train_fresh(backbone, data, probes, seed, checkpoint=file)
+            resume(file, backbone, data, probes, seed)
     assert file.read_bytes() == content
     file.write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match=r"probes\.pt is no checkpoint \(.+\): remove it"):
-        train_fresh(frozen, images, heads(), seed=0, checkpoint=file)
+        resume(file, frozen, images, heads(), seed=0)
 
 
 def test_a_loss_that_is_not_finite_stops_in_its_epoch_and_keeps_the_one_before(frozen, images, tmp_path):
@@ -144,7 +148,7 @@ def test_a_loss_that_is_not_finite_stops_in_its_epoch_and_keeps_the_one_before(f
 
     (good, _), file = heads(), tmp_path / "probes.pt"
     with pytest.raises(ValueError, match="the loss of the probes in epoch 2 became nan in step 3"):
-        train_fresh(frozen, images, [dataclasses.replace(good, build=broken)], seed=0, checkpoint=file)
+        resume(file, frozen, images, [dataclasses.replace(good, build=broken)], seed=0)
     assert torch.load(file, weights_only=True)["done"] == 1
 
 

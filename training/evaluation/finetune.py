@@ -13,13 +13,14 @@ best one.
 
 MODEL is any timm model, with its published weights, --random weights, or the weights of a file (--weights FILE). DIR
 contains CIFAR-10; use --dataset folder for other images. Results are written to --output: rows.jsonl, report.md,
-report.json and report.png.
+report.json and report.png. To resume an interrupted command, run it again with the same options and --output.
 """
 
 import argparse
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,12 @@ from torch.utils.data import BatchSampler, RandomSampler
 from rotation_ssl.cli.options import positive
 from rotation_ssl.evaluation.frozen import PARTS, preparation
 from rotation_ssl.features import layer_modules
-from rotation_ssl.fit import fit
+from rotation_ssl.fit import Checkpoint, fit
 from rotation_ssl.labelled import Images, LabelledImages, labels_subset
 from rotation_ssl.messages import counted
 from rotation_ssl.precision import autocast_type, resolved, warn_if_emulated
 from rotation_ssl.pretraining.augment import crop_and_flip
+from rotation_ssl.pretraining.images import fingerprint
 from rotation_ssl.pretraining.optim import create_scheduler
 from rotation_ssl.probes import convolutional_probe, nonlinear_probe
 from rotation_ssl.progress import progress
@@ -57,6 +59,7 @@ def measure_transfer(
     draw: str = "first",
     seed: int = 0,
     device: str = "cpu",
+    checkpoints: Path | None = None,
 ) -> Row:
     """Train a recipe's network on labelled images and test it.
 
@@ -68,8 +71,8 @@ def measure_transfer(
         labels_per_class: K labelled images of each class; None: all.
         draw: 'first' or 'random', which K images of a class.
         seed: of the classifier, the order, the crops and the random draw.
+        checkpoints: folder that the training keeps its state in, and resumes from; None: nothing is kept.
     """
-    started = time.monotonic()
     recipe = resolved(recipe, device)
     if recipe.images < recipe.batch_size:
         raise ValueError(f"{recipe.name} takes {recipe.batch_size} images a step, --images {recipe.images} is too few")
@@ -77,11 +80,13 @@ def measure_transfer(
     if labels_per_class is not None:
         generator = None if draw == "first" else torch.Generator().manual_seed(seed)
         train = labels_subset(train, labels_per_class, generator)
+    checkpoint = _open_checkpoint(checkpoints, recipe, subject, layer, train, seed)
+    started = time.monotonic() - checkpoint.seconds
     network = build_network(recipe, subject, layer, len(train.classes), seed).to(device)
     network.to(memory_format=torch.channels_last)
     prepare = preparation(subject.backbone, subject.size)
     autocast = autocast_type(recipe.precision)
-    train_network(recipe, network, train, prepare, seed, autocast)
+    train_network(recipe, network, train, prepare, seed, autocast, checkpoint)
     learned, right = (predict(network, part, prepare, autocast) == part.labels for part in (train, images.test))
     crops = recipe.images // recipe.batch_size * recipe.batch_size
     settings = (
@@ -166,6 +171,7 @@ def train_network(
     prepare: Callable[[torch.Tensor], torch.Tensor],
     seed: int = 0,
     autocast: torch.dtype | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> None:
     """Train the network in place on random crops of the labelled images; it is in eval mode afterwards.
 
@@ -174,6 +180,7 @@ def train_network(
         prepare: from uint8 crops (B, 3, H, H) to what the backbone takes.
         seed: of the order and the crops.
         autocast: compute in this type (torch.bfloat16); None: in the type of the weights.
+        checkpoint: where the state is saved, and resumed from.
     """
     groups = [{"params": list(network.classifier.parameters()), "lr": recipe.lr}]
     if not network.frozen:
@@ -189,24 +196,36 @@ def train_network(
     generator = torch.Generator().manual_seed(seed)
     # one permutation after the other
     order = RandomSampler(train, num_samples=steps * recipe.batch_size, generator=generator)
+    batches = iter(BatchSampler(order, recipe.batch_size, drop_last=True))
+
+    def crops_of(own: torch.Tensor) -> torch.Tensor:
+        side = images.shape[-1]
+        return crop_and_flip(images[own], side, recipe.padding, recipe.padding_mode, True, generator)
 
     def loss_of(chosen: list[int]) -> torch.Tensor:
         own = torch.tensor(chosen, device=device)
-        side = images.shape[-1]
-        crops = crop_and_flip(images[own], side, recipe.padding, recipe.padding_mode, True, generator)
-        return F.cross_entropy(network(prepare(crops)).float(), labels[own])
+        return F.cross_entropy(network(prepare(crops_of(own))).float(), labels[own])
 
+    scheduler, checkpoint = create_scheduler(recipe.schedule, optimizer, steps), checkpoint or Checkpoint()
+    # drawn again: the generator is then where it was, in the middle of a permutation
+    for chosen in progress(
+        "resuming", checkpoint.done, "step", islice(batches, checkpoint.done), disable=not checkpoint.done
+    ):
+        crops_of(torch.tensor(chosen, device=device))
+    checkpoint.restore(network=network, optimizer=optimizer, scheduler=scheduler)
     fit(
-        network,
-        BatchSampler(order, recipe.batch_size, drop_last=True),
-        loss_of,
-        optimizer,
-        name=f"{recipe.name}, {counted(len(train), 'label')}",
-        scheduler=create_scheduler(recipe.schedule, optimizer, steps),
-        steps=steps,
-        images_per_step=recipe.batch_size,
-        autocast=autocast,
-    )
+        network, batches, loss_of, optimizer, name=f"{recipe.name}, {counted(len(train), 'label')}",
+        scheduler=scheduler, steps=steps, images_per_step=recipe.batch_size, autocast=autocast, checkpoint=checkpoint,
+    )  # fmt: skip
+
+
+def _open_checkpoint(
+    folder: Path | None, recipe: TransferRecipe, subject: Subject, layer: str, train: LabelledImages, seed: int
+) -> Checkpoint:
+    """Open the checkpoint of a training, whose file need not exist yet; ValueError if it is another training's."""
+    file = folder and folder / f"{recipe.name}-{len(train)}-seed{seed}.pt"
+    images = f"images {fingerprint(train.images)}, labels {fingerprint(train.labels)}"
+    return Checkpoint(file, f"{subject.identity}, {recipe}, {layer}, seed {seed}, {images}")
 
 
 def predict(
@@ -278,11 +297,14 @@ def _measure(args: argparse.Namespace) -> Path:
         labels_subset(images.train, labels)
     trainings = [(labels, seed) for labels in args.labels_per_class or [None] for seed in options.seeds(args)]
     bar = progress("trainings", len(trainings), "training", trainings, disable=len(trainings) == 1)
+    checkpoints = options.checkpoints_of(args, subject)
     rows = (
-        measure_transfer(recipe, _subject(recipe, args, seed), layer, images, labels, args.draw, seed, args.device)
+        measure_transfer(
+            recipe, _subject(recipe, args, seed), layer, images, labels, args.draw, seed, args.device, checkpoints
+        )
         for labels, seed in bar
     )
-    return keep_rows(rows, file)
+    return keep_rows(rows, file, checkpoints)
 
 
 def _recipe(args: argparse.Namespace) -> TransferRecipe:

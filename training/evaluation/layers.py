@@ -10,7 +10,7 @@ fit, else --workers decode them as they are needed. The linear classifiers are t
 non-linear ones are the remaining layers of the network, trained from random weights, as in table 4. The classifiers of
 the last step are tested on the center crops of the validation images; nothing is selected on them. --holdout N tests on
 N random training images instead, to tune on. Results are written to --output: rows.jsonl, report.md, report.json and
-report.png.
+report.png. To resume an interrupted command, run it again with the same options and --output.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,11 @@ from torch.nn import functional as F
 from rotation_ssl.cli.options import positive
 from rotation_ssl.evaluation.frozen import PARTS, Frozen
 from rotation_ssl.features import layer_modules
-from rotation_ssl.fit import fit
+from rotation_ssl.fit import Checkpoint, fit
 from rotation_ssl.messages import counted
 from rotation_ssl.precision import resolved, warn_if_emulated
 from rotation_ssl.pretraining.augment import crop_and_flip
+from rotation_ssl.pretraining.images import fingerprint
 from rotation_ssl.probes import max_pooled_probe
 from rotation_ssl.progress import progress
 from training.command import create_parser
@@ -87,6 +89,7 @@ def train_probes(
     chosen: torch.Tensor,
     seed: int = 0,
     workers: int = 0,
+    checkpoint: Checkpoint | None = None,
 ) -> None:
     """Train the classifiers in place, each on its own loss; they are in eval mode afterwards.
 
@@ -96,6 +99,7 @@ def train_probes(
         probes: by layer.
         chosen: (M,) indices of the images to train on.
         seed: of the order and the crops.
+        checkpoint: where the state is saved, and resumed from.
     """
     if len(chosen) < recipe.batch_size:
         raise ValueError(f"{recipe.name} takes {recipe.batch_size} images a step, got {len(chosen)}")
@@ -113,6 +117,10 @@ def train_probes(
     orders = torch.Generator().manual_seed(seed + 1)
     permutations = (torch.randperm(len(chosen), generator=orders) for _ in range(recipe.epochs))
     indices = (chosen[part] for order in permutations for part in order.split(recipe.batch_size)[:steps])
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, recipe.factor)
+    checkpoint = checkpoint or Checkpoint()
+    rest = islice(indices, checkpoint.done, None)
+    checkpoint.restore(probes=classifiers, optimizer=optimizer, scheduler=scheduler, crops=generator)
 
     def loss_of(batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         pixels, labels = (tensor.to(frozen.device, non_blocking=True) for tensor in batch)
@@ -120,11 +128,11 @@ def train_probes(
         maps = whole_maps(crops)
         return torch.stack([F.cross_entropy(probes[layer](maps[layer]).float(), labels) for layer in layers])
 
-    with contextlib.closing(squares_of(data, indices, workers, pin=frozen.device.startswith("cuda"))) as squares:
+    with contextlib.closing(squares_of(data, rest, workers, pin=frozen.device.startswith("cuda"))) as squares:
         fit(
             classifiers, squares, loss_of, optimizer, name=f"{recipe.name}, {', '.join(layers)}",
-            scheduler=torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, recipe.factor),
-            steps=recipe.epochs * steps, images_per_step=recipe.batch_size, autocast=frozen.autocast,
+            scheduler=scheduler, steps=recipe.epochs * steps, images_per_step=recipe.batch_size,
+            autocast=frozen.autocast, checkpoint=checkpoint,
         )  # fmt: skip
 
 
@@ -164,6 +172,7 @@ def measure_layers(
     holdout: int = 0,
     seed: int = 0,
     workers: int = 0,
+    checkpoints: Path | None = None,
 ) -> Iterator[Row]:
     """Train the recipe's classifiers on the layers and test them; one row for each layer.
 
@@ -176,8 +185,8 @@ def measure_layers(
         name: of the data in the rows.
         holdout: test on this many training images instead.
         seed: of the classifiers, the order and the crops.
+        checkpoints: folder that the training keeps its state in, and resumes from; None: nothing is kept.
     """
-    started = time.monotonic()
     recipe = resolved(recipe, next(subject.backbone.parameters()).device)
     torch.manual_seed(seed)
     probes = build_probes(recipe, subject, layers, len(train.classes))
@@ -185,8 +194,10 @@ def measure_layers(
     if holdout:
         chosen, measured = split_holdout(train, holdout)
         of, name = train, f"{name.rpartition(' ')[0]}, {counted(holdout, 'training image')}"
+    checkpoint = _open_checkpoint(checkpoints, recipe, subject, layers, train, chosen, seed)
+    started = time.monotonic() - checkpoint.seconds
     check_decoding(of, measured, workers)
-    train_probes(recipe, subject, probes, train, chosen, seed, workers)
+    train_probes(recipe, subject, probes, train, chosen, seed, workers, checkpoint)
     found = count_correct(recipe, subject, probes, of, measured, workers)
     # all are trained in one pass: each row gets its share of the time
     seconds = (time.monotonic() - started) / len(probes)
@@ -202,6 +213,21 @@ def measure_layers(
             subject, counts, len(measured), name, settings, seconds,
             protocol=recipe.protocol, budget=recipe.budget, layer=layer, seed=seed,
         )  # fmt: skip
+
+
+def _open_checkpoint(
+    folder: Path | None,
+    recipe: LayerProbeRecipe,
+    subject: Subject,
+    layers: Sequence[str],
+    train: Labelled,
+    chosen: torch.Tensor,
+    seed: int,
+) -> Checkpoint:
+    """Open the checkpoint of a training, whose file need not exist yet; ValueError if it is another training's."""
+    file = folder and folder / f"{recipe.name}-seed{seed}.pt"
+    images = f"images {fingerprint(train.images)}, labels {fingerprint(train.labels[chosen])}, at {fingerprint(chosen)}"
+    return Checkpoint(file, f"{subject.identity}, {recipe}, {', '.join(layers)}, seed {seed}, {images}")
 
 
 def _frozen(recipe: LayerProbeRecipe, subject: Subject) -> Frozen:
@@ -254,13 +280,15 @@ def _measure(args: argparse.Namespace) -> Path:
         check_whole(args.dataset, len(train), len(val))
     train = read_into_memory(train, args.workers)
     val = train if args.holdout else read_into_memory(val, args.workers)
-    name = name_of(args.dataset, args.data, "val")
+    name, checkpoints = name_of(args.dataset, args.data, "val"), options.checkpoints_of(args, subject)
     rows = (
         dataclasses.replace(row, data=options.sized_name(row.data, args))
         for seed in progress("seeds", args.seeds, "seed", options.seeds(args), disable=args.seeds == 1)
-        for row in measure_layers(recipe, subject, layers, train, val, name, args.holdout, seed, args.workers)
+        for row in measure_layers(
+            recipe, subject, layers, train, val, name, args.holdout, seed, args.workers, checkpoints
+        )
     )
-    return keep_rows(rows, file)
+    return keep_rows(rows, file, checkpoints)
 
 
 def _recipe(args: argparse.Namespace) -> LayerProbeRecipe:

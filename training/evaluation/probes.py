@@ -10,7 +10,7 @@ all layers come from one pass over the images. Results are printed as they come 
 (after every number), report.md, report.json and report.png.
 
 --budget paper trains the probes of all layers together on new crops every epoch, for the authors' 100 epochs. Its state
-is kept in --output between epochs: run the same command again to resume after a stop.
+is kept in --output between epochs: to resume after a stop, run the same command again.
 
 The settings of the probes are recipes (rotation_ssl/evaluation/protocols.py). The linear probe's L2 penalty is
 chosen on the last tenth of the training images. Nothing is chosen on test images. To tune on other images, --holdout N
@@ -111,6 +111,7 @@ def _measure(args: argparse.Namespace) -> Path:
     own = args.dataset not in DATASETS or args.holdout or args.size or args.precision
     file = options.rows_file(args, subject, own)
     images = options.images_of(args, subject.size, test_only=not measurements)
+    checkpoints = options.checkpoints_of(args, subject)
     if measurements:
         # a wrong layer is an error now, not after the rotation accuracy
         map_grids(Frozen(subject.backbone, subject.size, args.device), images.test.images[:1], layers, LINEAR_GRID)
@@ -121,8 +122,8 @@ def _measure(args: argparse.Namespace) -> Path:
         if measurements:
             numbers = measure_features(
                 subject, images, measurements, args.device, features=args.precision, probes=args.precision,
-                checkpoints=options.output_of(args, subject),
+                checkpoints=checkpoints,
             )  # fmt: skip
             yield from progress("numbers", len(measurements), "number", numbers)
 
-    return keep_rows(rows(), file)
+    return keep_rows(rows(), file, checkpoints)

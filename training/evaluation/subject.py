@@ -44,6 +44,11 @@ class Subject:
         return self
 
     @property
+    def identity(self) -> str:
+        """What tells the subject from every other, in one line."""
+        return f"{self.name} of {self.size} pixels, sha256 {self.sha256}"
+
+    @property
     def published(self) -> bool:
         """Whether the name is one of the manifest's."""
         return self.name in zoo.bundled()

@@ -1,8 +1,10 @@
 """Measuring reported numbers again, and for the first time: from rows to rows, by the protocol that each one names."""
 
 import argparse
+import contextlib
 import dataclasses
 import functools
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -56,12 +58,16 @@ def command_of(row: Row) -> str:
 @dataclass(frozen=True)
 class How:
     """How rows are measured again: on the whole test images or, ``quick``, on their first fifth; on which ``device``;
-    ``checkpoints``: folder that trainings on new crops keep their state in, and go on from; None: nothing is kept.
+    ``checkpoints``: folder that trainings on labels keep their state in, and resume from; None: nothing is kept.
     """
 
     quick: bool = False
     device: str = "cpu"
     checkpoints: Path | None = None
+
+    def checkpoints_of(self, subject: Subject) -> Path | None:
+        """The folder of a subject's trainings."""
+        return self.checkpoints and self.checkpoints / subject.name
 
     @property
     def parts(self) -> tuple[int, ...]:
@@ -123,8 +129,8 @@ def _evaluate_again(rows: Sequence[Row], source: Source, how: How) -> Pairs:
         if not probed:
             continue
         by_number = {dataclasses.replace(m, strength=None): row for m, row in probed.items()}
-        checkpoints = how.checkpoints and how.checkpoints / subject.name
-        for new in measure_features(subject, images, list(probed), how.device, how.parts, checkpoints=checkpoints):
+        own_checkpoints = how.checkpoints_of(subject)
+        for new in measure_features(subject, images, list(probed), how.device, how.parts, checkpoints=own_checkpoints):
             yield by_number[dataclasses.replace(measurement_of(new), strength=None)], new
 
 
@@ -135,7 +141,10 @@ def _probe_layers_again(rows: Sequence[Row], source: Source, how: How) -> Pairs:
             row = next(iter(by_layer.values()))
             recipe = _recipe(row)
             train, val = _splits(source, square_size(recipe, dataset_of(row.data)))
-            for new in measure_layers(recipe, subject, list(by_layer), train, val, row.data, seed=row.seed or 0):
+            for new in measure_layers(
+                recipe, subject, list(by_layer), train, val, row.data, seed=row.seed or 0,
+                checkpoints=how.checkpoints_of(subject),
+            ):  # fmt: skip
                 yield by_layer[new.layer], new
 
 
@@ -148,7 +157,8 @@ def _finetune_again(rows: Sequence[Row], source: Source, how: How) -> Pairs:
             # a training uses its backbone up
             fresh = transfer_subject(recipe, model, seed, random=not subject.published)
             labels = row.labels_per_class, row.draw or "first"
-            yield row, measure_transfer(recipe, fresh, row.layer, images, *labels, seed, how.device)
+            checkpoints = how.checkpoints_of(subject)
+            yield row, measure_transfer(recipe, fresh, row.layer, images, *labels, seed, how.device, checkpoints)
 
 
 def _outliers_again(rows: Sequence[Row], source: Source, how: How) -> Pairs:
@@ -171,10 +181,20 @@ def _transfer_again(rows: Sequence[Row], source: Source, how: How) -> Pairs:
     """By the commands of PASCAL VOC: the source's folder is the VOCdevkit, and a training gives several rows."""
     for training in dict.fromkeys(map(transfer_training, rows)):
         own = [row for row in rows if transfer_training(row) == training]
+        with _output_of(training, how) as output:
+            module, args = transfer_arguments(own[0], source, output, how.device)
+            yield from _paired(own, read_file(module.measure(args)))
+
+
+@contextlib.contextmanager
+def _output_of(training: tuple[object, ...], how: How) -> Iterator[Path]:
+    """A folder for a training, removed when its rows are written; what was interrupted stays, if it can be resumed."""
+    if how.checkpoints is None:
         with tempfile.TemporaryDirectory() as output:
-            module, args = transfer_arguments(own[0], source, Path(output), how.device)
-            new = read_file(module.measure(args))
-        yield from _paired(own, new)
+            yield Path(output)
+    else:
+        yield (kept := how.checkpoints / "-".join(map(str, training)))
+        shutil.rmtree(kept)
 
 
 # by the command that measures a protocol

@@ -1,6 +1,7 @@
 """What comes of measuring: rows as they are measured, and the report of a file of them."""
 
 import os
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -52,8 +53,13 @@ def keep_row(row: Row, file: Path) -> None:
     write_rows(file, [row])
 
 
-def keep_rows(rows: Iterable[Row], file: Path) -> Path:
-    """:func:`keep_row` of rows that are measured as they are asked for; returns the file."""
+def keep_rows(rows: Iterable[Row], file: Path, checkpoints: Path | None = None) -> Path:
+    """:func:`keep_row` of rows that are measured as they are asked for; returns the file.
+
+    The folder ``checkpoints`` is removed when all are written.
+    """
     for row in rows:
         keep_row(row, file)
+    if checkpoints:
+        shutil.rmtree(checkpoints, ignore_errors=True)
     return file

@@ -16,7 +16,6 @@ from torch import nn
 from tqdm import tqdm
 
 from rotation_ssl.cli.options import add_device, positive
-from rotation_ssl.embedding.backbone import weights_digest
 from rotation_ssl.fit import Checkpoint
 from rotation_ssl.machine import device_name
 from rotation_ssl.messages import counted
@@ -231,8 +230,7 @@ def _open_checkpoint(output: Path, decided: str, subject: Subject, train: Sequen
     """
     states = [[file_state(image.file), file_state(getattr(image, "mask", image.file))] for image in train]
     images = hashlib.sha256(repr((train, states)).encode()).hexdigest()
-    network = f"{subject.name} of {subject.size} pixels, weights {weights_digest(subject.backbone)}"
-    return Checkpoint(output / CHECKPOINT, f"{network}, {decided}, images {images}")
+    return Checkpoint(output / CHECKPOINT, f"{subject.identity}, {decided}, images {images}")
 
 
 def _settings(recipe: VocRecipe, fc_size: int, before: int) -> str:

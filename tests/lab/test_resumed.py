@@ -1,4 +1,4 @@
-"""Transfers to PASCAL VOC that are killed and given again: the same network, bit by bit, or one clear error."""
+"""Commands that are killed while they train and given again: the same result, or one clear error."""
 
 import os
 import signal
@@ -8,6 +8,7 @@ import textwrap
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from small_voc import grid_proposals, write_small_voc
 
@@ -27,6 +28,19 @@ OPTIONS = {
 @pytest.fixture(scope="module")
 def devkit(tmp_path_factory):
     return write_small_voc(tmp_path_factory.mktemp("voc"), train=6, test=4)
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    """A folder of two classes, 96 images of each to train on."""
+    root = tmp_path_factory.mktemp("labelled")
+    noise = torch.randint(256, (96, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).numpy()
+    for split, count in (("train", 96), ("val", 20)):
+        for name, brightness in (("dark", 2), ("light", 1)):
+            (root / split / name).mkdir(parents=True)
+            for number, pixels in enumerate(noise[:count]):
+                Image.fromarray(pixels // brightness).save(root / split / name / f"{number}.png")
+    return root
 
 
 @pytest.fixture(scope="module")
@@ -86,3 +100,34 @@ def test_a_killed_transfer_goes_on_to_the_same_network(command, devkit, proposal
     assert networks[0] == networks[1]
     assert not checkpoint.exists()
     assert all(row.seconds > 3600 for row in read_file(tmp_path / "killed" / "rows.jsonl"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "trainings"),
+    [
+        (["finetune", "few-labels-cpu", "rotnet_nin.cifar10", "--images", "768", "--labels-per-class", "9", "96"], 2),
+        (["probe-layers", "imagenet-linear-cpu", "rotnet_alexnet.photos", "--layers", "conv1", "--epochs", "6"], 1),
+    ],
+)
+def test_a_killed_training_on_labels_goes_on_to_the_same_numbers(
+    command, trainings, labelled, tmp_path, monkeypatch, capsys
+):
+    arguments = [*command, "--dataset", "folder", "--data", str(labelled), "--output"]
+    assert lab.main([*arguments, str(tmp_path / "whole")]) == 0
+    assert run_and_kill([*arguments, str(tmp_path / "killed")]) == -signal.SIGKILL
+    (checkpoint,) = (tmp_path / "killed" / "checkpoints").iterdir()
+    assert lab.main([*arguments, str(tmp_path / "killed"), "--size", "96"]) == 2
+    assert f"{checkpoint.name} is of other options, images or weights" in capsys.readouterr().err
+    torch.save(torch.load(checkpoint, weights_only=True) | {"seconds": 3600.0}, checkpoint)
+    taken = []
+    step = torch.optim.SGD.step
+    monkeypatch.setattr("torch.optim.SGD.step", lambda *args: taken.append(1) or step(*args))
+    assert lab.main([*arguments, str(tmp_path / "killed")]) == 0
+    assert len(taken) == trainings * STEPS - KILLED_AFTER
+    whole, killed = (read_file(tmp_path / output / "rows.jsonl") for output in ("whole", "killed"))
+    assert [(row.number, row.counts, row.settings) for row in whole] == [
+        (row.number, row.counts, row.settings) for row in killed
+    ]
+    assert [row.seconds > 3600 for row in killed] == [True] + [False] * (trainings - 1)
+    assert not checkpoint.parent.exists()
