@@ -18,7 +18,7 @@ from training.transfer.data import CLASSES, AnnotatedImage, open_pixels, read_an
 from training.transfer.detector import build_detector
 from training.transfer.metrics import average_precision, match_detections, mean_over_classes
 from training.transfer.network import transfer_network
-from training.transfer.pictures import draw_detections
+from training.transfer.pictures import draw_detections, draw_legend, palette
 from training.transfer.proposals import check_proposals_file, read_proposals, write_proposals
 from training.transfer.recipes import VOC_FAST_RCNN, VOC_FASTER_RCNN
 
@@ -103,7 +103,11 @@ def test_pictures_have_the_sure_detections(devkit, proposals, tmp_path):
     assert run(*arguments, *options) == 0
     assert sorted(file.name for file in (tmp_path / "pictures").iterdir()) == ["000007.png", "000008.png"]
     with Image.open(tmp_path / "pictures.jpg") as sheet:
-        assert sheet.size == (4 * 300, 225)
+        assert sheet.size == (4 * 300, 225 + 2 * 24), "20 classes in two lines below the pictures"
+    legend = draw_legend(CLASSES)
+    colors = [legend.getpixel((4 + 8 + 120 * (number % 10), 24 * (number // 10) + 12)) for number in range(20)]
+    assert colors == palette(20)[1:]
+    assert legend.crop((24, 0, 120, 24)).convert("L").getextrema()[0] < 100, "a name beside the first"
     image = read_annotations(devkit, "2007", "test")[0]
     found = {
         "boxes": torch.tensor([[10.0, 60, 100, 120], [0, 0, 50, 50]]),

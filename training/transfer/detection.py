@@ -182,6 +182,7 @@ def measure(args: argparse.Namespace) -> Path:
                 draw_detections(transfer.output, image.file, found, args.classes)
                 for image, found in zip(pictured, detections, strict=True)
             ],
+            args.classes,
         )
     settings = (
         f"{name}, {command.classes_shown(by_class)}, shorter side {', '.join(map(str, recipe.train_sides))} in training"

@@ -4,12 +4,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from training.transfer.data import open_pixels, pixels_tensor
 
 COLUMNS, CELL = 4, (300, 225)  # of the sheet; width and height in pixels
+NAMES, LINE = 10, 24  # classes in a line of the legend, and its height in pixels
 
 
 def draw_detections(output: Path, file: Path, found: Mapping[str, torch.Tensor], classes: Sequence[str]) -> Path:
@@ -39,16 +40,29 @@ def draw_segmentation(output: Path, file: Path, predicted: torch.Tensor, classes
     return _written(output, file, draw_segmentation_masks(image, masks, alpha=0.6, colors=palette(classes)[1:]))
 
 
-def draw_sheet(output: Path, pictures: Sequence[Path]) -> None:
-    """Write pictures, made smaller, onto one sheet, pictures.jpg: in their order, row by row."""
-    width, height = CELL
-    sheet = Image.new("RGB", (COLUMNS * width, -(-len(pictures) // COLUMNS) * height), "white")
+def draw_sheet(output: Path, pictures: Sequence[Path], classes: Sequence[str]) -> None:
+    """Write pictures, made smaller, onto one sheet, pictures.jpg: row by row, and below them the classes' colours."""
+    (width, height), legend = CELL, draw_legend(classes)
+    below = -(-len(pictures) // COLUMNS) * height
+    sheet = Image.new("RGB", (legend.width, below + legend.height), "white")
+    sheet.paste(legend, (0, below))
     for number, picture in enumerate(pictures):
         with Image.open(picture) as image:
             small = ImageOps.contain(image, (width - 6, height - 6))
         left, top = number % COLUMNS * width, number // COLUMNS * height
         sheet.paste(small, (left + (width - small.width) // 2, top + (height - small.height) // 2))
     sheet.save(output / "pictures.jpg", quality=85)
+
+
+def draw_legend(classes: Sequence[str]) -> Image.Image:
+    """The classes' names, each beside its colour: an image as wide as a sheet."""
+    legend = Image.new("RGB", (COLUMNS * CELL[0], -(-len(classes) // NAMES) * LINE), "white")
+    draw, width = ImageDraw.Draw(legend), legend.width // NAMES
+    for number, (name, color) in enumerate(zip(classes, palette(len(classes))[1:], strict=True)):
+        left, top = number % NAMES * width + 4, number // NAMES * LINE + 4
+        draw.rectangle((left, top, left + 15, top + 15), color)
+        draw.text((left + 21, top), name, "black", ImageFont.load_default(14))
+    return legend
 
 
 def palette(classes: int) -> list[tuple[int, int, int]]:

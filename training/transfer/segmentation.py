@@ -157,18 +157,22 @@ def predict(network: Fcn, pixels: torch.Tensor, size: Sequence[int]) -> torch.Te
 
 
 def draw_pictures(
-    recipe: VocSegmentation, network: Fcn, images: Sequence[data.MaskedImage], output: Path, device: str = "cpu"
+    recipe: VocSegmentation,
+    network: Fcn,
+    images: Sequence[data.MaskedImage],
+    classes: Sequence[str],
+    output: Path,
+    device: str = "cpu",
 ) -> None:
     """Write the predicted classes of images over them, into ``output``/pictures, and all of them on pictures.jpg."""
-    classes = network.score.out_channels - 1
     pictures = []
     with torch.inference_mode(), autocast_of(recipe.training, network):
         for image in images:
-            pixels, mask = _test_sample(classes, recipe.longest, image)
+            pixels, mask = _test_sample(len(classes), recipe.longest, image)
             predicted = predict(network, pixels.to(device), mask.shape).cpu()
-            pictures.append(draw_segmentation(output, image.file, predicted, classes))
+            pictures.append(draw_segmentation(output, image.file, predicted, len(classes)))
     if pictures:
-        draw_sheet(output, pictures)
+        draw_sheet(output, pictures, classes)
 
 
 def measure_segmentation(
@@ -238,7 +242,7 @@ def measure(args: argparse.Namespace) -> Path:
     network, values = measure_segmentation(
         recipe, transfer.network, transfer.train, transfer.test, len(args.classes), transfer.run
     )
-    draw_pictures(recipe, network, transfer.test[: args.pictures], transfer.output, args.device)
+    draw_pictures(recipe, network, transfer.test[: args.pictures], args.classes, transfer.output, args.device)
     by_class = {command.IOU: values}
     scaled = f", longer side {recipe.longest} pixels" if recipe.longest else ""
     settings = f"FCN, {command.classes_shown(by_class)} with the background{scaled}"
