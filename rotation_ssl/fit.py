@@ -1,5 +1,6 @@
 """The supervised SGD loop: what trains probes, fine-tunes backbones and transfers them to another task."""
 
+import hashlib
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -96,6 +97,33 @@ class Checkpoint:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         replace_file(self.file, lambda path: torch.save(state, path))
         self.saved = time.monotonic()
+
+
+class Checkpoints:
+    """Checkpoints of several trainings in one folder: a file for each, under a name that no other training has.
+
+    Args:
+        folder: need not exist yet; None: nothing is saved.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder, self.opened = folder, list[Path]()
+
+    def open(self, identity: str) -> Checkpoint:
+        """The checkpoint of the training that ``identity`` tells from every other; errors as of :class:`Checkpoint`."""
+        if self.folder is None:
+            return Checkpoint()
+        file = self.folder / f"training-{hashlib.sha256(identity.encode()).hexdigest()[:12]}.pt"
+        self.opened.append(file)
+        return Checkpoint(file, identity)
+
+    def remove(self) -> None:
+        """Remove the files of the trainings that were opened, whose results are written by now."""
+        for file in self.opened:
+            # with what kills have left
+            for left in file.parent.glob(f"{file.name}*"):
+                left.unlink()
+        self.opened.clear()
 
 
 def fit(

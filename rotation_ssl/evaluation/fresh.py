@@ -5,7 +5,6 @@ This is the paper's protocol. Nothing is stored but the probes: memory does not 
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -42,7 +41,8 @@ def train_fresh(
         train: the training images.
         heads: their recipes, none of whose precision is 'auto', differ in milestones and learning rates alone.
         seed: of the order and the crops.
-        checkpoint: of :func:`open_checkpoint`, where the state is saved between epochs and resumed from.
+        checkpoint: where the state is saved between epochs, and resumed from; its identity is
+            :func:`training_identity`.
 
     Returns:
         A probe for each head, on the backbone's device.
@@ -84,19 +84,13 @@ def train_fresh(
     return probes.eval()
 
 
-def open_checkpoint(
-    file: Path | None, frozen: Frozen, train: LabelledImages, heads: Sequence[Head], seed: int
-) -> Checkpoint:
-    """Where the training of these probes is saved, with its state if ``file`` exists.
-
-    Raises:
-        ValueError: the file is of other probes, images or weights.
-    """
+def training_identity(frozen: Frozen, train: LabelledImages, heads: Sequence[Head], seed: int) -> str:
+    """All that decides the probes but machine and library versions, in one line."""
     weights = f"{type(frozen.backbone).__name__} {weights_digest(frozen.backbone)}"
     trained = "; ".join(f"{head.name} {head.recipe}" for head in heads)
     data = f"images {fingerprint(train.images)}, labels {fingerprint(train.labels)}"
     settings = f"{frozen.size} pixels, features in {frozen.precision}, seed {seed}"
-    return Checkpoint(file, f"{weights}, {settings}, {data}: {trained}", "probes")
+    return f"{weights}, {settings}, {data}: {trained}"
 
 
 def shuffled(count: int, size: int, generator: torch.Generator) -> list[torch.Tensor]:

@@ -9,14 +9,14 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 
 import torch
 from torch import nn
 
-from rotation_ssl.evaluation.fresh import Head, epoch_generator, open_checkpoint, shuffled, train_fresh
+from rotation_ssl.evaluation.fresh import Head, epoch_generator, shuffled, train_fresh, training_identity
 from rotation_ssl.evaluation.frozen import BATCH, PARTS, Frozen, map_grids, preparation
 from rotation_ssl.evaluation.protocols import PROTOCOLS, ProbeRecipe, find_protocol
+from rotation_ssl.fit import Checkpoints
 from rotation_ssl.labelled import Images, LabelledImages
 from rotation_ssl.machine import available_memory
 from rotation_ssl.messages import counted
@@ -134,7 +134,7 @@ def measure_features(
     measurements: Sequence[Measurement],
     test_parts: Sequence[int] = range(PARTS),
     precision: str | None = None,
-    checkpoints: Path | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> Iterator[Number]:
     """The numbers that are measured on frozen features, layer by layer, each as soon as it is measured.
 
@@ -148,7 +148,7 @@ def measure_features(
         measurements: what to measure.
         test_parts: tenths of the test images to measure on.
         precision: of the trained probes; None: as in their recipes. The settings say what 'auto' became.
-        checkpoints: folder that trainings on new crops keep their state in, and go on from; None: nothing is kept.
+        checkpoints: where trainings on new crops are saved, and resumed from; None: nothing is saved.
 
     Raises:
         ValueError: a layer or protocol that does not exist, fewer training images than neighbours, features that do not
@@ -164,7 +164,7 @@ def measure_features(
     ]
     caches = {grid: _plan_cache(frozen, images, own, grid) for grid, own in passes if grid is not None}
     found = itertools.chain.from_iterable(
-        _fresh_numbers(frozen, images, own, precision, checkpoints)
+        _fresh_numbers(frozen, images, own, precision, checkpoints or Checkpoints())
         if grid is None
         else _cached_numbers(frozen, images, own, caches[grid], precision)
         for grid, own in passes
@@ -294,7 +294,7 @@ def _fresh_numbers(
     images: Images,
     measurements: Sequence[Measurement],
     precision: str | None,
-    checkpoints: Path | None,
+    checkpoints: Checkpoints,
 ) -> Iterator[Found]:
     """Each measurement on new crops, an equal part of the time for each: one training of all of a seed."""
     classes = len(images.train.classes)
@@ -303,8 +303,7 @@ def _fresh_numbers(
         heads = [_head(m, classes, frozen.device, precision) for m in own]
         # features that are computed every epoch have the precision of the probes
         backbone = dataclasses.replace(frozen, precision=frozen.precision or heads[0].recipe.precision)
-        file = checkpoints and checkpoints / f"probes-seed{seed or 0}.pt"
-        checkpoint = open_checkpoint(file, backbone, images.train, heads, seed or 0)
+        checkpoint = checkpoints.open(training_identity(backbone, images.train, heads, seed or 0))
         started = time.monotonic() - checkpoint.seconds
         probes = train_fresh(backbone, images.train, heads, seed or 0, checkpoint)
         maps = backbone.whole_maps(list(dict.fromkeys(m.layer for m in own)))

@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 from small_voc import write_small_voc
 
+from rotation_ssl.fit import Checkpoints
 from training.reporting import again
-from training.reporting.again import Source, measure_source, transfer_arguments, transfer_training
+from training.reporting.again import How, Source, measure_source, transfer_arguments, transfer_training
 from training.reporting.check import judge
 from training.reporting.rows import Row, read_file
 from training.transfer import classification, detection
@@ -36,6 +37,12 @@ def test_a_training_gives_its_rows_again(source, tmp_path, monkeypatch):
     pairs = list(measure_source(rows[:2], source))
     assert [old for old, _ in pairs] == rows[:2] and all(old.value == new.value for old, new in pairs)
     assert all(judge(old, new, rows).holds for old, new in pairs)
+    # stopped before the rows were recorded: nothing is trained again
+    how = How(checkpoints=Checkpoints(tmp_path / "states"))
+    next(measure_source(rows[:2], source, how))
+    monkeypatch.setattr(classification, "measure", None)
+    assert [old for old, _ in measure_source(rows[:2], source, how)] == rows[:2]
+    assert not any((tmp_path / "states").iterdir())
     moved = dataclasses.replace(pairs[0][1], value=pairs[0][1].value + 0.021)
     assert not judge(rows[0], moved, rows).holds
 

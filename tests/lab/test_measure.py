@@ -4,10 +4,12 @@ import argparse
 import dataclasses
 
 import pytest
+import torch
 from conftest import shorten_probes
 
 from rotation_ssl.evaluation import fresh
 from training.datasets import DATASETS
+from training.protocols import PROTOCOLS
 from training.reporting import again, measure, options
 from training.reporting.required import CIFAR10, PUBLISHED, REQUIRED, Required
 from training.reporting.rows import Row, read_file, write_rows
@@ -95,6 +97,35 @@ def test_a_stopped_training_on_new_crops_goes_on(small, tmp_path, monkeypatch):
     assert measured("stopped", 130) == [] and epochs == []
     assert measured("stopped", 0) == whole
     assert epochs == ["the probes in epoch 3"]
+
+
+def test_a_stopped_fine_tuning_goes_on(small, tmp_path, monkeypatch):
+    numbers = (Required(CIFAR10, "few-labels", "cpu", ("block2",), (0,), (2, 4), of=(PUBLISHED,)),)
+    monkeypatch.setitem(REQUIRED, NAME, numbers)
+    shorten_probes(monkeypatch, PROTOCOLS, ["few-labels"], images=64, batch_size=16, precision="fp32")
+    monkeypatch.setattr("rotation_ssl.fit.CHECK_EVERY", 1)
+    monkeypatch.setattr("rotation_ssl.fit.CHECKPOINT_SECONDS", 0.0)
+    results, states, steps, step = tmp_path / "results", tmp_path / "states", [], torch.optim.SGD.step
+
+    def counted_step(*args):
+        # in the third step of the second training
+        if len(steps) == 4 + 2:
+            steps.append("stop")
+            raise KeyboardInterrupt
+        steps.append("step")
+        return step(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.optim.SGD.step", counted_step)
+        assert run(small, results, "--output", str(states)) == 130
+        (row,) = read_file(results / f"{NAME}.jsonl")
+        assert row.labels_per_class == 2
+        assert run(small, results, "--output", str(states)) == 0
+        assert steps.count("step") == 4 + 4
+    resumed = read_file(results / f"{NAME}.jsonl")[1]
+    assert run(small, tmp_path / "whole", "--output", str(tmp_path / "new")) == 0
+    whole = read_file(tmp_path / "whole" / f"{NAME}.jsonl")[1]
+    assert (whole.labels_per_class, whole.counts, whole.settings) == (4, resumed.counts, resumed.settings)
 
 
 def test_rows_of_other_bytes_are_measured_anew(small, tmp_path):

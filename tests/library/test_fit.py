@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from rotation_ssl.fit import CHECK_EVERY, Checkpoint, fit
+from rotation_ssl.fit import CHECK_EVERY, Checkpoint, Checkpoints, fit
 from rotation_ssl.pretraining.optim import create_scheduler
 from rotation_ssl.pretraining.recipe import StepSchedule
 
@@ -169,6 +169,21 @@ def test_a_checkpoint_is_saved_once_a_minute_and_at_the_end(tmp_path):
     assert not (tmp_path / "parts.pt").exists()
     train_until(50, tmp_path / "parts.pt")
     assert (tmp_path / "parts.pt").exists()
+
+
+def test_trainings_in_one_folder_keep_out_of_each_others_way(tmp_path):
+    ours, others = Checkpoints(tmp_path / "runs"), Checkpoints(tmp_path / "runs")
+    saved = {}
+    for owner, identity in ((ours, "a"), (ours, "b"), (others, "c")):
+        checkpoint = owner.open(identity)
+        checkpoint.restore()
+        checkpoint.save(7, at_once=True)
+        saved[identity] = checkpoint.file
+    assert len(set(saved.values())) == 3
+    assert [Checkpoints(tmp_path / "runs").open(name).done for name in "abcd"] == [7, 7, 7, 0]
+    ours.remove()
+    assert list((tmp_path / "runs").iterdir()) == [saved["c"]]
+    assert Checkpoints().open("c").done == 0, "nothing is saved without a folder"
 
 
 def test_losses_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from torch import nn
 import rotation_ssl  # noqa: F401  registers the models with timm
 from rotation_ssl import fit
 from rotation_ssl.evaluation import fresh
-from rotation_ssl.evaluation.fresh import Head, open_checkpoint, train_fresh
+from rotation_ssl.evaluation.fresh import Head, train_fresh, training_identity
 from rotation_ssl.evaluation.frozen import Frozen
 from rotation_ssl.evaluation.protocols import ProbeRecipe
 from rotation_ssl.labelled import LabelledImages
@@ -49,7 +49,8 @@ def heads(recipe=RECIPE):
 
 
 def resume(file, frozen, images, heads, seed):
-    return train_fresh(frozen, images, heads, seed, open_checkpoint(file, frozen, images, heads, seed))
+    checkpoint = fit.Checkpoint(file, training_identity(frozen, images, heads, seed), "probes")
+    return train_fresh(frozen, images, heads, seed, checkpoint)
 
 
 def equal(one: nn.Module, other: nn.Module) -> bool:

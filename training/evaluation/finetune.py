@@ -32,17 +32,17 @@ from torch.utils.data import BatchSampler, RandomSampler
 from rotation_ssl.cli.options import positive
 from rotation_ssl.evaluation.frozen import PARTS, preparation
 from rotation_ssl.features import layer_modules
-from rotation_ssl.fit import Checkpoint, fit
+from rotation_ssl.fit import Checkpoint, Checkpoints, fit
 from rotation_ssl.labelled import Images, LabelledImages, labels_subset
 from rotation_ssl.messages import counted
 from rotation_ssl.precision import autocast_type, resolved, warn_if_emulated
-from rotation_ssl.pretraining.augment import crop_and_flip
-from rotation_ssl.pretraining.images import fingerprint
+from rotation_ssl.pretraining.augment import crop_and_flip, draw_windows
 from rotation_ssl.pretraining.optim import create_scheduler
 from rotation_ssl.probes import convolutional_probe, nonlinear_probe
 from rotation_ssl.progress import progress
 from training.command import create_parser
 from training.evaluation import options
+from training.evaluation.labelled import identity_of
 from training.evaluation.recipes import TRANSFERS, TransferRecipe
 from training.evaluation.subject import Subject, load_subject, measured_row, recommended_layer
 from training.protocols import PROTOCOLS
@@ -59,7 +59,7 @@ def measure_transfer(
     draw: str = "first",
     seed: int = 0,
     device: str = "cpu",
-    checkpoints: Path | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> Row:
     """Train a recipe's network on labelled images and test it.
 
@@ -71,7 +71,7 @@ def measure_transfer(
         labels_per_class: K labelled images of each class; None: all.
         draw: 'first' or 'random', which K images of a class.
         seed: of the classifier, the order, the crops and the random draw.
-        checkpoints: folder that the training keeps its state in, and resumes from; None: nothing is kept.
+        checkpoints: where the training is saved, and resumed from; None: nothing is saved.
     """
     recipe = resolved(recipe, device)
     if recipe.images < recipe.batch_size:
@@ -80,7 +80,8 @@ def measure_transfer(
     if labels_per_class is not None:
         generator = None if draw == "first" else torch.Generator().manual_seed(seed)
         train = labels_subset(train, labels_per_class, generator)
-    checkpoint = _open_checkpoint(checkpoints, recipe, subject, layer, train, seed)
+    identity = f"{subject.identity}, {recipe}, {layer}, seed {seed}, {identity_of(train)}"
+    checkpoint = (checkpoints or Checkpoints()).open(identity)
     started = time.monotonic() - checkpoint.seconds
     network = build_network(recipe, subject, layer, len(train.classes), seed).to(device)
     network.to(memory_format=torch.channels_last)
@@ -198,34 +199,22 @@ def train_network(
     order = RandomSampler(train, num_samples=steps * recipe.batch_size, generator=generator)
     batches = iter(BatchSampler(order, recipe.batch_size, drop_last=True))
 
-    def crops_of(own: torch.Tensor) -> torch.Tensor:
-        side = images.shape[-1]
-        return crop_and_flip(images[own], side, recipe.padding, recipe.padding_mode, True, generator)
+    side = images.shape[-1]
 
     def loss_of(chosen: list[int]) -> torch.Tensor:
         own = torch.tensor(chosen, device=device)
-        return F.cross_entropy(network(prepare(crops_of(own))).float(), labels[own])
+        crops = crop_and_flip(images[own], side, recipe.padding, recipe.padding_mode, True, generator)
+        return F.cross_entropy(network(prepare(crops)).float(), labels[own])
 
     scheduler, checkpoint = create_scheduler(recipe.schedule, optimizer, steps), checkpoint or Checkpoint()
     # drawn again: the generator is then where it was, in the middle of a permutation
-    for chosen in progress(
-        "resuming", checkpoint.done, "step", islice(batches, checkpoint.done), disable=not checkpoint.done
-    ):
-        crops_of(torch.tensor(chosen, device=device))
+    for chosen in islice(batches, checkpoint.done):
+        draw_windows(len(chosen), side, side, recipe.padding, True, generator)
     checkpoint.restore(network=network, optimizer=optimizer, scheduler=scheduler)
     fit(
         network, batches, loss_of, optimizer, name=f"{recipe.name}, {counted(len(train), 'label')}",
         scheduler=scheduler, steps=steps, images_per_step=recipe.batch_size, autocast=autocast, checkpoint=checkpoint,
     )  # fmt: skip
-
-
-def _open_checkpoint(
-    folder: Path | None, recipe: TransferRecipe, subject: Subject, layer: str, train: LabelledImages, seed: int
-) -> Checkpoint:
-    """Open the checkpoint of a training, whose file need not exist yet; ValueError if it is another training's."""
-    file = folder and folder / f"{recipe.name}-{len(train)}-seed{seed}.pt"
-    images = f"images {fingerprint(train.images)}, labels {fingerprint(train.labels)}"
-    return Checkpoint(file, f"{subject.identity}, {recipe}, {layer}, seed {seed}, {images}")
 
 
 def predict(
@@ -297,7 +286,7 @@ def _measure(args: argparse.Namespace) -> Path:
         labels_subset(images.train, labels)
     trainings = [(labels, seed) for labels in args.labels_per_class or [None] for seed in options.seeds(args)]
     bar = progress("trainings", len(trainings), "training", trainings, disable=len(trainings) == 1)
-    checkpoints = options.checkpoints_of(args, subject)
+    checkpoints = Checkpoints(options.output_of(args, subject))
     rows = (
         measure_transfer(
             recipe, _subject(recipe, args, seed), layer, images, labels, args.draw, seed, args.device, checkpoints

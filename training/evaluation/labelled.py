@@ -8,7 +8,14 @@ import torch
 
 from rotation_ssl.images import find_images
 from rotation_ssl.labelled import LabelledImages
-from rotation_ssl.pretraining.images import UnlabelledImages, open_dataset, open_entries, open_files, stream
+from rotation_ssl.pretraining.images import (
+    UnlabelledImages,
+    fingerprint,
+    open_dataset,
+    open_entries,
+    open_files,
+    stream,
+)
 from rotation_ssl.progress import progress
 from training.datasets import DATASETS, FOLDER, list_files, load_cifar10
 
@@ -49,7 +56,7 @@ def open_labelled(dataset: str, data_dir: Path, split: str, size: int, download:
     if targets is None:
         raise ValueError(f"{dataset!r} does not list its labels: use a folder, or torch/places365")
     classes = tuple(map(str, range(int(max(targets)) + 1)))
-    return LabelledFiles(open_entries(entries, size), torch.as_tensor(targets), classes)
+    return LabelledFiles(open_entries(entries, size, dataset), torch.as_tensor(targets), classes)
 
 
 def _open_folder(root: Path, split: str, size: int) -> LabelledFiles:
@@ -71,14 +78,19 @@ def class_folders(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
+def identity_of(data: Labelled) -> str:
+    """What tells the images and labels from others, in one line, as :func:`fingerprint`."""
+    side = data.images.shape[-1] if isinstance(data, LabelledImages) else data.images.size
+    return f"{side} pixels of {fingerprint(data.images)}, labels {fingerprint(data.labels)}"
+
+
 def read_into_memory(data: Labelled, workers: int) -> Labelled:
     """The images in memory if they fit, else unchanged."""
     if isinstance(data, LabelledImages) or not data.images.fits_memory(copies=2):
         return data
     data.images.read_all(workers)
     _refuse_broken(data, data.images.broken)
-    assert data.images.squares is not None
-    return LabelledImages(data.images.squares, data.labels, data.classes)
+    return data
 
 
 def split_holdout(data: Labelled, holdout: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -115,7 +127,7 @@ def squares_of(
 
 def check_decoding(data: Labelled, chosen: torch.Tensor, workers: int) -> None:
     """Decode the images at ``chosen`` (M,) once, unless they are in memory."""
-    if isinstance(data, LabelledImages):
+    if isinstance(data, LabelledImages) or data.images.squares is not None:
         return
     with progress("checking", len(chosen)) as bar:
         for pixels, _ in squares_of(data, iter(chosen.split(100)), workers):

@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from rotation_ssl.cli.options import positive
 from rotation_ssl.evaluation.frozen import PARTS, Frozen
 from rotation_ssl.features import layer_modules
-from rotation_ssl.fit import Checkpoint, fit
+from rotation_ssl.fit import Checkpoint, Checkpoints, fit
 from rotation_ssl.messages import counted
 from rotation_ssl.precision import resolved, warn_if_emulated
 from rotation_ssl.pretraining.augment import crop_and_flip
@@ -44,6 +44,7 @@ from training.evaluation import options
 from training.evaluation.labelled import (
     Labelled,
     check_decoding,
+    identity_of,
     open_labelled,
     read_into_memory,
     split_holdout,
@@ -172,7 +173,7 @@ def measure_layers(
     holdout: int = 0,
     seed: int = 0,
     workers: int = 0,
-    checkpoints: Path | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> Iterator[Row]:
     """Train the recipe's classifiers on the layers and test them; one row for each layer.
 
@@ -185,7 +186,7 @@ def measure_layers(
         name: of the data in the rows.
         holdout: test on this many training images instead.
         seed: of the classifiers, the order and the crops.
-        checkpoints: folder that the training keeps its state in, and resumes from; None: nothing is kept.
+        checkpoints: where the training is saved, and resumed from; None: nothing is saved.
     """
     recipe = resolved(recipe, next(subject.backbone.parameters()).device)
     torch.manual_seed(seed)
@@ -194,7 +195,8 @@ def measure_layers(
     if holdout:
         chosen, measured = split_holdout(train, holdout)
         of, name = train, f"{name.rpartition(' ')[0]}, {counted(holdout, 'training image')}"
-    checkpoint = _open_checkpoint(checkpoints, recipe, subject, layers, train, chosen, seed)
+    trained = f"{recipe}, {', '.join(layers)}, seed {seed}, images {fingerprint(chosen)} of {identity_of(train)}"
+    checkpoint = (checkpoints or Checkpoints()).open(f"{subject.identity}, {trained}")
     started = time.monotonic() - checkpoint.seconds
     check_decoding(of, measured, workers)
     train_probes(recipe, subject, probes, train, chosen, seed, workers, checkpoint)
@@ -213,21 +215,6 @@ def measure_layers(
             subject, counts, len(measured), name, settings, seconds,
             protocol=recipe.protocol, budget=recipe.budget, layer=layer, seed=seed,
         )  # fmt: skip
-
-
-def _open_checkpoint(
-    folder: Path | None,
-    recipe: LayerProbeRecipe,
-    subject: Subject,
-    layers: Sequence[str],
-    train: Labelled,
-    chosen: torch.Tensor,
-    seed: int,
-) -> Checkpoint:
-    """Open the checkpoint of a training, whose file need not exist yet; ValueError if it is another training's."""
-    file = folder and folder / f"{recipe.name}-seed{seed}.pt"
-    images = f"images {fingerprint(train.images)}, labels {fingerprint(train.labels[chosen])}, at {fingerprint(chosen)}"
-    return Checkpoint(file, f"{subject.identity}, {recipe}, {', '.join(layers)}, seed {seed}, {images}")
 
 
 def _frozen(recipe: LayerProbeRecipe, subject: Subject) -> Frozen:
@@ -280,7 +267,7 @@ def _measure(args: argparse.Namespace) -> Path:
         check_whole(args.dataset, len(train), len(val))
     train = read_into_memory(train, args.workers)
     val = train if args.holdout else read_into_memory(val, args.workers)
-    name, checkpoints = name_of(args.dataset, args.data, "val"), options.checkpoints_of(args, subject)
+    name, checkpoints = name_of(args.dataset, args.data, "val"), Checkpoints(options.output_of(args, subject))
     rows = (
         dataclasses.replace(row, data=options.sized_name(row.data, args))
         for seed in progress("seeds", args.seeds, "seed", options.seeds(args), disable=args.seeds == 1)

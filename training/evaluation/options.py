@@ -89,11 +89,6 @@ def output_of(args: argparse.Namespace, subject: Subject) -> Path:
     return Path(args.output or args.runs / subject.name)
 
 
-def checkpoints_of(args: argparse.Namespace, subject: Subject) -> Path:
-    """The folder that a subject's trainings keep their state in until all rows are written."""
-    return output_of(args, subject) / "checkpoints"
-
-
 def rows_file(args: argparse.Namespace, subject: Subject, own_settings: object = False) -> Path:
     """The file of a subject's rows, with --record the project's own, whose numbers the card reports.
 

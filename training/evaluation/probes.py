@@ -27,6 +27,7 @@ from rotation_ssl.evaluation.frozen import PARTS, Frozen, map_grids
 from rotation_ssl.evaluation.measure import LINEAR_GRID, Measurement, Number, plan
 from rotation_ssl.evaluation.protocols import PROTOCOLS
 from rotation_ssl.features import layer_modules
+from rotation_ssl.fit import Checkpoints
 from rotation_ssl.labelled import Images, LabelledImages
 from rotation_ssl.precision import resolve_precision, warn_if_emulated
 from rotation_ssl.progress import progress
@@ -56,7 +57,7 @@ def measure_features(
     test_parts: Sequence[int] = range(PARTS),
     features: str | None = None,
     probes: str | None = None,
-    checkpoints: Path | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> Iterator[Row]:
     """The rows of :func:`rotation_ssl.evaluation.measure.measure_features`, each as soon as it is measured.
 
@@ -65,7 +66,7 @@ def measure_features(
         test_parts: tenths of the test images to measure on.
         features: precision of the features, which the rows then say; None: fp32.
         probes: precision of the trained probes; None: as in their recipes. The rows say what 'auto' became.
-        checkpoints: folder that trainings on new crops keep their state in, and go on from; None: nothing is kept.
+        checkpoints: where trainings on new crops are saved, and resumed from; None: nothing is saved.
     """
     if features is not None:
         features = resolve_precision(features, device)
@@ -111,7 +112,7 @@ def _measure(args: argparse.Namespace) -> Path:
     own = args.dataset not in DATASETS or args.holdout or args.size or args.precision
     file = options.rows_file(args, subject, own)
     images = options.images_of(args, subject.size, test_only=not measurements)
-    checkpoints = options.checkpoints_of(args, subject)
+    checkpoints = Checkpoints(options.output_of(args, subject))
     if measurements:
         # a wrong layer is an error now, not after the rotation accuracy
         map_grids(Frozen(subject.backbone, subject.size, args.device), images.test.images[:1], layers, LINEAR_GRID)

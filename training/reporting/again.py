@@ -14,6 +14,7 @@ from typing import Any
 
 from rotation_ssl.evaluation.frozen import PARTS
 from rotation_ssl.evaluation.measure import Measurement
+from rotation_ssl.fit import Checkpoints
 from rotation_ssl.labelled import Images
 from rotation_ssl.pretraining.options import WORKERS
 from rotation_ssl.progress import progress
@@ -58,16 +59,12 @@ def command_of(row: Row) -> str:
 @dataclass(frozen=True)
 class How:
     """How rows are measured again: on the whole test images or, ``quick``, on their first fifth; on which ``device``;
-    ``checkpoints``: folder that trainings on labels keep their state in, and resume from; None: nothing is kept.
+    ``checkpoints``: where trainings by SGD are saved, and resumed from; None: nothing is saved.
     """
 
     quick: bool = False
     device: str = "cpu"
-    checkpoints: Path | None = None
-
-    def checkpoints_of(self, subject: Subject) -> Path | None:
-        """The folder of a subject's trainings."""
-        return self.checkpoints and self.checkpoints / subject.name
+    checkpoints: Checkpoints | None = None
 
     @property
     def parts(self) -> tuple[int, ...]:
@@ -92,6 +89,8 @@ def measure_source(rows: Sequence[Row], source: Source, how: How = How()) -> Pai
     try:
         for command in dict.fromkeys(map(command_of, rows)):
             yield from AGAIN[command]([row for row in rows if command_of(row) == command], source, how)
+            if how.checkpoints:
+                how.checkpoints.remove()
     finally:
         # the next source's images may need the memory
         _images.cache_clear()
@@ -129,8 +128,7 @@ def _evaluate_again(rows: Sequence[Row], source: Source, how: How) -> Pairs:
         if not probed:
             continue
         by_number = {dataclasses.replace(m, strength=None): row for m, row in probed.items()}
-        own_checkpoints = how.checkpoints_of(subject)
-        for new in measure_features(subject, images, list(probed), how.device, how.parts, checkpoints=own_checkpoints):
+        for new in measure_features(subject, images, list(probed), how.device, how.parts, checkpoints=how.checkpoints):
             yield by_number[dataclasses.replace(measurement_of(new), strength=None)], new
 
 
@@ -143,7 +141,7 @@ def _probe_layers_again(rows: Sequence[Row], source: Source, how: How) -> Pairs:
             train, val = _splits(source, square_size(recipe, dataset_of(row.data)))
             for new in measure_layers(
                 recipe, subject, list(by_layer), train, val, row.data, seed=row.seed or 0,
-                checkpoints=how.checkpoints_of(subject),
+                checkpoints=how.checkpoints,
             ):  # fmt: skip
                 yield by_layer[new.layer], new
 
@@ -157,8 +155,7 @@ def _finetune_again(rows: Sequence[Row], source: Source, how: How) -> Pairs:
             # a training uses its backbone up
             fresh = transfer_subject(recipe, model, seed, random=not subject.published)
             labels = row.labels_per_class, row.draw or "first"
-            checkpoints = how.checkpoints_of(subject)
-            yield row, measure_transfer(recipe, fresh, row.layer, images, *labels, seed, how.device, checkpoints)
+            yield row, measure_transfer(recipe, fresh, row.layer, images, *labels, seed, how.device, how.checkpoints)
 
 
 def _outliers_again(rows: Sequence[Row], source: Source, how: How) -> Pairs:
@@ -183,17 +180,19 @@ def _transfer_again(rows: Sequence[Row], source: Source, how: How) -> Pairs:
         own = [row for row in rows if transfer_training(row) == training]
         with _output_of(training, how) as output:
             module, args = transfer_arguments(own[0], source, output, how.device)
-            yield from _paired(own, read_file(module.measure(args)))
+            # there if the command was stopped before it could record them
+            found = output / "rows.jsonl"
+            yield from _paired(own, read_file(found if found.exists() else module.measure(args)))
 
 
 @contextlib.contextmanager
 def _output_of(training: tuple[object, ...], how: How) -> Iterator[Path]:
     """A folder for a training, removed when its rows are written; what was interrupted stays, if it can be resumed."""
-    if how.checkpoints is None:
+    if how.checkpoints is None or how.checkpoints.folder is None:
         with tempfile.TemporaryDirectory() as output:
             yield Path(output)
     else:
-        yield (kept := how.checkpoints / "-".join(map(str, training)))
+        yield (kept := how.checkpoints.folder / "-".join(map(str, training)))
         shutil.rmtree(kept)
 
 

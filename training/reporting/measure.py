@@ -5,19 +5,19 @@
     python -m training measure rotnet_alexnet.photos --photos DIR --voc DIR --proposals FILE
     python -m training measure rotnet_nin.cifar10 --data DIR --only few-labels
 
-Rows of the published weights and of random ones are written to training/results/ as they are measured, and trainings
-on labels keep their state in --output; run the same command again to continue after a stop. Rows of weights that have
-been replaced are measured again. The code must be committed, because a row names its commit. --list prints what is
-missing and measures nothing.
+Rows of the published weights and of random ones are written to training/results/ as they are measured. To continue
+after a stop, run the same command again: trainings by SGD resume from --output, but for those on cached features. Rows
+of weights that have been replaced are measured again. The code must be committed, because a row names its commit.
+--list prints what is missing and measures nothing.
 """
 
 import argparse
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from rotation_ssl import zoo
 from rotation_ssl.cli.options import add_device
+from rotation_ssl.fit import Checkpoints
 from rotation_ssl.messages import counted
 from training.command import create_parser, run
 from training.reporting.again import How, measure_sources
@@ -48,10 +48,8 @@ def _work(args: argparse.Namespace) -> None:
     for row in wanted:
         if not sources[row.key]:
             raise ValueError(f"{args.weights} is measured on {row.data}: give --{option_of(row, args)} DIR")
-    checkpoints = args.output / "checkpoints"
-    for _, row in measure_sources(wanted, sources, How(device=args.device, checkpoints=checkpoints)):
+    for _, row in measure_sources(wanted, sources, How(device=args.device, checkpoints=Checkpoints(args.output))):
         keep_row(row, args.results / f"{row.weights}.jsonl")
-    shutil.rmtree(checkpoints, ignore_errors=True)
     print("next: python -m training publish figures, then python -m training publish render")
 
 
@@ -64,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="print what is missing, and measure nothing")
     parser.add_argument(
         "--output", type=Path, default=Path("runs/measure"), metavar="DIR",
-        help="folder that trainings on labels keep their state in [%(default)s]",
+        help="folder that trainings by SGD are saved in until their rows are written [%(default)s]",
     )  # fmt: skip
     parser.add_argument("--results", type=Path, default=RESULTS_DIR, help="folder of the rows [training/results]")
     add_device(parser)

@@ -1,13 +1,13 @@
 """What comes of measuring: rows as they are measured, and the report of a file of them."""
 
 import os
-import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from tqdm import tqdm
 
 from rotation_ssl.evaluation import report
+from rotation_ssl.fit import Checkpoints
 from training.command import run
 from training.reporting.rows import RESULTS_DIR, Row, check_device, read_file, write_rows
 
@@ -53,13 +53,13 @@ def keep_row(row: Row, file: Path) -> None:
     write_rows(file, [row])
 
 
-def keep_rows(rows: Iterable[Row], file: Path, checkpoints: Path | None = None) -> Path:
+def keep_rows(rows: Iterable[Row], file: Path, checkpoints: Checkpoints | None = None) -> Path:
     """:func:`keep_row` of rows that are measured as they are asked for; returns the file.
 
-    The folder ``checkpoints`` is removed when all are written.
+    The ``checkpoints`` that the measuring opened are removed when all rows are written.
     """
     for row in rows:
         keep_row(row, file)
     if checkpoints:
-        shutil.rmtree(checkpoints, ignore_errors=True)
+        checkpoints.remove()
     return file
