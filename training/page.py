@@ -21,9 +21,8 @@ from timm.data import resolve_model_data_config
 from torch import nn
 from tqdm import tqdm
 
-from rotation_ssl.cli.orient import DEFAULT_MODEL
 from rotation_ssl.demo import SAMPLES_DIR
-from rotation_ssl.embedding.backbone import load_model
+from rotation_ssl.embedding.backbone import DEFAULT_MODEL, load_model
 from rotation_ssl.features import attention_map, layer_modules
 from rotation_ssl.images import normalize
 from rotation_ssl.orientation import calibration

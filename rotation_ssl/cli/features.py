@@ -15,7 +15,7 @@ from torch import nn
 
 from rotation_ssl.cli import feature_parts
 from rotation_ssl.cli.options import add_command, add_device, check_output, positive
-from rotation_ssl.embedding.backbone import load_model, model_name, recommended_layer
+from rotation_ssl.embedding.backbone import DEFAULT_MODEL, load_model, model_name, recommended_layer
 from rotation_ssl.embedding.parts import FORMATS as PART_FORMATS
 from rotation_ssl.features import POOLS, extract_features
 from rotation_ssl.files import replace_file, write_csv
@@ -61,7 +61,7 @@ def add(commands: Any) -> None:
     added.add_argument("--force", action="store_true", help="replace FILE if it exists")
     added.add_argument("--strict", action="store_true", help="stop at the first broken image")
     added.add_argument(
-        "--model", default="rotnet_nin", help="timm name: model, model.tag, hf-hub:... or local-dir:... [%(default)s]"
+        "--model", default=DEFAULT_MODEL, help="timm name: model, model.tag, hf-hub:... or local-dir:... [%(default)s]"
     )
     added.add_argument(
         "--layers", nargs="+", metavar="LAYER", help="feature layers [the recommended layer of the weights]"

@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from rotation_ssl.cli.options import add_command, add_device, check_output, positive
-from rotation_ssl.embedding.backbone import load_model
+from rotation_ssl.embedding.backbone import DEFAULT_MODEL, load_model
 from rotation_ssl.files import replace_file, write_csv
 from rotation_ssl.images import HEIF_SUFFIXES, find_images, register_heif
 from rotation_ssl.machine import cpus
@@ -27,7 +27,6 @@ from rotation_ssl.orientation.predict import check_head
 from rotation_ssl.orientation.turning import Picture, open_picture, turn_pixels, turn_tag, write_picture
 from rotation_ssl.progress import progress
 
-DEFAULT_MODEL = "rotnet_alexnet.photos"
 BATCH = 32  # pictures in memory at a time, twice as many while the next ones are read
 DETAILS = """
 

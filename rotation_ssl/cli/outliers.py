@@ -10,13 +10,12 @@ from PIL import Image, ImageDraw
 
 from rotation_ssl.cli.features import file_name, read_batches
 from rotation_ssl.cli.options import add_command, add_device, check_output, positive
-from rotation_ssl.embedding.backbone import load_model, recommended_layer
+from rotation_ssl.embedding.backbone import DEFAULT_MODEL, load_model, recommended_layer
 from rotation_ssl.files import replace_file, write_csv
 from rotation_ssl.images import find_images, read_image, square
 from rotation_ssl.messages import counted, printable, some
 from rotation_ssl.outliers import RotationOutlierDetector
 
-DEFAULT_MODEL = "rotnet_alexnet.photos"
 BATCH = 64
 NEIGHBOURS = 10
 SHEET = (6, 5)  # columns and rows

@@ -14,6 +14,8 @@ from rotation_ssl.backbones.about import network_facts
 from rotation_ssl.features import layer_modules
 from rotation_ssl.messages import first_line
 
+DEFAULT_MODEL = "rotnet_alexnet.photos"  # of the commands, which mostly get photographs
+
 
 def load_model(name: str, device: str) -> Any:
     """A network with weights, on a device.

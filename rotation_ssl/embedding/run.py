@@ -9,7 +9,7 @@ import torch
 from timm.data import resolve_model_data_config
 
 import rotation_ssl
-from rotation_ssl.embedding.backbone import load_model, model_name, recommended_layer, weights_digest
+from rotation_ssl.embedding.backbone import DEFAULT_MODEL, load_model, model_name, recommended_layer, weights_digest
 from rotation_ssl.embedding.cluster import embed_on_cluster
 from rotation_ssl.embedding.files import absolute
 from rotation_ssl.embedding.local import embed_shards, make_extractor
@@ -49,7 +49,7 @@ class Summary:
 def embed(
     source: str | Path,
     output: str | Path,
-    model: str = "rotnet_nin",
+    model: str = DEFAULT_MODEL,
     *,
     layers: Sequence[str] | None = None,
     pool: str = "avg",

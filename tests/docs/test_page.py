@@ -14,8 +14,7 @@ from PIL import Image, ImageCms, ImageOps
 from playwright.sync_api import expect, sync_playwright
 
 from rotation_ssl import zoo
-from rotation_ssl.cli.features import load_model
-from rotation_ssl.cli.orient import DEFAULT_MODEL
+from rotation_ssl.embedding.backbone import DEFAULT_MODEL, load_model
 from rotation_ssl.features import attention_map, extract_features
 from rotation_ssl.images import normalize, read_image
 from rotation_ssl.orientation import calibration, predict_orientation

@@ -203,18 +203,19 @@ def test_convert_says_nothing_that_nobody_said(run, tmp_path):
 def test_features_of_a_folder(run, tmp_path):
     files = sorted((SAMPLES / "cifar10").rglob("*.png"))
     status, result = run("features", SAMPLES / "cifar10", "-o", tmp_path / "f.safetensors", "--batch-size", 7, "--json")
-    assert status == 0 and result["shapes"] == {"block2": [len(files), 192]} and result["model"] == NAME
+    photos = "rotnet_alexnet.photos"
+    assert status == 0 and result["shapes"] == {"conv4": [len(files), 256]} and result["model"] == photos
     with safe_open(tmp_path / "f.safetensors", "pt") as stored:
         assert json.loads(stored.metadata()["files"]) == [file.name for file in files]
-        features = stored.get_tensor("block2")
-    model = timm.create_model("rotnet_nin", pretrained=True)
+        features = stored.get_tensor("conv4")
+    model = timm.create_model(photos, pretrained=True)
     cfg = model.pretrained_cfg
-    batch = normalize(read_images(files, 32), cfg["mean"], cfg["std"])
-    torch.testing.assert_close(features, extract_features(model, batch, ["block2"])["block2"], rtol=1e-4, atol=1e-5)
+    batch = normalize(read_images(files, 128), cfg["mean"], cfg["std"])
+    torch.testing.assert_close(features, extract_features(model, batch, ["conv4"])["conv4"], rtol=1e-4, atol=1e-5)
 
 
 def test_features_of_other_layers_and_pools(run, tmp_path):
-    options = ("--layers", "block1", "block4", "--pool", "max", "--grid", 2, "--json")
+    options = ("--model", "rotnet_nin", "--layers", "block1", "block4", "--pool", "max", "--grid", 2, "--json")
     result = run("features", SAMPLES / "cifar10", "-o", tmp_path / "f.safetensors", *options)[1]
     assert {layer: shape[1] for layer, shape in result["shapes"].items()} == {"block1": 384, "block4": 768}
 
@@ -280,18 +281,18 @@ def test_broken_images_are_skipped_and_named(run, images, tmp_path):
     status, text = run("features", images, "-o", tmp_path / "f.safetensors", "--batch-size", 1)
     assert status == 1
     result, not_read, broken = text.splitlines()
-    assert "block2 (2, 192) of 2 images" in result
+    assert "conv4 (2, 256) of 2 images" in result
     assert not_read == "not read: 2 .gif files, 1 .png file (not regular), 1 .txt file"
     assert broken == "skipped 2 broken images: b.png, gone.jpg"
     with safe_open(tmp_path / "f.safetensors", "pt") as stored:
         assert json.loads(stored.metadata()["files"]) == GOOD
-        features = stored.get_tensor("block2")
+        features = stored.get_tensor("conv4")
     for file in ("b.png", "gone.jpg"):
         (images / file).unlink()
     status, result = run("features", images, "-o", tmp_path / "g.safetensors", "--json")
     assert status == 0 and result["broken"] == {}
     assert result["not_read"] == {".gif": 2, ".txt": 1, ".png": 1}
-    torch.testing.assert_close(load_file(tmp_path / "g.safetensors")["block2"], features)
+    torch.testing.assert_close(load_file(tmp_path / "g.safetensors")["conv4"], features)
 
 
 def test_names_do_not_command_the_terminal(run, images, tmp_path):
@@ -312,7 +313,7 @@ def test_strict_takes_no_broken_image(run, images, tmp_path):
 
 
 def test_formats_hold_the_same(run, images, tmp_path):
-    options = ("--layers", "block1", "block4", "--grid", 2)
+    options = ("--model", "rotnet_nin", "--layers", "block1", "block4", "--grid", 2)
     for suffix in ("safetensors", "npz", "csv"):
         assert run("features", images, "-o", tmp_path / f"f.{suffix}", "--format", suffix, *options)[0] == 1
         assert run("features", images, "-o", tmp_path / f"g.{suffix}", *options)[0] == 1
@@ -359,7 +360,7 @@ def test_outputs_that_nobody_wants_to_lose(run, images, tmp_path, monkeypatch):
 def test_force_replaces_a_file(run, images, tmp_path):
     (tmp_path / "kept.csv").write_text("of yesterday")
     assert run("features", images, "-o", tmp_path / "kept.csv", "--force")[0] == 1
-    assert (tmp_path / "kept.csv").read_text().startswith("file,block2_0,")
+    assert (tmp_path / "kept.csv").read_text().startswith("file,conv4_0,")
 
 
 def test_folders_that_are_none(run, tmp_path):

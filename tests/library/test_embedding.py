@@ -30,7 +30,7 @@ from rotation_ssl.features import extract_features
 from rotation_ssl.images import normalize, read_images
 
 COUNT, BROKEN_EVERY = 300, 100
-SMALL = {"shard_size": 64, "batch_size": 16, "workers": 0, "precision": "fp32"}
+SMALL = {"model": "rotnet_nin", "shard_size": 64, "batch_size": 16, "workers": 0, "precision": "fp32"}
 
 
 @pytest.fixture(scope="module")

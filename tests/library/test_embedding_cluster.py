@@ -12,7 +12,7 @@ from many_images import contents, errors_of, part_bytes, rows_of, write_folder, 
 
 from rotation_ssl.embedding import cluster, embed
 
-SMALL = {"shard_size": 16, "batch_size": 8, "precision": "fp32"}
+SMALL = {"model": "rotnet_nin", "shard_size": 16, "batch_size": 8, "precision": "fp32"}
 PROLOGUE = """
 import json, os, signal, sys, threading
 from pathlib import Path

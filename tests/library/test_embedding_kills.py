@@ -12,7 +12,7 @@ from rotation_ssl import files
 from rotation_ssl.embedding import embed
 from rotation_ssl.embedding import local as local_engine
 
-SMALL = {"shard_size": 5, "batch_size": 5, "precision": "fp32"}
+SMALL = {"model": "rotnet_nin", "shard_size": 5, "batch_size": 5, "precision": "fp32"}
 DRIVER, WRITING, WORKER = "driver", "writing", "worker"
 
 

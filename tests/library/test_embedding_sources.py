@@ -19,7 +19,7 @@ from rotation_ssl.embedding.sources import find_shards, read_items
 from rotation_ssl.images import find_images
 from rotation_ssl.pretraining.shards import index_shards, is_shards
 
-SMALL = {"shard_size": 16, "batch_size": 8, "workers": 0, "precision": "fp32"}
+SMALL = {"model": "rotnet_nin", "shard_size": 16, "batch_size": 8, "workers": 0, "precision": "fp32"}
 
 
 def shards_of(source, size=10):

@@ -66,19 +66,19 @@ def test_features_of_what_is_decoded_at_a_part_of_its_size(tmp_path):
     whole, reduced = (features(part, model, "block2") for part in pixels.values())
     assert not torch.equal(*pixels.values())
     assert torch.cosine_similarity(whole, reduced).min() > 0.99
-    embed(SAMPLES / "photos", tmp_path / "out", workers=0, precision="fp32", format="npy")
+    embed(SAMPLES / "photos", tmp_path / "out", "rotnet_nin", workers=0, precision="fp32", format="npy")
     assert read_manifest(tmp_path / "out").decoded_side == 64
     (part,) = load(tmp_path / "out")
     torch.testing.assert_close(torch.tensor(part.features["block2"]), reduced, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(embed_images(tmp_path / "out", PHOTOS)["block2"], reduced, rtol=1e-4, atol=1e-5)
-    status = cli.main(["features", str(SAMPLES / "photos"), "-o", str(tmp_path / "f.npz")])
+    status = cli.main(["features", str(SAMPLES / "photos"), "-o", str(tmp_path / "f.npz"), "--model", "rotnet_nin"])
     with np.load(tmp_path / "f.npz") as file:
         torch.testing.assert_close(torch.from_numpy(file["block2"]), reduced, rtol=1e-4, atol=1e-5)
     assert status == 0
 
 
 def test_folders_of_whole_images_are_read_and_not_mixed(tmp_path):
-    embed(SAMPLES / "photos", tmp_path / "out", workers=0, precision="fp32")
+    embed(SAMPLES / "photos", tmp_path / "out", "rotnet_nin", workers=0, precision="fp32")
     file = tmp_path / "out" / "manifest.json"
     entries = json.loads(file.read_text())
     del entries["decoded_side"]
@@ -87,4 +87,4 @@ def test_folders_of_whole_images_are_read_and_not_mixed(tmp_path):
     whole = features(read_images(PHOTOS, 32), model, "block2")
     torch.testing.assert_close(embed_images(tmp_path / "out", PHOTOS)["block2"], whole, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="was made otherwise: decoded_side is 0 there and 64 now"):
-        embed(SAMPLES / "photos", tmp_path / "out", workers=0, precision="fp32", resume=True)
+        embed(SAMPLES / "photos", tmp_path / "out", "rotnet_nin", workers=0, precision="fp32", resume=True)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from rotation_ssl import cli
 from rotation_ssl.embedding import embed, embed_images, load, nearest, read_chunks, reading
 
-SMALL = {"shard_size": 16, "batch_size": 8, "workers": 0, "precision": "fp32"}
+SMALL = {"model": "rotnet_nin", "shard_size": 16, "batch_size": 8, "workers": 0, "precision": "fp32"}
 
 
 @pytest.fixture(scope="module")
@@ -98,9 +98,9 @@ def test_the_command(tmp_path, capsys):
     assert len(lines) == 3 and lines[0] == "1.0000  cat_00000.png"
     assert cli.main(["neighbours", f"{tmp_path}/out", str(query), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert len(result["neighbours"]) == 10 and result["layer"] == "block2"
+    assert len(result["neighbours"]) == 10 and result["layer"] == "conv4"
     for arguments, message in (
-        ([f"{tmp_path}/out", str(query), "--layer", "conv9"], "has no layer conv9; it has block2"),
+        ([f"{tmp_path}/out", str(query), "--layer", "conv9"], "has no layer conv9; it has conv4"),
         ([f"{tmp_path}/nowhere", str(query)], "nowhere has no manifest.json"),
         ([f"{tmp_path}/out", f"{tmp_path}/gone.png"], "gone.png"),
     ):
