@@ -2,7 +2,7 @@
 
 import dataclasses
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ import rotation_ssl
 from rotation_ssl.embedding.backbone import DEFAULT_MODEL, load_model, model_name, recommended_layer, weights_digest
 from rotation_ssl.embedding.cluster import embed_on_cluster
 from rotation_ssl.embedding.files import absolute
-from rotation_ssl.embedding.local import embed_shards, make_extractor
+from rotation_ssl.embedding.local import Done, embed_shards, make_extractor
 from rotation_ssl.embedding.parts import (
     DTYPES,
     FORMATS,
@@ -26,7 +26,7 @@ from rotation_ssl.embedding.parts import (
     require_pyarrow,
     start,
 )
-from rotation_ssl.embedding.sources import find_shards
+from rotation_ssl.embedding.sources import Shard, find_shards
 from rotation_ssl.features import POOLS
 from rotation_ssl.images import IMAGE_SUFFIXES, OVERSIZE
 from rotation_ssl.machine import cpus
@@ -125,20 +125,26 @@ def embed(
     manifest = dataclasses.replace(manifest, layers=widths)
     if next(find_shards(manifest.source, shard_size), None) is None:
         raise ValueError(f"{source} holds no images ({', '.join(IMAGE_SUFFIXES)})")
+
+    def write(shards: Iterable[Shard], show: Callable[[int], object]) -> Iterator[Done]:
+        if engine == "local":
+            return embed_shards(shards, folder, manifest, extract, cpus() if workers is None else workers, show)
+        return embed_on_cluster(shards, folder, manifest, model, device, workers or 0, address, show)
+
     with locked(folder):
         start(folder, manifest, resume)
-        there = set(find_parts(folder, format))
-        with progress("features", _count_missing(folder, manifest, there)) as bar:
-            missing = (shard for shard in find_shards(manifest.source, shard_size) if shard.number not in there)
-            if engine == "local":
-                number = cpus() if workers is None else workers
-                written = embed_shards(missing, folder, manifest, extract, number, bar.update)
-            else:
-                written = embed_on_cluster(missing, folder, manifest, model, device, workers or 0, address, bar.update)
-            for part in written:
-                bar.set_postfix_str(part_name(part.part), refresh=False)
-        errors = merge_errors(folder)
-        return Summary(len(find_parts(folder, format)), count_rows(folder, format), errors)
+        return _write_missing(folder, manifest, write)
+
+
+def _write_missing(folder: Path, manifest: Manifest, write: Callable[..., Iterator[Done]]) -> Summary:
+    """Write the parts that are not there yet; ``write`` takes the shards and what counts their images."""
+    there = set(find_parts(folder, manifest.format))
+    with progress("features", _count_missing(folder, manifest, there)) as bar:
+        missing = (shard for shard in find_shards(manifest.source, manifest.shard_size) if shard.number not in there)
+        for part in write(missing, bar.update):
+            bar.set_postfix_str(part_name(part.part), refresh=False)
+    errors = merge_errors(folder)
+    return Summary(len(find_parts(folder, manifest.format)), count_rows(folder, manifest.format), errors)
 
 
 def _absolute(model: str) -> str:
