@@ -29,14 +29,13 @@ class Checkpoint:
     Args:
         file: read if it exists; None: nothing is saved.
         identity: all that decides the training but machine and library versions, in one line.
-        what: noun for the error message, what else must be the same beside images and weights.
 
     Raises:
         ValueError: the file is no checkpoint, or of another training.
         OSError: the file cannot be read.
     """
 
-    def __init__(self, file: Path | None = None, identity: str = "", what: str = "options") -> None:
+    def __init__(self, file: Path | None = None, identity: str = "") -> None:
         self.file, self.identity, self.parts = file, identity, dict[str, Any]()
         self.done, self.seconds, self.state = 0, 0.0, None
         self.started = self.saved = time.monotonic()
@@ -52,7 +51,7 @@ class Checkpoint:
             # whatever torch raises for bytes that it did not write
             raise ValueError(f"{file} is no checkpoint ({first_line(error)}): remove it") from error
         if found != identity:
-            raise ValueError(f"{file} is of other {what}, images or weights: remove it, or give another --output")
+            raise ValueError(f"{file} is of other options, images or weights: remove it, or give another --output")
 
     def restore(self, **parts: Any) -> None:
         """Load the saved state into ``parts`` and the random number generators; without a file nothing changes.

@@ -31,6 +31,7 @@ def run(command):
         return words[-1]
     assert words[4] in PUBLISHED
     shorter = ["--random", "--fc-size", "8", "--steps", "1", "--images-per-step", "1", "--workers", "0"]
+    shorter += ["--device", "cpu"]
     assert main([words[3], "rotnet_alexnet", *words[5:], *shorter, *SMALL[words[3]]]) == 0
     return words[words.index("--output") + 1]
 

@@ -40,6 +40,13 @@ def test_a_training_gives_its_rows_again(source, tmp_path, monkeypatch):
     # stopped before the rows were recorded: nothing is trained again
     how = How(checkpoints=Checkpoints(tmp_path / "states"))
     next(measure_source(rows[:2], source, how))
+    (kept,) = (tmp_path / "states").iterdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(classification, "measure", lambda args: pytest.fail("trained again"))
+        (kept / "checkpoint.pt").touch()
+        with pytest.raises(pytest.fail.Exception):
+            list(measure_source(rows[:2], source, how))
+        (kept / "checkpoint.pt").unlink()
     monkeypatch.setattr(classification, "measure", None)
     assert [old for old, _ in measure_source(rows[:2], source, how)] == rows[:2]
     assert not any((tmp_path / "states").iterdir())

@@ -1,5 +1,6 @@
 """The check of what is reported: what holds, and that each kind of untruth is caught."""
 
+import argparse
 import dataclasses
 import json
 import shutil
@@ -20,7 +21,7 @@ from training.evaluation import probes as evaluate
 from training.evaluation.labelled import open_labelled, read_into_memory
 from training.evaluation.subject import load_subject
 from training.protocols import PROTOCOLS
-from training.reporting import again, check
+from training.reporting import again, check, options
 from training.reporting.again import Source, measure_source
 from training.reporting.required import NIN_ON_CIFAR10, REQUIRED, complaints, missing_rows
 from training.reporting.rows import RESULTS_DIR, Row, read_file, read_rows, write_rows
@@ -312,12 +313,10 @@ def test_a_training_in_another_precision_may_be_half_a_point_further_away(settin
 def test_rows_without_a_precision_are_of_fp32():
     old = row(9000, 0, "cached", settings="4 x 4 average pooling, 4 views, 20 epochs of SGD")
     new = row(9000, 0, "cached", settings="4 x 4 average pooling, 4 views, 20 epochs of SGD in fp32")
-    assert (check.precision_of(old), check.precision_of(new)) == ("fp32", "fp32")
+    assert (old.precision, new.precision) == ("fp32", "fp32")
     assert check.judge(old, new, [old]).tolerance == "1.27"
     # of what is reported, what is in bf16 says so
-    computed = {
-        (row.protocol, check.precision_of(row)) for row in read_rows() if row.source == "measured" and row.budget
-    }
+    computed = {(row.protocol, row.precision) for row in read_rows() if row.source == "measured" and row.budget}
     assert computed == {
         ("linear", "fp32"), ("nonlinear", "fp32"), ("conv", "bf16"),
         ("finetune-conv", "bf16"), ("finetune-nonlinear", "bf16"),
@@ -442,3 +441,12 @@ def test_quick_check_of_the_whole(whole_cifar10, capsys):
     out = capsys.readouterr().out
     assert "5 of 5 hold" in out and "not measured: 1 number of MiniPlaces val: give --photos DIR" in out
     assert golden_file(NAME).exists()
+
+
+def test_detections_without_proposals_are_told_before_anything_is_measured(tmp_path):
+    detection = next(row for row in read_rows() if row.measured and row.protocol == "voc-fast-rcnn-11-point")
+    args = argparse.Namespace(voc=tmp_path, proposals=None, data=tmp_path, download=False)
+    assert options.source_of(detection, args) is None
+    assert options.advice(options.option_of(detection, args)) == "give --proposals FILE"
+    args.proposals = tmp_path / "regions.safetensors"
+    assert options.source_of(detection, args).proposals == args.proposals

@@ -8,7 +8,7 @@ import torch
 from conftest import spy_on_first_step
 
 from rotation_ssl.evaluation.frozen import preparation
-from rotation_ssl.fit import Checkpoint, fit
+from rotation_ssl.fit import Checkpoint, Checkpoints, fit
 from rotation_ssl.labelled import labels_subset
 from training.datasets import load_images
 from training.evaluation import finetune
@@ -152,6 +152,33 @@ def test_a_stopped_training_resumes_to_the_same_network(name, images, tmp_path, 
             trained(file)
     assert torch.load(file, weights_only=True)["done"] == 4
     assert torch.equal(trained(file), trained())
+
+
+def test_a_training_is_told_from_every_other(images, tmp_path, monkeypatch):
+    class Opened(Exception):
+        pass
+
+    def stop(*args):
+        raise Opened
+
+    monkeypatch.setattr(finetune, "build_network", stop)
+    checkpoints, usual = Checkpoints(tmp_path), (short("few-labels-cpu"), load_subject(NAME), "block1", images)
+    recipe, _, layer, _ = usual
+    others = [
+        (dataclasses.replace(recipe, lr=0.3), *usual[1:]),
+        (recipe, load_subject("rotnet_nin", random=True), *usual[2:]),
+        (recipe, load_subject(NAME, size=40), *usual[2:]),
+        (*usual[:2], "block2", images),
+        (*usual, 2),
+        (*usual, 3),
+        (*usual, 2, "random"),
+        (*usual, None, "first", 1),
+        (recipe, usual[1], layer, dataclasses.replace(images, train=images.test.subset(torch.arange(20)))),
+    ]
+    for training in (usual, *others):
+        with pytest.raises(Opened):
+            finetune.measure_transfer(*training, checkpoints=checkpoints)
+    assert len(set(checkpoints.opened)) == 1 + len(others)
 
 
 @pytest.mark.parametrize(

@@ -123,6 +123,7 @@ def test_a_stopped_fine_tuning_goes_on(small, tmp_path, monkeypatch):
         assert run(small, results, "--output", str(states)) == 0
         assert steps.count("step") == 4 + 4
     resumed = read_file(results / f"{NAME}.jsonl")[1]
+    assert not list(states.iterdir())
     assert run(small, tmp_path / "whole", "--output", str(tmp_path / "new")) == 0
     whole = read_file(tmp_path / "whole" / f"{NAME}.jsonl")[1]
     assert (whole.labels_per_class, whole.counts, whole.settings) == (4, resumed.counts, resumed.settings)

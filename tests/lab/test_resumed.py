@@ -126,4 +126,4 @@ def test_a_killed_training_on_labels_goes_on_to_the_same_numbers(command, traini
         (row.number, row.counts, row.settings) for row in killed
     ]
     assert [row.seconds > 3600 for row in killed] == [True] + [False] * (trainings - 1)
-    assert not checkpoint.exists()
+    assert not list((tmp_path / "killed").glob("training-*"))

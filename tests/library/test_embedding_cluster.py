@@ -127,6 +127,7 @@ def test_the_same_parts(images, whole, tmp_path):
 def test_the_command_with_decoding_processes(images, whole, tmp_path):
     command = [sys.executable, "-m", "rotation_ssl.cli", "features", str(images), "-o", f"{tmp_path}/out/"]
     options = ["--engine", "ray", "--workers", "1", "--shard-size", "16", "--batch-size", "8", "--precision", "fp32"]
+    options += ["--model", "rotnet_nin"]
     result = subprocess.run(
         [*command, *options], cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True, check=False
     )

@@ -15,7 +15,7 @@ from rotation_ssl.embedding import embed, run
 
 # the network's own memory does not depend on the number of images; without it there is time for many
 run.make_extractor = lambda model, manifest: lambda pixels: {"block1": pixels.float().mean((2, 3)).repeat(1, 64)}
-print(embed(*sys.argv[1:3], layers=["block1"], shard_size=500, workers=1, precision="fp32"))
+print(embed(*sys.argv[1:3], "rotnet_nin", layers=["block1"], shard_size=500, workers=1, precision="fp32"))
 print(*(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
 """
 

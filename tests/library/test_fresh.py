@@ -49,7 +49,7 @@ def heads(recipe=RECIPE):
 
 
 def resume(file, frozen, images, heads, seed):
-    checkpoint = fit.Checkpoint(file, training_identity(frozen, images, heads, seed), "probes")
+    checkpoint = fit.Checkpoint(file, training_identity(frozen, images, heads, seed))
     return train_fresh(frozen, images, heads, seed, checkpoint)
 
 
@@ -132,7 +132,7 @@ def test_a_checkpoint_of_other_probes_images_or_weights_is_refused_and_kept(froz
         (Frozen(timm.create_model("rotnet_nin").eval(), 32), images, heads(), 0),
     ]
     for backbone, data, probes, seed in others:
-        with pytest.raises(ValueError, match=r"probes\.pt is of other probes, images or weights: remove it"):
+        with pytest.raises(ValueError, match=r"probes\.pt is of other options, images or weights: remove it"):
             resume(file, backbone, data, probes, seed)
     assert file.read_bytes() == content
     file.write_bytes(content[: len(content) // 2])

@@ -197,9 +197,7 @@ def train_network(
     generator = torch.Generator().manual_seed(seed)
     # one permutation after the other
     order = RandomSampler(train, num_samples=steps * recipe.batch_size, generator=generator)
-    batches = iter(BatchSampler(order, recipe.batch_size, drop_last=True))
-
-    side = images.shape[-1]
+    batches, side = iter(BatchSampler(order, recipe.batch_size, drop_last=True)), images.shape[-1]
 
     def loss_of(chosen: list[int]) -> torch.Tensor:
         own = torch.tensor(chosen, device=device)

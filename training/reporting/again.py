@@ -7,7 +7,7 @@ import functools
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,7 +29,7 @@ from training.evaluation.subject import Subject, recommended_layer, subject_of_r
 from training.protocols import PROTOCOLS
 from training.reporting.rows import Row, read_file
 from training.transfer import classification, detection, segmentation
-from training.transfer.command import RESCALED
+from training.transfer.command import CHECKPOINT, RESCALED
 
 QUICK_PARTS = (0, 1)
 Pairs = Iterator[tuple[Row, Row]]
@@ -59,12 +59,12 @@ def command_of(row: Row) -> str:
 @dataclass(frozen=True)
 class How:
     """How rows are measured again: on the whole test images or, ``quick``, on their first fifth; on which ``device``;
-    ``checkpoints``: where trainings by SGD are saved, and resumed from; None: nothing is saved.
+    ``checkpoints``: where trainings by SGD, except those on cached features, are saved, and resumed from.
     """
 
     quick: bool = False
     device: str = "cpu"
-    checkpoints: Checkpoints | None = None
+    checkpoints: Checkpoints = field(default_factory=Checkpoints)
 
     @property
     def parts(self) -> tuple[int, ...]:
@@ -89,8 +89,6 @@ def measure_source(rows: Sequence[Row], source: Source, how: How = How()) -> Pai
     try:
         for command in dict.fromkeys(map(command_of, rows)):
             yield from AGAIN[command]([row for row in rows if command_of(row) == command], source, how)
-            if how.checkpoints:
-                how.checkpoints.remove()
     finally:
         # the next source's images may need the memory
         _images.cache_clear()
@@ -130,6 +128,7 @@ def _evaluate_again(rows: Sequence[Row], source: Source, how: How) -> Pairs:
         by_number = {dataclasses.replace(m, strength=None): row for m, row in probed.items()}
         for new in measure_features(subject, images, list(probed), how.device, how.parts, checkpoints=how.checkpoints):
             yield by_number[dataclasses.replace(measurement_of(new), strength=None)], new
+        how.checkpoints.remove()
 
 
 def _probe_layers_again(rows: Sequence[Row], source: Source, how: How) -> Pairs:
@@ -144,6 +143,7 @@ def _probe_layers_again(rows: Sequence[Row], source: Source, how: How) -> Pairs:
                 checkpoints=how.checkpoints,
             ):  # fmt: skip
                 yield by_layer[new.layer], new
+            how.checkpoints.remove()
 
 
 def _finetune_again(rows: Sequence[Row], source: Source, how: How) -> Pairs:
@@ -156,6 +156,7 @@ def _finetune_again(rows: Sequence[Row], source: Source, how: How) -> Pairs:
             fresh = transfer_subject(recipe, model, seed, random=not subject.published)
             labels = row.labels_per_class, row.draw or "first"
             yield row, measure_transfer(recipe, fresh, row.layer, images, *labels, seed, how.device, how.checkpoints)
+            how.checkpoints.remove()
 
 
 def _outliers_again(rows: Sequence[Row], source: Source, how: How) -> Pairs:
@@ -180,15 +181,16 @@ def _transfer_again(rows: Sequence[Row], source: Source, how: How) -> Pairs:
         own = [row for row in rows if transfer_training(row) == training]
         with _output_of(training, how) as output:
             module, args = transfer_arguments(own[0], source, output, how.device)
-            # there if the command was stopped before it could record them
             found = output / "rows.jsonl"
-            yield from _paired(own, read_file(found if found.exists() else module.measure(args)))
+            # a command that was stopped before it could record them
+            finished = found.exists() and not (output / CHECKPOINT).exists()
+            yield from _paired(own, read_file(found if finished else module.measure(args)))
 
 
 @contextlib.contextmanager
 def _output_of(training: tuple[object, ...], how: How) -> Iterator[Path]:
     """A folder for a training, removed when its rows are written; what was interrupted stays, if it can be resumed."""
-    if how.checkpoints is None or how.checkpoints.folder is None:
+    if how.checkpoints.folder is None:
         with tempfile.TemporaryDirectory() as output:
             yield Path(output)
     else:

@@ -24,7 +24,6 @@ in the other precision, half a point is added.
 import argparse
 import dataclasses
 import math
-import re
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -39,7 +38,7 @@ from rotation_ssl.messages import counted
 from rotation_ssl.zoo.golden import GOLDEN_TOLERANCE, golden_difference
 from training.command import create_parser, run
 from training.reporting.again import QUICK_PARTS, How, measure_sources, one_of_each_training
-from training.reporting.options import add_data_arguments, add_only, no_cifar10, option_of, source_of
+from training.reporting.options import add_data_arguments, add_only, advice, no_cifar10, option_of, source_of
 from training.reporting.required import complaints
 from training.reporting.rows import RESULTS_DIR, Row, check_device, read_file, read_rows
 
@@ -96,7 +95,7 @@ def judge(row: Row, new: Row, rows: Sequence[Row]) -> Verdict:
     value = sum(row.counts[:parts]) / (new.n or 1) if part else row.value
     tolerance = max(2 / new.n, FLIPS) if row.budget == "" and new.n else trained_tolerance(row, rows)
     text = f"{100 * tolerance:.2f}"
-    if (then := precision_of(row)) != (now := precision_of(new)):
+    if (then := row.precision) != (now := new.precision):
         tolerance += PRECISION_TOLERANCE
         text = f"{100 * tolerance:.2f} ({then} then, {now} now)"
     same = new.sha256 == row.sha256 and (part or new.n == row.n) and new.data == row.data
@@ -105,12 +104,6 @@ def judge(row: Row, new: Row, rows: Sequence[Row]) -> Verdict:
     holds = same and abs(new.value - value) <= tolerance + 1e-9
     name = f"{row.number}, {counted(new.n or 0, 'image')}" if part else row.number
     return Verdict(name, f"{100 * value:.2f} %", measured, text, holds)
-
-
-def precision_of(row: Row) -> str:
-    """What a row was measured in: its settings say so where it may be anything but fp32."""
-    found = re.search(r"\b(bf16|fp32)\b", row.settings)
-    return found[0] if found else "fp32"
 
 
 def trained_tolerance(row: Row, rows: Sequence[Row]) -> float:
@@ -169,7 +162,7 @@ def check_numbers(every: Sequence[Row], args: argparse.Namespace) -> Iterator[Ve
     lacking = [(row.data, option_of(row, args)) for row in rows if not sources[row.key]]
     for data, option in dict.fromkeys(lacking):
         numbers = counted(lacking.count((data, option)), "number")
-        print(f"not measured: {numbers} of {data}: give --{option} DIR")
+        print(f"not measured: {numbers} of {data}: {advice(option)}")
 
 
 def _work(args: argparse.Namespace) -> int:

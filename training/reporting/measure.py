@@ -6,7 +6,7 @@
     python -m training measure rotnet_nin.cifar10 --data DIR --only few-labels
 
 Rows of the published weights and of random ones are written to training/results/ as they are measured. To continue
-after a stop, run the same command again: trainings by SGD resume from --output, but for those on cached features. Rows
+after a stop, run the same command again: trainings by SGD resume from --output, except those on cached features. Rows
 of weights that have been replaced are measured again. The code must be committed, because a row names its commit.
 --list prints what is missing and measures nothing.
 """
@@ -21,7 +21,7 @@ from rotation_ssl.fit import Checkpoints
 from rotation_ssl.messages import counted
 from training.command import create_parser, run
 from training.reporting.again import How, measure_sources
-from training.reporting.options import add_data_arguments, add_only, option_of, source_of
+from training.reporting.options import add_data_arguments, add_only, advice, option_of, source_of
 from training.reporting.report import keep_row
 from training.reporting.required import REQUIRED, missing_rows
 from training.reporting.rows import RESULTS_DIR, Row, check_device, read_rows, require_committed
@@ -47,7 +47,7 @@ def _work(args: argparse.Namespace) -> None:
     sources = {row.key: source_of(row, args, whole=True) for row in wanted}
     for row in wanted:
         if not sources[row.key]:
-            raise ValueError(f"{args.weights} is measured on {row.data}: give --{option_of(row, args)} DIR")
+            raise ValueError(f"{args.weights} is measured on {row.data}: {advice(option_of(row, args))}")
     for _, row in measure_sources(wanted, sources, How(device=args.device, checkpoints=Checkpoints(args.output))):
         keep_row(row, args.results / f"{row.weights}.jsonl")
     print("next: python -m training publish figures, then python -m training publish render")
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="print what is missing, and measure nothing")
     parser.add_argument(
         "--output", type=Path, default=Path("runs/measure"), metavar="DIR",
-        help="folder that trainings by SGD are saved in until their rows are written [%(default)s]",
+        help="folder that long trainings are saved in until their rows are written [%(default)s]",
     )  # fmt: skip
     parser.add_argument("--results", type=Path, default=RESULTS_DIR, help="folder of the rows [training/results]")
     add_device(parser)

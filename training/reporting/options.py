@@ -41,13 +41,20 @@ def add_only(parser: argparse.ArgumentParser) -> None:
 
 
 def option_of(row: Row, args: argparse.Namespace) -> str:
-    """The option that names the folder of a row's data."""
+    """The option that names the folder of a row's data, or the file of proposals where that alone is missing."""
     if command_of(row) == "outliers":
         if (normal := normal_dataset(row.weights)) != "cifar10":
             return OPTIONS[normal]
         # some of them are noise; CIFAR-10, which they are told from, is in --data
         return "photos" if row.data == DATASETS["imagenette"].name and args.cifar100 else "cifar100"
+    if row.protocol.startswith("voc-fast-rcnn") and args.voc and not args.proposals:
+        return "proposals"
     return "voc" if command_of(row) in TRANSFERS else OPTIONS[dataset_of(row.data)]
+
+
+def advice(option: str) -> str:
+    """What to do where the data of an option are missing."""
+    return f"give --{option} {'FILE' if option == 'proposals' else 'DIR'}"
 
 
 def no_cifar10(folder: Path) -> str:

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,6 +89,12 @@ class Row:
         seed = "" if self.seed is None else f"seed {self.seed}"
         parts = (self.weights, self.title, self.layer, few, seed, f"on {self.data}")
         return " ".join(part for part in parts if part)
+
+    @property
+    def precision(self) -> str:
+        """What it was measured in: its settings say so where it may be anything but fp32."""
+        found = re.search(r"\b(bf16|fp32)\b", self.settings)
+        return found[0] if found else "fp32"
 
     @property
     def title(self) -> str:

@@ -67,7 +67,7 @@ def transfer_times(rows: Sequence[Row]) -> str:
         if own:
             slowest = max(own, key=lambda row: row.seconds or 0.0)
             minutes = round((slowest.seconds or 0.0) / 60)
-            on = f"{counted(slowest.threads or 0, 'thread')} ({slowest.device})"
+            on = f"{counted(slowest.threads or 0, 'thread')} ({slowest.device}, {slowest.precision})"
             lines.append(f"- {title}: at most {minutes} minutes on {on}")
     return "\n".join(lines)
 

@@ -57,11 +57,11 @@ def draw_sheet(output: Path, pictures: Sequence[Path], classes: Sequence[str]) -
 def draw_legend(classes: Sequence[str]) -> Image.Image:
     """The classes' names, each beside its colour: an image as wide as a sheet."""
     legend = Image.new("RGB", (COLUMNS * CELL[0], -(-len(classes) // NAMES) * LINE), "white")
-    draw, width = ImageDraw.Draw(legend), legend.width // NAMES
+    draw, width, font = ImageDraw.Draw(legend), legend.width // NAMES, ImageFont.load_default(14)
     for number, (name, color) in enumerate(zip(classes, palette(len(classes))[1:], strict=True)):
         left, top = number % NAMES * width + 4, number // NAMES * LINE + 4
         draw.rectangle((left, top, left + 15, top + 15), color)
-        draw.text((left + 21, top), name, "black", ImageFont.load_default(14))
+        draw.text((left + 21, top), name, "black", font)
     return legend
 
 
