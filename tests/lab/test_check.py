@@ -109,6 +109,39 @@ def test_what_was_reported_in_bf16_is_found_again_in_fp32(results, small_cifar10
     assert out.count("(bf16 then, fp32 now)") == 2 and "4 of 4 hold" in out
 
 
+def test_a_check_that_was_stopped_continues(results, small_cifar10, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("training.reporting.rows.current_commit", lambda: "a" * 40)
+    monkeypatch.setattr(check, "current_commit", lambda: "a" * 40)
+    monkeypatch.setattr(subject, "current_commit", lambda: "a" * 40)
+    # one that will not hold
+    file = results / f"{NAME}.jsonl"
+    wrong = next(row for row in read_file(file) if (row.protocol, row.layer) == ("knn", "block2"))
+    counts = (0, *wrong.counts[1:]) if wrong.counts[0] else (4, *wrong.counts[1:])
+    correct = sum(counts)
+    write_rows(file, [dataclasses.replace(wrong, counts=counts, correct=correct, value=correct / wrong.n)])
+    measured, original = [], check.measure_sources
+
+    def stopped(rows, *rest):
+        for number, (row, new) in enumerate(original(rows, *rest)):
+            if number == 6:
+                raise KeyboardInterrupt
+            measured.append(row.key)
+            yield row, new
+
+    arguments = ("--only", "knn", "--output", str(tmp_path / "states"))
+    monkeypatch.setattr(check, "measure_sources", stopped)
+    assert run(results, small_cifar10, *arguments) == 130 and len(measured) == 6
+    capsys.readouterr()
+    assert run(results, small_cifar10, *arguments) == 1
+    out = capsys.readouterr().out
+    assert "5 numbers measured before" in out and "9 of 10 hold" in out and "3 numbers; measuring" in out
+    assert len(measured) == 6 + 3 and measured.count(wrong.key) == 2, "what does not hold is measured again"
+    # by other code everything is
+    monkeypatch.setattr(check, "current_commit", lambda: "b" * 40)
+    assert run(results, small_cifar10, *arguments) == 130
+    assert "measured before" not in capsys.readouterr().out
+
+
 def test_quick_measures_a_fifth_of_the_published_counts(results, small_cifar10, capsys):
     assert run(results, small_cifar10, "--quick") == 0
     out = capsys.readouterr().out

@@ -8,9 +8,10 @@ DIR is the folder of CIFAR-10. Numbers for other datasets are measured if their 
 listed as not measured. The sha256 and the golden outputs of the weights, and the rows, are always checked first.
 --quick takes minutes: it measures rotation accuracy and k-NN accuracy of the bundled weights on the first fifth of the
 test images. Without it every row of bundled and random weights (training/results/*.jsonl) on the given data is
-measured, and the command first prints how long this took on the machine where the reported numbers were measured. The
-exit status is 1 if a number does not match, if a row was edited or is missing, or if the weights are not those that
-were measured; 2 if the data or the device is missing.
+measured, and the command first prints how long this took on the machine where the reported numbers were measured. With
+--output it can be stopped: run the same command again, at the same commit, to continue. The exit status is 1 if a
+number does not match, if a row was edited or is missing, or if the weights are not those that were measured; 2 if the
+data or the device is missing.
 
 A number matches if it is within its tolerance. If nothing is trained, the predictions may differ on at most one image
 in a thousand, to allow for different hardware. If a probe is trained, the tolerance is three standard deviations over
@@ -34,13 +35,24 @@ from tqdm import tqdm
 from rotation_ssl import zoo
 from rotation_ssl.cli.options import add_device
 from rotation_ssl.evaluation.frozen import PARTS
+from rotation_ssl.fit import Checkpoints
 from rotation_ssl.messages import counted
 from rotation_ssl.zoo.golden import GOLDEN_TOLERANCE, golden_difference
 from training.command import create_parser, run
 from training.reporting.again import QUICK_PARTS, How, measure_sources, one_of_each_training
 from training.reporting.options import add_data_arguments, add_only, advice, no_cifar10, option_of, source_of
+from training.reporting.report import check_rows
 from training.reporting.required import complaints
-from training.reporting.rows import RESULTS_DIR, Row, check_device, read_file, read_rows
+from training.reporting.rows import (
+    RESULTS_DIR,
+    Row,
+    check_device,
+    current_commit,
+    read_file,
+    read_rows,
+    require_committed,
+    write_rows,
+)
 
 QUICK_PROTOCOLS = ("rotation", "knn")
 FLIPS = 1e-3
@@ -154,15 +166,40 @@ def check_numbers(every: Sequence[Row], args: argparse.Namespace) -> Iterator[Ve
     given = [row for row in rows if sources[row.key]]
     if not given and any(option_of(row, args) == "data" for row in rows):
         raise ValueError(no_cifar10(args.data))
-    minutes = counted(round(expected_seconds(given, args.quick) / 60), "minute")
+    kept = _kept_rows(args)
+    if before := [row for row in given if row.key in kept]:
+        print(f"{counted(len(before), 'number')} measured before, in {args.output}")
+        yield from (judge(row, kept[row.key], every) for row in before)
+    rest = [row for row in given if row.key not in kept]
+    minutes = counted(round(expected_seconds(rest, args.quick) / 60), "minute")
     told = f"measuring took {minutes} where they were reported, without passes to cache features"
-    print(f"{counted(len(given), 'number')}; {told}")
-    for row, new in measure_sources(given, sources, How(args.quick, args.device)):
-        yield judge(row, new, every)
+    print(f"{counted(len(rest), 'number')}; {told}")
+    how = How(args.quick, args.device, Checkpoints(args.output))
+    for row, new in measure_sources(rest, {row.key: sources[row.key] for row in rest}, how):
+        verdict = judge(row, new, every)
+        # one that does not is measured again
+        if args.output and verdict.holds:
+            write_rows(_kept_file(args), [new])
+        yield verdict
     lacking = [(row.data, option_of(row, args)) for row in rows if not sources[row.key]]
     for data, option in dict.fromkeys(lacking):
         numbers = counted(lacking.count((data, option)), "number")
         print(f"not measured: {numbers} of {data}: {advice(option)}")
+
+
+def _kept_file(args: argparse.Namespace) -> Path:
+    return Path(args.output) / ("quick.jsonl" if args.quick else "rows.jsonl")
+
+
+def _kept_rows(args: argparse.Namespace) -> dict[tuple[object, ...], Row]:
+    """The rows that the same code measured before, in ``--output``, by their keys."""
+    if args.output is None:
+        return {}
+    require_committed("--output")
+    file = _kept_file(args)
+    check_rows(file)
+    rows = read_file(file) if file.exists() else []
+    return {row.key: row for row in rows if row.commit == current_commit()}
 
 
 def _work(args: argparse.Namespace) -> int:
@@ -195,6 +232,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--weights", nargs="+", metavar="NAME", help="check the numbers of these weights [all]")
     add_data_arguments(parser)
     parser.add_argument("--results", type=Path, default=RESULTS_DIR, help="folder of the rows [training/results]")
+    told = "keep numbers that match, and trainings, in this folder; the same command then continues [nothing is kept]"
+    parser.add_argument("--output", type=Path, metavar="DIR", help=told)
     add_device(parser)
     args = parser.parse_args(arguments)
     return run(lambda: _work(args), "stopped; what was not measured is not known to hold")
