@@ -116,13 +116,14 @@ def test_a_check_that_was_stopped_continues(results, small_cifar10, tmp_path, mo
     # one that will not hold
     file = results / f"{NAME}.jsonl"
     wrong = next(row for row in read_file(file) if (row.protocol, row.layer) == ("knn", "block2"))
-    counts = (0, *wrong.counts[1:]) if wrong.counts[0] else (4, *wrong.counts[1:])
+    counts = (0 if wrong.correct > 20 else 4,) * 10
     correct = sum(counts)
     write_rows(file, [dataclasses.replace(wrong, counts=counts, correct=correct, value=correct / wrong.n)])
     measured, original = [], check.measure_sources
 
-    def stopped(rows, *rest):
-        for number, (row, new) in enumerate(original(rows, *rest)):
+    def stopped(rows, sources, how):
+        assert how.checkpoints.folder.parent == tmp_path / "states"
+        for number, (row, new) in enumerate(original(rows, sources, how)):
             if number == 6:
                 raise KeyboardInterrupt
             measured.append(row.key)
@@ -134,8 +135,10 @@ def test_a_check_that_was_stopped_continues(results, small_cifar10, tmp_path, mo
     capsys.readouterr()
     assert run(results, small_cifar10, *arguments) == 1
     out = capsys.readouterr().out
-    assert "5 numbers measured before" in out and "9 of 10 hold" in out and "3 numbers; measuring" in out
-    assert len(measured) == 6 + 3 and measured.count(wrong.key) == 2, "what does not hold is measured again"
+    assert "6 numbers measured before; 2 numbers; measuring" in out and "9 of 10 hold" in out
+    assert len(measured) == len(set(measured)) == 8, "what does not hold is not tried again"
+    assert run(results, small_cifar10, *arguments) == 1
+    assert "8 numbers measured before; 0 numbers; measuring" in capsys.readouterr().out
     # by other code everything is
     monkeypatch.setattr(check, "current_commit", lambda: "b" * 40)
     assert run(results, small_cifar10, *arguments) == 130
@@ -476,10 +479,17 @@ def test_quick_check_of_the_whole(whole_cifar10, capsys):
     assert golden_file(NAME).exists()
 
 
-def test_detections_without_proposals_are_told_before_anything_is_measured(tmp_path):
+def test_detections_without_proposals_are_told_before_anything_is_measured(tmp_path, monkeypatch, capsys):
     detection = next(row for row in read_rows() if row.measured and row.protocol == "voc-fast-rcnn-11-point")
     args = argparse.Namespace(voc=tmp_path, proposals=None, data=tmp_path, download=False)
     assert options.source_of(detection, args) is None
     assert options.advice(options.option_of(detection, args)) == "give --proposals FILE"
     args.proposals = tmp_path / "regions.safetensors"
+    with pytest.raises(ValueError, match=r"regions.safetensors is not a file: make it with the command proposals"):
+        options.source_of(detection, args)
+    args.proposals.touch()
     assert options.source_of(detection, args).proposals == args.proposals
+    monkeypatch.setattr(check, "measure_sources", lambda *args: pytest.fail("measured"))
+    with pytest.raises(pytest.fail.Exception):
+        check.main(["--voc", str(tmp_path), "--only", "voc-fast-rcnn-11-point", "voc-segmentation"])
+    assert "not measured: 2 numbers of VOC2007 test: give --proposals FILE" in capsys.readouterr().out

@@ -166,40 +166,34 @@ def check_numbers(every: Sequence[Row], args: argparse.Namespace) -> Iterator[Ve
     given = [row for row in rows if sources[row.key]]
     if not given and any(option_of(row, args) == "data" for row in rows):
         raise ValueError(no_cifar10(args.data))
-    kept = _kept_rows(args)
-    if before := [row for row in given if row.key in kept]:
-        print(f"{counted(len(before), 'number')} measured before, in {args.output}")
-        yield from (judge(row, kept[row.key], every) for row in before)
-    rest = [row for row in given if row.key not in kept]
-    minutes = counted(round(expected_seconds(rest, args.quick) / 60), "minute")
-    told = f"measuring took {minutes} where they were reported, without passes to cache features"
-    print(f"{counted(len(rest), 'number')}; {told}")
-    how = How(args.quick, args.device, Checkpoints(args.output))
-    for row, new in measure_sources(rest, {row.key: sources[row.key] for row in rest}, how):
-        verdict = judge(row, new, every)
-        # one that does not is measured again
-        if args.output and verdict.holds:
-            write_rows(_kept_file(args), [new])
-        yield verdict
     lacking = [(row.data, option_of(row, args)) for row in rows if not sources[row.key]]
     for data, option in dict.fromkeys(lacking):
         numbers = counted(lacking.count((data, option)), "number")
         print(f"not measured: {numbers} of {data}: {advice(option)}")
-
-
-def _kept_file(args: argparse.Namespace) -> Path:
-    return Path(args.output) / ("quick.jsonl" if args.quick else "rows.jsonl")
-
-
-def _kept_rows(args: argparse.Namespace) -> dict[tuple[object, ...], Row]:
-    """The rows that the same code measured before, in ``--output``, by their keys."""
-    if args.output is None:
-        return {}
-    require_committed("--output")
     file = _kept_file(args)
+    kept = {row.key: row for row in read_file(file)} if file and file.exists() else {}
+    rest = [row for row in given if row.key not in kept]
+    minutes = counted(round(expected_seconds(rest, args.quick) / 60), "minute")
+    told = f"measuring took {minutes} where they were reported, without passes to cache features"
+    print(f"{counted(len(given) - len(rest), 'number')} measured before; " * bool(kept), end="")
+    print(f"{counted(len(rest), 'number')}; {told}")
+    yield from (judge(row, kept[row.key], every) for row in given if row.key in kept)
+    how = How(args.quick, args.device, Checkpoints(file and file.parent))
+    for row, new in measure_sources(rest, {row.key: sources[row.key] for row in rest}, how):
+        if file:
+            write_rows(file, [new])
+        yield judge(row, new, every)
+
+
+def _kept_file(args: argparse.Namespace) -> Path | None:
+    """Where ``--output`` keeps the numbers that this commit measures on the device, if it is given."""
+    if args.output is None:
+        return None
+    require_committed("--output")
+    name = "quick.jsonl" if args.quick else "rows.jsonl"
+    file = Path(args.output) / f"{current_commit()[:12]}-{args.device}" / name
     check_rows(file)
-    rows = read_file(file) if file.exists() else []
-    return {row.key: row for row in rows if row.commit == current_commit()}
+    return file
 
 
 def _work(args: argparse.Namespace) -> int:
@@ -232,7 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--weights", nargs="+", metavar="NAME", help="check the numbers of these weights [all]")
     add_data_arguments(parser)
     parser.add_argument("--results", type=Path, default=RESULTS_DIR, help="folder of the rows [training/results]")
-    told = "keep numbers that match, and trainings, in this folder; the same command then continues [nothing is kept]"
+    told = "keep what is measured in this folder, from which the same command continues; needs committed code"
     parser.add_argument("--output", type=Path, metavar="DIR", help=told)
     add_device(parser)
     args = parser.parse_args(arguments)

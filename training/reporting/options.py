@@ -74,6 +74,8 @@ def source_of(row: Row, args: argparse.Namespace, whole: bool = False) -> Source
         raise ValueError(no_cifar10(folder))
     if option != "data" and not folder.is_dir():
         raise ValueError(f"--{option} {folder} is not a folder: give the one that holds {row.data}")
+    if option == "voc" and args.proposals and not args.proposals.is_file():
+        raise ValueError(f"--proposals {args.proposals} is not a file: make it with the command proposals")
     if command_of(row) == "outliers":
         normal = normal_dataset(row.weights)
         folder = getattr(args, OPTIONS[normal])
