@@ -47,6 +47,7 @@ import rotation_ssl  # noqa: F401  registers the models with timm
 from rotation_ssl import zoo
 from rotation_ssl.backbones import alexnet, nin
 from rotation_ssl.evaluation.protocols import PROTOCOLS
+from rotation_ssl.fit import Checkpoints
 from rotation_ssl.images import read_image
 from rotation_ssl.zoo import published
 
@@ -269,6 +270,23 @@ def spy_on_first_step(monkeypatch, module):
 
     monkeypatch.setattr(module, "fit", one_loss)
     return optimizers, crops
+
+
+def opened_checkpoints(monkeypatch, folder, last, measure, trainings):
+    """The checkpoint file that each of the trainings opens, which ends where it calls the function named ``last``."""
+
+    class Opened(Exception):
+        pass
+
+    def stop(*args):
+        raise Opened
+
+    monkeypatch.setattr(last, stop)
+    checkpoints = Checkpoints(folder)
+    for training in trainings:
+        with pytest.raises(Opened):
+            measure(*training, checkpoints=checkpoints)
+    return checkpoints.opened
 
 
 def assert_state(model, expected):

@@ -2,8 +2,8 @@
 
     python -m training photos --data DIR --output DIR/photos
 
-DIR contains the datasets as they are distributed: imagenette2-320, imagewoof2-320, miniplaces (Places, 100 scenes at
-128 pixels), caltech101 (101_ObjectCategories, train.txt, test.txt) and VOCdevkit/VOC2007. The training images are
+DIR contains the datasets that docs/reproduce.md lists: imagenette2-320, imagewoof2-320, miniplaces (Places, 100 scenes
+at 128 pixels), caltech101 (101_ObjectCategories, train.txt, test.txt) and VOCdevkit/VOC2007. The training images are
 written as squares of 192 pixels, JPEG at quality 85; those of miniplaces, which are smaller, are copied. Training
 images that look like a held-out image are left out; held out are imagenette, imagewoof and miniplaces val, caltech101's
 test list and all of VOC2007. photos.json names the images that were left out, and has the sha256 of the list of those

@@ -14,7 +14,7 @@ from rotation_ssl.backbones.about import network_facts
 from rotation_ssl.features import layer_modules
 from rotation_ssl.messages import first_line
 
-DEFAULT_MODEL = "rotnet_alexnet.photos"  # of what mostly gets photographs
+DEFAULT_MODEL = "rotnet_alexnet.photos"  # the commands mostly get photographs
 
 
 def load_model(name: str, device: str) -> Any:

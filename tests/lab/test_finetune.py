@@ -5,10 +5,10 @@ from itertools import islice
 
 import pytest
 import torch
-from conftest import spy_on_first_step
+from conftest import opened_checkpoints, spy_on_first_step
 
 from rotation_ssl.evaluation.frozen import preparation
-from rotation_ssl.fit import Checkpoint, Checkpoints, fit
+from rotation_ssl.fit import Checkpoint, fit
 from rotation_ssl.labelled import labels_subset
 from training.datasets import load_images
 from training.evaluation import finetune
@@ -155,15 +155,7 @@ def test_a_stopped_training_resumes_to_the_same_network(name, images, tmp_path, 
 
 
 def test_a_training_is_told_from_every_other(images, tmp_path, monkeypatch):
-    class Opened(Exception):
-        pass
-
-    def stop(*args):
-        raise Opened
-
-    monkeypatch.setattr(finetune, "build_network", stop)
-    checkpoints, usual = Checkpoints(tmp_path), (short("few-labels-cpu"), load_subject(NAME), "block1", images)
-    recipe, _, layer, _ = usual
+    usual = recipe, subject, layer, _ = short("few-labels-cpu"), load_subject(NAME), "block1", images
     others = [
         (dataclasses.replace(recipe, lr=0.3), *usual[1:]),
         (recipe, load_subject("rotnet_nin", random=True), *usual[2:]),
@@ -173,12 +165,11 @@ def test_a_training_is_told_from_every_other(images, tmp_path, monkeypatch):
         (*usual, 3),
         (*usual, 2, "random"),
         (*usual, None, "first", 1),
-        (recipe, usual[1], layer, dataclasses.replace(images, train=images.test.subset(torch.arange(20)))),
+        (recipe, subject, layer, dataclasses.replace(images, train=images.test.subset(torch.arange(20)))),
     ]
-    for training in (usual, *others):
-        with pytest.raises(Opened):
-            finetune.measure_transfer(*training, checkpoints=checkpoints)
-    assert len(set(checkpoints.opened)) == 1 + len(others)
+    last, trainings = "training.evaluation.finetune.build_network", [usual, *others]
+    opened = opened_checkpoints(monkeypatch, tmp_path, last, finetune.measure_transfer, trainings)
+    assert len(set(opened)) == len(opened) == 1 + len(others)
 
 
 @pytest.mark.parametrize(

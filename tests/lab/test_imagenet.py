@@ -7,10 +7,10 @@ from itertools import islice
 
 import pytest
 import torch
-from conftest import spy_on_first_step
+from conftest import opened_checkpoints, spy_on_first_step
 
 from rotation_ssl.evaluation.frozen import Frozen, preparation
-from rotation_ssl.fit import Checkpoint, Checkpoints, fit
+from rotation_ssl.fit import Checkpoint, fit
 from rotation_ssl.precision import multiplies_bfloat16
 from rotation_ssl.probes import max_pooled_probe
 from training.evaluation import layers as imagenet
@@ -166,14 +166,7 @@ def test_a_stopped_training_resumes_to_the_same_probes(
 
 
 def test_a_training_is_told_from_every_other(subject, train, small_tinyimagenet, tmp_path, monkeypatch):
-    class Opened(Exception):
-        pass
-
-    def stop(*args):
-        raise Opened
-
-    monkeypatch.setattr(imagenet, "check_decoding", stop)
-    checkpoints, usual = Checkpoints(tmp_path), (LINEAR, subject, ["conv4"], train, train, "x val")
+    usual = (LINEAR, subject, ["conv4"], train, train, "x val")
     others = [
         (dataclasses.replace(LINEAR, lr=0.3), *usual[1:]),
         (LINEAR, load_subject("rotnet_alexnet", random=True, seed=1, size=64), *usual[2:]),
@@ -183,15 +176,14 @@ def test_a_training_is_told_from_every_other(subject, train, small_tinyimagenet,
         (*usual, 5),
         (*usual, 0, 1),
     ]
-    for training in (usual, *others):
-        with pytest.raises(Opened):
-            next(measure_layers(*training, checkpoints=checkpoints))
-    assert len(set(checkpoints.opened)) == 1 + len(others)
-    # the same images, in memory or not
-    streamed = open_labelled("tinyimagenet", small_tinyimagenet, "train", 64)
-    with pytest.raises(Opened):
-        next(measure_layers(*usual[:3], streamed, *usual[4:], checkpoints=checkpoints))
-    assert checkpoints.opened[-1] == checkpoints.opened[0]
+    # the same images, not in memory
+    streamed = (*usual[:3], open_labelled("tinyimagenet", small_tinyimagenet, "train", 64), *usual[4:])
+    last, trainings = "training.evaluation.layers.check_decoding", [usual, *others, streamed]
+    *opened, again = opened_checkpoints(
+        monkeypatch, tmp_path, last, lambda *training, **more: next(measure_layers(*training, **more)), trainings
+    )
+    assert len(set(opened)) == len(opened) == 1 + len(others)
+    assert again == opened[0]
 
 
 def test_features_are_those_of_the_layers(subject):
