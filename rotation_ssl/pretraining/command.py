@@ -118,12 +118,15 @@ def pretrain_model(
 
 
 def changed(recipe: Recipe, **fields: Any) -> Recipe:
-    """The recipe with other fields; ``image_size`` and ``steps`` scale what depends on them.
+    """The recipe with other fields; ``image_size`` and ``steps`` scale what depends on them, and another model is made
+    without the arguments of the recipe's own.
 
     Raises:
         ValueError: a value that a field does not allow.
     """
     fields = {name: value for name, value in fields.items() if value is not None}
+    if fields.get("model", recipe.model) != recipe.model:
+        fields = {"model_args": (), **fields}
     if "image_size" in fields:
         recipe = with_image_size(recipe, fields.pop("image_size"))
     if "steps" in fields:

@@ -178,7 +178,7 @@ class Recipe:
     note: str = ""
     image_size: int = 32
     scale: tuple[float, float] | None = None
-    model_args: tuple[tuple[str, int], ...] = ()
+    model_args: tuple[tuple[str, int | tuple[int, ...]], ...] = ()
     pretrained: bool = False
 
     def __post_init__(self) -> None:

@@ -20,6 +20,7 @@ from rotation_ssl.eighths import rotate_eighths
 from rotation_ssl.images import normalize
 from rotation_ssl.pretraining import loop
 from rotation_ssl.pretraining.batches import augmented_batches
+from rotation_ssl.pretraining.command import changed
 from rotation_ssl.pretraining.loop import pretrain, update_statistics
 from rotation_ssl.pretraining.optim import create_optimizers
 from rotation_ssl.pretraining.recipe import AdamW, LinearSchedule, Sgd, Stage
@@ -513,6 +514,13 @@ def test_the_command_changes_a_recipe_and_records_it(small_cifar10, tmp_path, mo
     assert [stage["steps"] for stage in run["recipe"]["stages"]] == [2, 1] and run["rotated_images"] == 96
     assert run["recipe"]["seed"] == 5
     assert (tmp_path / "run" / "tensorboard").is_dir()
+
+
+def test_another_model_is_made_without_the_arguments_of_the_recipes_own():
+    recipe = dataclasses.replace(TINY, model="rotnet_alexnet", model_args=(("fc_size", 0),))
+    assert changed(recipe, model="test_resnet").model_args == ()
+    assert changed(recipe, model="rotnet_alexnet", seed=1).model_args == (("fc_size", 0),)
+    assert changed(recipe, model="resnet18", model_args=(("stem_width", 32),)).model_args == (("stem_width", 32),)
 
 
 def test_a_processor_without_bfloat16_is_told(small_cifar10, tmp_path, monkeypatch, capsys):
