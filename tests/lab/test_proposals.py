@@ -143,5 +143,5 @@ def test_what_is_wrong_is_said(devkit, tmp_path, capsys, monkeypatch):
     search._opencv.cache_clear()
     monkeypatch.setitem(sys.modules, "cv2", None)
     assert run(*arguments) == 2
-    assert "pip install 'rotation-ssl[voc]'" in capsys.readouterr().err
+    assert "pip install -e '.[voc]'" in capsys.readouterr().err
     search._opencv.cache_clear()

@@ -7,6 +7,7 @@ from pathlib import Path
 from rotation_ssl.cli.options import add_device, positive
 from rotation_ssl.labelled import Images
 from rotation_ssl.precision import AnyRecipe, add_precision_argument, resolved
+from training.command import CIFAR10_DIR
 from training.datasets import DATASETS, FOLDER, check_whole, load_images
 from training.evaluation.subject import Subject, load_subject
 from training.reporting.report import check_rows
@@ -30,9 +31,7 @@ def add_data(parser: argparse.ArgumentParser, torchvision: bool = False) -> None
     else:
         known = ", ".join(sets)
         parser.add_argument("--dataset", choices=sets, default="cifar10", metavar="SET", help=f"{known} [%(default)s]")
-        parser.add_argument(
-            "--data", type=Path, default=Path("data/cifar10"), help="folder of the images [%(default)s]"
-        )
+        parser.add_argument("--data", type=Path, default=CIFAR10_DIR, help="folder of the images [%(default)s]")
     parser.add_argument("--download", action="store_true", help="let torchvision download the images to --data")
     parser.add_argument(
         "--holdout", type=positive, default=0, metavar="N",

@@ -25,7 +25,7 @@ from rotation_ssl.labelled import Images
 from rotation_ssl.precision import add_precision_argument, warn_if_emulated
 from rotation_ssl.pretraining.recipe import CosineSchedule, LinearSchedule, Muon, Recipe, Sgd, Stage
 from rotation_ssl.progress import progress
-from training.command import create_parser, run
+from training.command import CIFAR10_DIR, create_parser, run
 from training.datasets import DATASETS, load_images
 from training.evaluation.probes import measure_features
 from training.evaluation.subject import load_subject, measured_row
@@ -262,7 +262,7 @@ def _work(args: argparse.Namespace) -> int:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     parser = create_parser("study", __doc__)
-    parser.add_argument("--data", type=Path, default=Path("data/cifar10"), help="folder of CIFAR-10 [%(default)s]")
+    parser.add_argument("--data", type=Path, default=CIFAR10_DIR, help="folder of CIFAR-10 [%(default)s]")
     parser.add_argument("--output", type=Path, default=Path("runs/study"), help="folder of the runs [%(default)s]")
     parser.add_argument("--rows", type=Path, default=ROWS, help="file of the rows [training/results/study/runs.jsonl]")
     parser.add_argument(

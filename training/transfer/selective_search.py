@@ -162,7 +162,7 @@ def _opencv() -> Any:
     with contextlib.suppress(ImportError):
         cv2 = importlib.import_module("cv2")
     if not hasattr(cv2, "ximgproc"):
-        raise ValueError("selective search needs OpenCV with its contributed modules: pip install 'rotation-ssl[voc]'")
+        raise ValueError("selective search needs OpenCV with its contributed modules: pip install -e '.[voc]'")
     # the images are searched side by side
     cv2.setNumThreads(1)
     return cv2
