@@ -30,6 +30,7 @@ COMMANDS = {
     "check": ("training.reporting.check", "reproduce the reported numbers"),
     "publish": ("training.reporting.publish", "bundle weights, draw figures, render pages, upload to the Hub"),
     "study": ("training.studies.nin_cifar10", "the study that chose the recipe of rotnet_nin"),
+    "networks": ("training.studies.networks", "the study of networks for the orientation of photographs"),
     "ablation": ("training.studies.rotations", "ablation of the rotations, table 2 of the paper"),
     "page": ("training.page", "build the page that predicts orientation in the browser"),
     "benchmark": ("training.studies.benchmark", "speed of importing, loading, training and feature extraction"),

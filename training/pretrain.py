@@ -21,18 +21,21 @@ from pathlib import Path
 import torch
 
 from rotation_ssl.pretraining.command import execute
+from rotation_ssl.pretraining.images import UnlabelledImages
 from rotation_ssl.pretraining.loop import pretrain
 from rotation_ssl.pretraining.options import add_options
 from rotation_ssl.pretraining.recipe import Recipe
 from rotation_ssl.pretraining.setup import create_accelerator
 from rotation_ssl.pretraining.state import find_checkpoint
-from training.command import create_parser
+from training.command import CIFAR10_DIR, create_parser
 from training.datasets import open_unlabelled
 from training.recipes import RECIPES
 from training.reporting.rows import current_commit
 
 
-def finished_run(recipe: Recipe, images: torch.Tensor, output: Path, device: str = "cpu") -> Path:
+def finished_run(
+    recipe: Recipe, images: torch.Tensor | UnlabelledImages, output: Path, device: str = "cpu", workers: int = 0
+) -> Path:
     """The weights of a run: those that are there, or made by beginning it or going on with it.
 
     Raises:
@@ -41,7 +44,7 @@ def finished_run(recipe: Recipe, images: torch.Tensor, output: Path, device: str
     weights = output / "model.safetensors"
     begun = weights.exists() or find_checkpoint(output) is not None
     accelerator = create_accelerator(recipe, cpu=device == "cpu")
-    if pretrain(recipe, images, output, accelerator, resume=begun, commit=current_commit()) != weights:
+    if pretrain(recipe, images, output, accelerator, begun, workers=workers, commit=current_commit()) != weights:
         raise KeyboardInterrupt
     return weights
 
@@ -54,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser = create_parser("pretrain", __doc__, recipes)
     parser.add_argument("recipe", choices=sorted(RECIPES), metavar="RECIPE", help="one of the recipes below")
-    add_options(parser, "runs/RECIPE", Path("data/cifar10"))
+    add_options(parser, "runs/RECIPE", CIFAR10_DIR)
     parser.add_argument(
         "--dataset",
         help="dataset in --data: cifar10, tinyimagenet, photos, folder, or a name of timm (torch/..., hfds/...)",

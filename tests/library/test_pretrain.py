@@ -584,7 +584,7 @@ def test_memory_that_is_short_is_told_in_one_line(small_cifar10, tmp_path, monke
         command.main(arguments)
 
 
-@pytest.mark.parametrize("name", ["pretrain", "evaluate", "finetune", "check", "study"])
+@pytest.mark.parametrize("name", ["pretrain", "evaluate", "finetune", "check", "study", "networks"])
 def test_help_says_how_to_leave_the_allocator_alone(name, capsys):
     with pytest.raises(SystemExit):
         main([name, "--help"])

@@ -97,6 +97,11 @@ def fit_threshold(confidence: torch.Tensor, right: torch.Tensor, precision: floa
     return math.floor(float(confidence[good[-1]]) * 1e6) / 1e6
 
 
+def settings_text(size: int, temperature: float) -> str:
+    """What the protocol's name leaves open, for the rows."""
+    return f"central square and all of elongated pictures, {size} pixels, 4 turns, temperature {temperature:.4g}"
+
+
 def most_confident(confidence: torch.Tensor) -> dict[int, torch.Tensor]:
     """Which pictures are among the most confident 10, 20, ... 90 %: a mask (N,) for each share in percent."""
     rank = confidence.argsort(descending=True, stable=True).argsort()
@@ -127,10 +132,10 @@ def measure_orientation(subject: Subject, files: Sequence[Path], name: str, cali
         counted[f"orientation-top-{share}"] = chosen & right
         totals[f"orientation-top-{share}"] = int(chosen.sum())
     seconds = (time.monotonic() - started) / len(counted)
-    settings = f"central square and all of elongated pictures, {size} pixels, 4 turns, temperature {temperature:.4g}"
     return [
         measured_row(
-            subject, [int(part.sum()) for part in which.tensor_split(PARTS)], totals[protocol], name, settings, seconds,
+            subject, [int(part.sum()) for part in which.tensor_split(PARTS)], totals[protocol], name,
+            settings_text(size, temperature), seconds,
             protocol=protocol, layer="",
         )
         for protocol, which in counted.items()

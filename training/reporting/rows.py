@@ -37,8 +37,8 @@ class Row:
     ``counts`` are the right answers in each tenth of the test images, in their order.
     ``settings`` says what the protocol's name leaves open. ``strength`` is the L2 penalty that a linear probe chose:
     two candidates may be so close that the next machine would choose the other, so that a number is measured again with
-    the one it was measured with. ``recipe`` names what made weights that are not published: a variant of
-    ``training/studies/nin_cifar10.py``.
+    the one it was measured with. ``recipe`` names what made weights that are not published: a recipe of
+    one of ``training/studies``.
     """
 
     weights: str
