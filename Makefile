@@ -47,7 +47,7 @@ timm-tests: $(VENV)/.installed-dev
 	@cd $(TIMM_TESTS) && PYTHONPATH=$(CURDIR)/tests $(CURDIR)/$(BIN)/python -m pytest -q -p timm_plugin \
 	    --rootdir=. -c /dev/null -k rotnet tests/test_models.py
 
-# the tables of MODEL_CARD.md, README.md, docs/ and the study, and the metrics of the manifest, from the result rows
+# the tables of MODEL_CARD.md, README.md, docs/ and the studies, and the metrics of the manifest, from the result rows
 render: $(VENV)/.installed-dev
 	@$(BIN)/python -m training publish render
 

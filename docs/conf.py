@@ -36,6 +36,7 @@ NAVIGATION = {
         "Pretrain on your own images": "docs/pretraining",
         "Reproduce the results": "docs/reproduce",
         "How nin-cifar10-cpu was chosen": "training/studies/nin_cifar10",
+        "Small networks for orientation": "training/studies/networks",
     },
     "Applications": {
         "Turn photographs upright": "docs/orientation",

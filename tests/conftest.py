@@ -229,6 +229,7 @@ def copied(monkeypatch, tmp_path, weights_dir):
     """The files that publishing writes, in a folder of the test's own."""
     from training.reporting import bundle, pages, publish
     from training.reporting.rows import RESULTS_DIR, read_rows
+    from training.studies import networks
 
     shutil.copytree(publish.FIGURES_DIR, tmp_path / "docs" / "figures")
     shutil.copytree(SAMPLES, tmp_path / "samples")
@@ -237,6 +238,8 @@ def copied(monkeypatch, tmp_path, weights_dir):
         shutil.copyfile(page, tmp_path / page.relative_to(ROOT))
     for module in (bundle, publish):
         monkeypatch.setattr(module, "FIGURES_DIR", tmp_path / "docs" / "figures")
+    shutil.copy(networks.PAGE, tmp_path)
+    monkeypatch.setattr(networks, "PAGE", tmp_path / networks.PAGE.name)
     monkeypatch.setattr(bundle, "RESULTS_DIR", tmp_path / "results")
     monkeypatch.setattr(pages, "RESULTS_DIR", tmp_path / "results")
     monkeypatch.setattr(pages, "ROOT", tmp_path)

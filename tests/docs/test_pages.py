@@ -15,7 +15,7 @@ HEADS = [file for file in (ROOT / "training").rglob("*.py") if "python -m traini
 PAGES = [
     ROOT / "README.md",
     ROOT / "MODEL_CARD.md",
-    ROOT / "training" / "studies" / "nin_cifar10.md",
+    *sorted((ROOT / "training" / "studies").glob("*.md")),
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 TYPED = [
@@ -77,6 +77,7 @@ def test_every_page_that_has_commands_is_read():
         "README.md",
         "MODEL_CARD.md",
         "nin_cifar10.md",
+        "networks.md",
         "features.md",
         "imagenet.md",
         "loading.md",

@@ -41,13 +41,13 @@ from training.reporting.pictures import draw_attention, draw_filters, draw_neigh
 from training.reporting.required import complaints, main_data
 from training.reporting.rows import Row, read_rows
 from training.reporting.tables import is_application, select
-from training.studies import nin_cifar10
+from training.studies import networks, nin_cifar10
 
 WEIGHTS_FIGURES = ("filters", "attention", "neighbours")
 
 
 def render(check: bool = False) -> list[Path]:
-    """Render card, parts of README and docs, the study and manifest metrics from the rows; returns what differs.
+    """Render card, parts of README and docs, the studies and manifest metrics from the rows; returns what differs.
 
     Without ``check`` those files are rewritten; with it, figures that are stale differ too.
     """
@@ -59,12 +59,12 @@ def render(check: bool = False) -> list[Path]:
     wanted = {zoo.WEIGHTS_DIR / "manifest.json": manifest_text(every)}
     wanted |= {page: render_page(page, rows, every) for page in pages()}
     different = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
-    of_study = nin_cifar10.render(check)
+    of_studies = nin_cifar10.render(check) + networks.render(check)
     if not check:
         for path in different:
             replace_bytes(path, wanted[path].encode())
-        return different + of_study
-    return different + of_study + stale_figures(rows, entries)
+        return different + of_studies
+    return different + of_studies + stale_figures(rows, entries)
 
 
 def draw_figures(data_dir: Path, download: bool = False) -> list[Path]:
