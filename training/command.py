@@ -2,11 +2,13 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from rotation_ssl.cli.options import Parser
 from rotation_ssl.machine import TURN_OFF, keep_large_blocks
+from rotation_ssl.pretraining.recipe import Recipe
+from rotation_ssl.progress import progress
 
 CIFAR10_DIR = Path("data/cifar10")  # where --data is not given
 
@@ -26,6 +28,35 @@ def add_cifar10(parser: argparse.ArgumentParser) -> None:
     """Add the options of where CIFAR-10 is."""
     parser.add_argument("--data", type=Path, default=CIFAR10_DIR, help="folder of CIFAR-10 [%(default)s]")
     parser.add_argument("--download", action="store_true", help="let torchvision download CIFAR-10 into --data")
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add the option of where a study trains and measures."""
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu",
+        help="device; CUDA_VISIBLE_DEVICES selects the GPU [%(default)s]",
+    )  # fmt: skip
+
+
+def run_each(recipes: Sequence[Recipe], kind: str, work: Callable[[Recipe], None]) -> int:
+    """Do the work of a study, recipe by recipe, with a progress bar; one that fails is named and the others go on.
+
+    Args:
+        recipes: of the study.
+        kind: what they are called, in the singular.
+        work: on one of them. A ValueError is a result of the study, such as a learning rate that was too high.
+
+    Returns:
+        The exit status: 1 if any failed.
+    """
+    failed = 0
+    for recipe in progress(f"{kind}s", len(recipes), kind, recipes):
+        try:
+            work(recipe)
+        except ValueError as error:
+            print(f"{recipe.name} has no numbers: {error}", file=sys.stderr)
+            failed += 1
+    return 1 if failed else 0
 
 
 def run(work: Callable[[], int | None], stopped: str = "stopped; run the same command again to continue") -> int:

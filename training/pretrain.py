@@ -38,6 +38,8 @@ def finished_run(
 ) -> Path:
     """The weights of a run: those that are there, or made by beginning it or going on with it.
 
+    ``workers`` processes decode the images that are not in memory.
+
     Raises:
         KeyboardInterrupt: the run was stopped; its checkpoint is kept.
     """

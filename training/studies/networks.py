@@ -11,7 +11,6 @@ training/studies/networks.md. A network that has its rows is skipped, a stopped 
 
 import argparse
 import dataclasses
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,8 +24,7 @@ from rotation_ssl.pretraining.images import UnlabelledImages
 from rotation_ssl.pretraining.options import WORKERS
 from rotation_ssl.pretraining.recipe import Recipe, with_steps
 from rotation_ssl.pretraining.setup import create_model
-from rotation_ssl.progress import progress
-from training.command import create_parser, run
+from training.command import add_device, create_parser, run, run_each
 from training.datasets import DATASETS, open_unlabelled
 from training.evaluation.orientation import (
     FITTED_ON,
@@ -158,15 +156,11 @@ def _work(args: argparse.Namespace) -> int:
         return 0
     photos = {name: photo_list(name, args.photos) for name in FITTED_ON}
     images = open_unlabelled("photos", args.data, ALEXNET_PHOTOS_CPU.image_size, False)
-    failed = 0
-    for recipe in progress("networks", len(todo), "network", todo):
-        try:
-            run_candidate(recipe, images, photos, args.output / recipe.name, args.rows, args.device)
-        except ValueError as error:
-            # a network that does not learn with these settings is a result of the study, not its end
-            print(f"{recipe.name} has no numbers: {error}", file=sys.stderr)
-            failed += 1
-    return 1 if failed else 0
+
+    def work(recipe: Recipe) -> None:
+        run_candidate(recipe, images, photos, args.output / recipe.name, args.rows, args.device)
+
+    return run_each(todo, "network", work)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -181,9 +175,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--only", nargs="+", choices=CANDIDATES, metavar="NETWORK", help=f"networks: {', '.join(CANDIDATES)} [all]"
     )
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu",
-        help="device; CUDA_VISIBLE_DEVICES selects the GPU [%(default)s]",
-    )  # fmt: skip
+    add_device(parser)
     args = parser.parse_args(arguments)
     return run(lambda: _work(args))

@@ -12,7 +12,6 @@ training/studies/nin_cifar10.md and its figure. A variant that has its rows is s
 import argparse
 import dataclasses
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,8 +23,7 @@ from rotation_ssl.files import replace_bytes
 from rotation_ssl.labelled import Images
 from rotation_ssl.precision import add_precision_argument, warn_if_emulated
 from rotation_ssl.pretraining.recipe import CosineSchedule, LinearSchedule, Muon, Recipe, Sgd, Stage
-from rotation_ssl.progress import progress
-from training.command import CIFAR10_DIR, create_parser, run
+from training.command import CIFAR10_DIR, add_device, create_parser, run, run_each
 from training.datasets import DATASETS, load_images
 from training.evaluation.probes import measure_features
 from training.evaluation.subject import load_subject, measured_row
@@ -247,16 +245,12 @@ def _work(args: argparse.Namespace) -> int:
     warn_if_emulated(args.precision, args.device)
     done = results(args.rows)
     todo = [VARIANTS[name] for name in args.only or VARIANTS if name not in done]
-    failed = 0
-    for recipe in progress("variants", len(todo), "variant", todo):
+
+    def work(recipe: Recipe) -> None:
         asked = dataclasses.replace(recipe, precision=args.precision or recipe.precision)
-        try:
-            run_variant(asked, images, args.output / recipe.name, args.rows, args.device)
-        except ValueError as error:
-            # a rate that was too high is a result of the study, not its end
-            print(f"{recipe.name} has no numbers: {error}", file=sys.stderr)
-            failed += 1
-    return 1 if failed else 0
+        run_variant(asked, images, args.output / recipe.name, args.rows, args.device)
+
+    return run_each(todo, "variant", work)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -269,9 +263,6 @@ def main(arguments: list[str] | None = None) -> int:
         "--only", nargs="+", choices=VARIANTS, metavar="VARIANT", help=f"variants: {', '.join(VARIANTS)} [all]"
     )
     add_precision_argument(parser)
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu",
-        help="device; CUDA_VISIBLE_DEVICES selects the GPU [%(default)s]",
-    )  # fmt: skip
+    add_device(parser)
     args = parser.parse_args(arguments)
     return run(lambda: _work(args))

@@ -19,7 +19,7 @@ from rotation_ssl.labelled import Images
 from rotation_ssl.precision import add_precision_argument, warn_if_emulated
 from rotation_ssl.pretraining.recipe import Recipe
 from rotation_ssl.progress import progress
-from training.command import CIFAR10_DIR, create_parser, run
+from training.command import CIFAR10_DIR, add_device, create_parser, run
 from training.datasets import check_whole, load_images
 from training.evaluation.probes import measure_features
 from training.evaluation.subject import load_subject
@@ -87,9 +87,6 @@ def main(arguments: list[str] | None = None) -> int:
         help=f"recipes: {', '.join(ABLATIONS)} [those of rotnet_nin]",
     )  # fmt: skip
     add_precision_argument(parser)
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu",
-        help="device; CUDA_VISIBLE_DEVICES selects the GPU [%(default)s]",
-    )  # fmt: skip
+    add_device(parser)
     args = parser.parse_args(arguments)
     return run(lambda: _work(args))
