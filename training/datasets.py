@@ -17,7 +17,7 @@ from rotation_ssl.labelled import (
     shuffled,
 )
 from rotation_ssl.pretraining.images import UnlabelledImages, open_files, open_images
-from training.photos import listed_files, photo_files
+from training.photos import listed_files, open_views, photo_files
 
 # the N files of a split, their labels (N,) int64 (positions in the classes) and the classes
 Listed = tuple[list[Path], torch.Tensor, tuple[str, ...]]
@@ -277,7 +277,8 @@ def open_unlabelled(data: str, root: Path, size: int, download: bool = False) ->
     """The training images of a dataset of the recipes, without their labels.
 
     Args:
-        data: a name of :data:`DATASETS`, 'photos', or what :func:`rotation_ssl.pretraining.images.open_images` takes.
+        data: a name of :data:`DATASETS`, 'photos', 'photo-views', or what
+            :func:`rotation_ssl.pretraining.images.open_images` takes.
         size: side of the squares.
         download: let torchvision fetch it.
 
@@ -290,6 +291,8 @@ def open_unlabelled(data: str, root: Path, size: int, download: bool = False) ->
         return load_cifar10(root, "train", download).images
     if data == "photos":
         return open_files(photo_files(root), size)
+    if data == "photo-views":
+        return open_views(root, size)
     if data in DATASETS and (list_files := DATASETS[data].files):
         return open_files(list_files(root, "train")[0], size)
     return open_images(data, root, size, download)

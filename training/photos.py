@@ -8,6 +8,9 @@ written as squares of 192 pixels, JPEG at quality 85; those of miniplaces, which
 images that look like a held-out image are left out; held out are imagenette, imagewoof and miniplaces val, caltech101's
 test list and all of VOC2007. photos.json names the images that were left out, and has the sha256 of the list of those
 written.
+
+DIR/photos, and the photographs beside it, are also the dataset `photo-views`, of which nothing is written: for the
+orientation of whole photographs.
 """
 
 import hashlib
@@ -25,6 +28,7 @@ from PIL import Image
 
 from rotation_ssl.cli.options import positive
 from rotation_ssl.images import find_images, read_image, square
+from rotation_ssl.pretraining.images import UnlabelledImages, open_files
 from rotation_ssl.progress import progress
 from training.command import create_parser, run
 
@@ -91,6 +95,35 @@ def photo_files(folder: Path) -> list[Path]:
     if sha256_of_names(folder / "train", files) != SHA256_OF_NAMES:
         raise ValueError(f"{folder} is not the whole of photos: {len(files):,} images of {IMAGES:,}, or others")
     return files
+
+
+def open_views(root: Path, size: int) -> UnlabelledImages:
+    """The dataset `photo-views`: photographs as `rotation-ssl orient` looks at them, and more of objects than `photos`.
+
+    Each image of MiniPlaces, of which `photos` has the most, is in it once. Each other one is in it four times: twice
+    its central square, and twice the whole photograph, squeezed to a square.
+
+    Args:
+        root: contains the datasets, and `photos`.
+        size: side of the squares.
+
+    Raises:
+        ValueError: a dataset is missing, or `photos` is not the whole of it.
+    """
+    whole_photos = {file.relative_to(root).with_suffix(""): file for file in training_files(root)}
+    folder = root / "photos"
+    views: list[tuple[Path, bool]] = []
+    for file in photo_files(folder):
+        name = file.relative_to(folder / "train").with_suffix("")
+        views += [(file, False)] if name.parts[0] == "miniplaces" else [(file, False), (whole_photos[name], True)] * 2
+    images = open_files([file for file, _ in views], size)
+    images.read = partial(_read_view, images.read, np.array([whole for _, whole in views]), size)
+    return images
+
+
+def _read_view(read: Callable[[int], Image.Image], whole: np.ndarray, size: int, index: int) -> Image.Image:
+    image = read(index)
+    return image.resize((size, size), Image.Resampling.BICUBIC) if whole[index] else image
 
 
 def sha256_of_names(root: Path, files: Sequence[Path]) -> str:

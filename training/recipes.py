@@ -142,6 +142,17 @@ ALEXNET_PHOTOS_CPU = Recipe(
     note="about 115 minutes on 2 cores with native bf16",
 )
 
+ALEXNET_ORIENTATION_CPU = dataclasses.replace(
+    ALEXNET_PHOTOS_CPU,
+    name="alexnet-orientation-cpu",
+    model="rotnet_alexnet.photos",
+    pretrained=True,
+    data="photo-views",
+    stages=(Stage(steps=800, crop=112), Stage(steps=200, crop=128)),
+    optimizer=Muon(lr=0.03),
+    note="begins with rotnet_alexnet.photos, for rotation-ssl orient",
+)
+
 RECIPES = {
     recipe.name: recipe
     for recipe in (
@@ -158,6 +169,7 @@ RECIPES = {
         ALEXNET_IMAGENET_AUTHORS,
         ALEXNET_PLACES205_PAPER,
         ALEXNET_PHOTOS_CPU,
+        ALEXNET_ORIENTATION_CPU,
         FOLDER,
     )
 }

@@ -86,6 +86,28 @@ def test_the_set_is_the_whole_of_it(sources, tmp_path, monkeypatch):
     assert len(open_unlabelled("photos", output, 64)) == 5
 
 
+def test_photo_views_are_squares_and_whole_photographs(sources, monkeypatch):
+    output = sources / "photos"
+    photos.prepare(sources, output, 1)
+    monkeypatch.setattr(
+        photos, "SHA256_OF_NAMES", photos.sha256_of_names(output / "train", find_images(output / "train"))
+    )
+    views = open_unlabelled("photo-views", sources, 96)
+    squares = open_unlabelled("photos", output, 96)
+    assert len(views) == 4 * 4 + 1
+    for i in range(4):
+        square, whole, *again = (views[4 * i + j][0] for j in range(4))
+        assert torch.equal(square, squares[i][0]) and not torch.equal(square, whole)
+        assert torch.equal(again[0], square) and torch.equal(again[1], whole)
+    # that of Caltech-101: the whole width is in it
+    photograph = read_image(sources / "caltech101" / "101_ObjectCategories" / "x" / "2.jpg")
+    expected = np.asarray(photograph.resize((96, 96), Image.Resampling.BICUBIC))
+    assert np.array_equal(views[1][0].permute(1, 2, 0), expected)
+    assert torch.equal(views[16][0], squares[4][0])
+    with pytest.raises(ValueError, match="lacks imagenette2-320"):
+        open_unlabelled("photo-views", output, 96)
+
+
 def test_sources_that_lack_parts_are_named(sources, tmp_path, capsys):
     (sources / "caltech101" / "test.txt").unlink()
     arguments = ["photos", "--data", str(sources), "--output", str(tmp_path / "new")]

@@ -195,6 +195,30 @@ def test_an_alexnet_is_bundled_and_reported_on_its_own_data(copied, tmp_path):
     assert "_50.0 %_" in text and "_31.7 %_ (unchecked)" in text and "Places205 val" in text
 
 
+def test_weights_trained_further_are_bundled_in_half_precision(copied, tmp_path):
+    name, recipe = "rotnet_alexnet.further", RECIPES["alexnet-orientation-cpu"]
+    begun = zoo.manifest()[recipe.model]
+    run = json.loads((RESULTS_DIR / f"{NAME}.run.json").read_text())
+    run |= {"recipe": dataclasses.asdict(recipe), "rotated_images": recipe.rotated_images}
+    folder = tmp_path / "further"
+    folder.mkdir()
+    (folder / "run.json").write_text(json.dumps(run))
+    shutil.copyfile(zoo.WEIGHTS_DIR / begun["file"], folder / "model.safetensors")
+    shutil.copyfile(ROOT / "docs" / "figures" / f"{NAME}.curve.png", folder / "curve.png")
+    bundle.bundle(folder, name, half=True)
+    entry = json.loads((copied / "weights" / "manifest.json").read_text())[name]
+    assert entry["rotated_images"] == begun["rotated_images"] + recipe.rotated_images
+    assert entry["size"] < 0.51 * begun["size"]
+    stored = load_file(copied / "weights" / entry["file"])
+    assert {str(value.dtype) for value in stored.values()} == {"torch.float16", "torch.int64"}
+    golden = load_file(copied / "weights" / f"{name}.golden.safetensors")
+    model = timm.create_model(recipe.model, pretrained=True).eval()
+    in_single = model(golden["input"])
+    model.load_state_dict(stored)
+    assert torch.equal(model(golden["input"]), golden["logits"]), "the outputs are of what is stored"
+    assert 0 < (in_single - golden["logits"]).abs().max() < 0.02
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_run_in_either_precision_is_the_recipes(copied, run_dir, precision):
     run = json.loads((run_dir / "run.json").read_text())

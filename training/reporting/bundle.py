@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from safetensors.torch import save
+from safetensors.torch import load, save
 from timm.data import resolve_model_data_config
 
 from rotation_ssl import zoo
@@ -26,21 +26,30 @@ from training.reporting.rows import RESULTS_DIR
 DATA_NAMES = {
     "cifar10": "CIFAR-10, 50,000 training images (labels not used)",
     "photos": "114,334 training photographs of Imagenette, Imagewoof, MiniPlaces and Caltech-101 (labels not used)",
+    "photo-views": "the photographs of `rotnet_alexnet.photos`, then more of objects, and whole ones (labels not used)",
 }
 
 
-def bundle(run_dir: Path, name: str) -> None:
+def bundle(run_dir: Path, name: str, half: bool = False) -> None:
     """Copy a run's weights into the package as ``model.tag`` and enter them into the manifest.
 
     Everything is checked and computed before the first file is written, and the manifest is written last.
+
+    Args:
+        run_dir: output folder of the run.
+        name: ``model.tag``.
+        half: store the weights in half precision, in half as many bytes.
     """
     run = checked_run(run_dir, name)
     recipe = run["recipe"]
+    network = name.split(".", 1)[0]
+    # a run that began with published weights goes on with their training
+    begun = zoo.manifest()[recipe["model"]]["rotated_images"] if recipe.get("pretrained") else 0
     weights = run_dir / "model.safetensors"
     # the size is the recipe's, not that of the weights that are bundled already or of the paper
     input_size = (3, *[RECIPES[recipe["name"]].input_size] * 2)
     overlay = {"file": str(weights), "input_size": input_size}
-    model = timm.create_model(recipe["model"], pretrained=True, pretrained_cfg_overlay=overlay)
+    model = timm.create_model(network, pretrained=True, pretrained_cfg_overlay=overlay)
     cfg = resolve_model_data_config(model)
     entry = {
         "source": "bundled",
@@ -49,16 +58,20 @@ def bundle(run_dir: Path, name: str) -> None:
         "origin": "trained by this project",
         "recipe": recipe["name"],
         "data": DATA_NAMES[recipe["data"]],
-        "rotated_images": run["rotated_images"],
+        "rotated_images": begun + run["rotated_images"],
         "seed": recipe["seed"],
         "commit": run["commit"],
-        "recommended_layer": network_facts(recipe["model"]).recommended_layer,
+        "recommended_layer": network_facts(network).recommended_layer,
         **{key: list(cfg[key]) for key in ("input_size", "mean", "std")},
         **({"model_args": dict(recipe["model_args"])} if recipe.get("model_args") else {}),
         "metrics": {},
     }
-    content = add_metadata(weights.read_bytes(), name, entry)
+    content = weights.read_bytes()
+    if half:
+        content = save({k: v.half() if v.is_floating_point() else v for k, v in load(content).items()})
+    content = add_metadata(content, name, entry)
     entry |= {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
+    model.load_state_dict(load(content))  # as it is stored
     FIGURES_DIR.mkdir(parents=True, exist_ok=True)
     replace_bytes(FIGURES_DIR / f"{name}.curve.png", (run_dir / "curve.png").read_bytes())
     replace_bytes(golden_file(name), save(golden_outputs(model)))
@@ -97,7 +110,7 @@ def checked_run(run_dir: Path, name: str) -> dict[str, Any]:
     if not isinstance(run, dict) or not {"recipe", "commit", "rotated_images"} <= run.keys():
         raise ValueError(f"{run_dir / 'run.json'} does not describe a run: give the output folder of a pretraining")
     recipe = run["recipe"]
-    if recipe["model"] != name.split(".", 1)[0]:
+    if recipe["model"].split(".", 1)[0] != name.split(".", 1)[0]:
         raise ValueError(f"{run_dir} is a run of {recipe['model']}, not of {name.split('.', 1)[0]}")
     if recipe["holdout"]:
         raise ValueError(f"{run_dir} held {counted(recipe['holdout'], 'image')} out: it is for tuning, not publishing")

@@ -1,17 +1,18 @@
 """Bundle a finished run, render the measured numbers, and upload weights to the Hugging Face Hub.
 
-    python -m training publish bundle runs/nin rotnet_nin.cifar10
+    python -m training publish bundle runs/nin rotnet_nin.cifar10 [--half]
     python -m training publish figures --data DIR
     python -m training publish render [--check]
     python -m training publish upload --namespace ORG [--weights NAME|FOLDER ...] [--dry-run]
 
 `bundle` copies the weights, run.json and curve of a run into the package and writes their manifest entry and golden
-outputs. `figures` draws the figures from the result rows, the weights and the test images of CIFAR-10 (DIR). `render`
-rewrites the rendered parts of README.md, MODEL_CARD.md and docs/, the manifest's metrics, and page and figure of the
-study, from the result rows; with --check it writes nothing, and fails if something would change or a figure was drawn
-from other rows or weights. `upload` uploads weights to the Hub as ORG/model.tag, with their card, golden outputs,
-recipe and curve; it downloads them again, compares and tags them, and writes the revision into the manifest, which you
-then commit. Run again, it uploads only what is missing. --dry-run lists what each repository would contain.
+outputs; with --half the weights are stored in half precision. `figures` draws the figures from the result rows, the
+weights and the test images of CIFAR-10 (DIR). `render` rewrites the rendered parts of README.md, MODEL_CARD.md and
+docs/, the manifest's metrics, and page and figure of the study, from the result rows; with --check it writes nothing,
+and fails if something would change or a figure was drawn from other rows or weights. `upload` uploads weights to the
+Hub as ORG/model.tag, with their card, golden outputs, recipe and curve; it downloads them again, compares and tags
+them, and writes the revision into the manifest, which you then commit. Run again, it uploads only what is missing.
+--dry-run lists what each repository would contain.
 """
 
 import argparse
@@ -166,7 +167,7 @@ def _upload(args: argparse.Namespace) -> None:
 
 
 def _bundle(args: argparse.Namespace) -> None:
-    bundle(args.run, args.name)
+    bundle(args.run, args.name, args.half)
     print(f"bundled {args.name}; commit, then python -m training measure {args.name}")
 
 
@@ -189,6 +190,7 @@ def build_parser() -> argparse.ArgumentParser:
     bundling = commands.add_parser("bundle", help="copy a finished run into the package and the manifest")
     bundling.add_argument("run", type=Path, metavar="RUN", help="output folder of `python -m training pretrain`")
     bundling.add_argument("name", metavar="MODEL.TAG", help="the name the weights are published under")
+    bundling.add_argument("--half", action="store_true", help="store the weights in half precision")
     bundling.set_defaults(work=_bundle)
     drawing = commands.add_parser("figures", help="draw the figures")
     add_cifar10(drawing)
