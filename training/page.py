@@ -22,7 +22,7 @@ from torch import nn
 from tqdm import tqdm
 
 from rotation_ssl.demo import SAMPLES_DIR
-from rotation_ssl.embedding.backbone import DEFAULT_MODEL, load_model
+from rotation_ssl.embedding.backbone import ORIENTATION_MODEL, load_model
 from rotation_ssl.features import attention_map, layer_modules
 from rotation_ssl.images import normalize
 from rotation_ssl.orientation import calibration
@@ -102,7 +102,7 @@ def build_page(output: Path) -> int:
     own = {*PAGE_FILES, *RUNTIME_FILES, MODEL_FILE, FACTS_FILE, "samples"} if is_page else set()
     if output.exists() and not (output.is_dir() and {file.name for file in output.iterdir()} <= own):
         raise ValueError(f"{output} exists and is not a page alone: give an empty --output")
-    model: Any = load_model(DEFAULT_MODEL, "cpu")
+    model: Any = load_model(ORIENTATION_MODEL, "cpu")
     size, temperature, threshold = calibration(model)
     output.parent.mkdir(parents=True, exist_ok=True)
     unfinished = output.with_name(f"{output.name}.{os.getpid()}.tmp")
@@ -120,7 +120,7 @@ def build_page(output: Path) -> int:
             steps.set_description("copying the page")
             copy_page(unfinished)
             steps.update()
-        facts = {"name": DEFAULT_MODEL, "size": size, "temperature": temperature, "threshold": threshold}
+        facts = {"name": ORIENTATION_MODEL, "size": size, "temperature": temperature, "threshold": threshold}
         sizes = {name: (unfinished / name).stat().st_size for name in (MODEL_FILE, RUNTIME_FILES[1])}
         (unfinished / FACTS_FILE).write_text(json.dumps({**facts, "layer": LAYER, "bytes": sizes}, indent=2) + "\n")
         if output.exists():

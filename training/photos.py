@@ -9,8 +9,7 @@ images that look like a held-out image are left out; held out are imagenette, im
 test list and all of VOC2007. photos.json names the images that were left out, and has the sha256 of the list of those
 written.
 
-DIR/photos, and the photographs beside it, are also the dataset `photo-views`, of which nothing is written: for the
-orientation of whole photographs.
+The dataset `photo-views` reads DIR/photos and, from the other folders, whole photographs, for `rotation-ssl orient`.
 """
 
 import hashlib
@@ -98,24 +97,28 @@ def photo_files(folder: Path) -> list[Path]:
 
 
 def open_views(root: Path, size: int) -> UnlabelledImages:
-    """The dataset `photo-views`: photographs as `rotation-ssl orient` looks at them, and more of objects than `photos`.
+    """The dataset `photo-views`: the central squares of photographs, and whole ones squeezed to a square, the two views
+    that `rotation-ssl orient` has of elongated pictures.
 
-    Each image of MiniPlaces, of which `photos` has the most, is in it once. Each other one is in it four times: twice
-    its central square, and twice the whole photograph, squeezed to a square.
+    The scenes of MiniPlaces, the largest part of `photos`, are in it once. Every other photograph is in it four times:
+    twice as its square, and twice whole.
 
     Args:
         root: contains the datasets, and `photos`.
         size: side of the squares.
 
     Raises:
-        ValueError: a dataset is missing, or `photos` is not the whole of it.
+        ValueError: a dataset is missing, or a part of it or of `photos`.
     """
-    whole_photos = {file.relative_to(root).with_suffix(""): file for file in training_files(root)}
+    originals = {file.relative_to(root).with_suffix(""): file for file in training_files(root)}
     folder = root / "photos"
     views: list[tuple[Path, bool]] = []
     for file in photo_files(folder):
         name = file.relative_to(folder / "train").with_suffix("")
-        views += [(file, False)] if name.parts[0] == "miniplaces" else [(file, False), (whole_photos[name], True)] * 2
+        if name not in originals:
+            raise ValueError(f"{root / name} is missing, of which {folder} has the square: fetch {name.parts[0]} again")
+        scene = name.parts[0] == "miniplaces"
+        views += [(file, False)] if scene else [(file, False), (originals[name], True)] * 2
     images = open_files([file for file, _ in views], size)
     images.read = partial(_read_view, images.read, np.array([whole for _, whole in views]), size)
     return images

@@ -62,7 +62,8 @@ def main(arguments: list[str] | None = None) -> int:
     add_options(parser, "runs/RECIPE", CIFAR10_DIR)
     parser.add_argument(
         "--dataset",
-        help="dataset in --data: cifar10, tinyimagenet, photos, photo-views, folder, or a name of timm (torch/..., hfds/...)",
+        help="dataset in --data: cifar10, tinyimagenet, photos, photo-views, folder, or a name of timm "
+        "(torch/..., hfds/...)",
     )
     args = parser.parse_args(arguments)
     recipe = RECIPES[args.recipe]

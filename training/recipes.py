@@ -150,7 +150,7 @@ ALEXNET_ORIENTATION_CPU = dataclasses.replace(
     data="photo-views",
     stages=(Stage(steps=800, crop=112), Stage(steps=200, crop=128)),
     optimizer=Muon(lr=0.03),
-    note="begins with rotnet_alexnet.photos, for rotation-ssl orient",
+    note="trains rotnet_alexnet.photos further, for rotation-ssl orient; about 45 minutes on 2 cores in fp32",
 )
 
 RECIPES = {

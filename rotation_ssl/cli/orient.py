@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from rotation_ssl.cli.options import add_command, add_device, check_output, positive
-from rotation_ssl.embedding.backbone import DEFAULT_MODEL, load_model
+from rotation_ssl.embedding.backbone import ORIENTATION_MODEL, load_model
 from rotation_ssl.files import replace_file, write_csv
 from rotation_ssl.images import HEIF_SUFFIXES, find_images, register_heif
 from rotation_ssl.machine import cpus
@@ -77,7 +77,9 @@ def add(commands: Any) -> None:
     added.add_argument("--force", action="store_true", help="replace other files in DIR, and FILE")
     added.add_argument("--keep-times", action="store_true", help="keep the modification times of fixed pictures")
     added.add_argument(
-        "--model", default=DEFAULT_MODEL, help="timm model with four outputs: model.tag, local-dir:... [%(default)s]"
+        "--model",
+        default=ORIENTATION_MODEL,
+        help="timm model with four outputs: model.tag, local-dir:... [%(default)s]",
     )
     added.add_argument("--workers", type=positive, default=cpus(), help="reading threads [all cores]")
     add_device(added)

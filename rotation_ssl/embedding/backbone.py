@@ -15,6 +15,7 @@ from rotation_ssl.features import layer_modules
 from rotation_ssl.messages import first_line
 
 DEFAULT_MODEL = "rotnet_alexnet.photos"  # the commands mostly get photographs
+ORIENTATION_MODEL = "rotnet_alexnet.orientation"  # of `rotation-ssl orient` and the page
 
 
 def load_model(name: str, device: str) -> Any:

@@ -21,7 +21,8 @@ def manifest() -> dict[str, dict[str, Any]]:
     Every entry has 'source' ('bundled', 'hub' or 'release'), 'file', 'sha256' and 'size' (of a release None until they
     are known), 'license', 'origin', 'recipe', 'data', 'input_size', 'mean', 'std', 'recommended_layer', 'metrics'; what
     is on the Hub also 'hub' ('repository', 'revision', 'version', 'file'), a release 'url' and 'archive_sha256', a
-    network made with other arguments than the default ones 'model_args'.
+    network made with other arguments than the default ones 'model_args', weights trained further 'begun_with' ('name',
+    'sha256', 'rotated_images'), weights that are not stored in fp32 'dtype'.
 
     Raises:
         ValueError: the file is missing, not JSON, or lacks something.

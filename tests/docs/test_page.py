@@ -14,7 +14,7 @@ from PIL import Image, ImageCms, ImageOps
 from playwright.sync_api import expect, sync_playwright
 
 from rotation_ssl import zoo
-from rotation_ssl.embedding.backbone import DEFAULT_MODEL, load_model
+from rotation_ssl.embedding.backbone import ORIENTATION_MODEL, load_model
 from rotation_ssl.features import attention_map, extract_features
 from rotation_ssl.images import normalize, read_image
 from rotation_ssl.orientation import calibration, predict_orientation
@@ -25,7 +25,7 @@ from training.__main__ import main
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 PHOTOS = SAMPLES / "photos"
-SIZE = zoo.manifest()[DEFAULT_MODEL]["orientation"]["size"]
+SIZE = zoo.manifest()[ORIENTATION_MODEL]["orientation"]["size"]
 PILLOW = int(PIL.__version__.split(".")[0])
 TOLERANCE = 1e-3 if PILLOW >= 13 else 5e-3  # before Pillow 13 tall pictures are rounded elsewhere
 NO_NETWORK = r"\b(ENOTFOUND|EAI_AGAIN|ECONNREFUSED|ECONNRESET|ENETUNREACH|ETIMEDOUT)\b"
@@ -83,7 +83,7 @@ def page(folder, tab):
 
 @pytest.fixture(scope="module")
 def model():
-    return load_model(DEFAULT_MODEL, "cpu")
+    return load_model(ORIENTATION_MODEL, "cpu")
 
 
 def look_at(page, files):

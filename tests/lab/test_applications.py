@@ -15,7 +15,7 @@ from training.reporting.required import REQUIRED
 from training.reporting.rows import Row
 from training.reporting.tables import evaluation_lines, results_tables
 
-ALEXNET, NIN = "rotnet_alexnet.photos", "rotnet_nin.cifar10"
+ALEXNET, NIN = "rotnet_alexnet.orientation", "rotnet_nin.cifar10"
 
 
 def row(weights, protocol, data, value=None, correct=None, n=None, layer="", source="measured"):
@@ -40,7 +40,7 @@ OUTLIERS = [
 
 def test_precision_is_of_what_was_decided():
     assert orientation_table(ORIENTATION).splitlines()[2] == (
-        "| `rotnet_alexnet.photos`, VOC2007 test | 80.00 % | 40.00 % | 97.50 % | 25.00 % | 100.00 % |"
+        "| `rotnet_alexnet.orientation`, VOC2007 test | 80.00 % | 40.00 % | 97.50 % | 25.00 % | 100.00 % |"
     )
     told = (
         "At the default threshold, `orient` decides on 40.00 % of VOC2007 test"
@@ -56,7 +56,7 @@ def test_precision_is_of_what_was_decided():
 def test_where_none_is_decided_no_precision_is_told():
     none = [dataclasses.replace(row, value=0.0, correct=0) for row in ORIENTATION[1:]]
     assert orientation_table([ORIENTATION[0], *none]).splitlines()[2] == (
-        "| `rotnet_alexnet.photos`, VOC2007 test | 80.00 % | 0.00 % |  | 0.00 % |  |"
+        "| `rotnet_alexnet.orientation`, VOC2007 test | 80.00 % | 0.00 % |  | 0.00 % |  |"
     )
 
 
@@ -74,7 +74,7 @@ def test_accuracy_over_coverage():
 
 def test_the_thresholds_are_the_manifests():
     entries = {NIN: {}, ALEXNET: {"orientation": {"threshold": 0.92691, "sure_threshold": 0.97358}}}
-    told = "- `rotnet_alexnet.photos`: 0.9269, the default; `--threshold 0.9736` for 99.5 %."
+    told = "- `rotnet_alexnet.orientation`: 0.9269 by default; `--threshold 0.9736` for 99.5 %."
     assert thresholds_line(entries) == told
 
 

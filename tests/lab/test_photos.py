@@ -104,6 +104,9 @@ def test_photo_views_are_squares_and_whole_photographs(sources, monkeypatch):
     expected = np.asarray(photograph.resize((96, 96), Image.Resampling.BICUBIC))
     assert np.array_equal(views[1][0].permute(1, 2, 0), expected)
     assert torch.equal(views[16][0], squares[4][0])
+    (sources / "imagewoof2-320" / "train" / "n01" / "a.JPEG").unlink()
+    with pytest.raises(ValueError, match=r"train/n01/a is missing, of which .* has the square: fetch imagewoof2-320"):
+        open_unlabelled("photo-views", sources, 96)
     with pytest.raises(ValueError, match="lacks imagenette2-320"):
         open_unlabelled("photo-views", output, 96)
 

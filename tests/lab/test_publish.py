@@ -22,6 +22,7 @@ from rotation_ssl.labelled import LabelledImages
 from rotation_ssl.zoo import published
 from training.recipes import NIN_CIFAR10_ABLATION_R8, RECIPES
 from training.reporting import bundle, pages, publish, tables
+from training.reporting.manifest import rotated_images, seen_in_training
 from training.reporting.required import missing_rows
 from training.reporting.rows import RESULTS_DIR, Row, read_file, read_rows, write_rows
 
@@ -70,6 +71,7 @@ def test_every_measured_number_is_in_the_results():
 PROBED = {
     "rotnet_nin.cifar10": ("knn", "linear", "nonlinear"),
     "rotnet_alexnet.photos": ("linear-sgd",),
+    "rotnet_alexnet.orientation": (),
 }
 
 
@@ -207,8 +209,12 @@ def test_weights_trained_further_are_bundled_in_half_precision(copied, tmp_path)
     shutil.copyfile(ROOT / "docs" / "figures" / f"{NAME}.curve.png", folder / "curve.png")
     bundle.bundle(folder, name, half=True)
     entry = json.loads((copied / "weights" / "manifest.json").read_text())[name]
-    assert entry["rotated_images"] == begun["rotated_images"] + recipe.rotated_images
-    assert entry["size"] < 0.51 * begun["size"]
+    before = {"name": recipe.model, "sha256": begun["sha256"], "rotated_images": begun["rotated_images"]}
+    assert entry["begun_with"] == before and entry["rotated_images"] == recipe.rotated_images
+    told = f"{recipe.rotated_images:,} rotated images, beginning with `rotnet_alexnet.photos` (2,560,000)"
+    assert seen_in_training(entry) == told
+    assert rotated_images(entry) == 2_560_000 + recipe.rotated_images
+    assert entry["size"] < 0.51 * begun["size"] and entry["dtype"] == "fp16"
     stored = load_file(copied / "weights" / entry["file"])
     assert {str(value.dtype) for value in stored.values()} == {"torch.float16", "torch.int64"}
     golden = load_file(copied / "weights" / f"{name}.golden.safetensors")
@@ -217,6 +223,11 @@ def test_weights_trained_further_are_bundled_in_half_precision(copied, tmp_path)
     model.load_state_dict(stored)
     assert torch.equal(model(golden["input"]), golden["logits"]), "the outputs are of what is stored"
     assert 0 < (in_single - golden["logits"]).abs().max() < 0.02
+    large = {**load_file(folder / "model.safetensors")}
+    large["features.conv1.bn.running_var"][0] = 1e5
+    save_file(large, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"in half precision: it has values that are not finite in .*running_var"):
+        bundle.bundle(folder, name, half=True)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -25,6 +25,7 @@ from torch import nn
 import rotation_ssl  # noqa: F401  registers the models with timm
 from rotation_ssl import cli, zoo
 from rotation_ssl.cli import orient as orienting
+from rotation_ssl.embedding.backbone import ORIENTATION_MODEL
 from rotation_ssl.images import read_image
 from rotation_ssl.orientation import calibration, predict_orientation, rotation_probabilities
 from rotation_ssl.orientation.exif import read_orientation, turned, write_orientation
@@ -37,7 +38,7 @@ THUMB = 160  # pixels: what tests look at
 
 @pytest.fixture(scope="module")
 def model():
-    return timm.create_model("rotnet_alexnet.photos", pretrained=True).eval()
+    return timm.create_model(ORIENTATION_MODEL, pretrained=True).eval()
 
 
 def photo(file=PHOTOS[0]):
@@ -106,7 +107,7 @@ def test_the_network_is_asked_about_squares_of_the_size_that_was_fitted(model):
         predict_orientation(model, [photo(PHOTOS[0])], size=size)
     hook.remove()
     assert seen == [160, 96]
-    entry = zoo.manifest()["rotnet_alexnet.photos"]["orientation"]
+    entry = zoo.manifest()[ORIENTATION_MODEL]["orientation"]
     assert calibration(model) == (entry["size"], entry["temperature"], entry["threshold"])
     assert calibration(timm.create_model("resnet18", num_classes=4)) == (224, 1.0, None)
     picture = photo(PHOTOS[0])
@@ -260,7 +261,7 @@ def test_a_dry_run_tells_and_changes_nothing(album, capsys):
 
 
 def test_the_calibration_of_the_weights_is_what_counts_without_options(album, capsys, monkeypatch):
-    entry, asked = zoo.manifest()["rotnet_alexnet.photos"]["orientation"], []
+    entry, asked = zoo.manifest()[ORIENTATION_MODEL]["orientation"], []
 
     def recorded(*arguments, **options):
         asked.append(inspect.signature(predict_orientation).bind(*arguments, **options).arguments)

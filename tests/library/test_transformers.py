@@ -1,6 +1,7 @@
 """Folders of weights as transformers' TimmWrapper takes them, with config.json as timm itself writes it."""
 
 import json
+from functools import partial
 
 import pytest
 import timm
@@ -30,10 +31,10 @@ def train(folder):
     write_run(folder, NIN_CIFAR10_CPU, run, timm.create_model("rotnet_nin"))
 
 
-def publish(folder):
+def publish(weights, folder):
     """What a repository of the Hub holds."""
     folder.mkdir()
-    for name, content in hub_files(upload_of("rotnet_nin.cifar10"), "ORG/x", "v0.1", read_rows()).items():
+    for name, content in hub_files(upload_of(weights), "ORG/x", "v0.1", read_rows()).items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
 
@@ -43,7 +44,8 @@ FOLDERS = {
     "without fc layers": lambda folder: write_folder(converted_alexnet(4), folder, "vissl", {}),
     "without a head": lambda folder: write_folder(converted_alexnet(0), folder, "vissl", {}),
     "trained": train,
-    "published": publish,
+    "published": partial(publish, "rotnet_nin.cifar10"),
+    "published in half precision": partial(publish, "rotnet_alexnet.orientation"),
 }
 
 
@@ -66,7 +68,7 @@ def test_config_is_timms_own_but_for_the_argument_given_twice(folder, tmp_path):
     ours = json.loads((folder / "config.json").read_text())
     save_for_hf(timm.create_model(f"local-dir:{folder}", pretrained=True), tmp_path / "timm")
     timms = json.loads((tmp_path / "timm" / "config.json").read_text())
-    added = {"sha256", "size", "provenance"} | ({"label_names"} & ours.keys())
+    added = {"sha256", "size", "provenance"} | ({"label_names", "dtype"} & ours.keys())
     assert ours.keys() - timms.keys() == added and timms.keys() <= ours.keys()
     assert timms["model_args"] == {**ours["model_args"], "num_classes": ours["num_classes"]}
     for key in ("architecture", "num_classes", "num_features", "global_pool"):

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rotation_ssl.embedding.backbone import DEFAULT_MODEL
+from rotation_ssl.embedding.backbone import ORIENTATION_MODEL
 from training.protocols import COVERAGES, PROTOCOLS
 from training.reporting.required import CIFAR10, EXIF, main_data
 from training.reporting.rows import Row
@@ -51,7 +51,7 @@ def thresholds_line(entries: Mapping[str, Mapping[str, Any]]) -> str:
     """The thresholds of the weights that have some."""
     fitted = {name: entry["orientation"] for name, entry in entries.items() if "orientation" in entry}
     return "\n".join(
-        f"- `{name}`: {own['threshold']:.4f}, the default; `--threshold {own['sure_threshold']:.4f}` for 99.5 %."
+        f"- `{name}`: {own['threshold']:.4f} by default; `--threshold {own['sure_threshold']:.4f}` for 99.5 %."
         for name, own in fitted.items()
     )
 
@@ -80,7 +80,7 @@ def one_class_line(rows: Sequence[Row]) -> str:
 
 def orientation_line(rows: Sequence[Row]) -> str:
     """Coverage and precision of the command's network at the default threshold in a sentence."""
-    rows = [row for row in rows if row.weights == DEFAULT_MODEL and row.data != EXIF]
+    rows = [row for row in rows if row.weights == ORIENTATION_MODEL and row.data != EXIF]
     decided = [row for row in rows if row.protocol == "orientation-decided-99"]
     wrong = {(row.weights, row.data): row for row in rows if row.protocol == "orientation-wrong-99"}
     parts = []

@@ -14,6 +14,7 @@ from timm.data import resolve_model_data_config
 
 from rotation_ssl import zoo
 from rotation_ssl.backbones.about import network_facts
+from rotation_ssl.convert import misfits
 from rotation_ssl.files import replace_bytes
 from rotation_ssl.messages import counted
 from rotation_ssl.pretraining.outputs import recorded_recipe
@@ -26,7 +27,7 @@ from training.reporting.rows import RESULTS_DIR
 DATA_NAMES = {
     "cifar10": "CIFAR-10, 50,000 training images (labels not used)",
     "photos": "114,334 training photographs of Imagenette, Imagewoof, MiniPlaces and Caltech-101 (labels not used)",
-    "photo-views": "the photographs of `rotnet_alexnet.photos`, then more of objects, and whole ones (labels not used)",
+    "photo-views": "the 114,334 photographs of `rotnet_alexnet.photos`, more often of objects (labels not used)",
 }
 
 
@@ -43,8 +44,6 @@ def bundle(run_dir: Path, name: str, half: bool = False) -> None:
     run = checked_run(run_dir, name)
     recipe = run["recipe"]
     network = name.split(".", 1)[0]
-    # a run that began with published weights goes on with their training
-    begun = zoo.manifest()[recipe["model"]]["rotated_images"] if recipe.get("pretrained") else 0
     weights = run_dir / "model.safetensors"
     # the size is the recipe's, not that of the weights that are bundled already or of the paper
     input_size = (3, *[RECIPES[recipe["name"]].input_size] * 2)
@@ -58,12 +57,14 @@ def bundle(run_dir: Path, name: str, half: bool = False) -> None:
         "origin": "trained by this project",
         "recipe": recipe["name"],
         "data": DATA_NAMES[recipe["data"]],
-        "rotated_images": begun + run["rotated_images"],
+        "rotated_images": run["rotated_images"],
+        **(_begun_with(recipe["model"]) if recipe.get("pretrained") else {}),
         "seed": recipe["seed"],
         "commit": run["commit"],
         "recommended_layer": network_facts(network).recommended_layer,
         **{key: list(cfg[key]) for key in ("input_size", "mean", "std")},
         **({"model_args": dict(recipe["model_args"])} if recipe.get("model_args") else {}),
+        **({"dtype": "fp16"} if half else {}),
         "metrics": {},
     }
     content = weights.read_bytes()
@@ -71,13 +72,21 @@ def bundle(run_dir: Path, name: str, half: bool = False) -> None:
         content = save({k: v.half() if v.is_floating_point() else v for k, v in load(content).items()})
     content = add_metadata(content, name, entry)
     entry |= {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
-    model.load_state_dict(load(content))  # as it is stored
+    stored = load(content)
+    if told := misfits(stored, model.state_dict()):
+        raise ValueError(f"{run_dir} cannot be stored in half precision: it {told}; leave --half out")
+    model.load_state_dict(stored)
     FIGURES_DIR.mkdir(parents=True, exist_ok=True)
     replace_bytes(FIGURES_DIR / f"{name}.curve.png", (run_dir / "curve.png").read_bytes())
     replace_bytes(golden_file(name), save(golden_outputs(model)))
     replace_bytes(RESULTS_DIR / f"{name}.run.json", (run_dir / "run.json").read_bytes())
     replace_bytes(zoo.WEIGHTS_DIR / entry["file"], content)
     enter_manifest(name, entry)
+
+
+def _begun_with(name: str) -> dict[str, Any]:
+    entry = zoo.manifest()[name]
+    return {"begun_with": {"name": name, **{key: entry[key] for key in ("sha256", "rotated_images")}}}
 
 
 def add_metadata(content: bytes, name: str, entry: Mapping[str, Any]) -> bytes:

@@ -15,6 +15,7 @@ from rotation_ssl.backbones.about import network_facts
 from rotation_ssl.messages import counted
 from training.reporting import applications, tables, transfers
 from training.reporting.again import one_of_each_training
+from training.reporting.manifest import rotated_images, seen_in_training
 from training.reporting.required import RANDOM, RESCALED
 from training.reporting.rows import RESULTS_DIR, Row, model_of, read_file
 
@@ -110,13 +111,13 @@ def training(name: str, entry: Mapping[str, Any], figures: str) -> str:
     lines = [
         f"### `{name}`",
         "",
-        f"- sha256 `{entry['sha256']}`, {entry['size']:,} bytes, safetensors, fp32, {entry['source']} in the wheel;"
-        f" {entry['license'].upper()} licence.",
+        f"- sha256 `{entry['sha256']}`, {entry['size']:,} bytes, safetensors, {entry.get('dtype', 'fp32')},"
+        f" {entry['source']} in the wheel; {entry['license'].upper()} licence.",
         f"- Recipe `{entry['recipe']}`, seed {entry['seed']}, commit `{entry['commit']}`, on {entry['data']}:"
-        f" {entry['rotated_images']:,} rotated images.",
+        f" {seen_in_training(entry)}.",
         _settings(run),
         f"- Time: {counted(round(run['seconds'] / 60), 'minute')} on {run['threads']} threads ({run['device']}).",
-        f"- Budget: {entry['rotated_images'] / budget:.1%} of the paper's {budget / 1e6:.0f} million rotated images"
+        f"- Budget: {rotated_images(entry) / budget:.1%} of the paper's {budget / 1e6:.0f} million rotated images"
         f" ({facts.paper_epochs} epochs of 4 x {facts.paper_images:,}). Expect lower accuracy than with"
         " the paper's weights.",
         "",

@@ -72,6 +72,10 @@ ALEXNET_ON_HELD_OUT_PHOTOS = tuple(
     Required(data, "rotation", layers=("",), of=(PUBLISHED,))
     for data in (MINIPLACES, "Imagenette val", "Imagewoof val", "Caltech-101 test", VOC2007)
 )
+# not on Imagewoof and Caltech-101, whose held-out photographs its recipe was chosen by
+ORIENTATION_ON_HELD_OUT_PHOTOS = tuple(
+    required for required in ALEXNET_ON_HELD_OUT_PHOTOS if required.data in (MINIPLACES, "Imagenette val", VOC2007)
+)
 ORIENTATION = tuple(
     Required(data, protocol, layers=("",), of=(PUBLISHED,))
     for data in ("Imagenette val", VOC2007, EXIF)
@@ -100,6 +104,7 @@ REQUIRED = {
     "rotnet_alexnet.photos": (
         ALEXNET_LAYERS + ALEXNET_ON_HELD_OUT_PHOTOS + ALEXNET_ON_OUTLIERS + ORIENTATION + ALEXNET_ON_VOC
     ),
+    "rotnet_alexnet.orientation": ORIENTATION_ON_HELD_OUT_PHOTOS + ORIENTATION,
 }
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from rotation_ssl.evaluation.report import spread_text
 from training.protocols import PROTOCOLS
 from training.recipes import RECIPES
+from training.reporting.manifest import rotated_images
 from training.reporting.required import main_data
 from training.reporting.rows import Row, model_of
 
@@ -99,7 +100,7 @@ def weights_table(entries: Mapping[str, Mapping[str, Any]]) -> str:
             (
                 f"`{name}`",
                 entry["data"],
-                f"{entry['rotated_images']:,}" if entry.get("rotated_images") else "unknown",
+                f"{rotated_images(entry):,}" if entry.get("rotated_images") else "unknown",
                 f"{entry['size'] / 1e6:.1f} MB" if entry["size"] else "unknown",
                 f"`{entry['recommended_layer']}`",
                 places[entry["source"]],
@@ -122,10 +123,10 @@ def results_tables(rows: Sequence[Row], bundled: Mapping[str, Mapping[str, Any]]
 
 
 def headline_tables(rows: Sequence[Row], bundled: Mapping[str, Mapping[str, Any]]) -> str:
-    """The first tables of the README: of each network the data and protocols that it is first of all measured by."""
-    tables = []
+    """The first tables of the README: of each network the data and protocols that it is first of all probed by."""
+    tables, probed = [], {row.weights for row in rows if row.layer}
     for data in dict.fromkeys(map(main_data, bundled)):
-        own = {name: entry for name, entry in bundled.items() if main_data(name) == data}
+        own = {name: entry for name, entry in bundled.items() if main_data(name) == data and name in probed}
         table = _results_table([row for row in rows if row.data == data], own, HEADLINE)
         models = " and ".join(f"`{model}`" for model in dict.fromkeys(map(model_of, own)))
         tables.append(f"{models} on {data_in_words(data)}:\n\n{table}")
@@ -154,6 +155,7 @@ def _results_table(rows: Sequence[Row], bundled: Mapping[str, Mapping[str, Any]]
             found = [row for row in group if row.layer in ("", layer) and row.labels_per_class is None]
             if found:
                 lines[label, f"`{layer}`"] = found
+    lines = dict(sorted(lines.items(), key=lambda line: line[0][0].strip("`") not in bundled))
     have = {
         (row.protocol, row.budget) for (label, _), own in lines.items() if label.strip("`") in bundled for row in own
     }

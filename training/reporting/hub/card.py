@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import rotation_ssl
 from rotation_ssl.backbones.about import network_facts
 from training.reporting.applications import orientation_table
+from training.reporting.manifest import seen_in_training
 from training.reporting.pages import REPOSITORY
 from training.reporting.required import main_data
 from training.reporting.rows import Row
@@ -68,6 +69,7 @@ def card_text(
         size=" x ".join(map(str, entry["input_size"][1:])),
         sha256=entry["sha256"],
         bytes=f"{entry['size']:,}",
+        dtype=entry.get("dtype", "fp32"),
         head=", including the rotation head; `backbone.safetensors` has the backbone only"
         if "backbone.safetensors" in files
         else "",
@@ -147,7 +149,7 @@ def _training(entry: Mapping[str, Any], files: Mapping[str, bytes]) -> list[str]
     if "rotated_images" in entry:
         lines = [
             f"Recipe `{entry['recipe']}` of https://github.com/{REPOSITORY}, seed {entry['seed']}, commit"
-            f" `{entry['commit']}`: {entry['rotated_images']:,} rotated images. `training.json` has the recipe and the"
+            f" `{entry['commit']}`: {seen_in_training(entry)}. `training.json` has the recipe and the"
             " loss of every step."
         ]
     return [*lines, "", "![Training loss](curve.png)"] if "curve.png" in files else lines
@@ -161,5 +163,5 @@ def _evaluation(name: str, rows: Sequence[Row]) -> str:
     if any(map(is_transfer, own)):
         parts.append(f"### PASCAL VOC2007\n\n{transfer_lines(rows)}")
     if any(row.protocol == "orientation" for row in own):
-        parts.append(f"### Which way up a photograph is\n\n{orientation_table(rows)}")
+        parts.append(f"### Which way up a photograph is\n\n{orientation_table(own)}")
     return "\n\n".join(parts)

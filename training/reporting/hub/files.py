@@ -61,4 +61,6 @@ def _config(name: str, entry: dict[str, Any], content: bytes, state: dict[str, t
         config = json.loads(file.read_text())
         # timm alone loads the networks that it has under a name of its own
         config["architecture"] = network_facts(architecture).timm_name or architecture
+        if "dtype" in entry:
+            config["dtype"] = "float32"  # transformers would compute in the type of the file
         return json.dumps(config, indent=2).encode(), model
