@@ -95,9 +95,15 @@ def test_of_a_turned_picture_it_says_so(model, file):
         assert (found.fix_cw + found.fix_ccw) % 360 == 0 and found.fix_cw == 90 * found.rotation
 
 
-def test_sure_of_clear_pictures(model):
+@pytest.mark.parametrize(
+    ("weights", "clear"),
+    [(ORIENTATION_MODEL, ("astronaut", "china")), ("rotnet_alexnet.photos", ("astronaut", "china", "rocket"))],
+)
+def test_sure_of_clear_pictures(weights, clear):
+    model = timm.create_model(weights, pretrained=True).eval()
     found = {file.stem: predict_orientation(model, [photo(file)])[0] for file in PHOTOS}
-    assert all(found[name].rotation == 0 and found[name].confidence > 0.8 for name in ("astronaut", "china", "rocket"))
+    assert all(found[name].rotation == 0 and found[name].confidence > 0.8 for name in clear)
+    assert all(found[name].confidence >= calibration(model).threshold for name in clear)
 
 
 def test_the_network_is_asked_about_squares_of_the_size_that_was_fitted(model):
