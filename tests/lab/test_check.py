@@ -475,7 +475,7 @@ def test_quick_check_of_the_whole(whole_cifar10, capsys):
     """The published numbers themselves, on the machine that runs the tests."""
     assert check.main(["--data", str(whole_cifar10), "--quick", "--only", "rotation"]) == 0
     out = capsys.readouterr().out
-    assert "5 of 5 hold" in out and "not measured: 1 number of MiniPlaces val: give --photos DIR" in out
+    assert "7 of 7 hold" in out and "not measured: 2 numbers of MiniPlaces val: give --photos DIR" in out
     assert golden_file(NAME).exists()
 
 
