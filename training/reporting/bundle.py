@@ -27,7 +27,7 @@ from training.reporting.rows import RESULTS_DIR
 DATA_NAMES = {
     "cifar10": "CIFAR-10, 50,000 training images (labels not used)",
     "photos": "114,334 training photographs of Imagenette, Imagewoof, MiniPlaces and Caltech-101 (labels not used)",
-    "photo-views": "the 114,334 photographs of `rotnet_alexnet.photos`, more often of objects (labels not used)",
+    "photo-views": "the 114,334 photographs of `rotnet_alexnet.photos`, those of objects more often (labels not used)",
 }
 
 

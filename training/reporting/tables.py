@@ -155,7 +155,7 @@ def _results_table(rows: Sequence[Row], bundled: Mapping[str, Mapping[str, Any]]
             found = [row for row in group if row.layer in ("", layer) and row.labels_per_class is None]
             if found:
                 lines[label, f"`{layer}`"] = found
-    lines = dict(sorted(lines.items(), key=lambda line: line[0][0].strip("`") not in bundled))
+    lines = dict(sorted(lines.items(), key=lambda line: line[0][0].strip("`") not in bundled))  # ours first
     have = {
         (row.protocol, row.budget) for (label, _), own in lines.items() if label.strip("`") in bundled for row in own
     }
