@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from rotation_ssl.features import extract_features, layer_modules
 from rotation_ssl.orientation.predict import check_head, rotation_logits
+from rotation_ssl.probes import unit_rows
 
 #: What ``score`` of :class:`RotationOutlierDetector` may be.
 SCORES = ("rotation", "knn")
@@ -70,12 +71,12 @@ class RotationOutlierDetector:
         """Keep features (N, D) of normal images; ``y`` is not used.
 
         Raises:
-            ValueError: fewer rows than neighbours, or the score has no features.
+            ValueError: fewer rows than neighbours, features that are not finite, or the score has no features.
         """
         self._check_knn()
         if x.ndim != 2 or len(x) < self.neighbours:
             raise ValueError(f"give features (N, D) of at least {self.neighbours} images, got shape {tuple(x.shape)}")
-        self.normal = F.normalize(x.float(), dim=1)
+        self.normal = _directions(x)
         return self
 
     @torch.inference_mode()
@@ -83,7 +84,7 @@ class RotationOutlierDetector:
         """Scores (N,) float32, on the CPU, of normalised images (N, 3, H, W); for 'rotation' they must be square.
 
         Raises:
-            ValueError: not fitted, images that are not square, or logits that are not finite.
+            ValueError: not fitted, images that are not square, or logits or features that are not finite.
         """
         if self.score == "knn":
             return self.predict_features(self._features(x))
@@ -99,13 +100,13 @@ class RotationOutlierDetector:
         """Scores (N,) of features (N, D): the cosine distance to the nearest normal image but ``neighbours`` - 1.
 
         Raises:
-            ValueError: not fitted, or the score has no features.
+            ValueError: not fitted, features that are not finite, or the score has no features.
         """
         self._check_knn()
         if self.normal is None:
             raise ValueError("score 'knn' compares with normal images: call fit first")
-        normal, unit = self.normal, F.normalize(x.float(), dim=1)
-        parts = [1 - (part @ normal.T).topk(self.neighbours, 1).values[:, -1] for part in unit.split(1000)]
+        normal = self.normal
+        parts = [1 - (part @ normal.T).topk(self.neighbours, 1).values[:, -1] for part in _directions(x).split(1000)]
         return torch.cat(parts) if parts else torch.empty(0)
 
     def _features(self, images: torch.Tensor) -> torch.Tensor:
@@ -114,6 +115,12 @@ class RotationOutlierDetector:
     def _check_knn(self) -> None:
         if self.score != "knn":
             raise ValueError("score 'rotation' has no features: call predict, or take score 'knn'")
+
+
+def _directions(features: torch.Tensor) -> torch.Tensor:
+    if not features.isfinite().all():
+        raise ValueError("the features are not finite: check the weights and the images")
+    return unit_rows(features)
 
 
 def auroc(normal: torch.Tensor, outlying: torch.Tensor) -> float:
