@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import signal
+import threading
 import time
 from collections.abc import Generator, Sequence
 from pathlib import Path
@@ -137,11 +138,15 @@ class Checkpoints:
 
 
 class StopRequest:
-    """Ctrl-C and SIGTERM, heard at the end of a step: the state is never saved half-updated."""
+    """Ctrl-C and SIGTERM, heard at the end of a step: the state is never saved half-updated.
+
+    A training in another thread than the main one, where Python takes no handlers, cannot be asked to stop.
+    """
 
     def __enter__(self) -> "StopRequest":
         self.requested = False
-        self._previous = {number: signal.signal(number, self._hear) for number in (signal.SIGINT, signal.SIGTERM)}
+        heard = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+        self._previous = {number: signal.signal(number, self._hear) for number in heard}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,5 +1,6 @@
 """Runs that are stopped, killed, damaged, full or diverging: what is left of them, and that it goes on exactly."""
 
+import concurrent.futures
 import dataclasses
 import json
 import math
@@ -54,6 +55,13 @@ def test_a_stop_request_saves_and_resumes_exactly(images, tmp_path, monkeypatch,
     whole, parts = (json.loads((tmp_path / name / "run.json").read_text())["curve"] for name in ("whole", "parts"))
     assert [(p["step"], p["loss"]) for p in whole] == [(p["step"], p["loss"]) for p in parts]
     assert not (tmp_path / "parts" / "checkpoints").exists()
+
+
+def test_it_trains_in_another_thread_where_no_signal_is_heard(images, tmp_path):
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+        threads.submit(pretrain, SHORT, images, tmp_path / "thread").result()
+    pretrain(SHORT, images, tmp_path / "main")
+    assert same(weights(tmp_path / "thread"), weights(tmp_path / "main"))
 
 
 @pytest.mark.parametrize("change", [{"holdout": 8}, {"average": 0.9}])
