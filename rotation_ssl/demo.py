@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
-from PIL import Image
 from timm.data import resolve_model_data_config
 from torch import nn
 from torchvision.transforms.v2 import functional as TF
@@ -22,24 +21,18 @@ from torchvision.transforms.v2 import functional as TF
 import rotation_ssl  # noqa: F401  registers the models with timm
 from rotation_ssl.cli.options import check_output
 from rotation_ssl.features import attention_map, extract_features
-from rotation_ssl.images import read_image
+from rotation_ssl.images import normalize, read_image, square
 from rotation_ssl.zoo.golden import SAMPLES_DIR
 
 POWERS = {"block1": 1.0, "block2": 2.0, "block3": 4.0}
 
 
-def square_crop(image: Image.Image) -> torch.Tensor:
-    """The central square of an image: (3, H, H) uint8."""
-    tensor = TF.pil_to_tensor(image)
-    return TF.center_crop(tensor, [min(tensor.shape[-2:])])
-
-
 def to_batch(squares: list[torch.Tensor], model: nn.Module) -> torch.Tensor:
     """Square uint8 images of any size -> (N, 3, H, H), of the size and normalisation that the model takes."""
     cfg = resolve_model_data_config(model)
-    size = list(cfg["input_size"][-2:])
-    small = torch.stack([TF.to_dtype(TF.resize(s, size, antialias=True), torch.float32, scale=True) for s in squares])
-    return TF.normalize(small, list(cfg["mean"]), list(cfg["std"]))
+    size, bicubic = list(cfg["input_size"][-2:]), TF.InterpolationMode.BICUBIC
+    small = torch.stack([TF.resize(given, size, bicubic, antialias=True) for given in squares])
+    return normalize(small, cfg["mean"], cfg["std"])
 
 
 def predict(model: nn.Module, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,11 +60,11 @@ def draw(
     axes = np.atleast_2d(figure.subplots(rows, columns * pictures))
     for axis in axes.flat:
         axis.axis("off")
-    for i, square in enumerate(squares):
+    for i, given in enumerate(squares):
         column, row = divmod(i, rows)
         line = axes[row, column * pictures : (column + 1) * pictures]
-        upright = torch.rot90(square, -int(rotations[i]), (-2, -1))
-        line[0].imshow(square.permute(1, 2, 0).numpy())
+        upright = torch.rot90(given, -int(rotations[i]), (-2, -1))
+        line[0].imshow(given.permute(1, 2, 0).numpy())
         for axis, attention in zip(line[1:-1], maps.values(), strict=True):
             axis.imshow(attention[i].numpy(), cmap="inferno", vmin=0, vmax=1)
         line[-1].imshow(upright.permute(1, 2, 0).numpy())
@@ -93,8 +86,9 @@ def show(files: list[Path], turns: list[int] | None, figure: Path) -> None:
     Raises:
         ValueError: an image that cannot be read.
     """
-    squares = [square_crop(read_image(file)) for file in files]
-    squares = [torch.rot90(square, k, (-2, -1)) for square, k in zip(squares, turns or [0] * len(files), strict=True)]
+    pictures = [read_image(file) for file in files]
+    squares = [TF.pil_to_tensor(square(picture, min(picture.size))) for picture in pictures]
+    squares = [torch.rot90(upright, k, (-2, -1)) for upright, k in zip(squares, turns or [0] * len(files), strict=True)]
     model = timm.create_model("rotnet_nin", pretrained=True)
     print(f"rotnet_nin.{model.pretrained_cfg['tag']}: {len(files)} image{'s' * (len(files) != 1)}")
     batch = to_batch(squares, model)

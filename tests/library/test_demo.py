@@ -60,11 +60,6 @@ def test_bad_images_are_one_line_errors(tmp_path, capsys, content):
     assert not (tmp_path / "figure.png").exists()
 
 
-def test_square_crop_takes_the_centre():
-    image = Image.fromarray(np.arange(12, dtype=np.uint8).reshape(2, 6).repeat(3).reshape(2, 6, 3))
-    assert demo.square_crop(image)[0].tolist() == [[2, 3], [8, 9]]
-
-
 def test_every_sample_has_a_licence():
     text = (SAMPLES / "LICENSES.md").read_text()
     assert len(list((SAMPLES / "cifar10").glob("*.png"))) >= 40 and "cifar10/<class>_<index>.png" in text
