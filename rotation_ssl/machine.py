@@ -10,6 +10,7 @@ import timm
 import torch
 
 import rotation_ssl
+from rotation_ssl.messages import first_line
 
 # parameters of mallopt(3), from malloc.h
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
@@ -80,10 +81,21 @@ def device_name(device: torch.device | str) -> str:
     """The GPU, or the processor as /proc/cpuinfo names it, or the platform's word where there is none."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    lines = (_read(Path("/proc/cpuinfo")) or "").splitlines()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that is not there, or that gives no values back, as meta.
+
+    Raises:
+        ValueError: with what is wrong.
+    """
+    try:
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, ImportError, NotImplementedError) as error:
+        raise ValueError(f"device {device!r} cannot be used ({first_line(error)}); give another") from error
 
 
 def library_versions() -> dict[str, str]:

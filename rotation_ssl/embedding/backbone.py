@@ -12,6 +12,7 @@ from torch import nn
 from rotation_ssl import zoo
 from rotation_ssl.backbones.about import network_facts
 from rotation_ssl.features import layer_modules
+from rotation_ssl.machine import check_device
 from rotation_ssl.messages import first_line
 
 DEFAULT_MODEL = "rotnet_alexnet.photos"  # the commands mostly get photographs
@@ -24,11 +25,7 @@ def load_model(name: str, device: str) -> Any:
     Raises:
         ValueError: no such model, weights or device.
     """
-    try:
-        # one that gives values back, unlike meta
-        torch.zeros(1, device=device).cpu()
-    except (RuntimeError, AssertionError, ImportError) as error:
-        raise ValueError(f"device {device!r} cannot be used ({first_line(error)}); give another") from error
+    check_device(device)
     if not timm.is_model(name.split(".", 1)[0]) and ":" not in name:
         raise ValueError(f"no model {name!r}; there are {', '.join(timm.list_models('rotnet_*'))}, and timm's")
     folder = Path(name.removeprefix("local-dir:"))
@@ -42,16 +39,13 @@ def load_model(name: str, device: str) -> Any:
 
 
 def recommended_layer(model: Any, name: str, option: str = "--layers") -> str:
-    """The layer that the manifest recommends for the weights, or the paper for the network.
-
-    ``option`` is what an error tells to give.
+    """The layer that the paper recommends for the network; ``option`` is what an error tells to give.
 
     Raises:
-        ValueError: neither recommends one.
+        ValueError: it recommends none.
     """
-    facts = network_facts(str(model.pretrained_cfg.get("architecture")))
-    if layer := zoo.published_entry(model).get("recommended_layer") or facts.recommended_layer:
-        return str(layer)
+    if layer := network_facts(str(model.pretrained_cfg.get("architecture"))).recommended_layer:
+        return layer
     raise ValueError(f"{name} has no recommended layer: choose {option} from {', '.join(layer_modules(model))}")
 
 

@@ -78,16 +78,17 @@ def test_page_and_figure_follow_the_rows(small_study, tmp_path, monkeypatch):
     monkeypatch.setattr(study, "FIGURE", figure)
     monkeypatch.setattr(study, "ROWS", small_study)
     monkeypatch.setattr(study, "CHANCE", ["base"])
-    assert study.render(check=True) == [page, figure] and not figure.exists()
-    assert study.render() == [page, figure]
-    assert study.render(check=True) == []
+    assert study.render_figure(check=True) == [figure] and not figure.exists()
+    assert study.render_figure() == [figure]
+    assert study.render_figure(check=True) == []
+    text = study.page_text()
     rows = [row for row in read_file(small_study) if row.recipe == "seed-1" and row.protocol == "linear"]
-    assert f"{100 * rows[0].value:.2f} %" in next(line for line in page.read_text().splitlines() if "seed-1" in line)
-    assert page.read_text().startswith("before\n") and page.read_text().endswith("\nafter\n")
+    assert f"{100 * rows[0].value:.2f} %" in next(line for line in text.splitlines() if "seed-1" in line)
+    assert text.startswith("before\n") and text.endswith("\nafter\n")
 
 
 def test_the_committed_page_shows_the_committed_rows():
-    assert study.render(check=True) == []
+    assert study.page_text() == study.PAGE.read_text() and study.render_figure(check=True) == []
 
 
 def test_publishing_renders_the_page_and_the_figure(copied, monkeypatch, capsys):

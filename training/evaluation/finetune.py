@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from torch.utils.data import BatchSampler, RandomSampler
 
 from rotation_ssl.cli.options import positive
+from rotation_ssl.embedding.backbone import recommended_layer
 from rotation_ssl.evaluation.frozen import PARTS, preparation
 from rotation_ssl.features import layer_modules
 from rotation_ssl.fit import Checkpoint, Checkpoints, fit
@@ -44,7 +45,7 @@ from training.command import create_parser
 from training.evaluation import options
 from training.evaluation.labelled import identity_of
 from training.evaluation.recipes import TRANSFERS, TransferRecipe
-from training.evaluation.subject import Subject, load_subject, measured_row, recommended_layer
+from training.evaluation.subject import Subject, load_subject, measured_row
 from training.protocols import PROTOCOLS
 from training.reporting.report import keep_rows, run_measuring
 from training.reporting.rows import Row
@@ -274,7 +275,7 @@ def _measure(args: argparse.Namespace) -> Path:
     warn_if_emulated(args.precision, args.device)
     recipe = _recipe(args)
     subject = _subject(recipe, args, args.seed)
-    layer = args.layer or recommended_layer(subject)
+    layer = args.layer or recommended_layer(subject.backbone, subject.name, "--layer")
     cifar10 = args.dataset == "cifar10" and not args.holdout and not args.size
     file = options.rows_file(args, subject, not cifar10 or not recipe.budget)
     # what the options ask for in vain is an error now, not after the first training

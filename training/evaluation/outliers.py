@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from rotation_ssl.embedding.backbone import recommended_layer
 from rotation_ssl.evaluation.frozen import preparation
 from rotation_ssl.features import extract_features
 from rotation_ssl.labelled import Images, LabelledImages
@@ -30,7 +31,7 @@ from rotation_ssl.progress import progress
 from training.command import add_cifar10, create_parser
 from training.datasets import DATASETS, check_whole, dataset_of, load_images, load_split
 from training.evaluation import options
-from training.evaluation.subject import Subject, load_subject, measured_value, recommended_layer
+from training.evaluation.subject import Subject, load_subject, measured_value
 from training.reporting.report import keep_rows, run_measuring
 from training.reporting.required import main_data
 from training.reporting.rows import Row
@@ -169,4 +170,5 @@ def _work(args: argparse.Namespace) -> Path:
         raise ValueError(f"the outliers of {normal} are missing: give --{needed} DIR")
     folder = args.data if normal == "cifar10" else args.photos
     data = outlier_data(normal, folder, args.cifar100, args.photos, subject.size, args.download)
-    return keep_rows(measure_outliers(subject, *data, args.layer or recommended_layer(subject)), file)
+    layer = args.layer or recommended_layer(subject.backbone, subject.name, "--layer")
+    return keep_rows(measure_outliers(subject, *data, layer), file)

@@ -15,9 +15,7 @@ from torch import nn
 
 import rotation_ssl  # noqa: F401  registers the models with timm
 from rotation_ssl import zoo
-from rotation_ssl.backbones.about import network_facts
 from rotation_ssl.convert import misfits
-from rotation_ssl.features import layer_modules
 from rotation_ssl.machine import device_name, library_versions
 from rotation_ssl.messages import first_line
 from rotation_ssl.zoo.checks import read_tensors
@@ -106,14 +104,6 @@ def load_subject(
             f"{architecture} does not take images of {size} pixels ({reason}): give another size"
         ) from error
     return Subject(name, architecture, backbone, digest, size, random)
-
-
-def recommended_layer(subject: Subject) -> str:
-    """The layer that the paper recommends for the network."""
-    if layer := network_facts(subject.architecture).recommended_layer:
-        return layer
-    layers = ", ".join(layer_modules(subject.backbone))
-    raise ValueError(f"no layer is recommended for {subject.architecture}: give --layer, one of {layers}")
 
 
 def subject_of_row(weights: str) -> Subject:

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from rotation_ssl.embedding.backbone import recommended_layer
 from rotation_ssl.evaluation.frozen import PARTS
 from rotation_ssl.evaluation.measure import Measurement
 from rotation_ssl.fit import Checkpoints
@@ -25,7 +26,7 @@ from training.evaluation.layers import measure_layers, square_size
 from training.evaluation.orientation import calibration_of, measure_orientation, photo_list
 from training.evaluation.outliers import measure_outliers, outlier_data
 from training.evaluation.probes import measure_features, measure_rotation
-from training.evaluation.subject import Subject, recommended_layer, subject_of_row
+from training.evaluation.subject import Subject, subject_of_row
 from training.protocols import PROTOCOLS
 from training.reporting.rows import Row, read_file
 from training.transfer import classification, detection, segmentation
@@ -140,7 +141,7 @@ def _probe_layers_again(rows: Sequence[Row], source: Source, how: How) -> Pairs:
             train, val = _splits(source, square_size(recipe, dataset_of(row.data)))
             for new in measure_layers(
                 recipe, subject, list(by_layer), train, val, row.data, seed=row.seed or 0,
-                checkpoints=how.checkpoints,
+                workers=WORKERS, checkpoints=how.checkpoints,
             ):  # fmt: skip
                 yield by_layer[new.layer], new
             how.checkpoints.remove()
@@ -164,7 +165,9 @@ def _outliers_again(rows: Sequence[Row], source: Source, how: How) -> Pairs:
     for subject, own in _by_subject(rows, how.device):
         folders = source.folder, source.cifar100, source.photos
         data = outlier_data(source.dataset, *folders, subject.size, source.download)
-        layer = next((row.layer for row in own if row.layer), recommended_layer(subject))
+        layer = next((row.layer for row in own if row.layer), None) or recommended_layer(
+            subject.backbone, subject.name, "--layer"
+        )
         yield from _paired(own, measure_outliers(subject, *data, layer))
 
 

@@ -18,8 +18,8 @@ in a thousand, to allow for different hardware. If a probe is trained, the toler
 the reported seeds, and at least half a percentage point; with one seed, it is three standard errors of the difference
 between two accuracies, each measured on a test set of the same size; for mean average precision or mean IoU from one
 seed, it is two percentage points. A linear probe does not depend on a seed: it uses the L2 penalty of the row, and its
-tolerance is half a point. Training computes in bf16 if the hardware supports it, else in fp32; if the row was measured
-in the other precision, half a point is added.
+tolerance is half a point, as is that of AUROC and of a false positive rate. Training computes in bf16 if the hardware
+supports it, else in fp32; if the row was measured in the other precision, half a point is added.
 """
 
 import argparse
@@ -36,6 +36,7 @@ from rotation_ssl import zoo
 from rotation_ssl.cli.options import add_device
 from rotation_ssl.evaluation.frozen import PARTS
 from rotation_ssl.fit import Checkpoints
+from rotation_ssl.machine import check_device
 from rotation_ssl.messages import counted
 from rotation_ssl.zoo.golden import GOLDEN_TOLERANCE, golden_difference
 from training.command import create_parser, run
@@ -46,7 +47,6 @@ from training.reporting.required import complaints
 from training.reporting.rows import (
     RESULTS_DIR,
     Row,
-    check_device,
     current_commit,
     read_file,
     read_rows,

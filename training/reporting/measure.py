@@ -18,13 +18,14 @@ from pathlib import Path
 from rotation_ssl import zoo
 from rotation_ssl.cli.options import add_device
 from rotation_ssl.fit import Checkpoints
+from rotation_ssl.machine import check_device
 from rotation_ssl.messages import counted
 from training.command import create_parser, run
 from training.reporting.again import How, measure_sources
 from training.reporting.options import add_data_arguments, add_only, advice, option_of, source_of
 from training.reporting.report import keep_row
 from training.reporting.required import REQUIRED, missing_rows
-from training.reporting.rows import RESULTS_DIR, Row, check_device, read_rows, require_committed
+from training.reporting.rows import RESULTS_DIR, Row, read_rows, require_committed
 
 
 def missing(weights: str, results: Path) -> list[Row]:

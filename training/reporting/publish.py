@@ -59,13 +59,13 @@ def render(check: bool = False) -> list[Path]:
         entry["metrics"] = metrics(select(rows, name))
     wanted = {zoo.WEIGHTS_DIR / "manifest.json": manifest_text(every)}
     wanted |= {page: render_page(page, rows, every) for page in pages()}
+    wanted |= {study.PAGE: study.page_text() for study in (nin_cifar10, networks)}
     different = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
-    of_studies = nin_cifar10.render(check) + networks.render(check)
-    if not check:
-        for path in different:
-            replace_bytes(path, wanted[path].encode())
-        return different + of_studies
-    return different + of_studies + stale_figures(rows, entries)
+    if check:
+        return different + nin_cifar10.render_figure(check) + stale_figures(rows, entries)
+    for path in different:
+        replace_bytes(path, wanted[path].encode())
+    return different + nin_cifar10.render_figure()
 
 
 def draw_figures(data_dir: Path, download: bool = False) -> list[Path]:
@@ -183,8 +183,8 @@ def _render(args: argparse.Namespace) -> int:
     return 1 if args.check and changed else 0
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command's options."""
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
     parser = create_parser("publish", __doc__)
     commands = parser.add_subparsers(required=True, metavar="{bundle,figures,render,upload}")
     bundling = commands.add_parser("bundle", help="copy a finished run into the package and the manifest")
@@ -209,10 +209,5 @@ def build_parser() -> argparse.ArgumentParser:
     uploading.add_argument("--trained-on", default="", help="data that a folder's weights were trained on")
     uploading.add_argument("--layer", default="", help="recommended layer of a folder's weights")
     uploading.set_defaults(work=_upload)
-    return parser
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
-    args = build_parser().parse_args(arguments)
+    args = parser.parse_args(arguments)
     return run(lambda: args.work(args))

@@ -8,8 +8,9 @@ from tqdm import tqdm
 
 from rotation_ssl.evaluation import report
 from rotation_ssl.fit import Checkpoints
+from rotation_ssl.machine import check_device
 from training.command import run
-from training.reporting.rows import RESULTS_DIR, Row, check_device, read_file, write_rows
+from training.reporting.rows import RESULTS_DIR, Row, read_file, write_rows
 
 
 def run_measuring(measure: Callable[[], Path], device: str) -> int:

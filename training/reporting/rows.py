@@ -16,12 +16,11 @@ import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from filelock import FileLock
 
 from rotation_ssl.evaluation.protocols import find_protocol
 from rotation_ssl.files import replace_bytes
-from rotation_ssl.messages import counted, first_line
+from rotation_ssl.messages import counted
 from training.protocols import PROTOCOLS
 
 RESULTS_DIR = Path(__file__).parent.parent / "results"
@@ -199,12 +198,3 @@ def current_commit() -> str:
     except (FileNotFoundError, subprocess.CalledProcessError):
         return os.environ.get("ROTATION_SSL_COMMIT", "unknown")
     return commit.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")
-
-
-def check_device(device: str) -> None:
-    """Refuse a device that is not there before any work is done."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = first_line(error)
-        raise ValueError(f"device {device!r} cannot be used ({reason}); give --device cpu or another") from error

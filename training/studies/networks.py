@@ -19,7 +19,8 @@ import torch
 from safetensors.torch import load_file
 
 from rotation_ssl.evaluation.frozen import PARTS
-from rotation_ssl.files import replace_bytes, sha256_of
+from rotation_ssl.files import sha256_of
+from rotation_ssl.machine import check_device
 from rotation_ssl.pretraining.images import UnlabelledImages
 from rotation_ssl.pretraining.options import WORKERS
 from rotation_ssl.pretraining.recipe import Recipe, with_steps
@@ -40,7 +41,7 @@ from training.pretrain import finished_run
 from training.recipes import ALEXNET_PHOTOS_CPU
 from training.reporting.pages import replace_parts
 from training.reporting.report import keep_row
-from training.reporting.rows import RESULTS_DIR, Row, check_device, read_file, require_committed
+from training.reporting.rows import RESULTS_DIR, Row, read_file, require_committed
 from training.reporting.tables import markdown_table
 
 ROWS = RESULTS_DIR / "study" / "networks.jsonl"
@@ -75,16 +76,7 @@ def run_candidate(
     file: Path,
     device: str = "cpu",
 ) -> None:
-    """Train a network, or continue its training, and measure it: a row for each of the datasets.
-
-    Args:
-        recipe: of a candidate.
-        images: to train on.
-        photos: the photographs of each of :data:`FITTED_ON`.
-        output: folder of the training.
-        file: where the rows are kept.
-        device: 'cpu' or 'cuda'.
-    """
+    """Train a network, or continue its training, and measure it: a row for each of the datasets."""
     weights = finished_run(recipe, images, output, device, WORKERS)
     subject = _trained(recipe, weights).on(device)
     started = time.monotonic()
@@ -128,8 +120,8 @@ def table(found: dict[str, dict[str, Row]]) -> str:
     return markdown_table(("network", "parameters", "rotated images", *titles), lines)
 
 
-def render(check: bool = False) -> list[Path]:
-    """Write the page's table from the published rows; returns the page if it changed, or would.
+def page_text() -> str:
+    """The page with its table of the published rows.
 
     Raises:
         ValueError: a network has no rows.
@@ -137,13 +129,7 @@ def render(check: bool = False) -> list[Path]:
     found = results(ROWS)
     if lacking := [name for name in CANDIDATES if name not in found]:
         raise ValueError(f"{ROWS} has no rows of {', '.join(lacking)}: run the study first")
-    text = PAGE.read_text()
-    anew = replace_parts(text, {"networks": lambda: table(found)}, PAGE.name)
-    if anew == text:
-        return []
-    if not check:
-        replace_bytes(PAGE, anew.encode())
-    return [PAGE]
+    return replace_parts(PAGE.read_text(), {"networks": lambda: table(found)}, PAGE.name)
 
 
 def _work(args: argparse.Namespace) -> int:
@@ -155,7 +141,7 @@ def _work(args: argparse.Namespace) -> int:
     if not todo:
         return 0
     photos = {name: photo_list(name, args.photos) for name in FITTED_ON}
-    images = open_unlabelled("photos", args.data, ALEXNET_PHOTOS_CPU.image_size, False)
+    images = open_unlabelled("photos", args.data, ALEXNET_PHOTOS_CPU.image_size)
 
     def work(recipe: Recipe) -> None:
         run_candidate(recipe, images, photos, args.output / recipe.name, args.rows, args.device)

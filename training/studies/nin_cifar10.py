@@ -19,8 +19,8 @@ import torch
 from matplotlib.figure import Figure
 
 from rotation_ssl.evaluation.measure import plan
-from rotation_ssl.files import replace_bytes
 from rotation_ssl.labelled import Images
+from rotation_ssl.machine import check_device
 from rotation_ssl.precision import add_precision_argument, warn_if_emulated
 from rotation_ssl.pretraining.recipe import CosineSchedule, LinearSchedule, Muon, Recipe, Sgd, Stage
 from training.command import CIFAR10_DIR, add_device, create_parser, run, run_each
@@ -32,7 +32,7 @@ from training.protocols import PROTOCOLS
 from training.reporting.figures import rows_stamp, save_figure, stamp_of
 from training.reporting.pages import replace_parts
 from training.reporting.report import keep_row
-from training.reporting.rows import RESULTS_DIR, Row, check_device, read_file, require_committed
+from training.reporting.rows import RESULTS_DIR, Row, read_file, require_committed
 from training.reporting.tables import markdown_table
 
 ROWS = RESULTS_DIR / "study" / "runs.jsonl"
@@ -216,22 +216,31 @@ def draw(found: dict[str, dict[str, Row]], file: Path) -> None:
     save_figure(figure, file, rows_stamp(rows))
 
 
-def render(check: bool = False) -> list[Path]:
-    """Write the page's table and figure from the published rows; the files that changed, or would."""
+def page_text() -> str:
+    """The page with its table of the published rows.
+
+    Raises:
+        ValueError: the base has no rows.
+    """
+    return replace_parts(PAGE.read_text(), {"runs": lambda: table(_published())}, PAGE.name)
+
+
+def render_figure(check: bool = False) -> list[Path]:
+    """Draw the figure of the published rows if it is stale; returns it if it was, or is."""
+    found = _published()
+    stamp = rows_stamp(row for own in found.values() for row in own.values())
+    if FIGURE.exists() and stamp_of(FIGURE) == stamp:
+        return []
+    if not check:
+        draw(found, FIGURE)
+    return [FIGURE]
+
+
+def _published() -> dict[str, dict[str, Row]]:
     found = results(ROWS)
     if BASE.name not in found:
         raise ValueError(f"{ROWS} has no rows of the base: run the study first")
-    text = PAGE.read_text()
-    anew = replace_parts(text, {"runs": lambda: table(found)}, PAGE.name)
-    changed = [PAGE] if anew != text else []
-    stamp = rows_stamp(row for own in found.values() for row in own.values())
-    if not FIGURE.exists() or stamp_of(FIGURE) != stamp:
-        changed.append(FIGURE)
-    if not check and PAGE in changed:
-        replace_bytes(PAGE, anew.encode())
-    if not check and FIGURE in changed:
-        draw(found, FIGURE)
-    return changed
+    return found
 
 
 def _work(args: argparse.Namespace) -> int:

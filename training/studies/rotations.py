@@ -16,6 +16,7 @@ from pathlib import Path
 
 from rotation_ssl.evaluation.measure import plan
 from rotation_ssl.labelled import Images
+from rotation_ssl.machine import check_device
 from rotation_ssl.precision import add_precision_argument, warn_if_emulated
 from rotation_ssl.pretraining.recipe import Recipe
 from rotation_ssl.progress import progress
@@ -26,7 +27,7 @@ from training.evaluation.subject import load_subject
 from training.pretrain import finished_run
 from training.recipes import RECIPES
 from training.reporting.report import keep_row
-from training.reporting.rows import RESULTS_DIR, check_device, read_file, require_committed
+from training.reporting.rows import RESULTS_DIR, read_file, require_committed
 
 ROWS = RESULTS_DIR / "ablation" / "runs.jsonl"
 LAYER = "block2"
