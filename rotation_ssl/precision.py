@@ -53,7 +53,7 @@ def warn_if_emulated(precision: str | None, device: torch.device | str) -> None:
         print(told, file=sys.stderr)  # noqa: T201
 
 
-def add_precision_argument(parser: argparse.ArgumentParser, default: str = "the recipe's") -> None:
+def add_precision_argument(parser: argparse._ActionsContainer, default: str = "the recipe's") -> None:
     """The option --precision, the same in every command that has it."""
     parser.add_argument(
         "--precision",

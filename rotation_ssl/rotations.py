@@ -71,26 +71,6 @@ def rotation_loss(
     return cross_entropy_of_rotations(logits, len(rotations), label_smoothing)
 
 
-def count_correct_rotations(
-    model: nn.Module, batches: Iterable[torch.Tensor], rotations: Sequence[int] = ROTATIONS
-) -> tuple[int, int]:
-    """How many rotated images the model, in eval mode, predicts correctly: the pretext task's own test.
-
-    Args:
-        model: maps (R * N, C, H, H) to logits (R * N, R); in eval mode meanwhile, each module's mode is as before
-            afterwards.
-        batches: batches of upright normalised images (N, C, H, H).
-        rotations: as in ``rotate_all``.
-
-    Returns:
-        The number of correct predictions and of rotated images, R times the images; their ratio is the accuracy.
-
-    Raises:
-        ValueError: as ``rotate_all``, the model does not give R logits an image, or gives some that are not finite.
-    """
-    return count_correct(model, (rotate_all(images, rotations) for images in batches), len(rotations))
-
-
 def cross_entropy_of_rotations(logits: torch.Tensor, num_rotations: int, label_smoothing: float = 0.0) -> torch.Tensor:
     """Mean cross-entropy of a rotation-major batch's logits (R * N, R), in float32: a differentiable scalar.
 

@@ -273,7 +273,9 @@ def check_whole(dataset: str, train: int, test: int) -> None:
         )
 
 
-def open_unlabelled(data: str, root: Path, size: int, download: bool = False) -> torch.Tensor | UnlabelledImages:
+def open_unlabelled(
+    data: str, root: Path, size: int, download: bool = False, workers: int = 0
+) -> torch.Tensor | UnlabelledImages:
     """The training images of a dataset of the recipes, without their labels.
 
     Args:
@@ -281,6 +283,7 @@ def open_unlabelled(data: str, root: Path, size: int, download: bool = False) ->
             :func:`rotation_ssl.pretraining.images.open_images` takes.
         size: side of the squares.
         download: let torchvision fetch it.
+        workers: processes that index tar shards; 0: this one.
 
     Returns:
         (N, 3, size, size) uint8 of CIFAR-10; others are opened, not read.
@@ -295,4 +298,4 @@ def open_unlabelled(data: str, root: Path, size: int, download: bool = False) ->
         return open_views(root, size)
     if data in DATASETS and (list_files := DATASETS[data].files):
         return open_files(list_files(root, "train")[0], size)
-    return open_images(data, root, size, download)
+    return open_images(data, root, size, download, workers)

@@ -68,6 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     recipe = RECIPES[args.recipe]
     recipe = dataclasses.replace(recipe, data=args.dataset or recipe.data)
+    root, download, workers = args.data, args.download, args.workers
     return execute(
-        args, recipe, lambda r: open_unlabelled(r.data, args.data, r.image_size, args.download), current_commit()
+        args, recipe, lambda r: open_unlabelled(r.data, root, r.image_size, download, workers), current_commit()
     )

@@ -46,7 +46,6 @@ class FcHead(nn.Module):
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.in_features = in_features
         self.fc_size = fc_size if pool_type else 0
         if self.fc_size:
             if pool_type not in ("avg", "max"):

@@ -15,8 +15,6 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from rotation_ssl import zoo
 from rotation_ssl.backbones.about import ROTNET_CFG, NetworkFacts
 
-__all__ = ["rotnet_resnet18", "rotnet_resnet50"]
-
 CFG = {**ROTNET_CFG, "pool_size": (7, 7), "first_conv": "conv1", "classifier": "fc"}
 FACTS = {
     "rotnet_resnet18": NetworkFacts(timm_name="resnet18"),

@@ -27,7 +27,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parts.add_argument(
         "--workers", type=_whole, metavar="N", help="decoding processes [one for each CPU; none with --engine ray]"
     )
-    add_precision_argument(parser, "auto; FOLDER/ only")
+    add_precision_argument(parts, "auto")
     parts.add_argument("--dtype", choices=DTYPES, help="type of the stored features [float32]")
     parts.add_argument("--sha1", action="store_const", const=True, help="store the sha1 of the bytes of each image")
     parts.add_argument("--resume", action="store_const", const=True, help="continue an interrupted run in FOLDER")

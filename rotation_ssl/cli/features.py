@@ -95,8 +95,6 @@ def run(args: argparse.Namespace) -> int:
     for batch in read_batches(model, images, args.batch_size, None if args.strict else broken):
         for layer, part in extract_features(model, batch, layers, pool=args.pool, grid=args.grid).items():
             parts[layer].append(part)
-    if len(broken) == len(images):
-        raise ValueError(f"none of the {len(images):,} images can be read: {broken[images[0]]}")
     features = {layer: torch.cat(part) for layer, part in parts.items()}
     metadata = {
         "files": json.dumps([file_name(file, args.images) for file in images if file not in broken]),
@@ -134,7 +132,7 @@ def read_batches(
     What is wrong with images that cannot be read goes into ``broken``.
 
     Raises:
-        ValueError: without ``broken``: an image that cannot be read.
+        ValueError: none of the images can be read, or, without ``broken``, one of them.
     """
     cfg = resolve_model_data_config(model)
     size = cfg["input_size"][-1]
@@ -151,6 +149,8 @@ def read_batches(
                 bar.update()
             if read:
                 yield normalize(torch.cat(read), cfg["mean"], cfg["std"])
+    if broken and broken.keys() >= set(files):
+        raise ValueError(f"none of the {len(files):,} images can be read: {broken[files[0]]}")
 
 
 def write(file: Path, form: str, features: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:

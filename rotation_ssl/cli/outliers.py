@@ -76,8 +76,6 @@ def run(args: argparse.Namespace) -> int:
         detector.fit(read_batches(model, normal, BATCH, broken))
     scores = [detector.predict(batch.to(args.device)) for batch in read_batches(model, images, BATCH, broken)]
     read = [file for file in images if file not in broken]
-    if not read:
-        raise ValueError(f"none of the {len(images):,} images can be read: {broken[images[0]]}")
     ranked = sorted(zip(torch.cat(scores).tolist(), read, strict=True), key=lambda pair: -pair[0])
     scored = [(file_name(file, args.images), f"{value:.6g}") for value, file in ranked]
     replace_file(args.output, lambda path: write_csv(path, ["file", "score"], scored))

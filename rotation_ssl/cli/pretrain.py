@@ -4,11 +4,12 @@ import argparse
 from typing import Any
 
 from rotation_ssl.cli.options import add_command
+from rotation_ssl.machine import TURN_OFF
 from rotation_ssl.pretraining import engine
 from rotation_ssl.pretraining.options import add_options
 from rotation_ssl.pretraining.recipe import FOLDER
 
-DETAILS = """
+DETAILS = f"""
 
 The images in the --data folder (in its train/ subfolder, if there is one), or in tar shards, are rotated by 0, 90, 180
 and 270 degrees, and the backbone is trained to predict the rotation. If the resized images fit into half of the free
@@ -16,8 +17,9 @@ memory they are decoded once; otherwise --workers processes decode them as they 
 and listed. The output folder gets a checkpoint every few minutes and, at the end, a model that
 timm.create_model("local-dir:OUTPUT", pretrained=True) loads, with run.json, metrics.jsonl and curve.png. Ctrl-C saves a
 checkpoint and stops; --resume continues from it and, on a CPU, gives the same weights as an uninterrupted run. This
-command requires the `train` extra. On Linux it makes glibc keep large memory blocks, which is faster;
-ROTATION_SSL_MALLOPT=0 disables this.
+command requires the `train` extra.
+
+{TURN_OFF}
 """
 
 

@@ -37,7 +37,6 @@ class Embedder:
         device: 'cpu' or 'cuda'.
         workers: processes that decode.
         threads: of PyTorch, as many as the driver has: sums may depend on them.
-
     """
 
     def __init__(self, folder: Path, manifest: Manifest, name: str, device: str, workers: int, threads: int) -> None:

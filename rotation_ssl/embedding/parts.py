@@ -28,7 +28,6 @@ from rotation_ssl.messages import some
 
 FORMATS = ("parquet", "safetensors", "npy")
 DTYPES = ("float32", "float16")
-NEEDS_PYARROW = "features in parts need pyarrow: pip install 'rotation-ssl[scale]'"
 _PART = re.compile(r"part-(\d{5,})\.(\w+)")
 _OWN = re.compile(r"(part-\d{5,}\.\w+|manifest\.json|errors\.parquet)(\.\d+\.tmp)?|errors|\.lock")
 
@@ -119,7 +118,7 @@ def require_pyarrow() -> None:
         ImportError: it is not installed.
     """
     if importlib.util.find_spec("pyarrow") is None:
-        raise ImportError(NEEDS_PYARROW)
+        raise ImportError("features in parts need pyarrow: pip install 'rotation-ssl[scale]'")
     # before the first image and not after the first part: memory stays as it is from the start
     importlib.import_module("pyarrow.parquet")
 

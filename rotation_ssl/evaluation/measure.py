@@ -24,7 +24,7 @@ from rotation_ssl.precision import autocast_type, resolved
 from rotation_ssl.pretraining.augment import crop_and_flip
 from rotation_ssl.probes import LINEAR_STRENGTHS, knn_predict, linear_predict, probe_predict, train_probe
 from rotation_ssl.progress import progress
-from rotation_ssl.rotations import count_correct_rotations
+from rotation_ssl.rotations import ROTATIONS, count_correct, rotate_all
 
 # a measurement, the classes it predicts for the test images, its settings, and its seconds
 Found = tuple["Measurement", torch.Tensor, str, float]
@@ -112,16 +112,13 @@ def measure_rotation(frozen: Frozen, test: LabelledImages, parts: Sequence[int] 
         ValueError: the network does not have 4 outputs.
     """
     started, backbone = time.monotonic(), frozen.backbone
-    outputs = getattr(backbone, "num_classes", None)
-    if outputs != 4:
-        raise ValueError(f"rotation accuracy needs the 4 outputs of the rotations, the network has {outputs}")
     chosen = [test.images.tensor_split(PARTS)[part] for part in parts]
     counts, total = [], 0
     with progress("rotation accuracy", sum(map(len, chosen))) as bar:
         prepare = preparation(backbone, frozen.size, bar)
         for images in chosen:
             batches = (prepare(batch.to(frozen.device)) for batch in images.split(BATCH) if len(batch))
-            correct, n = count_correct_rotations(backbone, batches)
+            correct, n = count_correct(backbone, map(rotate_all, batches), len(ROTATIONS))
             counts.append(correct)
             total += n
     seconds = time.monotonic() - started

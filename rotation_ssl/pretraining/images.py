@@ -115,12 +115,7 @@ class UnlabelledImages(Dataset[tuple[torch.Tensor, list[int]] | ValueError]):
 
 
 def open_files(files: Sequence[Path], size: int) -> UnlabelledImages:
-    """Image files, opened one by one as they are asked for.
-
-    Args:
-        files: in the order of their indices.
-        size: side of the squares.
-    """
+    """Image files, opened one by one as they are asked for, as squares of ``size`` pixels."""
     # one array: a list of a million paths would be copied into every worker, object by object, as it is read
     names = np.array([os.fsencode(file) for file in files])
     describe = partial(_describe_files, names)

@@ -73,7 +73,7 @@ class Metrics:
 
     def __init__(self, output: Path, progress: Progress, accelerator: Accelerator) -> None:
         self.file = output / "metrics.jsonl" if accelerator.is_main_process else Path(os.devnull)
-        lines = self._kept(progress.step) or [dict(point) for point in progress.curve]
+        lines = self._kept(progress.step) or progress.curve
         if accelerator.is_main_process:
             # at once: what the monitor saw stands nowhere else
             replace_bytes(self.file, "".join(json.dumps(line) + "\n" for line in lines).encode())

@@ -117,7 +117,7 @@ def trained_size(recipe: Recipe) -> int:
 def count_training_images(recipe: Recipe, images: torch.Tensor | UnlabelledImages, accelerator: Accelerator) -> int:
     """How many images are trained on, after a look at whether recipe, images and processes fit."""
     shares = accelerator.num_processes * accelerator.gradient_accumulation_steps
-    if not 0 <= recipe.holdout < len(images):
+    if recipe.holdout >= len(images):
         raise ValueError(f"holdout must be 0 to {len(images) - 1} of the training images, got {recipe.holdout}")
     if isinstance(images, torch.Tensor) and (
         images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]

@@ -208,3 +208,10 @@ def test_what_is_not_there_is_said(devkit, tmp_path):
     names.write_text(names.read_text().replace("\n", "\n\n", 1))
     with pytest.raises(ValueError, match=r"val.txt has an empty line"):
         read_annotations(devkit, "2007", "val")
+
+
+def test_a_damaged_mask_is_called_one(devkit):
+    mask = read_masks(devkit, "2007", "train")[0].mask
+    mask.write_bytes(b"no png")
+    with pytest.raises(ValueError, match=rf"^mask {mask} does not decode"):
+        read_masks(devkit, "2007", "train")

@@ -18,7 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from rotation_ssl.convert import MAX_MEMBERS, read_checkpoint
+from rotation_ssl.convert import read_checkpoint
+from rotation_ssl.convert.reading import MAX_MEMBERS
 
 NETWORK = {"weight": torch.arange(6.0).view(2, 3), "bias": torch.tensor([0.5, -0.5]), "steps": torch.tensor(7)}
 ZEROS = 50_000_000

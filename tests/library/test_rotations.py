@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from rotation_ssl.rotations import count_correct_rotations, rotate_all, rotation_labels, rotation_loss
+from rotation_ssl.rotations import count_correct, rotate_all, rotation_labels, rotation_loss
 
 batches = st.builds(
     lambda n, c, size, seed: torch.randint(0, 256, (n, c, size, size), generator=torch.Generator().manual_seed(seed)),
@@ -164,12 +164,12 @@ def test_counting_refuses_what_is_no_prediction_of_the_rotation(marked, head, me
             return head(images.flatten(1))
 
     with pytest.raises(ValueError, match=message):
-        count_correct_rotations(Model(), [marked])
+        count_correct(Model(), [rotate_all(marked)], 4)
 
 
 def test_count_correct_and_mode(marked):
     model = Oracle(1.0)
     model.train()
-    assert count_correct_rotations(model, [marked, marked[:1]]) == (16, 16)
-    assert count_correct_rotations(Oracle(-1.0), [marked]) == (0, 12)
+    assert count_correct(model, map(rotate_all, [marked, marked[:1]]), 4) == (16, 16)
+    assert count_correct(Oracle(-1.0), [rotate_all(marked)], 4) == (0, 12)
     assert model.training

@@ -43,8 +43,7 @@ def coverage_table(rows: Sequence[Row]) -> str:
 
 
 def _label(row: Row) -> tuple[str]:
-    measured = row.measured
-    return (f"`{row.weights}`, {row.data}" if measured else f"_{row.source.split(' (')[0]}, {row.data}_",)
+    return (f"`{row.weights}`, {row.data}" if row.measured else f"_{row.source.split(' (')[0]}, {row.data}_",)
 
 
 def thresholds_line(entries: Mapping[str, Mapping[str, Any]]) -> str:

@@ -186,6 +186,8 @@ def probe_table(name: str, rows: Sequence[Row]) -> list[str]:
         label: [row for row in group if row.layer and row.labels_per_class is None and not is_application(row)]
         for label, group in groups.items()
     }
+    if not groups[f"`{name}`"]:
+        return []
     probed = [row for group in groups.values() for row in group]
     layers = sorted({row.layer for row in probed})
     lines: list[tuple[str, ...]] = []
@@ -268,8 +270,7 @@ def evaluation_lines(name: str, rows: Sequence[Row]) -> list[str]:
     for data in dict.fromkeys(row.data for row in select(rows, name)):
         there = [row for row in rows if row.data == data]
         lines += rotation_lines(name, there)
-        if any(row.layer and row.labels_per_class is None and not is_application(row) for row in select(there, name)):
-            lines += probe_table(name, there)
+        lines += probe_table(name, there)
         lines += few_labels_table(name, there)
     return lines
 

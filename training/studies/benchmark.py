@@ -38,12 +38,11 @@ from rotation_ssl import zoo
 from rotation_ssl.backbones.nin import RotNetNIN
 from rotation_ssl.cli.options import positive
 from training.command import create_parser, run
-from training.reporting.pages import EMBEDDING_FILE, SPEED_FILE, embedding_text, speed_tables
+from training.reporting.pages import EMBEDDING_FILE, ROOT, SPEED_FILE, embedding_text, speed_tables
 from training.reporting.rows import require_committed
 from training.studies.embedding_speed import measure_embedding
 from training.studies.speed import measure_speed
 
-ROOT = Path(__file__).parent.parent.parent
 ROUNDS = {"import": 15, "load": 100, "speed": 3, "features": 3}
 
 

@@ -23,7 +23,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 from tqdm import tqdm
 
-import rotation_ssl
 from rotation_ssl.features import extract_features
 from rotation_ssl.images import find_images, normalize, read_images
 from rotation_ssl.machine import device_name, keep_large_blocks, library_versions
@@ -34,13 +33,14 @@ from rotation_ssl.pretraining.optim import create_optimizers, create_sgd
 from rotation_ssl.pretraining.recipe import Sgd, Stage, with_image_size
 from rotation_ssl.pretraining.setup import create_accelerator, create_model
 from rotation_ssl.rotations import rotation_loss
+from rotation_ssl.zoo.golden import SAMPLES_DIR
 from training.recipes import NIN_CIFAR10_CPU
 from training.reporting.rows import current_commit
 
 MODEL = "rotnet_nin"
 ROTATIONS = 4
 GEMM_SIZES = (1024, 2048, 4096)
-SAMPLES = Path(rotation_ssl.__file__).parent / "samples" / "cifar10"
+SAMPLES = SAMPLES_DIR / "cifar10"
 
 
 @dataclass(frozen=True)

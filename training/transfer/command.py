@@ -5,7 +5,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from tqdm import tqdm
 
 from rotation_ssl.cli.options import add_device, positive
 from rotation_ssl.fit import Checkpoint
-from rotation_ssl.machine import device_name
+from rotation_ssl.machine import cpus, device_name
 from rotation_ssl.messages import counted
 from rotation_ssl.precision import AnyRecipe, add_precision_argument, resolved, warn_if_emulated
 from training.command import create_parser
@@ -86,7 +85,7 @@ def transfer_parser(command: str, head: str | None) -> argparse.ArgumentParser:
     add("--no-rescale", dest="rescale", action="store_false", help="do not rescale the layers")
     add_precision_argument(parser)
     add("--seed", type=int, default=0, help="random seed [%(default)s]")
-    add("--workers", type=int, default=os.cpu_count() or 1, help="data-loading worker processes [all cores]")
+    add("--workers", type=int, default=cpus(), help="data-loading worker processes [all cores]")
     add_device(parser)
     add(
         "--output",

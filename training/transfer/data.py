@@ -10,7 +10,8 @@ Data of one's own goes the same way, with classes of its own. Images are taken a
 EXIF orientation: boxes and masks are in stored pixels.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,12 +126,8 @@ def open_pixels(file: Path) -> Image.Image:
     Raises:
         ValueError: it does not decode; the error names it.
     """
-    try:
-        with Image.open(file) as image:
-            return image.convert("RGB")
-    except Exception as error:
-        # what Pillow's many readers raise on damaged files is not one family
-        raise ValueError(f"image {file} does not decode ({error}); replace or remove it") from error
+    with _opened(file) as image:
+        return image.convert("RGB")
 
 
 def open_mask(file: Path, classes: int) -> torch.Tensor:
@@ -143,11 +140,8 @@ def open_mask(file: Path, classes: int) -> torch.Tensor:
     Raises:
         ValueError: it does not decode, has colours in place of classes, or a class out of range; the error names it.
     """
-    try:
-        with Image.open(file) as image:
-            mode, pixels = image.mode, np.array(image)
-    except Exception as error:
-        raise ValueError(f"mask {file} does not decode ({error}); replace or remove it") from error
+    with _opened(file, "mask") as image:
+        mode, pixels = image.mode, np.array(image)
     if mode not in ("P", "L"):
         raise ValueError(f"mask {file} has colours ({mode}) in place of classes: write a palette or grey png")
     mask = torch.from_numpy(pixels)
@@ -240,13 +234,21 @@ def _annotated(image: Path, annotation: Path, classes: Sequence[str]) -> Annotat
 
 
 def _size(file: Path) -> tuple[int, int]:
+    kind = "mask" if file.suffix == ".png" else "image"
     if not file.is_file():
-        raise ValueError(f"{'mask' if file.suffix == '.png' else 'image'} {file} is missing: the list names it")
+        raise ValueError(f"{kind} {file} is missing: the list names it")
+    with _opened(file, kind) as image:
+        return image.size
+
+
+@contextlib.contextmanager
+def _opened(file: Path, kind: str = "image") -> Iterator[Image.Image]:
     try:
         with Image.open(file) as image:
-            return image.size
+            yield image
     except Exception as error:
-        raise ValueError(f"image {file} does not decode ({error}); replace or remove it") from error
+        # what Pillow's many readers raise on damaged files is not one family
+        raise ValueError(f"{kind} {file} does not decode ({error}); replace or remove it") from error
 
 
 def _pixels(size: tuple[int, ...] | None) -> str:

@@ -17,7 +17,6 @@ import functools
 import hashlib
 import importlib
 import json
-import os
 import shutil
 import sys
 import zlib
@@ -32,6 +31,7 @@ from safetensors import SafetensorError, safe_open
 from torchvision.ops import box_iou
 from tqdm import tqdm
 
+from rotation_ssl.machine import cpus
 from rotation_ssl.progress import progress
 from training.command import create_parser, run
 from training.transfer.data import CLASSES, AnnotatedImage, open_pixels, read_annotations
@@ -79,8 +79,7 @@ def search_images(
     Args:
         images: with names that differ.
         output: the file; parts are kept in a folder beside it until all are there.
-        scale: as of :func:`selective_search`.
-        most: as of :func:`selective_search`.
+        scale, most: as of :func:`selective_search`.
         workers: processes that search.
     """
     if output.exists():
@@ -190,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--classes", nargs="+", default=list(CLASSES), metavar="CLASS", help="class names [VOC's 20]")
     parser.add_argument("--scale", type=int, default=SCALE, help="longer side in pixels, at most [%(default)s]")
     parser.add_argument("--most", type=int, default=MOST, help="regions an image, at most [%(default)s]")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="worker processes [all cores]")
+    parser.add_argument("--workers", type=int, default=cpus(), help="worker processes [all cores]")
     parser.add_argument("--output", type=Path, required=True, help="safetensors file to write")
     args = parser.parse_args(arguments)
     return run(lambda: _work(args))

@@ -52,8 +52,9 @@ def _config(name: str, entry: dict[str, Any], content: bytes, state: dict[str, t
     """config.json as timm's hf-hub: takes it, without the package's registry, and the model."""
     architecture, tag = name.split(".", 1)
     overlay = {"state_dict": state, **{key: tuple(entry[key]) for key in ("input_size", "mean", "std")}}
-    args = {"fc_size": 0} if architecture == "rotnet_alexnet" and "head.fc6.0.weight" not in state else {}
-    model = timm.create_model(architecture, pretrained=True, pretrained_cfg_overlay=overlay, **args).eval()
+    model = timm.create_model(
+        architecture, pretrained=True, pretrained_cfg_overlay=overlay, **entry.get("model_args", {})
+    ).eval()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.json"
         cfg, provenance = {"tag": tag, "license": entry["license"]}, {key: entry[key] for key in ("origin", "recipe")}

@@ -7,6 +7,7 @@ done already: run again, it goes on where it was interrupted, and uploads nothin
 
 import tempfile
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -31,12 +32,14 @@ def publish(upload: Upload, namespace: str, version: str, rows: Sequence[Row]) -
     Raises:
         OSError: the Hub cannot be reached, or refuses (no login, no permission, a commit in between).
         ValueError: it serves other bytes than were uploaded, the version's tag is at another revision, or this project
-            has no public address for the card to point to.
+            has no public address for the card to point to, or onnxruntime is not installed.
     """
     if REPOSITORY.startswith("OWNER/"):
         raise ValueError(
             "cards on the Hub point to this project's public address: set REPOSITORY in training/reporting/pages.py"
         )
+    if find_spec("onnxruntime") is None:
+        raise ValueError("the upload compares ONNX files with onnxruntime: pip install -e '.[onnx]'")
     repository = f"{namespace}/{upload.name}"
     files, api = hub_files(upload, repository, version, rows), HfApi()
     try:
