@@ -48,11 +48,14 @@ def bundled() -> dict[str, dict[str, Any]]:
 def published_entry(model: Any) -> Mapping[str, Any]:
     """The manifest's entry of the weights that a timm model was created for; empty for other weights.
 
-    A model that was loaded from a file or folder of the user's own has other weights, even under a published tag.
+    A model that was loaded from a file or folder of the user's own, or from somebody's repository on the Hub, has other
+    weights, even under a published tag.
     """
     cfg = getattr(model, "pretrained_cfg", {})
     entry = manifest().get(f"{cfg.get('architecture')}.{cfg.get('tag')}", {})
-    return entry if entry and cfg.get("file") in (None, "", location(entry).get("file")) else {}
+    if not entry or cfg.get("source") == "hf-hub":  # verified weights, wherever they came from, have no source any more
+        return {}
+    return entry if cfg.get("file") in (None, "", location(entry).get("file")) else {}
 
 
 def published_cfgs(model: str) -> dict[str, dict[str, Any]]:

@@ -350,6 +350,7 @@ def test_another_repository_is_loaded_unverified_but_checked(hub, served):
     hub.commit("SOMEONE/tuned", {"model.safetensors": hub_weights(), "config.json": hub_config(hub_weights())})
     model = timm.create_model("hf-hub:SOMEONE/tuned", pretrained=True)
     assert torch.equal(model.head.fc.weight, expected_state("hub")["head.fc.weight"])
+    assert model.pretrained_cfg["tag"] and not zoo.published_entry(model), "somebody's weights have no calibration"
     hub.commit("SOMEONE/tuned", {"model.safetensors": save({"wrong": torch.zeros(3000)})})
     with pytest.raises(ValueError, match="SOMEONE/tuned does not fit"):
         timm.create_model("hf-hub:SOMEONE/tuned", pretrained=True, num_classes=10)
