@@ -15,19 +15,20 @@ demo: $(VENV)/.installed-demo
 	@$(BIN)/python -m rotation_ssl.demo -o demo.png
 
 # a process for each processor, with a thread each: most tests are too small to share one among several
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
+
 test: $(VENV)/.installed-dev lint
 	@echo "==> tests (ROTATION_SSL_DATA=$${ROTATION_SSL_DATA:-, not set: tests that need whole data sets skip})"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile -m "not slow"
+	@$(PYTEST) -m "not slow"
 
 # what takes minutes: models compiled and exported, training killed at many moments, several processes
 slow-tests: $(VENV)/.installed-dev
 	@echo "==> slow tests"
-	@$(BIN)/python -m pytest -m slow
+	@$(PYTEST) -m slow
 
 coverage: $(VENV)/.installed-dev
 	@echo "==> which lines the tests run"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile -m "not slow" \
-	    --cov --cov-report=term:skip-covered
+	@$(PYTEST) -m "not slow" --cov --cov-report=term:skip-covered
 
 lint: $(VENV)/.installed-dev
 	@echo "==> ruff, mypy and codespell"
