@@ -154,10 +154,10 @@ def read_images(files: Sequence[Path], size: int, least: int = 0) -> torch.Tenso
 
     ``least`` is that of :func:`read_image`.
     """
-    images = np.empty((len(files), size, size, 3), dtype=np.uint8)
+    images = np.empty((len(files), 3, size, size), dtype=np.uint8)
     for i, file in enumerate(progress("reading images", len(files), "image", files, disable=len(files) < 5000)):
-        images[i] = np.asarray(square(read_image(file, least), size))
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+        images[i] = np.asarray(square(read_image(file, least), size)).transpose(2, 0, 1)
+    return torch.from_numpy(images)
 
 
 def normalize(images: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
