@@ -1,5 +1,6 @@
 """Labelled images in memory, and folders of them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,15 +57,15 @@ def labels_subset(
     return data.subset(torch.cat(chosen).sort().values)
 
 
-def check_same_classes(train: LabelledImages, test: LabelledImages) -> None:
+def check_same_classes(train: Sequence[str], test: Sequence[str]) -> None:
     """Refuse test images of other classes than the training images'.
 
     Raises:
         ValueError: the classes differ; the error names those that one of the two lacks.
     """
-    if train.classes != test.classes:
-        lacking = [f"{name} (not in train)" for name in test.classes if name not in train.classes]
-        lacking += [f"{name} (not in test)" for name in train.classes if name not in test.classes]
+    if train != test:
+        lacking = [f"{name} (not in train)" for name in test if name not in train]
+        lacking += [f"{name} (not in test)" for name in train if name not in test]
         raise ValueError(f"training and test images are of different classes: {', '.join(lacking)}; make them the same")
 
 

@@ -92,7 +92,8 @@ def tinyimagenet_files(data_dir: Path, split: str) -> Listed:
         Files, labels (positions in the classes) and classes, the WordNet ids in alphabetical order.
     """
     train, val = data_dir / "train", data_dir / "val"
-    classes = tuple(sorted(folder.name for folder in train.iterdir())) if train.is_dir() else ()
+    folders = [path for path in train.glob("[!.]*") if path.is_dir()]
+    classes = tuple(sorted(folder.name for folder in folders))
     if not classes:
         raise ValueError(f"no Tiny-ImageNet in {data_dir}: expected train/<wnid>/images/*.JPEG; give tiny-imagenet-200")
     files: list[Path] = []
@@ -231,7 +232,7 @@ def load_images(
         name = f"{name.rpartition(' ')[0]}, last {holdout} training image{'s' * (holdout != 1)}"
         return Images(name, train.subset(order[:-holdout]), train.subset(order[-holdout:]))
     test = load_split(dataset, data_dir, "test", size, download)
-    check_same_classes(train, test)
+    check_same_classes(train.classes, test.classes)
     return Images(name, train, test)
 
 

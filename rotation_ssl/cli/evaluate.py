@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     if args.output.exists() and not args.output.is_dir():
         raise ValueError(f"{args.output} is not a folder: give another --output")
     train, test = (load_folder_split(args.data, split, size) for split in ("train", "test"))
-    check_same_classes(train, test)
+    check_same_classes(train.classes, test.classes)
     images = Images(args.data.resolve().name, train, test)
     wanted = args.only or [name for name in PROTOCOLS if name != "rotation" or model.num_classes == 4]
     measurements = plan(layers, wanted, "cached", [0])

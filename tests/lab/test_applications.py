@@ -51,6 +51,8 @@ def test_precision_is_of_what_was_decided():
         *(dataclasses.replace(row, data="EXIF orientation examples test") for row in ORIENTATION),
     ]
     assert orientation_line([*ORIENTATION, *others]) == told, "of the command's network on photographs alone"
+    nothing = [dataclasses.replace(each, correct=0, value=0.0) for each in ORIENTATION if "99" in each.protocol]
+    assert orientation_line(nothing) == "At the default threshold, `orient` decides on 0.00 % of VOC2007 test."
 
 
 def test_where_none_is_decided_no_precision_is_told():

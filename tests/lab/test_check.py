@@ -167,7 +167,7 @@ def test_a_number_that_does_not_hold_is_caught(results, small_cifar10, capsys):
     counts = tuple(4 - count for count in true.counts)
     false = dataclasses.replace(true, counts=counts, correct=sum(counts), value=sum(counts) / 40)
     write_rows(file, [false])
-    assert run(results, small_cifar10, "--only", "knn") == 1
+    assert run(results, small_cifar10, "--only", "knn", "--weights", NAME) == 1
     out = capsys.readouterr().out
     (broken,) = [line for line in out.splitlines() if line.startswith("BROKEN")]
     assert f"{NAME} k-NN block1 on CIFAR-10 test" in broken and f"{100 * true.value:.2f} %" in broken
@@ -187,7 +187,7 @@ def test_a_row_edited_by_hand_is_caught(results, small_cifar10, capsys):
 def test_a_row_of_a_study_edited_by_hand_is_caught(results, small_cifar10, capsys):
     (results / "study").mkdir()
     shutil.copy(RESULTS_DIR / "study" / "runs.jsonl", results / "study")
-    assert run(results, small_cifar10) == 0
+    assert run(results, small_cifar10, "--quick", "--only", "rotation") == 0
     text = (results / "study" / "runs.jsonl").read_text()
     (results / "study" / "runs.jsonl").write_text(text.replace('"layer": "block2"', '"layer": "block3"', 1))
     assert run(results, small_cifar10) == 1
@@ -273,7 +273,7 @@ def test_what_is_not_there_is_bad_input(results, tmp_path, capsys):
 
 def test_other_images_are_not_what_was_reported(results, small_cifar10, capsys):
     next((small_cifar10 / "test" / "cat").glob("*.png")).unlink()
-    assert run(results, small_cifar10, "--only", "rotation") == 1
+    assert run(results, small_cifar10, "--only", "rotation", "--weights", NAME) == 1
     assert "other images (CIFAR-10 test, 156)" in capsys.readouterr().out
 
 
@@ -380,7 +380,7 @@ def test_expected_time_is_that_of_the_rows():
 
 
 def test_rows_of_all_layers_are_measured_again_in_one_pass(small_tinyimagenet, monkeypatch):
-    shorten_probes(monkeypatch, PROTOCOLS, ["linear-sgd"], epochs=2, milestones=(1,), batch_size=10)
+    shorten_probes(monkeypatch, PROTOCOLS, ["linear-sgd"], epochs=1, milestones=(), batch_size=10)
     short = PROTOCOLS["linear-sgd"].recipes["cpu"]
     train, val = (
         read_into_memory(open_labelled("tinyimagenet", small_tinyimagenet, split, 64), 0) for split in ("train", "val")
@@ -403,7 +403,7 @@ def test_rows_of_all_layers_are_measured_again_in_one_pass(small_tinyimagenet, m
     assert all((new.layer, new.seed, new.counts) == (old.layer, old.seed, old.counts) for old, new in found)
 
 
-def test_numbers_of_data_that_are_not_given_are_named(results, small_module, capsys):
+def test_numbers_of_data_that_are_not_given_are_named(results, small_module, tmp_path, monkeypatch, capsys):
     """Not passed over in silence, and not called passed."""
     file = results / f"{NAME}.jsonl"
     rotation = next(row for row in read_file(file) if row.protocol == "rotation")
@@ -416,6 +416,11 @@ def test_numbers_of_data_that_are_not_given_are_named(results, small_module, cap
     write_rows(file, [outliers])
     assert check.main([*arguments[:-1], "outliers-rotation", "--photos", str(small_module)]) == 0
     assert "not measured: 1 number of Imagenette val: give --cifar100 DIR" in capsys.readouterr().out
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--results", str(results), "--weights", NAME, "--only", "outliers-rotation"]
+    assert check.main([*arguments, "--cifar100", str(small_module)]) == 2
+    assert "no CIFAR-10 in data/cifar10: give --data, or --download" in capsys.readouterr().err
+    arguments = ["--results", str(results), "--data", str(small_module), "--weights", NAME, "--only", "rotation"]
     write_rows(file, [dataclasses.replace(rotation, data="holiday photographs")])
     assert check.main(arguments) == 2
     assert "no dataset is called 'holiday photographs'" in capsys.readouterr().err

@@ -262,6 +262,7 @@ def test_images_that_do_not_decode_are_named(small_cifar10):
 
 
 def test_tinyimagenet_as_it_is_distributed(small_tinyimagenet):
+    (small_tinyimagenet / "train" / ".DS_Store").write_bytes(b"")
     data = load_images("tinyimagenet", small_tinyimagenet, 128)
     assert data.name == "Tiny-ImageNet val" and data.train.classes == tuple(f"n{i:08d}" for i in range(10))
     assert data.train.images.shape == data.test.images.shape == (20, 3, 64, 64)

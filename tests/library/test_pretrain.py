@@ -299,8 +299,9 @@ def test_batch_norms_common_to_processes_keep_activations_and_muon():
     from timm.layers import convert_sync_batchnorm
 
     assert loop.convert_sync_batchnorm is convert_sync_batchnorm
-    model = convert_sync_batchnorm(timm.create_model("test_resnet", num_classes=4))
-    assert any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
+    model = convert_sync_batchnorm(timm.create_model("rotnet_nin3"))
+    norms = [module for module in model.modules() if isinstance(module, nn.SyncBatchNorm)]
+    assert norms and all(isinstance(norm.act, nn.ReLU) for norm in norms)
     assert len(create_optimizers(TINY.optimizer, model, "fp32")) == 2
 
 

@@ -32,6 +32,7 @@ from rotation_ssl.cli.options import positive
 from rotation_ssl.evaluation.frozen import PARTS, Frozen
 from rotation_ssl.features import layer_modules
 from rotation_ssl.fit import Checkpoint, Checkpoints, fit
+from rotation_ssl.labelled import check_same_classes
 from rotation_ssl.messages import counted
 from rotation_ssl.precision import resolved, warn_if_emulated
 from rotation_ssl.pretraining.augment import crop_and_flip
@@ -293,8 +294,7 @@ def _open(args: argparse.Namespace) -> tuple[Labelled, Labelled]:
     side = square_size(LAYER_PROBES[args.recipe], args.dataset)
     train = open_labelled(args.dataset, args.data, "train", side, args.download)
     val = train if args.holdout else open_labelled(args.dataset, args.data, "val", side, args.download)
-    if val.classes != train.classes:
-        raise ValueError(f"there are {len(train.classes)} classes to train on and {len(val.classes)} to test on")
+    check_same_classes(train.classes, val.classes)
     return train, val
 
 

@@ -84,8 +84,11 @@ def orientation_line(rows: Sequence[Row]) -> str:
     wrong = {(row.weights, row.data): row for row in rows if row.protocol == "orientation-wrong-99"}
     parts = []
     for row in decided:
-        right = 1 - (wrong[row.weights, row.data].correct or 0) / (row.correct or 1)
-        parts.append(f"{percent(row)} of {row.data} ({100 * right:.2f} % of these decisions are correct)")
+        part = f"{percent(row)} of {row.data}"
+        if row.correct:
+            right = 1 - (wrong[row.weights, row.data].correct or 0) / row.correct
+            part += f" ({100 * right:.2f} % of these decisions are correct)"
+        parts.append(part)
     return f"At the default threshold, `orient` decides on {' and on '.join(parts)}." if parts else ""
 
 

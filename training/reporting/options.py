@@ -45,7 +45,9 @@ def option_of(row: Row, args: argparse.Namespace) -> str:
     if command_of(row) == "outliers":
         if (normal := normal_dataset(row.weights)) != "cifar10":
             return OPTIONS[normal]
-        # some of them are noise; CIFAR-10, which they are told from, is in --data
+        if not args.data.is_dir() and not args.download:
+            return "data"  # CIFAR-10, which they are told from
+        # some of them are noise
         return "photos" if row.data == DATASETS["imagenette"].name and args.cifar100 else "cifar100"
     if row.protocol.startswith("voc-fast-rcnn") and args.voc and not args.proposals:
         return "proposals"

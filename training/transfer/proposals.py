@@ -75,7 +75,12 @@ def check_boxes(name: str, boxes: torch.Tensor) -> None:
         raise ValueError(f"proposals of {name} are empty or not finite: they are left, top, right, bottom")
 
 
-@functools.lru_cache(maxsize=2)
 def opened(file: Path) -> Any:
-    """The file, read by name; kept open, for a header of 10,000 names takes a while."""
+    """The file, read by name; kept open while it is the same, for a header of 10,000 names takes a while."""
+    status = file.stat()
+    return _opened(file, (status.st_ino, status.st_size, status.st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=2)
+def _opened(file: Path, state: tuple[int, ...]) -> Any:
     return safe_open(file, framework="pt")
