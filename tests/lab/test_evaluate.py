@@ -18,7 +18,6 @@ from rotation_ssl.evaluation.frozen import preparation
 from rotation_ssl.features import extract_features
 from rotation_ssl.images import normalize
 from rotation_ssl.labelled import Images
-from rotation_ssl.machine import available_memory
 from rotation_ssl.probes import knn_predict, linear_predict
 from rotation_ssl.rotations import rotate_all
 from rotation_ssl.zoo.golden import golden_file
@@ -66,6 +65,7 @@ def test_all_protocols_on_a_small_set(small_cifar10, short_probes, tmp_path, cap
         guesses = model.eval()(rotate_all(batch)).argmax(1).view(4, 40)
     right = torch.stack([guesses[k] == k for k in range(4)]).sum(0)
     assert rotation.counts == tuple(int(part.sum()) for part in right.tensor_split(10))
+    assert rotation.source == "measured" and rotation.value > 0.7, "the sample images are mostly guessed right"
     printed = capsys.readouterr().out
     assert "rotation accuracy" in printed and "non-linear probe (cached) block2 seed 1" in printed
     report = json.loads((output / "report.json").read_text())
@@ -96,13 +96,13 @@ def test_the_seed_decides_a_trained_probe(small_cifar10, short_probes):
     measured = subject.load_subject("rotnet_nin")
     images = load_images("cifar10", small_cifar10, 32)
 
-    def counts(seed):
-        plan = [evaluate.Measurement("nonlinear", "cached", "block1", seed)]
-        (row,) = evaluate.measure_features(measured, dataclasses.replace(images, test=shifted(images.test)), plan)
-        return row.counts
+    def counts(*seeds):
+        plan = [evaluate.Measurement("nonlinear", "cached", "block1", seed) for seed in seeds]
+        rows = evaluate.measure_features(measured, dataclasses.replace(images, test=shifted(images.test)), plan)
+        return [row.counts for row in rows]
 
-    assert counts(0) == counts(0)
-    assert len({counts(seed) for seed in range(4)}) > 1
+    found = counts(0, 1, 2, 3)
+    assert counts(0) == found[:1] and len(set(found)) > 1
 
 
 def shifted(data):
@@ -146,14 +146,13 @@ def test_ones_own_images_and_weights(tmp_path, short_probes):
 
 
 def test_random_weights_are_reproducible_and_named(small_cifar10, tmp_path):
-    only = ("--only", "rotation", "knn")
+    only = ("--only", "knn", "--layers", "block1")
     for name in ("a", "b"):
         assert run("rotnet_nin", "--random", "--data", small_cifar10, "--output", tmp_path / name, *only) == 0
     first, second = (read_file(tmp_path / name / "rows.jsonl") for name in ("a", "b"))
     assert [(r.key, r.correct, r.sha256) for r in first] == [(r.key, r.correct, r.sha256) for r in second]
     assert {row.weights for row in first} == {"rotnet_nin.random"}
-    assert run("rotnet_nin", "--random", "--seed", 1, "--only", "rotation", "--data", small_cifar10,
-               "--output", tmp_path / "a") == 0  # fmt: skip
+    assert run("rotnet_nin", "--random", "--seed", 1, "--data", small_cifar10, "--output", tmp_path / "a", *only) == 0
     rows = read_file(tmp_path / "a" / "rows.jsonl")
     assert len(rows) == len(first) + 1 and rows[-1].weights == "rotnet_nin.random1"
     assert rows[-1].sha256 != first[0].sha256
@@ -161,7 +160,7 @@ def test_random_weights_are_reproducible_and_named(small_cifar10, tmp_path):
 
 def test_measuring_again_replaces_the_rows(small_cifar10, tmp_path):
     for _ in range(2):
-        run("rotnet_nin", "--only", "rotation", "--data", small_cifar10, "--output", tmp_path)
+        run("rotnet_nin", "--only", "knn", "--layers", "block1", "--data", small_cifar10, "--output", tmp_path)
     assert len(read_file(tmp_path / "rows.jsonl")) == 1
 
 
@@ -252,7 +251,7 @@ def test_cached_features_are_those_of_the_images_as_they_are(small_cifar10):
         (["vit_tiny_patch16_224", "--random", "--size", "32"], "does not take images of 32 pixels"),
         (["rotnet_nin", "--layers", "block7"], "no layer block7"),
         (["rotnet_nin", "--record"], "this is not the whole of CIFAR-10: 40 training and 40 test images"),
-        (["resnet18", "--random", "--only", "rotation", "--size", "32"], "the network has 1000"),
+        (["resnet18", "--random", "--only", "rotation", "--size", "32"], "must give 4 logits an image"),
         (["rotnet_nin", "--layers", "block1", "--only", "rotation"], "--layers is of k-NN and the probes"),
         (["rotnet_nin", "--layers", "block7", "--only", "knn"], "block1, block2, block3, block4"),
         (["rotnet_nin", "--weights", "nowhere.safetensors"], "nowhere.safetensors does not exist"),
@@ -332,8 +331,6 @@ def test_what_does_not_fit_into_memory_is_refused_before_it_is_computed(small_ci
                 subject.load_subject("rotnet_nin"), images, [evaluate.Measurement("knn", "", "block1")]
             )
         )
-    monkeypatch.undo()
-    assert (available_memory() or 2**30) > 2**20
 
 
 def test_numbers_are_those_of_the_test_images(small_cifar10):
@@ -362,13 +359,6 @@ def test_training_images_of_a_folder_are_shuffled_always_in_the_same_way(small_c
     first, second = (load_images("folder", small_cifar10, 32).train for _ in range(2))
     assert torch.equal(first.labels, second.labels) and torch.equal(first.images, second.images)
     assert len(set(first.labels[-10:].tolist())) > 3
-
-
-def test_sample_images_are_mostly_guessed_right(small_cifar10, tmp_path):
-    run("rotnet_nin", "--only", "rotation", "--data", small_cifar10, "--output", tmp_path)
-    (row,) = read_file(tmp_path / "rows.jsonl")
-    assert row.n == 4 * len(list((SAMPLES / "cifar10").glob("*.png"))) and row.value > 0.7
-    assert row.source == "measured"
 
 
 @pytest.mark.slow

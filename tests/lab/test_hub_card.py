@@ -77,6 +77,7 @@ def test_model_stats_of_a_network_counted_by_hand():
     assert card.model_stats(network, (3, 8, 8)) == (parameters, 36 * 5 * 27 + 180 * 7, activations)
 
 
+@pytest.mark.usefixtures("export_once")
 @pytest.mark.parametrize("name", [NAME, "rotnet_alexnet.photos"])
 def test_onnx_gives_the_logits_of_the_model(hub, weights_dir, name):
     files = publish_files(hub, f"ORG/{name}", "--weights", name)

@@ -109,7 +109,3 @@ def test_no_rows_no_page(tmp_path, monkeypatch):
     monkeypatch.setattr(networks, "ROWS", tmp_path / "rows.jsonl")
     with pytest.raises(ValueError, match=r"rows\.jsonl has no rows of alexnet, .*: run the study first"):
         networks.page_text()
-
-
-def test_the_committed_page_shows_the_committed_rows():
-    assert networks.page_text() == networks.PAGE.read_text()

@@ -87,10 +87,6 @@ def test_page_and_figure_follow_the_rows(small_study, tmp_path, monkeypatch):
     assert text.startswith("before\n") and text.endswith("\nafter\n")
 
 
-def test_the_committed_page_shows_the_committed_rows():
-    assert study.page_text() == study.PAGE.read_text() and study.render_figure(check=True) == []
-
-
 def test_publishing_renders_the_page_and_the_figure(copied, monkeypatch, capsys):
     page, figure = copied / "nin_cifar10.md", copied / "study.png"
     page.write_text(study.PAGE.read_text().replace("72.90 %", "1.00 %"))

@@ -16,7 +16,7 @@ import rotation_ssl
 from rotation_ssl import zoo
 from rotation_ssl.convert import convert, read_checkpoint, write_folder
 from training.reporting import publish
-from training.reporting.hub import card, upload
+from training.reporting.hub import card, files, upload
 from training.reporting.hub.files import hub_files
 from training.reporting.hub.weights import Upload
 from training.reporting.rows import read_rows
@@ -44,7 +44,7 @@ def manifest_of(folder):
 
 
 def test_published_pinned_and_loaded(hub, weights_dir, set_manifest, go_offline, capsys):
-    assert run("upload", "--namespace", "ORG") == 0
+    assert publish_one() == 0
     told = manifest_of(weights_dir)[NAME]["hub"]
     revision = hub.repositories[REPOSITORY]["main"]
     assert told == {"repository": REPOSITORY, "revision": revision, "version": "v0.1", "file": "model.safetensors"}
@@ -85,6 +85,13 @@ def test_what_a_repository_holds(hub, weights_dir, tmp_path):
     model = timm.create_model(f"hf-hub:{REPOSITORY}", pretrained=True).eval()
     with torch.inference_mode():
         torch.testing.assert_close(model(golden["input"]), golden["logits"], rtol=1e-3, atol=1e-3)
+    config, entry = json.loads(files["config.json"]), published_manifest()[NAME]
+    cfg = config["pretrained_cfg"]
+    assert config["architecture"] == "rotnet_nin" and config["num_classes"] == 4
+    assert (cfg["input_size"], cfg["license"], cfg["tag"]) == ([3, 32, 32], "mit", "cifar10")
+    assert cfg["mean"] == entry["mean"] and cfg["std"] == entry["std"]
+    assert not {"file", "url", "hf_hub_id", "state_dict"} & set(cfg)
+    assert config["sha256"] == entry["sha256"]
     run_record = json.loads(files["training.json"])
     assert run_record["recipe"]["name"] == zoo.manifest()[NAME]["recipe"]
     (tmp_path / "README.md").write_bytes(files["README.md"])
@@ -101,19 +108,6 @@ def test_what_a_repository_holds(hub, weights_dir, tmp_path):
     for snippet in ('create_model("rotnet_nin.cifar10"', f'"hf-hub:{REPOSITORY}@v0.1"', "torch.hub.load("):
         assert snippet in read.text
     assert f"{100 * published_manifest()[NAME]['metrics']['rotation accuracy']:.2f} %" in read.text
-
-
-def test_config_is_enough_without_the_registrys_help(hub, weights_dir, monkeypatch):
-    """timm takes input size, normalisation and classes from config.json alone."""
-    run("upload", "--namespace", "ORG", "--weights", NAME)
-    config = json.loads(hub.repositories[REPOSITORY]["commits"][hub.repositories[REPOSITORY]["main"]]["config.json"])
-    cfg = config["pretrained_cfg"]
-    entry = published_manifest()[NAME]
-    assert config["architecture"] == "rotnet_nin" and config["num_classes"] == 4
-    assert (cfg["input_size"], cfg["license"], cfg["tag"]) == ([3, 32, 32], "mit", "cifar10")
-    assert cfg["mean"] == entry["mean"] and cfg["std"] == entry["std"]
-    assert not {"file", "url", "hf_hub_id", "state_dict"} & set(cfg)
-    assert config["sha256"] == entry["sha256"]
 
 
 def test_twice_uploads_nothing_new(hub, weights_dir):
@@ -246,12 +240,14 @@ def test_no_connection(hub, weights_dir, monkeypatch, capsys):
     assert "no connection" in error and error.count("error: ") == 1
 
 
-def test_a_dry_run_asks_nothing_of_the_hub(hub, weights_dir, capsys):
+def test_a_dry_run_lists_all_bundled_weights_and_asks_nothing_of_the_hub(hub, weights_dir, monkeypatch, capsys):
+    monkeypatch.setattr(files, "onnx_file", lambda *_: b"")
     before = (weights_dir / "manifest.json").read_bytes()
-    assert publish_one("--dry-run") == 0
+    assert run("upload", "--namespace", "ORG", "--dry-run") == 0
     out = capsys.readouterr().out
     assert hub.requests == [] and (weights_dir / "manifest.json").read_bytes() == before
-    assert REPOSITORY in out and "backbone.safetensors" in out and published_manifest()[NAME]["sha256"] in out
+    assert all(f"ORG/{name}" in out and entry["sha256"] in out for name, entry in zoo.bundled().items())
+    assert "backbone.safetensors" in out
 
 
 @pytest.fixture
@@ -260,7 +256,8 @@ def converted(tmp_path):
     return tmp_path / "theirs"
 
 
-def test_a_converted_folder_becomes_a_tag(hub, weights_dir, converted, set_manifest, go_offline):
+def test_a_converted_folder_becomes_a_tag(hub, weights_dir, converted, set_manifest, go_offline, monkeypatch):
+    monkeypatch.setattr(files, "onnx_file", lambda *_: b"")
     options = ("--license", "mit", "--trained-on", "CIFAR-10", "--layer", "block2")
     assert run("upload", "--namespace", "ORG", "--weights", converted, *options) == 0
     entries = manifest_of(weights_dir)

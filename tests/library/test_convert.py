@@ -13,7 +13,7 @@ import torchvision
 from conftest import ARCHIVE, DATA, assert_state
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -491,12 +491,10 @@ def test_damaged_heads_of_vissl_are_refused(vissl_alexnet, kind, match):
 
 @pytest.mark.parametrize("name", ["state_dict", "network", "model", "classy_state_dict", "heads"])
 @pytest.mark.parametrize("shape", [(), (0,), (3,)])
-def test_tensors_with_the_names_of_wrappers(tmp_path, name, shape):
-    save_file({name: torch.ones(shape)}, tmp_path / "file")
-    assert_refused(read_checkpoint(tmp_path / "file"), "unknown form|without classy_state_dict")
+def test_tensors_with_the_names_of_wrappers(name, shape):
+    assert_refused({name: torch.ones(shape)}, "unknown form|without classy_state_dict")
     state = torchvision.models.resnet18(num_classes=4).state_dict()
-    save_file(state | {name: torch.ones(shape)}, tmp_path / "file")
-    assert_refused(read_checkpoint(tmp_path / "file"), rf"it has unknown {name}|without classy_state_dict")
+    assert_refused(state | {name: torch.ones(shape)}, rf"it has unknown {name}|without classy_state_dict")
 
 
 def light(state):

@@ -89,8 +89,14 @@ def test_they_learn(frozen, images):
         assert torch.equal(probe_predict(probe, maps[head.layer]), images.labels), head.name
 
 
+@pytest.fixture(scope="module")
+def whole(frozen, images):
+    """Probes of a training that was not stopped."""
+    return train_fresh(frozen, images, heads(), seed=1)
+
+
 @pytest.mark.parametrize("epoch", [1, 2, 4])
-def test_a_stream_that_was_stopped_goes_on_to_the_same_probes(frozen, images, tmp_path, monkeypatch, epoch):
+def test_a_stream_that_was_stopped_goes_on_to_the_same_probes(frozen, images, whole, tmp_path, monkeypatch, epoch):
     class Killed(BaseException):
         pass
 
@@ -99,7 +105,7 @@ def test_a_stream_that_was_stopped_goes_on_to_the_same_probes(frozen, images, tm
             raise Killed
         return generator(generator_seed, at)
 
-    whole, generator, file = train_fresh(frozen, images, heads(), seed=1), fresh.epoch_generator, tmp_path / "probes.pt"
+    generator, file = fresh.epoch_generator, tmp_path / "probes.pt"
     with monkeypatch.context() as patched:
         patched.setattr(fresh, "epoch_generator", stop)
         if epoch < RECIPE.epochs:
