@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from rotation_ssl.images import IMAGE_SUFFIXES, is_image_name, read_images
+from rotation_ssl.messages import some
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,17 @@ def labels_subset(
 def check_same_classes(train: Sequence[str], test: Sequence[str]) -> None:
     """Refuse test images of other classes than the training images'.
 
+    Args:
+        train: the classes, in the order of their labels.
+        test: those of the test images.
+
     Raises:
         ValueError: the classes differ; the error names those that one of the two lacks.
     """
     if train != test:
         lacking = [f"{name} (not in train)" for name in test if name not in train]
         lacking += [f"{name} (not in test)" for name in train if name not in test]
-        raise ValueError(f"training and test images are of different classes: {', '.join(lacking)}; make them the same")
+        raise ValueError(f"training and test images are of different classes: {some(lacking)}; make them the same")
 
 
 def load_folder(folder: Path, size: int) -> LabelledImages:

@@ -94,7 +94,7 @@ def check_device(device: str) -> None:
     """
     try:
         torch.zeros(1, device=device).cpu()
-    except (RuntimeError, AssertionError, ImportError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise ValueError(f"device {device!r} cannot be used ({first_line(error)}); give another") from error
 
 

@@ -57,7 +57,7 @@ class RotationOutlierDetector:
                 used.
 
         Raises:
-            ValueError: fewer images than neighbours.
+            ValueError: fewer images than neighbours, or features that are not finite.
         """
         if self.score == "rotation":
             return self
@@ -118,7 +118,8 @@ class RotationOutlierDetector:
 
 
 def _directions(features: torch.Tensor) -> torch.Tensor:
-    if not features.isfinite().all():
+    # as float32, which finite float64 may not fit into
+    if not features.float().isfinite().all():
         raise ValueError("the features are not finite: check the weights and the images")
     return unit_rows(features)
 

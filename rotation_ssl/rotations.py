@@ -84,7 +84,16 @@ def cross_entropy_of_rotations(logits: torch.Tensor, num_rotations: int, label_s
 
 
 def count_correct(model: nn.Module, batches: Iterable[torch.Tensor], num_rotations: int) -> tuple[int, int]:
-    """Correct predictions and their number over rotation-major batches (R * N, C, H, H), the model in eval mode.
+    """How many rotated images the model predicts correctly: the pretext task's own test.
+
+    Args:
+        model: maps (R * N, C, H, H) to logits (R * N, R); in eval mode meanwhile, each module's mode is as before
+            afterwards.
+        batches: rotation-major batches (R * N, C, H, H), as :func:`rotate_all` gives them.
+        num_rotations: R.
+
+    Returns:
+        The number of correct predictions and of rotated images; their ratio is the accuracy.
 
     Raises:
         ValueError: the model does not give R logits an image, or gives some that are not finite.

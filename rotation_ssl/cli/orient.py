@@ -81,7 +81,7 @@ def add(commands: Any) -> None:
         default=ORIENTATION_MODEL,
         help="timm model with four outputs: model.tag, local-dir:... [%(default)s]",
     )
-    added.add_argument("--workers", type=positive, default=cpus(), help="reading threads [all cores]")
+    added.add_argument("--workers", type=positive, default=cpus(), help="reading threads [one for each CPU]")
     add_device(added)
 
 

@@ -45,7 +45,7 @@ def read_checkpoint(
 
     Raises:
         ValueError: no such file, none of the three, a damaged one, one that would run code or unpack to more than
-            ``max_bytes``, a pickle of more than ``MAX_TUPLES`` tuples, tensors without plain values (sparse,
+            ``max_bytes``, a pickle of more than 50,000 tuples, tensors without plain values (sparse,
             quantized), or an archive with members outside of it, links, or no checkpoint that can be told from the
             others.
     """

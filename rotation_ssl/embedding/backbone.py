@@ -39,13 +39,16 @@ def load_model(name: str, device: str) -> Any:
 
 
 def recommended_layer(model: Any, name: str, option: str = "--layers") -> str:
-    """The layer that the paper recommends for the network; ``option`` is what an error tells to give.
+    """The layer that the manifest recommends for the weights, or the paper for the network.
+
+    ``option`` is what an error tells to give.
 
     Raises:
-        ValueError: it recommends none.
+        ValueError: neither recommends one.
     """
-    if layer := network_facts(str(model.pretrained_cfg.get("architecture"))).recommended_layer:
-        return layer
+    facts = network_facts(str(model.pretrained_cfg.get("architecture")))
+    if layer := zoo.published_entry(model).get("recommended_layer") or facts.recommended_layer:
+        return str(layer)
     raise ValueError(f"{name} has no recommended layer: choose {option} from {', '.join(layer_modules(model))}")
 
 

@@ -112,6 +112,8 @@ def measure_rotation(frozen: Frozen, test: LabelledImages, parts: Sequence[int] 
         ValueError: the network does not have 4 outputs.
     """
     started, backbone = time.monotonic(), frozen.backbone
+    if (outputs := getattr(backbone, "num_classes", None)) != len(ROTATIONS):
+        raise ValueError(f"rotation accuracy needs a network with 4 outputs, this one has {outputs}: leave it out")
     chosen = [test.images.tensor_split(PARTS)[part] for part in parts]
     counts, total = [], 0
     with progress("rotation accuracy", sum(map(len, chosen))) as bar:

@@ -20,7 +20,8 @@ def pretrain(data: str | Path | torch.Tensor, output: str | Path, model: str | N
             ``images_per_step=32``, ``precision="fp32"``, ``seed=1``, ``pretrained=True``; or ``recipe``, a whole one.
 
     Returns:
-        The weights file; the checkpoint where Ctrl-C stopped the run, from which ``resume=True`` goes on.
+        The weights file; the checkpoint where Ctrl-C, heard in the main thread, stopped the run, from which
+        ``resume=True`` goes on.
 
     Raises:
         ImportError: the extra is not installed.

@@ -256,7 +256,7 @@ def test_bad_proposals_are_named(tmp_path, devkit):
     save_file({images[0].name: torch.tensor([[0.0, 0, 500, 500]])}, tmp_path / "far.safetensors")
     with pytest.raises(ValueError, match=r"000001 in .*far\.safetensors are outside of its 160 x 128 pixels"):
         read_proposals(tmp_path / "far.safetensors", images[0])
-    # written anew, in the same process
+    # written again, in the same process
     write_proposals(tmp_path / "far.safetensors", {images[0].name: torch.tensor([[0.0, 0, 50, 50]])})
     assert read_proposals(tmp_path / "far.safetensors", images[0]).tolist() == [[0, 0, 50, 50]]
 

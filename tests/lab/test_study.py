@@ -10,6 +10,7 @@ from rotation_ssl.pretraining.recipe import Stage
 from training.datasets import load_images
 from training.reporting import publish
 from training.reporting.rows import read_file
+from training.studies import networks
 from training.studies import nin_cifar10 as study
 from training.studies.nin_cifar10 import BASE, BUDGET, LONG_BUDGET, QUESTIONS, VARIANTS, pixels, run_variant, variant
 
@@ -105,3 +106,14 @@ def test_no_rows_no_page(copied, monkeypatch, capsys):
     monkeypatch.setattr(study, "results", lambda file: {})
     assert publish.main(["render"]) == 2
     assert "no rows of the base" in capsys.readouterr().err
+
+
+def test_a_refused_rendering_writes_nothing(copied, monkeypatch, capsys):
+    page, figure = copied / "nin_cifar10.md", copied / "study.png"
+    page.write_text(stale := study.PAGE.read_text().replace("72.90 %", "1.00 %"))
+    monkeypatch.setattr(study, "PAGE", page)
+    monkeypatch.setattr(study, "FIGURE", figure)
+    monkeypatch.setattr(networks, "ROWS", copied / "nowhere.jsonl")
+    assert publish.main(["render"]) == 2
+    assert "has no rows of alexnet" in capsys.readouterr().err
+    assert page.read_text() == stale and not figure.exists()

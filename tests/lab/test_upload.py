@@ -250,6 +250,22 @@ def test_a_dry_run_lists_all_bundled_weights_and_asks_nothing_of_the_hub(hub, we
     assert "backbone.safetensors" in out
 
 
+def test_all_bundled_weights_are_uploaded(hub, weights_dir, monkeypatch):
+    monkeypatch.setattr(files, "onnx_file", lambda *_: b"")
+    monkeypatch.setattr(upload, "_keep_equal", lambda *_: None)
+    assert run("upload", "--namespace", "ORG") == 0
+    entries = manifest_of(weights_dir)
+    revisions = {name: hub.repositories[f"ORG/{name}"]["main"] for name in zoo.bundled()}
+    assert {name: entries[name]["hub"]["revision"] for name in zoo.bundled()} == revisions
+
+
+def test_without_onnxruntime_nothing_is_created(hub, weights_dir, monkeypatch, capsys):
+    monkeypatch.setattr(upload, "find_spec", lambda name: None)
+    assert publish_one() == 2
+    assert "the upload compares ONNX files with onnxruntime: pip install -e '.[onnx]'" in capsys.readouterr().err
+    assert not hub.repositories
+
+
 @pytest.fixture
 def converted(tmp_path):
     write_folder(convert(read_checkpoint(DATA / "CIFAR10_RotNet_NIN4blocks.tar.gz")), tmp_path / "theirs", "mine", {})

@@ -3,12 +3,14 @@ import sys
 
 import numpy as np
 import pytest
+import timm
 import torch
 from conftest import SAMPLES
 from PIL import Image
+from torchvision.transforms.v2 import functional as TF
 
 from rotation_ssl import demo
-from rotation_ssl.images import read_image
+from rotation_ssl.images import normalize, read_image, square
 
 
 def test_demo_on_the_samples(tmp_path, capsys):
@@ -58,6 +60,16 @@ def test_bad_images_are_one_line_errors(tmp_path, capsys, content):
     error = capsys.readouterr().err.strip()
     assert error.startswith(f"error: image {file}") and "\n" not in error
     assert not (tmp_path / "figure.png").exists()
+
+
+def test_photographs_are_resized_as_the_weights_say():
+    model = timm.create_model("rotnet_nin", pretrained=True)
+    photo = square(read_image(SAMPLES / "photos" / "chelsea.jpg"), 300)
+    cfg = model.pretrained_cfg
+    expected = normalize(TF.pil_to_tensor(square(photo, 32))[None], cfg["mean"], cfg["std"])
+    assert cfg["interpolation"] == "bicubic"
+    # Pillow's, and torchvision's to a level of 255
+    torch.testing.assert_close(demo.to_batch([TF.pil_to_tensor(photo)], model), expected, rtol=0, atol=1.1 / 255 / 0.2)
 
 
 def test_every_sample_has_a_licence():

@@ -116,7 +116,7 @@ def test_rotation_accuracy_that_is_asked_for_is_not_passed_over(labelled, tmp_pa
     monkeypatch.setattr(evaluate, "load_model", lambda name, device: timm.create_model(name, num_classes=10))
     arguments = ["evaluate", "test_resnet", "--data", str(labelled), "--size", "32", "--output", str(tmp_path / "r")]
     assert cli.main([*arguments, "--only", "rotation"]) == 2
-    assert "must give 4 logits an image, one for each rotation, got shape (4, 10)" in capsys.readouterr().err
+    assert "rotation accuracy needs a network with 4 outputs, this one has 10: leave it out" in capsys.readouterr().err
     assert not (tmp_path / "r").exists()
 
 

@@ -56,14 +56,14 @@ def test_the_rotation_score_is_the_mean_surprise_at_the_true_turns():
     assert torch.allclose(flat.fit([]).predict(torch.zeros(3, 3, 8, 8)), torch.tensor(4.0).log().expand(3))
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e39])
 def test_features_that_are_not_finite_are_refused(value):
     detector = RotationOutlierDetector(timm.create_model("rotnet_nin"), "knn", "block2", neighbours=1)
     with pytest.raises(ValueError, match="features are not finite"):
-        detector.fit_features(torch.tensor([[1.0, value]]))
+        detector.fit_features(torch.tensor([[1.0, value]], dtype=torch.float64))
     detector.fit_features(torch.ones(1, 2))
     with pytest.raises(ValueError, match="features are not finite"):
-        detector.predict_features(torch.tensor([[1.0, value]]))
+        detector.predict_features(torch.tensor([[1.0, value]], dtype=torch.float64))
 
 
 def test_the_distance_is_to_the_kth_nearest():

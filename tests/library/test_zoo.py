@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from rotation_ssl import zoo
 from rotation_ssl.convert import Converted, write_folder
+from rotation_ssl.embedding.backbone import recommended_layer
 from rotation_ssl.orientation import calibration
 from rotation_ssl.zoo.golden import golden_difference, golden_file
 
@@ -328,6 +329,12 @@ def test_weights_of_ones_own_under_a_published_tag_have_no_published_calibration
     published = timm.create_model("rotnet_alexnet.photos", pretrained=True)
     assert zoo.published_entry(published) == zoo.manifest()["rotnet_alexnet.photos"]
     assert calibration(published).threshold is not None
+
+
+def test_the_manifest_recommends_a_layer_before_the_paper(set_manifest):
+    entries = zoo.manifest()
+    set_manifest({**entries, BUNDLED: {**entries[BUNDLED], "recommended_layer": "block3"}})
+    assert recommended_layer(timm.create_model(BUNDLED, pretrained=True), BUNDLED) == "block3"
 
 
 def test_a_published_hash_is_not_replaced():

@@ -166,10 +166,10 @@ def check_numbers(every: Sequence[Row], args: argparse.Namespace) -> Iterator[Ve
     given = [row for row in rows if sources[row.key]]
     if not given and any(option_of(row, args) == "data" for row in rows):
         raise ValueError(no_cifar10(args.data))
-    lacking = [(row.data, option_of(row, args)) for row in rows if not sources[row.key]]
-    for data, option in dict.fromkeys(lacking):
-        numbers = counted(lacking.count((data, option)), "number")
-        print(f"not measured: {numbers} of {data}: {advice(option)}")
+    lacking = [(row.data, advice(row, args)) for row in rows if not sources[row.key]]
+    for data, told in dict.fromkeys(lacking):
+        numbers = counted(lacking.count((data, told)), "number")
+        print(f"not measured: {numbers} of {data}: {told}")
     file = _kept_file(args)
     kept = {row.key: row for row in read_file(file)} if file and file.exists() else {}
     rest = [row for row in given if row.key not in kept]

@@ -22,7 +22,7 @@ from rotation_ssl.machine import check_device
 from rotation_ssl.messages import counted
 from training.command import create_parser, run
 from training.reporting.again import How, measure_sources
-from training.reporting.options import add_data_arguments, add_only, advice, option_of, source_of
+from training.reporting.options import add_data_arguments, add_only, advice, source_of
 from training.reporting.report import keep_row
 from training.reporting.required import REQUIRED, missing_rows
 from training.reporting.rows import RESULTS_DIR, Row, read_rows, require_committed
@@ -48,7 +48,7 @@ def _work(args: argparse.Namespace) -> None:
     sources = {row.key: source_of(row, args, whole=True) for row in wanted}
     for row in wanted:
         if not sources[row.key]:
-            raise ValueError(f"{args.weights} is measured on {row.data}: {advice(option_of(row, args))}")
+            raise ValueError(f"{args.weights} is measured on {row.data}: {advice(row, args)}")
     for _, row in measure_sources(wanted, sources, How(device=args.device, checkpoints=Checkpoints(args.output))):
         keep_row(row, args.results / f"{row.weights}.jsonl")
     print("next: python -m training publish figures, then python -m training publish render")

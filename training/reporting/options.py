@@ -54,8 +54,11 @@ def option_of(row: Row, args: argparse.Namespace) -> str:
     return "voc" if command_of(row) in TRANSFERS else OPTIONS[dataset_of(row.data)]
 
 
-def advice(option: str) -> str:
-    """What to do where the data of an option are missing."""
+def advice(row: Row, args: argparse.Namespace) -> str:
+    """What to do where the data of a row are missing."""
+    option = option_of(row, args)
+    if option == "data" and command_of(row) == "outliers":
+        return no_cifar10(args.data)
     return f"give --{option} {'FILE' if option == 'proposals' else 'DIR'}"
 
 

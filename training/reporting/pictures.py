@@ -25,7 +25,8 @@ def draw_filters(backbone: nn.Module, file: Path, stamp: str) -> None:
 
     Args:
         backbone: any network whose first convolution of three input channels is to be shown.
-        file: the png to write, stamped with the sha256 of the weights, ``stamp``.
+        file: the png to write.
+        stamp: sha256 of the weights.
     """
     first = next((m for m in backbone.modules() if isinstance(m, nn.Conv2d) and m.weight.shape[1] == 3), None)
     if first is None:

@@ -174,7 +174,9 @@ def _results_table(rows: Sequence[Row], bundled: Mapping[str, Mapping[str, Any]]
 
 
 def probe_table(name: str, rows: Sequence[Row]) -> list[str]:
-    """Every probe of every layer of published weights, of random ones and the paper's; the rows are of one dataset."""
+    """Every probe of every layer of published weights, of random ones and the paper's, of one dataset; no lines where
+    none of the weights was measured.
+    """
     model = model_of(name)
     groups = {
         f"`{name}`": select(rows, name),

@@ -85,7 +85,7 @@ def transfer_parser(command: str, head: str | None) -> argparse.ArgumentParser:
     add("--no-rescale", dest="rescale", action="store_false", help="do not rescale the layers")
     add_precision_argument(parser)
     add("--seed", type=int, default=0, help="random seed [%(default)s]")
-    add("--workers", type=int, default=cpus(), help="data-loading worker processes [all cores]")
+    add("--workers", type=int, default=cpus(), help="data-loading worker processes [one for each CPU]")
     add_device(parser)
     add(
         "--output",

@@ -189,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--classes", nargs="+", default=list(CLASSES), metavar="CLASS", help="class names [VOC's 20]")
     parser.add_argument("--scale", type=int, default=SCALE, help="longer side in pixels, at most [%(default)s]")
     parser.add_argument("--most", type=int, default=MOST, help="regions an image, at most [%(default)s]")
-    parser.add_argument("--workers", type=int, default=cpus(), help="worker processes [all cores]")
+    parser.add_argument("--workers", type=int, default=cpus(), help="worker processes [one for each CPU]")
     parser.add_argument("--output", type=Path, required=True, help="safetensors file to write")
     args = parser.parse_args(arguments)
     return run(lambda: _work(args))

@@ -31,8 +31,8 @@ def publish(upload: Upload, namespace: str, version: str, rows: Sequence[Row]) -
 
     Raises:
         OSError: the Hub cannot be reached, or refuses (no login, no permission, a commit in between).
-        ValueError: it serves other bytes than were uploaded, the version's tag is at another revision, or this project
-            has no public address for the card to point to, or onnxruntime is not installed.
+        ValueError: it serves other bytes than were uploaded, the version's tag is at another revision, this project has
+            no public address for the card to point to, or onnxruntime is not installed.
     """
     if REPOSITORY.startswith("OWNER/"):
         raise ValueError(
