@@ -27,7 +27,10 @@ def small(small_cifar10, tmp_path, monkeypatch):
         for file in (SAMPLES / "photos").glob("*.jpg"):
             shutil.copy(file, tmp_path / "cifar100" / split / "photos")
         shutil.copytree(tmp_path / "cifar100" / split, tmp_path / "imagenette2-320" / split.replace("test", "val"))
-    for name, counts in (("cifar10", (40, 40)), ("cifar100", (5, 5)), ("imagenette", (0, 5))):
+    for folder in (small_cifar10 / "test").iterdir():
+        for file in sorted(folder.iterdir())[2:]:
+            file.unlink()
+    for name, counts in (("cifar10", (40, 20)), ("cifar100", (5, 5)), ("imagenette", (0, 5))):
         monkeypatch.setitem(datasets.DATASETS, name, dataclasses.replace(datasets.DATASETS[name], counts=counts))
     monkeypatch.setattr(outliers, "NEIGHBOURS", 2)
     return small_cifar10, tmp_path / "cifar100"

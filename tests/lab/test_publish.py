@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import multiprocessing
+import os
 import re
 import shutil
 import statistics
@@ -383,8 +384,11 @@ def _write_layers(file, name, count):
         write_rows(file, [row(layer=f"{name}{i}")])
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+# Python 3.12 and later warn of every fork beside torch's threads
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_rows_of_two_processes_are_all_kept(tmp_path):
-    file, context = tmp_path / "results" / "a.jsonl", multiprocessing.get_context("spawn")
+    file, context = tmp_path / "results" / "a.jsonl", multiprocessing.get_context("fork")
     writers = [context.Process(target=_write_layers, args=(file, name, 25)) for name in ("block", "conv")]
     for writer in writers:
         writer.start()

@@ -131,11 +131,11 @@ def test_scaled_images_are_judged_on_every_pixel(devkit):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_rows_say_the_precision(precision, devkit, tmp_path):
-    arguments = ["rotnet_alexnet", "--random", "--data", devkit, "--output", tmp_path, "--fc-size", 16]
-    options = ["--budget", "cpu", "--steps", 2, "--images-per-step", 2, "--precision", precision, "--longest", 100]
+    arguments = ["rotnet_alexnet", "--random", "--data", devkit, "--output", tmp_path, "--fc-size", 0]
+    options = ["--budget", "cpu", "--steps", 2, "--images-per-step", 2, "--precision", precision, "--longest", 64]
     assert run(*arguments, *options) == 0
     (row,) = read_file(tmp_path / "rows.jsonl")
-    assert row.settings.endswith(f", {precision}") and "longer side 100 pixels" in row.settings and row.budget == ""
+    assert row.settings.endswith(f", {precision}") and "longer side 64 pixels" in row.settings and row.budget == ""
 
 
 def test_pictures_have_the_colours_of_voc(devkit, tmp_path):

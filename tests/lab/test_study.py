@@ -29,26 +29,38 @@ def test_variants_have_the_budget_and_hold_images_out():
     assert pixels(BASE) == 280 * 256 * 24**2 + 120 * 256 * 32**2
 
 
-@pytest.fixture
-def small_study(small_cifar10, tmp_path, monkeypatch):
-    """Two variants of two steps, measured; their rows."""
-    images = load_images("cifar10", small_cifar10, 32, holdout=10)
+def set_small(patched):
     small = {"Chance": (SMALL,), "Seeds": (dataclasses.replace(SMALL, name="seed-1", seed=1),)}
-    monkeypatch.setattr(study, "QUESTIONS", small)
-    monkeypatch.setattr(study, "VARIANTS", {recipe.name: recipe for own in small.values() for recipe in own})
-    monkeypatch.setattr(study, "PROBE_IMAGES", 20)
-    file = tmp_path / "rows.jsonl"
-    for recipe in study.VARIANTS.values():
-        run_variant(recipe, images, tmp_path / recipe.name, file)
+    patched.setattr(study, "QUESTIONS", small)
+    patched.setattr(study, "VARIANTS", {recipe.name: recipe for own in small.values() for recipe in own})
+    patched.setattr(study, "PROBE_IMAGES", 20)
+
+
+@pytest.fixture(scope="module")
+def trained(small_module, tmp_path_factory):
+    """Two variants of two steps, measured; their rows."""
+    images = load_images("cifar10", small_module, 32, holdout=10)
+    file = tmp_path_factory.mktemp("study") / "rows.jsonl"
+    with pytest.MonkeyPatch.context() as patched:
+        set_small(patched)
+        for recipe in study.VARIANTS.values():
+            run_variant(recipe, images, file.parent / recipe.name, file)
     return file
 
 
-def test_a_variant_is_measured_on_the_held_out_images(small_study, tmp_path):
+@pytest.fixture
+def small_study(trained, monkeypatch):
+    """The study of these two variants alone; their rows."""
+    set_small(monkeypatch)
+    return trained
+
+
+def test_a_variant_is_measured_on_the_held_out_images(small_study):
     rows = read_file(small_study)
     assert [row.recipe for row in rows] == ["base"] * 3 + ["seed-1"] * 3
     assert {row.data for row in rows} == {"CIFAR-10, last 10 training images"}
     rotation = rows[0]
-    run = json.loads((tmp_path / "base" / "run.json").read_text())
+    run = json.loads((small_study.parent / "base" / "run.json").read_text())
     assert (rotation.correct, rotation.n) == tuple(run["holdout_rotation_accuracy"].values())
     assert {row.n for row in rows if row.layer == "block2"} == {10}
     assert all("; features in fp32; 20 labelled images" in row.settings for row in rows if row.layer)

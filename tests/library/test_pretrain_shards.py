@@ -123,6 +123,7 @@ def test_a_stopped_run_goes_on_exactly(many, tmp_path, monkeypatch, step):
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_exactly(many, tmp_path):
     result = run_killed(many, tmp_path / "parts")
     assert result.returncode == -signal.SIGKILL, result.stderr
