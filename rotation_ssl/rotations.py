@@ -89,7 +89,7 @@ def count_correct(model: nn.Module, batches: Iterable[torch.Tensor], num_rotatio
     Args:
         model: maps (R * N, C, H, H) to logits (R * N, R); in eval mode meanwhile, each module's mode is as before
             afterwards.
-        batches: rotation-major batches (R * N, C, H, H), as :func:`rotate_all` gives them.
+        batches: rotation-major batches (R * N, C, H, H), as ``rotate_all`` gives them.
         num_rotations: R.
 
     Returns:
