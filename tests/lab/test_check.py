@@ -481,15 +481,6 @@ def test_few_labels_are_of_published_weights_and_supervised_networks_of_random_o
     assert [r.labels_per_class for r in supervised] == [20, 100, 400, 1000, 5000] and supervised[0].draw == "first"
 
 
-@pytest.mark.slow
-def test_quick_check_of_the_whole(whole_cifar10, capsys):
-    """The published numbers themselves, on the machine that runs the tests."""
-    assert check.main(["--data", str(whole_cifar10), "--quick", "--only", "rotation"]) == 0
-    out = capsys.readouterr().out
-    assert "7 of 7 hold" in out and "not measured: 2 numbers of MiniPlaces val: give --photos DIR" in out
-    assert golden_file(NAME).exists()
-
-
 def test_detections_without_proposals_are_told_before_anything_is_measured(tmp_path, monkeypatch, capsys):
     detection = next(row for row in read_rows() if row.measured and row.protocol == "voc-fast-rcnn-11-point")
     args = argparse.Namespace(voc=tmp_path, proposals=None, data=tmp_path, download=False)
