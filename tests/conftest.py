@@ -4,11 +4,13 @@ The client of the Hub reads its environment when imported: the address of the lo
 so no test can reach the real one.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib
 import json
 import os
+import resource
 import shutil
 import socket
 import tempfile
@@ -273,6 +275,17 @@ def spy_on_first_step(monkeypatch, module):
 
     monkeypatch.setattr(module, "fit", one_loss)
     return optimizers, crops
+
+
+@contextlib.contextmanager
+def limited(kind, number):
+    """A limit of this process, such as resource.RLIMIT_FSIZE, for a while."""
+    before = resource.getrlimit(kind)
+    resource.setrlimit(kind, (number, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(kind, before)
 
 
 def opened_checkpoints(monkeypatch, folder, last, measure, trainings):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import huggingface_hub
 import pytest
 import timm
 import torch
-from conftest import ARCHIVE, HUB_ENVIRONMENT, ROOT, assert_state, corrupt, published_manifest
+from conftest import ARCHIVE, HUB_ENVIRONMENT, ROOT, assert_state, corrupt, limited, published_manifest
 from loopback_release import Release
 from safetensors.torch import load, load_file, save
 
@@ -508,13 +509,14 @@ def test_killed_while_writing_and_fetched_again(served, tmp_path):
         assert left_in(folder) == [f"{RELEASED}.json", f"{RELEASED}.safetensors"]
 
 
-def test_a_full_disk(served, tmp_path):
+def test_a_full_disk(release, served):
     """The system refuses to write more than 1 MB to any file."""
-    limit = "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))\n"
-    caught = f"try:\n    {FETCH}\nexcept OSError as error:\n    print(error)\n"
-    out, errors = start(limit + caught, tmp_path / "cache", served).communicate()
-    assert "rotation_ssl cannot be written" in out and "TORCH_HOME" in out, out + errors
-    assert left_in(tmp_path / "cache" / "rotation_ssl") == []
+    with (
+        limited(resource.RLIMIT_FSIZE, 10**6),
+        pytest.raises(OSError, match=r"rotation_ssl cannot be written .*TORCH_HOME"),
+    ):
+        zoo.weights_file(RELEASED)
+    assert left_in(sources.release_cache()) == []
 
 
 def test_a_cache_that_cannot_be_written(release, served, tmp_path, monkeypatch):
