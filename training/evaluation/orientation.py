@@ -177,7 +177,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--photos", type=Path, required=True, metavar="DIR", help="folder of the datasets")
     parser.add_argument("--fit", action="store_true", help="choose temperature and thresholds, write the manifest")
     parser.add_argument(
-        "--size", type=positive, help="side of the squares in pixels, for --fit [the model's input size]"
+        "--size",
+        type=positive,
+        help="side of the squares in pixels, for --fit [as before, or the model's input size]",
     )
     options.add_output(parser, "runs/orientation")
     args = parser.parse_args(arguments)
@@ -189,9 +191,11 @@ def _work(args: argparse.Namespace) -> Path:
     file = options.rows_file(args, subject)
     if args.size and not args.fit:
         raise ValueError("--size is for --fit: a threshold is fitted for a size")
-    calibration = (
-        fit_calibration(subject, args.photos, args.size or subject.size) if args.fit else calibration_of(subject)
-    )
+    if args.fit:
+        known = zoo.manifest().get(subject.name, {}).get("orientation", {})
+        calibration = fit_calibration(subject, args.photos, args.size or known.get("size", subject.size))
+    else:
+        calibration = calibration_of(subject)
     if args.fit and subject.published:
         enter_manifest(subject.name, {**read_manifest()[subject.name], "orientation": calibration})
     print(", ".join(f"{name} {value:g}" for name, value in calibration.items()))
