@@ -5,8 +5,7 @@ import re
 import shlex
 
 import pytest
-import torch
-from conftest import ROOT, SAMPLES
+from conftest import ROOT
 
 from rotation_ssl import cli
 from training.__main__ import COMMANDS, main
@@ -95,19 +94,3 @@ def test_the_tests_that_keep_a_promise_are_there():
     assert len(promises) > 30 and all(named), "a promise without a test"
     for file, test in (pair for pairs in named for pair in pairs):
         assert re.search(rf"^def {test}\(", (ROOT / file).read_text(), re.MULTILINE), f"{file} has no {test}"
-
-
-def test_the_python_of_the_page_on_features_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert cli.main(["features", str(SAMPLES / "cifar10"), "-o", "features.safetensors", "--model", "rotnet_nin"]) == 0
-    labels = torch.arange(600) % 10
-    names = {
-        "train_features": torch.eye(10)[labels],
-        "train_labels": labels,
-        "test_features": torch.eye(10),
-    }
-    for code in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "features.md").read_text(), re.DOTALL):
-        exec(code, names)
-    assert names["features"]["block2"].shape == (8, 3072)
-    assert names["nearest"].tolist() == names["predicted"].tolist() == list(range(10))
-    assert len(names["names"]) == 40 and names["layers"] == ["block2"]
