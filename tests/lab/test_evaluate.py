@@ -10,6 +10,7 @@ import timm
 import torch
 from conftest import SAMPLES, shorten_probes
 from safetensors.torch import save_file
+from timm.data import IMAGENET_DEFAULT_MEAN, resolve_model_data_config
 
 from rotation_ssl import zoo
 from rotation_ssl.evaluation import frozen
@@ -187,6 +188,24 @@ def test_the_size_is_what_stands_beside_the_weights(tmp_path):
     # of another file
     save_file(network.state_dict(), tmp_path / "mine.safetensors")
     assert subject.load_subject("rotnet_nin", weights=tmp_path / "mine.safetensors").size == 32
+
+
+def test_a_file_is_normalised_as_what_stands_beside_it_or_as_its_tag(tmp_path):
+    file, described = tmp_path / "model.safetensors", tmp_path / "config.json"
+
+    def input_of(model):
+        cfg = resolve_model_data_config(subject.load_subject(model, weights=file, size=64).backbone)
+        return cfg["mean"], cfg["std"]
+
+    save_file(timm.create_model("mobilenetv3_large_100").state_dict(), file)
+    assert input_of("mobilenetv3_large_100")[0] == IMAGENET_DEFAULT_MEAN
+    halves = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    assert input_of("mobilenetv3_large_100.ra4_e3600_r224_in1k") == halves
+    mine = {"input_size": [3, 64, 64], "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    described.write_text(json.dumps({"pretrained_cfg": mine}))
+    assert input_of("mobilenetv3_large_100") == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    save_file(timm.create_model("rotnet_nin").state_dict(), file)
+    assert input_of("rotnet_nin") == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
 
 
 def test_random_weights_have_the_layers_of_the_bundled_ones(set_manifest):

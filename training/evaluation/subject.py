@@ -63,7 +63,8 @@ def load_subject(
             bundled ones if there is no tag). The name is ``model.random`` (``model.random1`` for seed 1, and so on), or
             ``model.tag-random`` if the published weights are not bundled.
         seed: of the random weights.
-        weights: a safetensors file; the name is ``model@`` and the first 12 digits of its sha256.
+        weights: a safetensors file; the name is ``model@`` and the first 12 digits of its sha256. Mean and std are
+            those of the config.json next to it, or the model's own.
         size: image size in pixels; None: that of the config.json next to the weights, or the model's own.
     """
     architecture = model.split(".", 1)[0]
@@ -77,7 +78,7 @@ def load_subject(
         if random:
             backbone = timm.create_model(model, **_published_args(model))
         elif weights:
-            backbone = _with_file(architecture, weights)
+            backbone = _with_file(model, weights)
         else:
             backbone = timm.create_model(model, pretrained=True)
     except RuntimeError as error:
@@ -94,7 +95,9 @@ def load_subject(
         name = f"{model}-random{seed or ''}" if beside else f"{architecture}.random{seed or ''}"
     elif not weights and (tagged := f"{architecture}.{backbone.pretrained_cfg.get('tag')}") in zoo.bundled():
         name, digest = tagged, zoo.bundled()[tagged]["sha256"]
-    size = size or (weights and _described_size(weights)) or resolve_model_data_config(backbone)["input_size"][-1]
+    described = _described(weights) if weights else {}
+    backbone.pretrained_cfg = {**backbone.pretrained_cfg, **described}
+    size = size or described.get("input_size", resolve_model_data_config(backbone)["input_size"])[-1]
     try:
         with torch.inference_mode():
             backbone.eval()(torch.zeros(1, 3, size, size))
@@ -152,24 +155,28 @@ def _published_args(model: str) -> dict[str, Any]:
     return dict(next(entries, {}).get("model_args", {}))
 
 
-def _described_size(weights: Path) -> int | None:
-    """The image size in the config.json next to weights of a run or a conversion; None without one."""
+def _described(weights: Path) -> dict[str, Any]:
+    """What the config.json next to weights of a run or a conversion says of their input; nothing without one."""
     described = weights.with_name("config.json")
     if weights.name != "model.safetensors" or not described.is_file():
-        return None
+        return {}
     try:
-        return int(json.loads(described.read_text())["pretrained_cfg"]["input_size"][-1])
+        config = json.loads(described.read_text())["pretrained_cfg"]
+        size = int(config["input_size"][-1])
+        return {"input_size": (3, size, size)} | {key: tuple(config[key]) for key in ("mean", "std") if key in config}
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise ValueError(f"{described} does not give the input_size of its weights: give --size") from error
 
 
-def _with_file(architecture: str, file: Path) -> nn.Module:
+def _with_file(model: str, file: Path) -> nn.Module:
     if not file.is_file():
         raise ValueError(f"weights file {file} does not exist")
+    architecture = model.split(".", 1)[0]
     # those of this package are checked as they are loaded
     if architecture in timm.list_models("rotnet_*"):
         return timm.create_model(architecture, pretrained=True, pretrained_cfg_overlay={"file": str(file)})
-    backbone = timm.create_model(architecture, num_classes=0)
+    # with its tag, which may have a mean, std and size of its own
+    backbone = timm.create_model(model, num_classes=0)
     classifier = backbone.pretrained_cfg.get("classifier") or ()
     heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     expected = backbone.state_dict()
