@@ -191,6 +191,15 @@ def test_a_commit_in_between_is_noticed(hub, weights_dir, monkeypatch, capsys):
     assert "someone else committed meanwhile" in capsys.readouterr().err
 
 
+def test_a_lost_connection_is_no_missing_file(hub, weights_dir, capsys):
+    assert publish_one() == 0
+    capsys.readouterr()
+    hub.answer("HEAD", "resolve/.*model.safetensors", 403, times=9)
+    assert publish_one() == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and "never moves" not in error
+
+
 def test_a_hub_that_serves_other_bytes_is_not_pinned(hub, weights_dir, capsys):
     hub.corrupt.add("model.safetensors")
     assert publish_one() == 2

@@ -12,7 +12,12 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors.torch import load
 
 import rotation_ssl
@@ -142,7 +147,7 @@ def _served(repository: str, revision: str, path: str) -> bytes | None:
     with tempfile.TemporaryDirectory() as folder:
         try:
             return Path(hf_hub_download(repository, path, revision=revision, cache_dir=folder)).read_bytes()
-        except EntryNotFoundError:
+        except RemoteEntryNotFoundError:
             return None
 
 
