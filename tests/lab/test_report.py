@@ -6,6 +6,7 @@ import pytest
 
 from rotation_ssl.evaluation.report import report_text
 from rotation_ssl.messages import counted
+from training.reporting import report
 from training.reporting.rows import Row
 
 ROW = Row("rotnet_nin.cifar10", "linear", "block1", 0.5, "measured", "CIFAR-10 test", "cached", "L2 0.1", sha256="ab")
@@ -56,3 +57,16 @@ def test_the_name_of_a_number_of_one_label():
     probe = "rotnet_nin.cifar10 linear probe, L-BFGS (cached) block1"
     assert one.number == f"{probe} 1 label a class (first) on CIFAR-10 test"
     assert "2 labels a class" in dataclasses.replace(one, labels_per_class=2).number
+
+
+def test_the_commit_is_that_of_the_code_that_runs(monkeypatch):
+    """A commit in the hours of a training is not the one that its rows name."""
+    told = []
+    monkeypatch.setattr(report, "current_commit", lambda: told.append("commit"))
+
+    def measure():
+        told.append("measured")
+        raise ValueError("stopped")
+
+    assert report.run_measuring(measure, "cpu") == 2
+    assert told == ["commit", "measured"]

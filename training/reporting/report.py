@@ -10,7 +10,7 @@ from rotation_ssl.evaluation import report
 from rotation_ssl.fit import Checkpoints
 from rotation_ssl.machine import check_device
 from training.command import run
-from training.reporting.rows import RESULTS_DIR, Row, read_file, write_rows
+from training.reporting.rows import RESULTS_DIR, Row, current_commit, read_file, write_rows
 
 
 def run_measuring(measure: Callable[[], Path], device: str) -> int:
@@ -25,6 +25,7 @@ def run_measuring(measure: Callable[[], Path], device: str) -> int:
     """
 
     def work() -> None:
+        current_commit()  # of the code that runs, whatever is committed meanwhile
         check_device(device)
         file = measure()
         if file.parent == RESULTS_DIR:
