@@ -16,6 +16,11 @@ from training.transfer.recipes import VOC_RECIPES
 COVERAGES = range(10, 100, 10)  # percent of photographs, the most confident ones, that accuracy is measured on
 
 
+def orientation_settings(size: int, temperature: float) -> str:
+    """What the orientation's protocols leave open, for the rows."""
+    return f"central square and all of elongated pictures, {size} pixels, 4 turns, temperature {temperature:.4g}"
+
+
 def _protocol(command: str, named: Mapping[str, Any], id: str, title: str, color: str = "") -> Protocol:
     own = (recipe for recipe in named.values() if recipe.protocol == id)
     recipes = {recipe.budget: recipe for recipe in sorted(own, key=lambda recipe: recipe.budget == "paper")}

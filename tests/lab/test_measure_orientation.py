@@ -201,6 +201,8 @@ def test_what_cannot_be_measured_is_refused(small, capsys, monkeypatch):
     output = ["--photos", str(small), "--output", str(small / "out")]
     assert orientation.main(["rotnet_alexnet.photos", *output, "--size", "160"]) == 2
     assert "--size is for --fit" in capsys.readouterr().err
+    assert orientation.main(["rotnet_alexnet.photos", *output[:2], "--fit", "--record"]) == 2
+    assert "fit them, commit them, then measure with --record" in capsys.readouterr().err
     taken = small / "taken"
     taken.touch()
     fit = ["rotnet_alexnet.photos", "--fit", "--photos", str(small / "none"), "--output", str(taken)]

@@ -34,7 +34,7 @@ from training.command import create_parser
 from training.datasets import DATASETS, check_whole, list_files
 from training.evaluation import options
 from training.evaluation.subject import Subject, load_subject, measured_row
-from training.protocols import COVERAGES
+from training.protocols import COVERAGES, orientation_settings
 from training.reporting.manifest import enter_manifest, read_manifest
 from training.reporting.report import keep_rows, run_measuring
 from training.reporting.rows import Row
@@ -97,11 +97,6 @@ def fit_threshold(confidence: torch.Tensor, right: torch.Tensor, precision: floa
     return math.floor(float(confidence[good[-1]]) * 1e6) / 1e6
 
 
-def settings_text(size: int, temperature: float) -> str:
-    """What the protocol's name leaves open, for the rows."""
-    return f"central square and all of elongated pictures, {size} pixels, 4 turns, temperature {temperature:.4g}"
-
-
 def most_confident(confidence: torch.Tensor) -> dict[int, torch.Tensor]:
     """Which pictures are among the most confident 10, 20, ... 90 %: a mask (N,) for each share in percent."""
     rank = confidence.argsort(descending=True, stable=True).argsort()
@@ -135,7 +130,7 @@ def measure_orientation(subject: Subject, files: Sequence[Path], name: str, cali
     return [
         measured_row(
             subject, [int(part.sum()) for part in which.tensor_split(PARTS)], totals[protocol], name,
-            settings_text(size, temperature), seconds,
+            orientation_settings(size, temperature), seconds,
             protocol=protocol, layer="",
         )
         for protocol, which in counted.items()
@@ -187,6 +182,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _work(args: argparse.Namespace) -> Path:
+    if args.fit and args.record:
+        raise ValueError("--record is for published thresholds: fit them, commit them, then measure with --record")
     subject = load_subject(args.model).on(args.device)
     file = options.rows_file(args, subject)
     if args.size and not args.fit:

@@ -7,8 +7,8 @@
 
 Rows of the published weights and of random ones are written to training/results/ as they are measured. To continue
 after a stop, run the same command again: trainings by SGD resume from --output, except those on cached features. Rows
-of weights that have been replaced are measured again. The code must be committed, because a row names its commit.
---list prints what is missing and measures nothing.
+of weights or thresholds that have been replaced are measured again. The code must be committed, because a row names its
+commit. --list prints what is missing and measures nothing.
 """
 
 import argparse
@@ -24,16 +24,17 @@ from training.command import create_parser, run
 from training.reporting.again import How, measure_sources
 from training.reporting.options import add_data_arguments, add_only, advice, source_of
 from training.reporting.report import keep_row
-from training.reporting.required import REQUIRED, missing_rows
+from training.reporting.required import REQUIRED, missing_rows, outdated
 from training.reporting.rows import RESULTS_DIR, Row, read_rows, require_committed
 
 
 def missing(weights: str, results: Path) -> list[Row]:
-    """The numbers that published weights, and random ones of their network, have no row of, or one of other bytes."""
+    """The numbers that published weights, and random ones of their network, have no row of, or an outdated one."""
     if weights not in zoo.bundled() or weights not in REQUIRED:
         raise ValueError(f"{weights} is not among the weights whose numbers are reported: {', '.join(REQUIRED)}")
-    sha256 = zoo.bundled()[weights]["sha256"]
-    return missing_rows([row for row in read_rows(results) if row.weights != weights or row.sha256 == sha256], weights)
+    entry = zoo.bundled()[weights]
+    rows = [row for row in read_rows(results) if row.weights != weights or not outdated(row, entry)]
+    return missing_rows(rows, weights)
 
 
 def _work(args: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import timm
 
 from rotation_ssl.features import layer_modules
-from training.protocols import COVERAGES
+from training.protocols import COVERAGES, PROTOCOLS, orientation_settings
 from training.reporting.rows import Row
 
 PUBLISHED, RANDOM, RESCALED = "", "random", "random-rescaled"
@@ -138,6 +138,17 @@ def missing_rows(rows: Sequence[Row], weights: str) -> list[Row]:
     return [row for row in wanted if row.key not in have]
 
 
+def outdated(row: Row, entry: Mapping[str, Any]) -> str:
+    """What a row of published weights is of that their entry in the manifest no longer has, '' for nothing."""
+    if row.sha256 != entry["sha256"]:
+        return f"other bytes (sha256 {row.sha256[:12]})"
+    if PROTOCOLS[row.protocol].command == "orientation":
+        fitted = entry.get("orientation", {"size": 0, "temperature": 0.0})
+        if row.settings != orientation_settings(fitted["size"], fitted["temperature"]):
+            return f"another size or temperature ({row.settings})"
+    return ""
+
+
 def complaints(rows: Sequence[Row], entries: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """What keeps rows from being reported, one line each; none is good.
 
@@ -151,9 +162,9 @@ def complaints(rows: Sequence[Row], entries: Mapping[str, Mapping[str, Any]]) ->
             continue
         if row.weights not in entries and not row.weights.endswith((".random", ".random-rescaled")):
             found.append(f"{row.number} is of weights that have no entry in the manifest: publish them first")
-        elif row.weights in entries and row.sha256 != entries[row.weights]["sha256"]:
+        elif row.weights in entries and (what := outdated(row, entries[row.weights])):
             found.append(
-                f"{row.number} is of other bytes (sha256 {row.sha256[:12]}) than the manifest's: measure it again with "
+                f"{row.number} is of {what} than the manifest's: measure it again with "
                 f"`python -m training measure {row.weights}`"
             )
         elif not re.fullmatch("[0-9a-f]{40}", row.commit):

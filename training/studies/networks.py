@@ -34,10 +34,10 @@ from training.evaluation.orientation import (
     photo_list,
     picture_logits,
     probabilities,
-    settings_text,
 )
 from training.evaluation.subject import Subject, measured_row
 from training.pretrain import finished_run
+from training.protocols import orientation_settings
 from training.recipes import ALEXNET_PHOTOS_CPU
 from training.reporting.pages import replace_parts
 from training.reporting.report import keep_row
@@ -87,7 +87,7 @@ def run_candidate(
         right = probabilities(own, temperature).argmax(1) == UPRIGHT
         row = measured_row(
             subject, [int(part.sum()) for part in right.tensor_split(PARTS)], len(right), DATASETS[name].name,
-            settings_text(SIZE, temperature), seconds, protocol="orientation", layer="", recipe=recipe.name,
+            orientation_settings(SIZE, temperature), seconds, protocol="orientation", layer="", recipe=recipe.name,
         )  # fmt: skip
         keep_row(row, file)
 
