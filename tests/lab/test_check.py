@@ -20,7 +20,7 @@ from training.evaluation import layers as imagenet
 from training.evaluation import probes as evaluate
 from training.evaluation.labelled import open_labelled, read_into_memory
 from training.evaluation.subject import load_subject
-from training.protocols import PROTOCOLS
+from training.protocols import PROTOCOLS, orientation_settings
 from training.reporting import again, check, options
 from training.reporting.again import Source, measure_source
 from training.reporting.required import NIN_ON_CIFAR10, REQUIRED, complaints, missing_rows
@@ -308,6 +308,8 @@ def test_tolerances_by_hand():
     # nothing trained: ten of 10,000 may flip, eleven may not
     assert check.judge(row(9000), row(9010), []).holds and not check.judge(row(9000), row(9011), []).holds
     assert check.judge(row(9000), row(8990), []).holds and not check.judge(row(9000), row(8989), []).holds
+    # of few images one may flip
+    assert [check.judge(row(18, n=18), row(right, n=18), []).holds for right in (17, 16)] == [True, False]
     # fitted, no seed: half a point
     fitted = row(9000, protocol="linear", budget="cached")
     assert check.judge(fitted, row(9050, protocol="linear", budget="cached"), [fitted]).holds
@@ -445,6 +447,12 @@ def test_complaints_by_hand():
     assert complaints([good, row(source="paper", weights="a.b")], entries) == []
     (uncommitted,) = complaints([row(commit="0" * 40 + "-dirty")], entries)
     assert "k-NN block1 on CIFAR-10 test was measured by code that is not committed" in uncommitted
+    fitted = {NAME: {**entries[NAME], "orientation": {"size": 160, "temperature": 0.55211}}}
+    turned = row(commit="0" * 40, protocol="orientation", settings=orientation_settings(160, 0.5521))
+    assert complaints([turned], fitted) == []
+    for changed in ({"size": 128, "temperature": 0.5521}, {"size": 160, "temperature": 0.6}):
+        (told,) = complaints([turned], {NAME: {**entries[NAME], "orientation": changed}})
+        assert "is of another size or temperature (central square" in told and "measure it again" in told
     (new,) = complaints([], {"rotnet_nin.toy": {"sha256": "s", "source": "bundled"}})
     assert "rotnet_nin.toy is not in REQUIRED" in new
 

@@ -14,12 +14,13 @@ number does not match, if a row was edited or is missing, or if the weights are 
 data or the device is missing.
 
 A number matches if it is within its tolerance. If nothing is trained, the predictions may differ on at most one image
-in a thousand, to allow for different hardware. If a probe is trained, the tolerance is three standard deviations over
-the reported seeds, and at least half a percentage point; with one seed, it is three standard errors of the difference
-between two accuracies, each measured on a test set of the same size; for mean average precision or mean IoU from one
-seed, it is two percentage points. A linear probe does not depend on a seed: it uses the L2 penalty of the row, and its
-tolerance is half a point, as is that of AUROC and of a false positive rate. Training computes in bf16 if the hardware
-supports it, else in fp32; if the row was measured in the other precision, half a point is added.
+in a thousand (on one of fewer images), to allow for different hardware. If a probe is trained, the tolerance is three
+standard deviations over the reported seeds, and at least half a percentage point; with one seed, it is three standard
+errors of the difference between two accuracies, each measured on a test set of the same size; for mean average
+precision or mean IoU from one seed, it is two percentage points. A linear probe does not depend on a seed: it uses the
+L2 penalty of the row, and its tolerance is half a point, as is that of AUROC and of a false positive rate. Training
+computes in bf16 if the hardware supports it, else in fp32; if the row was measured in the other precision, half a point
+is added.
 """
 
 import argparse
@@ -105,7 +106,7 @@ def judge(row: Row, new: Row, rows: Sequence[Row]) -> Verdict:
     parts = len(new.counts) if new.counts else PARTS
     part = parts < PARTS
     value = sum(row.counts[:parts]) / (new.n or 1) if part else row.value
-    tolerance = max(2 / new.n, FLIPS) if row.budget == "" and new.n else trained_tolerance(row, rows)
+    tolerance = max(1 / new.n, FLIPS) if row.budget == "" and new.n else trained_tolerance(row, rows)
     text = f"{100 * tolerance:.2f}"
     if (then := row.precision) != (now := new.precision):
         tolerance += PRECISION_TOLERANCE
