@@ -10,7 +10,8 @@ def pretrain(data: str | Path | torch.Tensor, output: str | Path, model: str | N
     """Pretrain a backbone on images of one's own, by predicting which way each was rotated.
 
     Args:
-        data: folder of images, searched in all depths, or its subfolder ``train`` alone if there is one; tar shards, ``"{000..999}.tar"``; or images (N, 3, H, H) uint8.
+        data: folder of images, searched in all depths, or its subfolder ``train`` alone if there is one; tar shards,
+            ``"{000..999}.tar"``; or images (N, 3, H, H) uint8.
         output: folder that the weights go to, with their curve; ``timm.create_model("local-dir:OUTPUT",
             pretrained=True)`` takes it.
         model: any model of timm whose head can be resized; None: the recipe's, without one resnet18.

@@ -147,7 +147,8 @@ class Recipe:
         average: above 0 the published weights are an exponential moving average of the run's with this decay, with
             batch norm's statistics recomputed.
         precision: 'fp32', 'bf16' or 'fp16' (both by autocast), or 'auto': bf16 where the hardware supports it (a GPU
-            that multiplies bf16, or a CPU with ``avx512_bf16``, ``amx_bf16`` or, on Arm, ``bf16``), else fp32 (emulated bf16 is 6 to 15 times slower).
+            that multiplies bf16, or a CPU with ``avx512_bf16``, ``amx_bf16`` or, on Arm, ``bf16``), else fp32 (emulated
+            bf16 is 6 to 15 times slower).
         holdout: images, the last ones, that are not trained on: tune on them, never on the test set.
         seed: random seed.
         note: what to know of the recipe, such as its cost.
