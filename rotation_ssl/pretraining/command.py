@@ -78,11 +78,11 @@ def run(
     accelerator = create_accelerator(recipe, device == "cpu", accumulate, tracker, output)
     if accelerator.is_main_process:
         warn_if_emulated(recipe.precision, accelerator.device)
-    create_model(recipe)
-    watch = None
+    model, watch = create_model(recipe), None
     if monitor is not None and accelerator.is_main_process:
         precision = resolve_precision(recipe.precision, accelerator.device)
         watch = Monitor(Path(monitor), trained_size(recipe), precision)
+        watch.check(model)
     with accelerator.local_main_process_first():
         # the other processes find what the first one downloads
         images = open_set(recipe)

@@ -42,15 +42,17 @@ class Monitor:
         images = read_images([files[i] for i in chosen], size)
         self.data, self.autocast = LabelledImages(images, labels[chosen], classes), autocast_type(precision)
 
+    def check(self, network: nn.Module) -> None:
+        """Refuse a network that has no layers to look at, before it is trained.
+
+        Raises:
+            ValueError: it names none, or one gives something else than a map or a vector.
+        """
+        self._features(network, self.data.images[:1])
+
     def __call__(self, network: nn.Module) -> dict[str, Any]:
         """k-NN accuracy and RankMe by layer."""
-        layers = list(layer_modules(network))
-        layers = layers[1:-1] or layers
-        cfg = resolve_model_data_config(network)
-        features = extract_features(
-            network, self.data.images, layers, autocast=self.autocast,
-            prepare=lambda batch: normalize(batch, cfg["mean"], cfg["std"]),
-        )  # fmt: skip
+        features = self._features(network, self.data.images)
         knn, rank, (known, asked) = {}, {}, (slice(0, None, 2), slice(1, None, 2))
         classes, labels = len(self.data.classes), self.data.labels
         for layer, rows in features.items():
@@ -58,6 +60,14 @@ class Monitor:
             predicted = knn_predict(rows[known], labels[known], rows[asked], classes, neighbours)
             knn[layer] = float((predicted == labels[asked]).double().mean())
             rank[layer] = rankme(rows)
-        told = ", ".join(f"{layer} {100 * knn[layer]:.1f} %, RankMe {rank[layer]:.0f}" for layer in layers)
+        told = ", ".join(f"{layer} {100 * knn[layer]:.1f} %, RankMe {rank[layer]:.0f}" for layer in features)
         tqdm.write(f"k-NN accuracy: {told}")
         return {"knn_accuracy": knn, "rankme": rank}
+
+    def _features(self, network: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        layers = list(layer_modules(network))
+        cfg = resolve_model_data_config(network)
+        return extract_features(
+            network, images, layers[1:-1] or layers, autocast=self.autocast,
+            prepare=lambda batch: normalize(batch, cfg["mean"], cfg["std"]),
+        )  # fmt: skip

@@ -202,6 +202,14 @@ def test_the_monitor_changes_nothing_and_writes_its_numbers(by_class, tmp_path, 
     assert capsys.readouterr().out.count("k-NN accuracy: ") == 2
 
 
+def test_a_network_that_the_monitor_cannot_read_is_refused_before_it_is_trained(by_class, tmp_path, monkeypatch):
+    """A layer of HRNet gives a list of maps."""
+    monkeypatch.setattr(command, "pretrain", None)
+    recipe = dataclasses.replace(TINY, model="hrnet_w18_small", stages=(Stage(2, 64),), image_size=64)
+    with pytest.raises(ValueError, match="layer stage3 gives list, not a map or a vector"):
+        run(recipe, lambda _: sample_images(), tmp_path, device="cpu", tracker=None, monitor=by_class)
+
+
 def test_the_monitor_finds_what_is_easy_to_find(tmp_path):
     from PIL import Image
 
