@@ -124,11 +124,22 @@ def load_folder_split(root: Path, split: str, size: int) -> LabelledImages:
     Raises:
         ValueError: as :func:`load_folder`.
     """
+    files, labels, classes = labelled_files(split_folder(root, split))
+    # the files, not the images: those would be in memory twice
+    order = torch.arange(len(files)) if split == "test" else _mixed(len(files))
+    return LabelledImages(read_images([files[i] for i in order], size), labels[order], classes)
+
+
+def split_folder(root: Path, split: str) -> Path:
+    """``root/split``, or ``root/val`` where there are no test images."""
     instead = split == "test" and not (root / "test").is_dir() and (root / "val").is_dir()
-    data = load_folder(root / ("val" if instead else split), size)
-    return data if split == "test" else shuffled(data)
+    return root / ("val" if instead else split)
 
 
 def shuffled(data: LabelledImages) -> LabelledImages:
     """The images in another order, always the same one: the last ones, which choose settings, are of all classes."""
-    return data.subset(torch.randperm(len(data), generator=torch.Generator().manual_seed(0)))
+    return data.subset(_mixed(len(data)))
+
+
+def _mixed(count: int) -> torch.Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))

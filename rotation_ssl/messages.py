@@ -9,6 +9,17 @@ def first_line(error: BaseException) -> str:
     return printable((str(error).splitlines() or [""])[0] or type(error).__name__)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether there was not enough memory, of the machine or of its GPU."""
+    told = ("out of memory", "can't allocate memory")
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(t in str(error) for t in told))
+
+
+def is_of_connection(error: BaseException) -> bool:
+    """Whether it is of an HTTP library: clients let a cut connection, a timeout or a proxy's refusal through."""
+    return any(library in type(error).__module__ for library in ("httpx", "requests", "http.client"))
+
+
 @contextlib.contextmanager
 def tell_killed_workers() -> Iterator[None]:
     """Make an OSError of one line of what PyTorch says when a process that decodes was killed."""
@@ -18,8 +29,8 @@ def tell_killed_workers() -> Iterator[None]:
         if "DataLoader worker (pid" not in str(error):
             raise
         raise OSError(
-            f"a decoding process was killed ({first_line(error)}); fewer --workers need less memory; what can be "
-            "resumed goes on with --resume"
+            f"a decoding process was killed ({first_line(error)}), or a script calls this without `if __name__ == "
+            "'__main__':`; fewer --workers need less memory; what can be resumed goes on with --resume"
         ) from error
 
 

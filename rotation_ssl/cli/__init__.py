@@ -38,6 +38,7 @@ from rotation_ssl.cli import (
     verify,
 )
 from rotation_ssl.cli.options import Parser
+from rotation_ssl.messages import first_line, is_out_of_memory
 
 COMMANDS = (list, info, fetch, verify, convert, features, neighbours, orient, outliers, evaluate, pretrain)
 
@@ -50,6 +51,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         # those of some libraries are several lines
         print(f"error: {' '.join(line.strip() for line in str(error).splitlines())}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(
+            f"error: not enough memory ({first_line(error)}); see --help for --batch-size and --size", file=sys.stderr
+        )
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

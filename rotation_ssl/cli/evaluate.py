@@ -16,7 +16,8 @@ from rotation_ssl.evaluation.measure import measure_features, measure_rotation, 
 from rotation_ssl.evaluation.protocols import PROTOCOLS
 from rotation_ssl.evaluation.report import Reported, new_figure, reported, write_report
 from rotation_ssl.features import layer_modules
-from rotation_ssl.labelled import Images, check_same_classes, load_folder_split
+from rotation_ssl.labelled import Images, check_same_classes, labelled_files, load_folder_split, split_folder
+from rotation_ssl.machine import available_memory
 from rotation_ssl.messages import first_line, some
 from rotation_ssl.precision import add_precision_argument, resolve_precision, warn_if_emulated
 
@@ -67,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{args.model} does not take images of {size} pixels ({first_line(error)})") from error
     if args.output.exists() and not args.output.is_dir():
         raise ValueError(f"{args.output} is not a folder: give another --output")
+    _check_memory(args.data, size)
     train, test = (load_folder_split(args.data, split, size) for split in ("train", "test"))
     check_same_classes(train.classes, test.classes)
     images = Images(args.data.resolve().name, train, test)
@@ -85,3 +87,14 @@ def run(args: argparse.Namespace) -> int:
         write_report(args.output, results)
     print(f"the report is in {args.output}: report.md, report.json, report.png")
     return 0
+
+
+def _check_memory(root: Path, size: int) -> None:
+    """Refuse images that do not fit into memory, before they are read."""
+    count = sum(len(labelled_files(split_folder(root, split))[0]) for split in ("train", "test"))
+    needed, available = count * 3 * size**2, available_memory()
+    if available is not None and needed > available:
+        raise ValueError(
+            f"{count:,} images of {size} pixels need {needed / 2**30:.1f} GiB of memory, {available / 2**30:.1f} are "
+            "available: give fewer images, or a smaller --size"
+        )

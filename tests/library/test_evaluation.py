@@ -1,6 +1,7 @@
 """`rotation-ssl evaluate`: what each layer of a backbone is worth on labelled images of one's own."""
 
 import json
+import re
 import shutil
 import sys
 
@@ -89,6 +90,15 @@ def test_what_does_not_fit_is_refused_before_the_images_are_read(labelled, tmp_p
     monkeypatch.setattr(evaluate, "load_model", lambda name, device: timm.create_model(name, num_classes=4))
     assert cli.main(["evaluate", "test_vit", "--data", str(labelled), "--output", "r", *options]) == 2
     assert why in capsys.readouterr().err
+
+
+def test_images_that_do_not_fit_into_memory_are_refused_before_they_are_read(labelled, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "load_folder_split", None)
+    monkeypatch.setattr(evaluate, "available_memory", lambda: 1000)
+    assert cli.main(["evaluate", "rotnet_nin", "--data", str(labelled), "--output", str(tmp_path / "r")]) == 2
+    assert re.search(
+        r"images of 32 pixels need 0\.0 GiB of memory, 0\.0 are available: give fewer", capsys.readouterr().err
+    )
 
 
 def test_images_without_classes_are_refused(labelled, tmp_path, capsys):
