@@ -13,7 +13,7 @@ from rotation_ssl import zoo
 from rotation_ssl.backbones.about import network_facts
 from rotation_ssl.features import layer_modules
 from rotation_ssl.machine import check_device
-from rotation_ssl.messages import first_line
+from rotation_ssl.messages import first_line, is_of_connection
 
 DEFAULT_MODEL = "rotnet_alexnet.photos"  # the commands mostly get photographs
 ORIENTATION_MODEL = "rotnet_alexnet.orientation"  # of `rotation-ssl orient` and the page
@@ -24,6 +24,7 @@ def load_model(name: str, device: str) -> Any:
 
     Raises:
         ValueError: no such model, weights or device.
+        OSError: the weights could not be downloaded.
     """
     check_device(device)
     if not timm.is_model(name.split(".", 1)[0]) and ":" not in name:
@@ -36,6 +37,10 @@ def load_model(name: str, device: str) -> Any:
     except (RuntimeError, SafetensorError, LookupError, TypeError, AttributeError) as error:
         # the weights of a folder, or what its config.json says, are damaged
         raise ValueError(f"{name} could not be loaded ({first_line(error)})") from error
+    except Exception as error:
+        if not is_of_connection(error):
+            raise
+        raise ConnectionError(f"{name} could not be loaded: the connection failed ({first_line(error)})") from error
 
 
 def recommended_layer(model: Any, name: str, option: str = "--layers") -> str:

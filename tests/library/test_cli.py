@@ -392,6 +392,31 @@ def test_an_interrupt_is_one_line(monkeypatch, images, tmp_path, capsys):
     assert [file.name for file in tmp_path.iterdir()] == ["images"]
 
 
+def test_too_little_memory_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(cli.list, "run", lambda args: torch.empty(2**60, dtype=torch.uint8))
+    assert cli.main(["list"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: not enough memory (") and error.count("\n") == 1 and "--batch-size" in error
+    monkeypatch.setattr(cli.list, "run", lambda args: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="inconsistent tensor size"):
+        cli.main(["list"])
+
+
+def test_a_lost_connection_is_one_line(monkeypatch, images, tmp_path, capsys):
+    """The client of the Hub lets errors of its HTTP library through."""
+    lost = type("ReadError", (Exception,), {"__module__": "httpx2._exceptions"})
+
+    def lose(*args, **options):
+        raise lost("connection reset by peer")
+
+    monkeypatch.setattr(timm, "create_model", lose)
+    pretrain = ["pretrain", "--data", str(images), "--output", str(tmp_path / "run"), "--model", "resnet18"]
+    for arguments in (["features", str(images), "-o", str(tmp_path / "f.csv"), "--model", "resnet18"], pretrain):
+        assert cli.main([*arguments, "--device", "cpu"]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1 and "(connection reset by peer)" in error
+
+
 def test_help_is_worth_reading(capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main(["--help"])
