@@ -9,6 +9,8 @@ import torch
 def pretrain(data: str | Path | torch.Tensor, output: str | Path, model: str | None = None, **options: Any) -> Path:
     """Pretrain a backbone on images of one's own, by predicting which way each was rotated.
 
+    A script calls it below ``if __name__ == "__main__":``: processes that decode may import the script.
+
     Args:
         data: folder of images, searched in all depths, or its subfolder ``train`` alone if there is one; tar shards,
             ``"{000..999}.tar"``; or images (N, 3, H, H) uint8.
