@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import ExifTags, Image, ImageOps, JpegImagePlugin
+from PIL import ExifTags, Image, ImageFile, ImageOps, JpegImagePlugin
 
 from rotation_ssl.files import replace_file
 from rotation_ssl.images import OVERSIZE, read_image
@@ -20,6 +20,8 @@ TIFF_TAGS = {
     ExifTags.Base.Software, ExifTags.Base.DateTime, ExifTags.Base.Artist, ExifTags.Base.HostComputer,
     ExifTags.Base.Copyright,
 }  # fmt: skip
+# compressions of TIFF that lose something at each writing
+_LOSSY = ("jpeg", "tiff_jpeg", "webp")
 _CLOCKWISE = {1: Image.Transpose.ROTATE_270, 2: Image.Transpose.ROTATE_180, 3: Image.Transpose.ROTATE_90}
 
 
@@ -73,7 +75,7 @@ def turn_pixels(path: Path, quarters: int) -> bytes:
 
     Raises:
         ValueError: a file of several frames, of a format or colours that cannot be written as they were, a TIFF file
-            with an EXIF block, or one that does not decode; the error names the file.
+            with an EXIF block or lossy compression, or one that does not decode; the error names the file.
     """
     try:
         with Image.open(path) as image:
@@ -82,6 +84,8 @@ def turn_pixels(path: Path, quarters: int) -> bytes:
                 raise ValueError("it has several frames")
             if form not in ("JPEG", "PNG", "WEBP", "TIFF", "BMP") or image.mode == "CMYK":
                 raise ValueError(f"{image.mode} pixels of a {form or 'nameless'} file are not written")
+            if change := _change_by_writing(image):
+                raise ValueError(f"{change}: write its EXIF orientation instead")
             options: dict[str, Any] = {key: image.info[key] for key in ("icc_profile", "dpi") if key in image.info}
             if form == "JPEG":
                 options |= {"qtables": image.quantization, "subsampling": JpegImagePlugin.get_sampling(image)}
@@ -108,6 +112,29 @@ def turn_pixels(path: Path, quarters: int) -> bytes:
         # what Pillow's readers and writers raise is not one family
         raise ValueError(f"the pixels of {path} cannot be turned: {first_line(error)}") from error
     return content.getvalue()
+
+
+def _change_by_writing(image: ImageFile.ImageFile) -> str | None:
+    """How Pillow would change the pixels of a PNG or TIFF file by writing them, None if it does not.
+
+    It is asked before ``image.load()``, which clears the tile.
+    """
+    tags = getattr(image, "tag_v2", {})
+    bits = max(tags.get(ExifTags.Base.BitsPerSample, (8,)))
+    # Pillow opens colours of 16 bits in modes of 8; for PNG files only the tile tells
+    if image.format == "PNG" and any(";16" in str(tile[3]) for tile in image.tile):
+        bits = 16
+    if bits > 8 and image.mode[0] not in "IF":
+        return f"its {bits} bits per colour would become 8"
+    # it does not scale grey of 12 bits to the 16 that it writes
+    if image.mode.startswith("I;16") and bits != 16:
+        return f"its {bits}-bit grey would become darker"
+    # it inverts these two modes alone
+    if tags.get(ExifTags.Base.PhotometricInterpretation) == 0 and image.mode not in ("1", "L"):
+        return "its white is zero, so it would become a negative"
+    if image.format == "TIFF" and (compression := image.info.get("compression")) in _LOSSY:
+        return f"its {compression} compression would lose quality again"
+    return None
 
 
 def write_picture(source: Path, target: Path, content: bytes, keep_times: bool) -> None:

@@ -10,6 +10,7 @@ import re
 import shutil
 import struct
 import subprocess
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ import torch
 from conftest import SAMPLES
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import ExifTags, Image, ImageOps, JpegImagePlugin
+from PIL import ExifTags, Image, ImageOps, JpegImagePlugin, TiffImagePlugin, features
 from torch import nn
 
 import rotation_ssl  # noqa: F401  registers the models with timm
@@ -475,6 +476,64 @@ def test_pixels_of_a_tiff_keep_what_describes_it(tmp_path):
         turn_pixels(file, 1)
     with Image.open(io.BytesIO(turn_tag(file, 6, 1))) as image:
         assert image.getexif().get_ifd(ExifTags.IFD.Exif) == taken
+
+
+def deep_png(colour, channels):
+    """A PNG of 16 bits: Pillow writes none in colour or with transparency."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 4, 2, 16, colour, 0, 0, 0)
+    rows = zlib.compress((b"\0" + bytes(range(8 * channels))) * 2)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def deep_tiff(bits, channels, photometric, **tags):
+    """A TIFF of more than 8 bits, not compressed."""
+    data, directory, stream = bytes(range(bits * channels)), TiffImagePlugin.ImageFileDirectory_v2(), io.BytesIO()
+    entries = {
+        "ImageWidth": 4, "ImageLength": 2, "BitsPerSample": (bits,) * channels, "Compression": 1,
+        "PhotometricInterpretation": photometric, "StripOffsets": 0, "SamplesPerPixel": channels, "RowsPerStrip": 2,
+        "StripByteCounts": len(data),
+    } | tags  # fmt: skip
+    for name, value in entries.items():
+        directory[getattr(ExifTags.Base, name)] = value
+    directory.save(stream)
+    return stream.getvalue() + data
+
+
+TO_8_BITS = "its 16 bits per colour would become 8"
+LOSSY = {
+    "rgb.png": (lambda: deep_png(2, 3), TO_8_BITS),
+    "grey-and-alpha.png": (lambda: deep_png(4, 2), TO_8_BITS),
+    "rgba.png": (lambda: deep_png(6, 4), TO_8_BITS),
+    "rgb.tif": (lambda: deep_tiff(16, 3, 2), TO_8_BITS),
+    "rgba.tif": (lambda: deep_tiff(16, 4, 2, ExtraSamples=2), TO_8_BITS),
+    "planes.tif": (lambda: deep_tiff(16, 3, 2, PlanarConfiguration=2), TO_8_BITS),
+    "12-bits.tif": (lambda: deep_tiff(12, 1, 1), "its 12-bit grey would become darker"),
+    "white-is-zero.tif": (lambda: deep_tiff(16, 1, 0), "its white is zero, so it would become a negative"),
+    "jpeg.tif": (lambda: encoded(photo(), "TIFF", compression="jpeg"), "its jpeg compression would lose quality again"),
+}
+
+
+@pytest.mark.skipif(not features.check("libtiff"), reason="needs a Pillow with libtiff")
+@pytest.mark.parametrize("name", LOSSY)
+def test_pixels_that_would_change_are_refused(tmp_path, name):
+    (make, why), file = LOSSY[name], tmp_path / name
+    file.write_bytes(make())
+    with pytest.raises(ValueError, match=f"the pixels of {file} cannot be turned: {why}: write its EXIF orientation"):
+        turn_pixels(file, 1)
+    with Image.open(io.BytesIO(turn_tag(file, 1, 1))) as image:
+        assert image.getexif()[ExifTags.Base.Orientation] == 6
+
+
+@pytest.mark.parametrize("values", [np.uint8, np.uint16, ">u2", bool])
+def test_pixels_of_a_tiff_lose_nothing(tmp_path, values):
+    file, grey = tmp_path / "grey.tif", np.arange(12 * 20).reshape(12, 20).astype(values)
+    Image.fromarray(grey).save(file, tiffinfo={262: 0} if grey.itemsize == 1 else {})
+    with Image.open(io.BytesIO(turn_pixels(file, 1))) as image:
+        assert np.array_equal(np.asarray(image), np.rot90(grey, -1))
 
 
 def test_heic_pictures_are_listed_and_not_turned_twice(album, capsys, monkeypatch):
