@@ -2,6 +2,7 @@
 
 import errno
 import io
+import os
 import posixpath
 from collections import Counter
 from collections.abc import Sequence
@@ -112,6 +113,7 @@ def find_images(folder: Path) -> list[Path]:
 
     Raises:
         ValueError: no such folder, or none in it.
+        OSError: the folder, or one below it, cannot be listed.
     """
     return find_files(folder)[0]
 
@@ -124,18 +126,19 @@ def find_files(folder: Path) -> tuple[list[Path], list[Path]]:
 
     Raises:
         ValueError: no such folder, or no images in it.
+        OSError: the folder, or one below it, cannot be listed; the error names that one.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; give the folder that holds the images")
     if not folder.exists():
         raise ValueError(f"image folder {folder} does not exist")
     images, others = [], []
-    for file in sorted(folder.rglob("*")):
-        if file.name.startswith("."):
-            continue
+    # folder.rglob would skip a folder that cannot be listed
+    walk = os.walk(folder, onerror=_raise_not_listed)
+    for file in sorted(Path(parent, name) for parent, _, names in walk for name in names if not name.startswith(".")):
         if is_image_name(file.name) and (file.is_file() or not file.exists()):
             images.append(file)
-        elif not file.is_dir():
+        else:
             others.append(file)
     if not images:
         has = f"; it has {count_suffixes(others)}" if others else ""
@@ -185,6 +188,12 @@ def square(image: Image.Image, size: int) -> Image.Image:
     )
     left, top = (resized.width - size) // 2, (resized.height - size) // 2
     return resized.crop((left, top, left + size, top + size))
+
+
+def _raise_not_listed(error: OSError) -> None:
+    raise OSError(
+        error.errno, f"folder {error.filename} cannot be listed: {error.strerror}; make it readable, or try again"
+    ) from error
 
 
 def _count(suffix: str, regular: bool, n: int) -> str:

@@ -1,9 +1,11 @@
+import errno
 import hashlib
 import io
 import os
 import shutil
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -185,6 +187,34 @@ def test_only_regular_files_are_images(tmp_path):
     for name in ("pipe.png", "folder.png"):
         with pytest.raises(ValueError, match=rf"{name} does not decode \(it is not a regular file\)"):
             read_image(tmp_path / name)
+
+
+def test_images_below_a_folder_are_sorted_by_path_and_links_to_folders_are_not_followed(tmp_path):
+    names = ["a/z.png", "a-b/c.png", "a.png", ".cache/e.png", "b/deep/d.png"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "b" / "up").symlink_to(tmp_path)
+    images, others = find_files(tmp_path)
+    assert images == sorted(tmp_path / name for name in names) and not others
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE])
+@pytest.mark.parametrize("name", [".", "cats/small"])
+def test_folders_that_cannot_be_listed_are_named(tmp_path, monkeypatch, number, name):
+    (tmp_path / "cats" / "small").mkdir(parents=True)
+    (tmp_path / "cats" / "1.png").touch()
+    listed, unreadable = os.scandir, tmp_path / name
+
+    def scandir(folder):
+        # root may list any folder
+        if Path(folder) == unreadable:
+            raise OSError(number, os.strerror(number), os.fspath(folder))
+        return listed(folder)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(OSError, match=f"folder {unreadable} cannot be listed: {os.strerror(number)}; make it readable"):
+        find_images(tmp_path)
 
 
 def test_folders_without_images_say_what_they_have(tmp_path):
