@@ -8,7 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -120,10 +120,7 @@ def run(args: argparse.Namespace) -> int:
                     )
                 )  # fmt: skip
             # all are looked at before one of them is changed
-            outcomes = pool.map(lambda record: _outcome(record, targets[Path(record.path)], args), records)
-            for record, outcome in zip(records, outcomes, strict=True):
-                counts[outcome] += 1
-                show(record)
+            _write_batch(records, targets, args, pool, counts, show)
     if not args.json:
         print(_summary(counts, args, threshold))
     return 1 if counts["failed"] else 0
@@ -177,6 +174,32 @@ def read_pictures(
                     tqdm.write(f"error: {printable(result)}", file=sys.stderr)
             yield [result for result in results if isinstance(result, Picture)]
             bar.update(len(results))
+
+
+def _write_batch(
+    records: Sequence[Record],
+    targets: dict[Path, Path],
+    args: argparse.Namespace,
+    pool: ThreadPoolExecutor,
+    counts: dict[str, int],
+    show: Callable[[Record], None],
+) -> None:
+    """Write the pictures of a batch that are to be fixed; count and show all of them, in their order."""
+    futures: dict[Future[str], Record] = {}
+    try:
+        for record in records:
+            futures[pool.submit(_outcome, record, targets[Path(record.path)], args)] = record
+        for future, record in list(futures.items()):
+            counts[future.result()] += 1
+            show(record)
+            del futures[future]
+    except BaseException:
+        # threads go on when the command is interrupted: what they have begun is written, and must be shown
+        begun = {future: record for future, record in futures.items() if not future.cancel()}
+        wait(begun)
+        for record in begun.values():
+            show(record)
+        raise
 
 
 def _outcome(record: Record, target: Path, args: argparse.Namespace) -> str:

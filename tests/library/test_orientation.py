@@ -8,8 +8,11 @@ import json
 import os
 import re
 import shutil
+import signal
 import struct
 import subprocess
+import threading
+import time
 import zlib
 from pathlib import Path
 
@@ -418,6 +421,29 @@ def test_an_interrupted_run_says_what_it_has_changed(album, tmp_path, capsys, mo
     assert orient(album, "--apply", "exif", "--in-place", "--csv", tmp_path / "t.csv") == 130
     with (tmp_path / "t.csv").open() as stream:
         assert len(list(csv.DictReader(stream))) == 2
+
+
+def test_a_run_interrupted_while_it_writes_says_what_it_has_changed(album, tmp_path, capsys, monkeypatch):
+    before, written, table = contents(album), threading.Event(), tmp_path / "t.csv"
+    write = orienting.write_picture
+
+    def write_and_interrupt(source, *arguments):
+        if source.name == "tag.jpg":
+            # the first picture is still being written when a later one is done and Ctrl-C comes
+            assert written.wait(30)
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            time.sleep(0.2)
+        write(source, *arguments)
+        if source.name == "pixels.jpg":
+            written.set()
+
+    monkeypatch.setattr(orienting, "write_picture", write_and_interrupt)
+    assert orient(album, "--apply", "exif", "--in-place", "--csv", table, "--workers", 2) == 130
+    after = contents(album)
+    assert {name for name in before if before[name] != after[name]} == {"pixels.jpg", "deep/tag.jpg"}
+    with table.open() as stream:
+        shown = [Path(row["path"]).relative_to(album).as_posix() for row in csv.DictReader(stream)]
+    assert {"pixels.jpg", "deep/tag.jpg"} <= set(shown) and shown == sorted(set(shown))
 
 
 def test_a_model_without_a_fitted_threshold_needs_one(album, capsys):
