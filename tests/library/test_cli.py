@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+import zipfile
 
 import numpy as np
 import pytest
@@ -170,6 +171,24 @@ def test_verify_a_file(run, tmp_path, nin_state):
     assert run("verify", tmp_path / "mine.safetensors", "--json")[1][0]["holds"] is None
     status, error = run("verify", "nowhere")
     assert status == 2 and "no file nowhere, and no published weights 'nowhere'" in error
+
+
+def test_verify_bounds_the_size_of_foreign_files_alone(run, tmp_path, monkeypatch):
+    run("convert", ARCHIVE, "-o", tmp_path / "own")
+    file = tmp_path / "own" / "model.safetensors"
+    size = file.stat().st_size
+    monkeypatch.setattr("rotation_ssl.cli.verify.MAX_BYTES", size - 1)
+    status, told = run("verify", tmp_path / "own")
+    assert status == 0 and "as its config.json says" in told
+    status, error = run("verify", file)
+    assert status == 2 and f"has {size:,} bytes, more than the {size - 1:,} allowed" in error
+    # a small file may unpack to any size, whatever config.json says of it
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("data.pkl", bytes(10 * size))
+    config = tmp_path / "own" / "config.json"
+    config.write_text(json.dumps({"sha256": sha256_of(file)}))
+    status, error = run("verify", tmp_path / "own")
+    assert status == 2 and f"unpacks to {10 * size:,} bytes" in error
 
 
 def test_convert_then_load_and_verify(run, tmp_path):
