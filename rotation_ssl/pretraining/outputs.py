@@ -22,7 +22,7 @@ from rotation_ssl.machine import device_name, library_versions
 from rotation_ssl.messages import first_line
 from rotation_ssl.pretraining.recipe import Recipe, field_defaults
 from rotation_ssl.pretraining.setup import trained_size
-from rotation_ssl.pretraining.state import Progress
+from rotation_ssl.pretraining.state import Progress, copied_state
 from rotation_ssl.rotations import ROTATION_NAMES, ROTATIONS
 
 
@@ -157,8 +157,7 @@ def write_run(output: Path, recipe: Recipe, run: dict[str, Any], model: nn.Modul
     """
     (output / "run.json").write_text(json.dumps(run, indent=1) + "\n")
     draw_curve(run, output / "curve.png")
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    content = save(state, metadata={"format": "pt"})
+    content = save(copied_state(model), metadata={"format": "pt"})
     size = trained_size(recipe)
     cfg = {
         **NOT_OF_THESE_WEIGHTS,

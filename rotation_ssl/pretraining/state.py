@@ -82,8 +82,7 @@ def save_checkpoint(accelerator: Accelerator, output: Path, progress: Progress, 
         accelerator.save_state(str(unfinished))
         if accelerator.is_main_process:
             if average is not None:
-                state = {name: tensor.cpu().contiguous() for name, tensor in average.state_dict().items()}
-                save_file(state, unfinished / AVERAGE)
+                save_file(copied_state(average), unfinished / AVERAGE)
             (unfinished / PROGRESS).write_text(json.dumps(dataclasses.asdict(progress)) + "\n")
     with _together(accelerator, output, progress.step):
         if accelerator.is_main_process:
@@ -101,6 +100,12 @@ def save_checkpoint(accelerator: Accelerator, output: Path, progress: Progress, 
                 if other not in kept and re.fullmatch(r"step-\d+(\.tmp)?", other.name):
                     shutil.rmtree(other)
     return folder
+
+
+def copied_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A model's state dict as safetensors takes it: on the CPU, and tensors that share memory copied for each name."""
+    state = model.state_dict().items()
+    return {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state}
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ import timm
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
-from tiny_runs import SHORT, TINY, assert_two_trained_as_one, same, sample_images, weights
+from tiny_runs import SHORT, TINY, assert_two_trained_as_one, interrupt, same, sample_images, weights
 from torch import nn
 
 from rotation_ssl.eighths import rotate_eighths
@@ -315,6 +316,26 @@ def test_what_needs_a_gpu_is_refused_without_one(images, tmp_path):
     with pytest.raises(ValueError, match="tracker 'aim' is not installed: pip install it, or --tracker none"):
         create_accelerator(TINY, cpu=True, trackers="aim", output=tmp_path)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("average", [0.0, 0.9])
+def test_a_module_of_two_names_is_written_under_both(images, tmp_path, monkeypatch, average):
+    def create_shared(recipe):
+        network = create_model(recipe)
+        network.add_module("again", network.fc)
+        return network
+
+    monkeypatch.setattr(loop, "create_model", create_shared)
+    recipe = dataclasses.replace(SHORT, average=average)
+    pretrain(recipe, images, tmp_path / "whole")
+    state, network = weights(tmp_path / "whole"), create_shared(recipe)
+    network.load_state_dict(state)
+    shared = [name for name in state if name.startswith("again.")]
+    assert shared and all(torch.equal(state[name], state[name.replace("again", "fc")]) for name in shared)
+    interrupt(monkeypatch, 4, lambda: signal.raise_signal(signal.SIGTERM))
+    assert pretrain(recipe, images, tmp_path / "parts").name == "step-000004"
+    pretrain(recipe, images, tmp_path / "parts", resume=True)
+    assert same(weights(tmp_path / "parts"), state)
 
 
 # --- averaged weights
