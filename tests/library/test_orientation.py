@@ -12,7 +12,6 @@ import signal
 import struct
 import subprocess
 import threading
-import time
 import zlib
 from pathlib import Path
 
@@ -424,20 +423,22 @@ def test_an_interrupted_run_says_what_it_has_changed(album, tmp_path, capsys, mo
 
 
 def test_a_run_interrupted_while_it_writes_says_what_it_has_changed(album, tmp_path, capsys, monkeypatch):
-    before, written, table = contents(album), threading.Event(), tmp_path / "t.csv"
-    write = orienting.write_picture
+    before, table = contents(album), tmp_path / "t.csv"
+    written, interrupted = threading.Event(), threading.Event()
+    write, wait = orienting.write_picture, orienting.wait
 
     def write_and_interrupt(source, *arguments):
         if source.name == "tag.jpg":
             # the first picture is still being written when a later one is done and Ctrl-C comes
             assert written.wait(30)
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-            time.sleep(0.2)
+            assert interrupted.wait(30)
         write(source, *arguments)
         if source.name == "pixels.jpg":
             written.set()
 
     monkeypatch.setattr(orienting, "write_picture", write_and_interrupt)
+    monkeypatch.setattr(orienting, "wait", lambda futures: interrupted.set() or wait(futures))
     assert orient(album, "--apply", "exif", "--in-place", "--csv", table, "--workers", 2) == 130
     after = contents(album)
     assert {name for name in before if before[name] != after[name]} == {"pixels.jpg", "deep/tag.jpg"}
