@@ -11,6 +11,7 @@ from training.reporting.again import How, Source, measure_source, transfer_argum
 from training.reporting.check import judge
 from training.reporting.rows import Row, read_file
 from training.transfer import classification, detection
+from training.transfer.data import COUNTS
 from training.transfer.recipes import CLASSIFICATIONS, VOC_CLASSIFICATION_CPU
 
 
@@ -20,7 +21,9 @@ def row(weights="rotnet_alexnet.photos", protocol="voc-classification-area", lay
 
 
 @pytest.fixture
-def source(tmp_path):
+def source(tmp_path, monkeypatch):
+    """A small VOCdevkit as the whole of VOC2007."""
+    monkeypatch.setitem(COUNTS, ("2007", "Main"), (10, 6))
     return Source("voc2007", write_small_voc(tmp_path, train=10, test=6))
 
 
@@ -69,6 +72,23 @@ def test_the_options_are_those_of_the_row(tmp_path):
     for tag, rescaled in (("random", False), ("random-rescaled", True)):
         module, args = transfer_arguments(row(f"rotnet_alexnet.{tag}", "voc-fast-rcnn-11-point"), source, tmp_path)
         assert module is detection and args.random and args.rescale is rescaled and args.proposals == source.proposals
+
+
+@pytest.mark.parametrize(
+    ("protocol", "lists", "expected"),
+    [
+        ("voc-classification-area", "Main", "5,011 and 4,952"),
+        ("voc-fast-rcnn-area", "Main", "5,011 and 4,952"),
+        ("voc-segmentation", "Segmentation", "422 and 210"),
+    ],
+)
+def test_a_part_of_voc2007_is_refused_before_anything_is_trained(tmp_path, monkeypatch, protocol, lists, expected):
+    devkit = write_small_voc(tmp_path, train=10, test=6)
+    monkeypatch.setattr(again, "transfer_arguments", lambda *_: pytest.fail("trained"))
+    with pytest.raises(ValueError) as refused:
+        list(measure_source([row(protocol=protocol)], Source("", devkit)))
+    told = f"trainval and test of ImageSets/{lists} name 10 and 6 images, expected {expected}; unpack it again"
+    assert str(refused.value) == f"{devkit} is not the whole of VOC2007: {told}"
 
 
 def test_rows_come_as_they_are_measured():

@@ -31,6 +31,7 @@ from training.protocols import PROTOCOLS
 from training.reporting.rows import Row, read_file
 from training.transfer import classification, detection, segmentation
 from training.transfer.command import CHECKPOINT, RESCALED
+from training.transfer.data import check_whole_lists
 
 QUICK_PARTS = (0, 1)
 Pairs = Iterator[tuple[Row, Row]]
@@ -179,7 +180,13 @@ def _orientation_again(rows: Sequence[Row], source: Source, how: How) -> Pairs:
 
 
 def _transfer_again(rows: Sequence[Row], source: Source, how: How) -> Pairs:
-    """By the commands of PASCAL VOC: the source's folder is the VOCdevkit, and a training gives several rows."""
+    """By the commands of PASCAL VOC: the source's folder is the VOCdevkit, and a training gives several rows.
+
+    A part is refused for every source: these rows have no n that would tell it from the whole.
+    """
+    lists = "Segmentation" if command_of(rows[0]) == "segment" else "Main"
+    for splits in {_recipe(row).splits for row in rows}:
+        check_whole_lists(source.folder, splits, lists)
     for training in dict.fromkeys(map(transfer_training, rows)):
         own = [row for row in rows if transfer_training(row) == training]
         with _output_of(training, how) as output:

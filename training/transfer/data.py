@@ -24,11 +24,18 @@ from torchvision.datasets import VOCDetection, VOCSegmentation
 
 from rotation_ssl.messages import first_line
 from training.transfer.metrics import IGNORED
+from training.transfer.recipes import Splits
 
 CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
     "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
+# by year and folder of ImageSets, the training and test images of the recipes' splits
+COUNTS = {
+    ("2007", "Main"): (5_011, 4_952),
+    ("2007", "Segmentation"): (422, 210),
+    ("2012", "Segmentation"): (1_464, 1_449),
+}
 
 
 @dataclass(frozen=True)
@@ -103,6 +110,25 @@ def read_masks(data_dir: Path, year: str, split: str) -> tuple[MaskedImage, ...]
             )
         found.append(MaskedImage(image, mask, *size))
     return tuple(found)
+
+
+def check_whole_lists(data_dir: Path, splits: Splits, lists: str) -> None:
+    """Refuse a part of PASCAL VOC, or other data in its layout, where the whole is meant.
+
+    Args:
+        data_dir: the folder ``VOCdevkit``, or the one that holds it.
+        splits: those of a recipe.
+        lists: the folder of ``ImageSets``, 'Main' or 'Segmentation'.
+    """
+    kind = VOCDetection if lists == "Main" else VOCSegmentation
+    train, test = (
+        len(_open(kind, data_dir, splits.year, split, lists).images) for split in (splits.train, splits.test)
+    )
+    if (train, test) != (expected := COUNTS[splits.year, lists]):
+        raise ValueError(
+            f"{data_dir} is not the whole of VOC{splits.year}: {splits.train} and {splits.test} of ImageSets/{lists} "
+            f"name {train:,} and {test:,} images, expected {expected[0]:,} and {expected[1]:,}; unpack it again"
+        )
 
 
 def class_labels(images: Sequence[AnnotatedImage], classes: int) -> torch.Tensor:
