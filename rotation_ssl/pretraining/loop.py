@@ -39,6 +39,7 @@ from rotation_ssl.pretraining.setup import (
     count_training_images,
     create_accelerator,
     create_model,
+    published_weights_of,
     run_identity,
     trained_size,
 )
@@ -161,6 +162,9 @@ def prepare(
     """A run of :func:`pretrain` before its first step, or at the step of the checkpoint."""
     torch.manual_seed(recipe.seed)
     network = create_model(recipe)
+    if recipe.pretrained and not checkpoint:
+        # kept in checkpoints: what is published under this name may be replaced before the run is resumed
+        progress.begun_with = published_weights_of(network)
     if sync_batchnorm:
         network = convert_sync_batchnorm(network)
     network.to(accelerator.device).to(memory_format=torch.channels_last)

@@ -139,6 +139,7 @@ def describe_run(recipe: Recipe, progress: Progress, accelerator: Accelerator) -
         "optimizer": type(recipe.optimizer).__name__,
         "schedule": type(recipe.schedule).__name__,
         "rotated_images": recipe.rotated_images,
+        **({"begun_with": progress.begun_with} if progress.begun_with else {}),
         "images": progress.identity["images"],
         "seconds": progress.seconds,
         "commit": progress.commit,

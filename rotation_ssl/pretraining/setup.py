@@ -18,6 +18,7 @@ from rotation_ssl.messages import counted, first_line, is_of_connection
 from rotation_ssl.precision import resolve_precision
 from rotation_ssl.pretraining.images import UnlabelledImages, fingerprint
 from rotation_ssl.pretraining.recipe import Muon, Recipe
+from rotation_ssl.zoo import published_entry
 
 
 def create_accelerator(
@@ -106,6 +107,19 @@ def create_model(recipe: Recipe) -> nn.Module:
                 "to the rotations; take another model"
             )
     return model.train()
+
+
+def published_weights_of(network: nn.Module) -> dict[str, Any]:
+    """The published weights that a network was created with: name, sha256 and the rotated images that they have seen.
+
+    What the manifest does not know is left out; empty for other weights.
+    """
+    entry = published_entry(network)
+    if not entry:
+        return {}
+    cfg: Any = network.pretrained_cfg
+    known = {key: entry[key] for key in ("sha256", "rotated_images") if entry.get(key)}
+    return {"name": f"{cfg['architecture']}.{cfg['tag']}", **known}
 
 
 def takes_one_size(model: str) -> bool:

@@ -39,7 +39,8 @@ class Progress:
     """How far a run is, as JSON.
 
     ``identity`` is all that makes it the run that it is, by name: resuming with another is refused. ``losses`` are
-    those of the steps since the curve's last point. ``commit`` began the run.
+    those of the steps since the curve's last point. ``commit`` began the run, with the published weights
+    ``begun_with``, if any.
     """
 
     identity: dict[str, str]
@@ -49,6 +50,7 @@ class Progress:
     curve: list[dict[str, Any]] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     broken: list[int] = field(default_factory=list)
+    begun_with: dict[str, Any] = field(default_factory=dict)
 
 
 def find_checkpoint(output: Path) -> Path | None:

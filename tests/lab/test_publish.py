@@ -214,6 +214,11 @@ def test_weights_trained_further_are_bundled_in_half_precision(copied, tmp_path)
     assert entry["begun_with"] == before and entry["rotated_images"] == recipe.rotated_images
     told = f"{recipe.rotated_images:,} rotated images, beginning with `rotnet_alexnet.photos` (2,560,000)"
     assert seen_in_training(entry) == told
+    # others had been published when this one began
+    earlier = before | {"sha256": "1" * 64, "rotated_images": 5}
+    (folder / "run.json").write_text(json.dumps(run | {"begun_with": earlier}))
+    bundle.bundle(folder, name, half=True)
+    assert json.loads((copied / "weights" / "manifest.json").read_text())[name] == entry | {"begun_with": earlier}
     assert rotated_images(entry) == 2_560_000 + recipe.rotated_images
     assert entry["size"] < 0.51 * begun["size"] and entry["dtype"] == "fp16"
     stored = load_file(copied / "weights" / entry["file"])

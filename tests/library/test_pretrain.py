@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from tiny_runs import SHORT, TINY, assert_two_trained_as_one, interrupt, same, sample_images, weights
 from torch import nn
 
+from rotation_ssl import zoo
 from rotation_ssl.eighths import rotate_eighths
 from rotation_ssl.images import normalize
 from rotation_ssl.pretraining import loop
@@ -25,7 +26,7 @@ from rotation_ssl.pretraining.command import changed
 from rotation_ssl.pretraining.loop import pretrain, update_statistics
 from rotation_ssl.pretraining.optim import create_optimizers
 from rotation_ssl.pretraining.recipe import AdamW, LinearSchedule, Sgd, Stage
-from rotation_ssl.pretraining.setup import create_accelerator, create_model
+from rotation_ssl.pretraining.setup import create_accelerator, create_model, published_weights_of
 from rotation_ssl.pretraining.state import find_checkpoint
 from rotation_ssl.rotations import count_correct, rotate_all, rotation_labels
 from training import pretrain as command
@@ -427,6 +428,11 @@ def test_a_run_begins_with_pretrained_weights(images, tmp_path):
     assert not same(after, published) and all(
         torch.allclose(after[name], published[name], atol=1e-4) for name in convolutions
     )
+    entry = zoo.manifest()["rotnet_nin.cifar10"]
+    begun = {"name": "rotnet_nin.cifar10", "sha256": entry["sha256"], "rotated_images": entry["rotated_images"]}
+    assert json.loads((tmp_path / "run.json").read_text())["begun_with"] == begun
+    own = create_model(dataclasses.replace(recipe, model=f"local-dir:{tmp_path}"))
+    assert same(own.state_dict(), after) and published_weights_of(own) == {}
     with pytest.raises(ValueError, match=r"model 'rotnet_resnet18' cannot be made .*no pretrained weights"):
         create_model(dataclasses.replace(recipe, model="rotnet_resnet18"))
 

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tiny_runs import SHORT, TINY, interrupt, run_killed, same, sample_images, weights
 
+from rotation_ssl import zoo
 from rotation_ssl.pretraining import loop, outputs
 from rotation_ssl.pretraining.images import open_images
 from rotation_ssl.pretraining.loop import pretrain
@@ -422,6 +423,18 @@ def test_a_run_that_is_older_than_a_field_of_its_recipe_goes_on(images, stopped,
     assert pretrain(TINY, images, output, resume=True) == file
     with pytest.raises(ValueError, match=r"of another recipe \(pretrained differ\)"):
         pretrain(dataclasses.replace(TINY, pretrained=True), images, output, resume=True)
+
+
+def test_what_a_run_began_with_is_what_was_published_then(images, tmp_path, monkeypatch):
+    recipe = dataclasses.replace(SHORT, model="rotnet_nin.cifar10", pretrained=True)
+    interrupt(monkeypatch, 3, lambda: signal.raise_signal(signal.SIGTERM))
+    checkpoint = pretrain(recipe, images, tmp_path)
+    begun = json.loads((checkpoint / PROGRESS).read_text())["begun_with"]
+    assert begun["sha256"] == zoo.manifest()["rotnet_nin.cifar10"]["sha256"]
+    monkeypatch.undo()
+    monkeypatch.setattr(loop, "published_weights_of", lambda network: {"name": "rotnet_nin.cifar10", "sha256": "new"})
+    pretrain(recipe, images, tmp_path, resume=True)
+    assert json.loads((tmp_path / "run.json").read_text())["begun_with"] == begun
 
 
 def test_a_run_is_finished_only_when_its_weights_are_whole(images, tmp_path, monkeypatch):

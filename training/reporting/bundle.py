@@ -58,7 +58,7 @@ def bundle(run_dir: Path, name: str, half: bool = False) -> None:
         "recipe": recipe["name"],
         "data": DATA_NAMES[recipe["data"]],
         "rotated_images": run["rotated_images"],
-        **(_begun_with(recipe["model"]) if recipe.get("pretrained") else {}),
+        **(_begun_with(run) if recipe.get("pretrained") else {}),
         "seed": recipe["seed"],
         "commit": run["commit"],
         "recommended_layer": network_facts(network).recommended_layer,
@@ -84,7 +84,14 @@ def bundle(run_dir: Path, name: str, half: bool = False) -> None:
     enter_manifest(name, entry)
 
 
-def _begun_with(name: str) -> dict[str, Any]:
+def _begun_with(run: Mapping[str, Any]) -> dict[str, Any]:
+    """The weights that a run began with, as it recorded them: by now others may be published under their name.
+
+    A run that is older than the record began with what is published now.
+    """
+    if "begun_with" in run:
+        return {"begun_with": run["begun_with"]}
+    name = run["recipe"]["model"]
     entry = zoo.manifest()[name]
     return {"begun_with": {"name": name, **{key: entry[key] for key in ("sha256", "rotated_images")}}}
 
