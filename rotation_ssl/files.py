@@ -6,6 +6,10 @@ import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from safetensors import SafetensorError
+
+from rotation_ssl.messages import first_line
+
 
 def sha256_of(file: Path) -> str:
     """sha256 of a file, as 64 hexadecimal digits."""
@@ -37,6 +41,18 @@ def replace_file(file: Path, write: Callable[[Path], object]) -> None:
 def replace_bytes(file: Path, content: bytes) -> None:
     """:func:`replace_file` with the content given."""
     replace_file(file, lambda path: path.write_bytes(content))
+
+
+def replace_tensors(file: Path, write: Callable[[Path], object]) -> None:
+    """:func:`replace_file` with what torch or safetensors write, which have errors of their own for a full disk.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    try:
+        replace_file(file, write)
+    except (RuntimeError, SafetensorError) as error:
+        raise OSError(f"{file} cannot be written ({first_line(error)}): make room on the disk and try again") from error
 
 
 def write_csv(file: Path, header: Iterable[str], rows: Iterable[Iterable[object]]) -> None:

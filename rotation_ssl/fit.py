@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from rotation_ssl.files import replace_file
+from rotation_ssl.files import replace_tensors
 from rotation_ssl.messages import first_line
 from rotation_ssl.progress import progress
 
@@ -81,7 +81,11 @@ class Checkpoint:
         self.state = None
 
     def save(self, done: int, at_once: bool = False) -> None:
-        """Save the state after ``done`` steps (or epochs), at most once a minute unless ``at_once``."""
+        """Save the state after ``done`` steps (or epochs), at most once a minute unless ``at_once``.
+
+        Raises:
+            OSError: the file cannot be written; the one before is kept.
+        """
         if self.file is None or not (at_once or time.monotonic() - self.saved >= CHECKPOINT_SECONDS):
             return
         state = {
@@ -94,7 +98,7 @@ class Checkpoint:
         for name, part in self.parts.items():
             state[name] = part.get_state() if isinstance(part, torch.Generator) else part.state_dict()
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(self.file, lambda path: torch.save(state, path))
+        replace_tensors(self.file, lambda path: torch.save(state, path))
         self.saved = time.monotonic()
 
 

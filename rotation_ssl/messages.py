@@ -21,17 +21,17 @@ def is_of_connection(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def tell_killed_workers() -> Iterator[None]:
+def tell_killed_workers(
+    advice: str = "fewer --workers need less memory; a script calls this below `if __name__ == '__main__':`; what can be "
+    "resumed goes on with --resume",
+) -> Iterator[None]:
     """Make an OSError of one line of what PyTorch says when a process that decodes was killed."""
     try:
         yield
     except RuntimeError as error:
         if "DataLoader worker (pid" not in str(error):
             raise
-        raise OSError(
-            f"a decoding process was killed ({first_line(error)}), or a script calls this without `if __name__ == "
-            "'__main__':`; fewer --workers need less memory; what can be resumed goes on with --resume"
-        ) from error
+        raise OSError(f"a decoding process was killed ({first_line(error)}); {advice}") from error
 
 
 def printable(text: object, most: int = 300) -> str:

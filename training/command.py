@@ -7,10 +7,13 @@ from pathlib import Path
 
 from rotation_ssl.cli.options import Parser
 from rotation_ssl.machine import TURN_OFF, keep_large_blocks
+from rotation_ssl.messages import tell_killed_workers
 from rotation_ssl.pretraining.recipe import Recipe
 from rotation_ssl.progress import progress
 
 CIFAR10_DIR = Path("data/cifar10")  # where --data is not given
+# not every command has --workers or --resume
+FEWER_WORKERS = "fewer workers need less memory; run the command again"
 
 
 def create_parser(command: str, description: str | None, recipes: Iterable[str] = ()) -> argparse.ArgumentParser:
@@ -71,7 +74,9 @@ def run(work: Callable[[], int | None], stopped: str = "stopped; run the same co
     """
     keep_large_blocks()
     try:
-        return work() or 0
+        # PyTorch raises wherever the main process is when it notices, which is seldom where it waits for images
+        with tell_killed_workers(FEWER_WORKERS):
+            return work() or 0
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -2,9 +2,11 @@
 
 import contextlib
 import itertools
+import resource
 
 import pytest
 import torch
+from conftest import limited
 from torch.nn import functional as F
 
 from rotation_ssl.fit import CHECK_EVERY, Checkpoint, Checkpoints, fit
@@ -169,6 +171,18 @@ def test_a_checkpoint_is_saved_once_a_minute_and_at_the_end(tmp_path):
     assert not (tmp_path / "parts.pt").exists()
     train_until(50, tmp_path / "parts.pt")
     assert (tmp_path / "parts.pt").exists()
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
+    checkpoint = Checkpoint(tmp_path / "parts.pt", "x")
+    checkpoint.restore(model=torch.nn.Linear(100, 100))
+    checkpoint.save(7, at_once=True)
+    with (
+        limited(resource.RLIMIT_FSIZE, 20_000),
+        pytest.raises(OSError, match=rf"^{checkpoint.file} cannot be written .*: make room on the disk and try again$"),
+    ):
+        checkpoint.save(8, at_once=True)
+    assert list(tmp_path.iterdir()) == [checkpoint.file] and Checkpoint(checkpoint.file, "x").done == 7
 
 
 def test_trainings_in_one_folder_keep_out_of_each_others_way(tmp_path):

@@ -15,12 +15,13 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from rotation_ssl.backbones.alexnet import FcHead, RotNetAlexNet
 from rotation_ssl.evaluation.frozen import preparation
-from rotation_ssl.files import replace_file
+from rotation_ssl.files import replace_tensors
 from rotation_ssl.fit import Checkpoint, fit
 from rotation_ssl.images import square
-from rotation_ssl.messages import first_line
+from rotation_ssl.messages import first_line, tell_killed_workers
 from rotation_ssl.precision import autocast_type, resolve_precision
 from rotation_ssl.pretraining.optim import create_scheduler
+from training.command import FEWER_WORKERS
 from training.evaluation.subject import Subject
 from training.transfer.data import open_pixels
 from training.transfer.recipes import Training
@@ -200,7 +201,7 @@ def batches(draws: Dataset, size: int, workers: int) -> Iterator[list[Any]]:
 
     Raises:
         ValueError: a sample cannot be loaded, in whichever process.
-        OSError: the same.
+        OSError: the same, or a process was killed.
     """
     # forked, as Python's default was up to 3.13: otherwise every tensor of the annotations takes a file descriptor
     context = "fork" if workers and sys.platform == "linux" else None
@@ -257,7 +258,7 @@ def train_network(
         checkpoint=checkpoint,
     )  # fmt: skip
     if run.output:
-        replace_file(run.output / NETWORK, lambda file: save_model(network, str(file)))
+        replace_tensors(run.output / NETWORK, lambda file: save_model(network, str(file)))
 
 
 def fc_size_of(network: nn.Module) -> int:
@@ -268,11 +269,12 @@ def fc_size_of(network: nn.Module) -> int:
 
 def _without_errors(found: Iterator[list[Any]]) -> Iterator[list[Any]]:
     """The batches, up to the first sample that could not be loaded, whose error is raised."""
-    for batch in found:
-        for sample in batch:
-            if isinstance(sample, Exception):
-                raise sample
-        yield batch
+    with tell_killed_workers(FEWER_WORKERS):
+        for batch in found:
+            for sample in batch:
+                if isinstance(sample, Exception):
+                    raise sample
+            yield batch
 
 
 def _loaded(load: Callable[..., Any], *arguments: Any) -> Any:

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from rotation_ssl.files import replace_file
+from rotation_ssl.files import replace_tensors
 from rotation_ssl.messages import counted
 from training.transfer.data import AnnotatedImage
 
@@ -29,11 +29,12 @@ def write_proposals(file: Path, proposals: Mapping[str, torch.Tensor], metadata:
 
     Raises:
         ValueError: regions of another shape, empty ones, or ones that are not finite; the error names the image.
+        OSError: the file cannot be written.
     """
     for name, boxes in proposals.items():
         check_boxes(name, boxes)
     tensors = {name: boxes.float().contiguous() for name, boxes in proposals.items()}
-    replace_file(file, lambda path: save_file(tensors, path, metadata))
+    replace_tensors(file, lambda path: save_file(tensors, path, metadata))
 
 
 def read_proposals(file: Path, image: AnnotatedImage, most: int | None = None) -> torch.Tensor:
