@@ -145,6 +145,36 @@ def test_a_check_that_was_stopped_continues(results, small_cifar10, tmp_path, mo
     assert "measured before" not in capsys.readouterr().out
 
 
+def test_kept_numbers_of_other_data_or_libraries_are_measured_again(
+    results, small_cifar10, tmp_path, monkeypatch, capsys
+):
+    for module in ("training.reporting.rows", "training.reporting.check", "training.evaluation.subject"):
+        monkeypatch.setattr(f"{module}.current_commit", lambda: "a" * 40)
+    arguments = ("--only", "rotation", "--weights", NAME, "--output", str(tmp_path / "states"))
+
+    def measured_before(status):
+        assert run(results, small_cifar10, *arguments) == status
+        return "1 number measured before; 0 numbers; measuring" in capsys.readouterr().out
+
+    image = next((small_cifar10 / "test" / "cat").glob("*.png"))
+    content = image.read_bytes()
+    image.unlink()
+    assert not measured_before(1)
+    # the dataset is repaired
+    image.write_bytes(content)
+    assert not measured_before(0)
+    assert measured_before(0)
+    (file,) = (tmp_path / "states").glob("*/rows.jsonl")
+    (kept,) = read_file(file)
+    # as rows of VOC have it
+    write_rows(file, [dataclasses.replace(kept, versions=kept.versions | {"torchvision": "0.1"})])
+    assert measured_before(0)
+    for field in ({"versions": kept.versions | {"torch": "1.0"}}, {"sha256": "0" * 64}):
+        file.unlink()
+        write_rows(file, [dataclasses.replace(kept, **field)])
+        assert not measured_before(0)
+
+
 def test_quick_measures_a_fifth_of_the_published_counts(results, small_cifar10, capsys):
     assert run(results, small_cifar10, "--quick") == 0
     out = capsys.readouterr().out

@@ -9,9 +9,10 @@ listed as not measured. The sha256 and the golden outputs of the weights, and th
 --quick takes minutes: it measures rotation accuracy and k-NN accuracy of the bundled weights on the first fifth of the
 test images. Without it every row of bundled and random weights (training/results/*.jsonl) on the given data is
 measured, and the command first prints how long this took on the machine where the reported numbers were measured. With
---output it can be stopped: run the same command again, at the same commit, to continue. The exit status is 1 if a
-number does not match, if a row was edited or is missing, or if the weights are not those that were measured; 2 if the
-data or the device is missing.
+--output it can be stopped: run the same command again, at the same commit, to continue; what was measured on other
+data, or with other versions of the libraries, is measured again. The exit status is 1 if a number does not match, if a
+row was edited or is missing, or if the weights are not those that were measured; 2 if the data or the device is
+missing.
 
 A number matches if it is within its tolerance. If nothing is trained, the predictions may differ on at most one image
 in a thousand (on one of fewer images), to allow for different hardware. If a probe is trained, the tolerance is three
@@ -37,7 +38,7 @@ from rotation_ssl import zoo
 from rotation_ssl.cli.options import add_device
 from rotation_ssl.evaluation.frozen import PARTS
 from rotation_ssl.fit import Checkpoints
-from rotation_ssl.machine import check_device
+from rotation_ssl.machine import check_device, library_versions
 from rotation_ssl.messages import counted
 from rotation_ssl.zoo.golden import GOLDEN_TOLERANCE, golden_difference
 from training.command import create_parser, run
@@ -111,12 +112,23 @@ def judge(row: Row, new: Row, rows: Sequence[Row]) -> Verdict:
     if (then := row.precision) != (now := new.precision):
         tolerance += PRECISION_TOLERANCE
         text = f"{100 * tolerance:.2f} ({then} then, {now} now)"
-    same = new.sha256 == row.sha256 and (part or new.n == row.n) and new.data == row.data
+    same = of_the_same(row, new)
     measured = f"{100 * new.value:.2f} %" if same else f"other {_difference(row, new)}"
     # a tolerance is inclusive: 40 of 40,000 are one in a thousand
     holds = same and abs(new.value - value) <= tolerance + 1e-9
     name = f"{row.number}, {counted(new.n or 0, 'image')}" if part else row.number
     return Verdict(name, f"{100 * value:.2f} %", measured, text, holds)
+
+
+def of_the_same(row: Row, new: Row) -> bool:
+    """Whether two rows of a number are of the same weights and images; of a part the number of images may differ."""
+    part = 0 < len(new.counts) < PARTS
+    return new.sha256 == row.sha256 and (part or new.n == row.n) and new.data == row.data
+
+
+def usable(row: Row, kept: Row) -> bool:
+    """Whether a number that was kept is what would be measured now; rows may name further libraries."""
+    return of_the_same(row, kept) and library_versions().items() <= kept.versions.items()
 
 
 def trained_tolerance(row: Row, rows: Sequence[Row]) -> float:
@@ -172,7 +184,8 @@ def check_numbers(every: Sequence[Row], args: argparse.Namespace) -> Iterator[Ve
         numbers = counted(lacking.count((data, told)), "number")
         print(f"not measured: {numbers} of {data}: {told}")
     file = _kept_file(args)
-    kept = {row.key: row for row in read_file(file)} if file and file.exists() else {}
+    found = {row.key: row for row in read_file(file)} if file and file.exists() else {}
+    kept = {row.key: found[row.key] for row in given if row.key in found and usable(row, found[row.key])}
     rest = [row for row in given if row.key not in kept]
     minutes = counted(round(expected_seconds(rest, args.quick) / 60), "minute")
     told = f"measuring took {minutes} where they were reported, without passes to cache features"
