@@ -22,8 +22,8 @@ def is_of_connection(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def tell_killed_workers(
-    advice: str = "fewer --workers need less memory; a script calls this below `if __name__ == '__main__':`; what can be "
-    "resumed goes on with --resume",
+    advice: str = "fewer --workers need less memory; a script calls this below `if __name__ == '__main__':`; "
+    "what can be resumed goes on with --resume",
 ) -> Iterator[None]:
     """Make an OSError of one line of what PyTorch says when a process that decodes was killed."""
     try:

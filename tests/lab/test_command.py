@@ -2,7 +2,7 @@
 
 import os
 import signal
-import time
+import threading
 
 import pytest
 
@@ -44,7 +44,7 @@ def test_a_worker_that_is_killed_while_the_command_is_busy_is_told_in_one_line(c
         (worker,) = next(found)
         os.kill(worker, signal.SIGKILL)
         # as in a training step
-        time.sleep(60)
+        threading.Event().wait(60)
 
     assert command.run(work) == 2
     error = capsys.readouterr().err
