@@ -191,6 +191,8 @@ def square(image: Image.Image, size: int) -> Image.Image:
 
 
 def _raise_not_listed(error: OSError) -> None:
+    if Path(error.filename).name == "lost+found":
+        return  # the file system's own, which the administrator alone may list
     raise OSError(
         error.errno, f"folder {error.filename} cannot be listed: {error.strerror}; make it readable, or try again"
     ) from error

@@ -14,7 +14,7 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
 from rotation_ssl.machine import keep_large_blocks
-from rotation_ssl.messages import counted, first_line, some
+from rotation_ssl.messages import counted, first_line, some, tell_killed_workers
 from rotation_ssl.precision import resolve_precision, warn_if_emulated
 from rotation_ssl.pretraining.images import UnlabelledImages, open_images
 from rotation_ssl.pretraining.loop import check_begun, pretrain
@@ -90,10 +90,12 @@ def run(
         images.set_holdout(recipe.holdout)
         if not stream and images.fits_memory(accelerator.num_processes):
             images.read_all(workers, quiet=not accelerator.is_main_process)
-    return pretrain(
-        recipe, images, output, accelerator, resume, checkpoint_seconds, workers, sync_batchnorm, commit,
-        watch, monitor_every,
-    )  # fmt: skip
+    # PyTorch tells of a killed process wherever this one is, mostly in a step
+    with tell_killed_workers():
+        return pretrain(
+            recipe, images, output, accelerator, resume, checkpoint_seconds, workers, sync_batchnorm, commit,
+            watch, monitor_every,
+        )  # fmt: skip
 
 
 def pretrain_model(

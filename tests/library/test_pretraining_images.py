@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ import struct
 import subprocess
 import sys
 import textwrap
+import threading
 from functools import partial
 from pathlib import Path
 
@@ -18,9 +20,10 @@ import pytest
 import torch
 from conftest import ROOT, SAMPLES
 from PIL import Image
-from tiny_runs import TINY, same, weights
+from tiny_runs import SHORT, TINY, interrupt, same, weights
 
 from rotation_ssl.images import read_image, read_images
+from rotation_ssl.pretraining.command import run
 from rotation_ssl.pretraining.images import (
     UnlabelledImages,
     _read_entry,
@@ -105,6 +108,18 @@ def test_a_killed_process_is_told_in_one_line():
     images = UnlabelledImages(8, 4, kill_oneself)
     with pytest.raises(OSError, match=r"^a decoding process was killed \(DataLoader worker .*--resume$"):
         list(stream(images, torch.arange(4).split(2), workers=1))
+
+
+def test_a_process_that_is_killed_during_a_step_is_told_in_one_line(folder, tmp_path, monkeypatch):
+    def kill():
+        (worker,) = multiprocessing.active_children()
+        os.kill(worker.pid, signal.SIGKILL)
+        threading.Event().wait(60)
+
+    interrupt(monkeypatch, 2, kill)
+    options = dict(device="cpu", tracker=None, stream=True, workers=1)
+    with pytest.raises(OSError, match=r"^a decoding process was killed \(DataLoader worker .*--resume$"):
+        run(SHORT, lambda _: open_images("folder", folder, 16), tmp_path / "run", **options)
 
 
 def test_a_disk_that_fails_is_not_a_broken_image(folder, monkeypatch):
