@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from rotation_ssl.messages import first_line
+from rotation_ssl.messages import first_line, is_of_killed_worker
 
 
 def sha256_of(file: Path) -> str:
@@ -52,6 +52,8 @@ def replace_tensors(file: Path, write: Callable[[Path], object]) -> None:
     try:
         replace_file(file, write)
     except (RuntimeError, SafetensorError) as error:
+        if is_of_killed_worker(error):
+            raise
         raise OSError(f"{file} cannot be written ({first_line(error)}): make room on the disk and try again") from error
 
 

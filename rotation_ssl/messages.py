@@ -21,17 +21,33 @@ def is_of_connection(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def tell_killed_workers(
-    advice: str = "fewer --workers need less memory; a script calls this below `if __name__ == '__main__':`; "
-    "what can be resumed goes on with --resume",
-) -> Iterator[None]:
+def tell_lost_connections(failed: str) -> Iterator[None]:
+    """Make a ConnectionError of one line, which begins with ``failed``, of what an HTTP library says."""
+    try:
+        yield
+    except Exception as error:
+        if not is_of_connection(error):
+            raise
+        raise ConnectionError(f"{failed}: the connection failed ({first_line(error)})") from error
+
+
+def is_of_killed_worker(error: BaseException) -> bool:
+    """Whether PyTorch says that a process that decodes was killed: it does so wherever the main process is."""
+    return isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error)
+
+
+@contextlib.contextmanager
+def tell_killed_workers() -> Iterator[None]:
     """Make an OSError of one line of what PyTorch says when a process that decodes was killed."""
     try:
         yield
     except RuntimeError as error:
-        if "DataLoader worker (pid" not in str(error):
+        if not is_of_killed_worker(error):
             raise
-        raise OSError(f"a decoding process was killed ({first_line(error)}); {advice}") from error
+        raise OSError(
+            f"a decoding process was killed ({first_line(error)}): fewer workers need less memory, and a script calls "
+            "this below `if __name__ == '__main__':`; run it again, or resume it"
+        ) from error
 
 
 def printable(text: object, most: int = 300) -> str:

@@ -12,8 +12,6 @@ from rotation_ssl.pretraining.recipe import Recipe
 from rotation_ssl.progress import progress
 
 CIFAR10_DIR = Path("data/cifar10")  # where --data is not given
-# not every command has --workers or --resume
-FEWER_WORKERS = "fewer workers need less memory; run the command again"
 
 
 def create_parser(command: str, description: str | None, recipes: Iterable[str] = ()) -> argparse.ArgumentParser:
@@ -75,7 +73,7 @@ def run(work: Callable[[], int | None], stopped: str = "stopped; run the same co
     keep_large_blocks()
     try:
         # PyTorch raises wherever the main process is when it notices, which is seldom where it waits for images
-        with tell_killed_workers(FEWER_WORKERS):
+        with tell_killed_workers():
             return work() or 0
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

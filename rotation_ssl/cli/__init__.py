@@ -55,9 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        print(
-            f"error: not enough memory ({first_line(error)}); see --help for --batch-size and --size", file=sys.stderr
-        )
+        advice = [option for option in ("batch_size", "size") if hasattr(args, option)]
+        smaller = f"; give a smaller --{advice[0].replace('_', '-')}" if advice else ""
+        print(f"error: not enough memory ({first_line(error)}){smaller}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

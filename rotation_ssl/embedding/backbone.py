@@ -13,7 +13,7 @@ from rotation_ssl import zoo
 from rotation_ssl.backbones.about import network_facts
 from rotation_ssl.features import layer_modules
 from rotation_ssl.machine import check_device
-from rotation_ssl.messages import first_line, is_of_connection
+from rotation_ssl.messages import first_line, tell_lost_connections
 
 DEFAULT_MODEL = "rotnet_alexnet.photos"  # the commands mostly get photographs
 ORIENTATION_MODEL = "rotnet_alexnet.orientation"  # of `rotation-ssl orient` and the page
@@ -33,14 +33,11 @@ def load_model(name: str, device: str) -> Any:
     if name.startswith("local-dir:") and not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json: it is neither a finished run nor a converted checkpoint")
     try:
-        return timm.create_model(name, pretrained=True).to(device)
+        with tell_lost_connections(f"{name} could not be loaded"):
+            return timm.create_model(name, pretrained=True).to(device)
     except (RuntimeError, SafetensorError, LookupError, TypeError, AttributeError) as error:
         # the weights of a folder, or what its config.json says, are damaged
         raise ValueError(f"{name} could not be loaded ({first_line(error)})") from error
-    except Exception as error:
-        if not is_of_connection(error):
-            raise
-        raise ConnectionError(f"{name} could not be loaded: the connection failed ({first_line(error)})") from error
 
 
 def recommended_layer(model: Any, name: str, option: str = "--layers") -> str:

@@ -83,6 +83,7 @@ def run(
         precision = resolve_precision(recipe.precision, accelerator.device)
         watch = Monitor(Path(monitor), trained_size(recipe), precision)
         watch.check(model)
+    del model
     with accelerator.local_main_process_first():
         # the other processes find what the first one downloads
         images = open_set(recipe)
@@ -90,7 +91,7 @@ def run(
         images.set_holdout(recipe.holdout)
         if not stream and images.fits_memory(accelerator.num_processes):
             images.read_all(workers, quiet=not accelerator.is_main_process)
-    # PyTorch tells of a killed process wherever this one is, mostly in a step
+    # PyTorch may tell of a killed process wherever this one is, mostly in a step
     with tell_killed_workers():
         return pretrain(
             recipe, images, output, accelerator, resume, checkpoint_seconds, workers, sync_batchnorm, commit,

@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from torch import nn
 
 import rotation_ssl  # noqa: F401  registers the models with timm
-from rotation_ssl.messages import counted, first_line, is_of_connection
+from rotation_ssl.messages import counted, first_line, tell_lost_connections
 from rotation_ssl.precision import resolve_precision
 from rotation_ssl.pretraining.images import UnlabelledImages, fingerprint
 from rotation_ssl.pretraining.recipe import Muon, Recipe
@@ -79,21 +79,17 @@ def create_model(recipe: Recipe) -> nn.Module:
     Raises:
         ValueError: no such model, no weights to begin with, a head that cannot be resized, or crops that the model does
             not take.
-        OSError: the weights could not be downloaded.
     """
     outputs, crops = len(recipe.rotations), sorted({stage.crop for stage in recipe.stages})
     try:
         options: dict[str, Any] = dict(recipe.model_args)
         if takes_one_size(recipe.model):
             options["img_size"] = crops[-1]
-        model = timm.create_model(recipe.model, recipe.pretrained, num_classes=outputs, **options)
+        with tell_lost_connections("it could not be downloaded"):
+            model = timm.create_model(recipe.model, recipe.pretrained, num_classes=outputs, **options)
     except (RuntimeError, TypeError, ValueError, OSError, AssertionError, ZeroDivisionError) as error:
         instead = "list_pretrained(), or leave --pretrained out" if recipe.pretrained else "list_models()"
         raise ValueError(f"model {recipe.model!r} cannot be made ({first_line(error)}); see timm.{instead}") from error
-    except Exception as error:
-        if not is_of_connection(error):
-            raise
-        raise ConnectionError(f"the weights of {recipe.model} could not be downloaded ({first_line(error)})") from error
     model.eval()
     for crop in crops:
         try:

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from rotation_ssl.files import sha256_of, sync
-from rotation_ssl.messages import first_line
+from rotation_ssl.messages import first_line, is_of_killed_worker
 from rotation_ssl.pretraining.recipe import field_defaults
 
 PROGRESS = "progress.json"
@@ -119,6 +119,8 @@ def _together(accelerator: Accelerator, output: Path, step: int) -> Iterator[Non
     try:
         yield
     except Exception as caught:
+        if is_of_killed_worker(caught):
+            raise
         error = caught
     failed = accelerator.reduce(torch.tensor(float(error is not None), device=accelerator.device)).item()
     if failed:

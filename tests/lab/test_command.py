@@ -49,7 +49,7 @@ def test_a_worker_that_is_killed_while_the_command_is_busy_is_told_in_one_line(c
     assert command.run(work) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: a decoding process was killed (DataLoader worker (pid ") and error.count("\n") == 1
-    assert error.endswith("; fewer workers need less memory; run the command again\n") and "--" not in error
+    assert error.endswith("; run it again, or resume it\n") and "--" not in error
 
 
 def test_other_errors_of_pytorch_are_no_killed_workers():

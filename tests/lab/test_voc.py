@@ -368,7 +368,9 @@ def killed_at_the_third(image):
 # Python 3.12 and later warn of every fork beside torch's threads
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_a_killed_process_is_told_in_one_line():
-    with pytest.raises(OSError, match=r"^a decoding process was killed \(DataLoader worker .* run the command again$"):
+    with pytest.raises(
+        OSError, match=r"^a decoding process was killed \(DataLoader worker .*; run it again, or resume it$"
+    ):
         list(batches(InOrder(range(9), killed_at_the_third), 1, workers=1))
 
 

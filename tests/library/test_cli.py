@@ -412,10 +412,15 @@ def test_an_interrupt_is_one_line(monkeypatch, images, tmp_path, capsys):
 
 
 def test_too_little_memory_is_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(cli.list, "run", lambda args: torch.empty(2**60, dtype=torch.uint8))
-    assert cli.main(["list"]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: not enough memory (") and error.count("\n") == 1 and "--batch-size" in error
+    for command, arguments, advice in (
+        (cli.list, ["list"], ")\n"),
+        (features, ["features", "images", "-o", "f.csv"], "); give a smaller --batch-size\n"),
+        (cli.evaluate, ["evaluate", "resnet18", "--data", "d", "--output", "o"], "); give a smaller --size\n"),
+    ):
+        monkeypatch.setattr(command, "run", lambda args: torch.empty(2**60, dtype=torch.uint8))
+        assert cli.main(arguments) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: not enough memory (") and error.count("\n") == 1 and error.endswith(advice)
     monkeypatch.setattr(cli.list, "run", lambda args: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(RuntimeError, match="inconsistent tensor size"):
         cli.main(["list"])

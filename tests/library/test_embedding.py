@@ -299,7 +299,9 @@ def test_a_decoding_process_that_is_killed(images, whole, tmp_path, monkeypatch)
     decode, before = local_engine.decode, threading.enumerate()
     with monkeypatch.context() as patched:
         patched.setattr(local_engine, "decode", killed)
-        with pytest.raises(OSError, match=r"^a decoding process was killed .*fewer --workers.*--resume$"):
+        with pytest.raises(
+            OSError, match=r"^a decoding process was killed .*fewer workers.*; run it again, or resume it$"
+        ):
             embed(images, tmp_path / "out", sha1=True, **{**SMALL, "workers": 2})
     left = [thread for thread in threading.enumerate() if thread not in before]
     for thread in left:

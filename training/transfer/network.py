@@ -21,7 +21,6 @@ from rotation_ssl.images import square
 from rotation_ssl.messages import first_line, tell_killed_workers
 from rotation_ssl.precision import autocast_type, resolve_precision
 from rotation_ssl.pretraining.optim import create_scheduler
-from training.command import FEWER_WORKERS
 from training.evaluation.subject import Subject
 from training.transfer.data import open_pixels
 from training.transfer.recipes import Training
@@ -269,7 +268,7 @@ def fc_size_of(network: nn.Module) -> int:
 
 def _without_errors(found: Iterator[list[Any]]) -> Iterator[list[Any]]:
     """The batches, up to the first sample that could not be loaded, whose error is raised."""
-    with tell_killed_workers(FEWER_WORKERS):
+    with tell_killed_workers():
         for batch in found:
             for sample in batch:
                 if isinstance(sample, Exception):

@@ -13,15 +13,16 @@ from pathlib import Path
 import torch
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, hf_hub_download
 from huggingface_hub.errors import (
+    EntryNotFoundError,
     HfHubHTTPError,
-    RemoteEntryNotFoundError,
+    LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 from safetensors.torch import load
 
 import rotation_ssl
-from rotation_ssl.messages import first_line
+from rotation_ssl.messages import first_line, is_of_connection
 from rotation_ssl.zoo.golden import GOLDEN_TOLERANCE
 from training.reporting.hub.files import GOLDEN, ONNX, hub_files
 from training.reporting.hub.weights import WEIGHTS, Upload
@@ -80,8 +81,7 @@ def publish(upload: Upload, namespace: str, version: str, rows: Sequence[Row]) -
         reason = _reason(cause) if isinstance(cause, HfHubHTTPError) else first_line(cause or error)
         raise ConnectionError(f"publishing {repository} failed: {reason}; run it again") from error
     except Exception as error:
-        # the client lets its HTTP library's errors through
-        if "httpx" not in type(error).__module__:
+        if not is_of_connection(error):
             raise
         raise ConnectionError(
             f"publishing {repository} failed: no connection ({first_line(error)}); run it again"
@@ -147,7 +147,9 @@ def _served(repository: str, revision: str, path: str) -> bytes | None:
     with tempfile.TemporaryDirectory() as folder:
         try:
             return Path(hf_hub_download(repository, path, revision=revision, cache_dir=folder)).read_bytes()
-        except RemoteEntryNotFoundError:
+        except LocalEntryNotFoundError:
+            raise  # a lost connection, though it is an EntryNotFoundError too
+        except EntryNotFoundError:
             return None
 
 
