@@ -126,7 +126,8 @@ def find_files(folder: Path) -> tuple[list[Path], list[Path]]:
 
     Raises:
         ValueError: no such folder, or no images in it.
-        OSError: the folder, or one below it, cannot be listed; the error names that one.
+        OSError: the folder, or one below it, cannot be listed; the error names that one. Folders of the system that
+            may not be listed, such as lost+found, are skipped.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; give the folder that holds the images")
@@ -190,9 +191,15 @@ def square(image: Image.Image, size: int) -> Image.Image:
     return resized.crop((left, top, left + size, top + size))
 
 
+def is_of_system(error: OSError) -> bool:
+    """Whether a folder cannot be listed because it is the system's own, such as lost+found or .Trashes."""
+    name = Path(error.filename).name
+    return isinstance(error, PermissionError) and (name == "lost+found" or name.startswith("."))
+
+
 def _raise_not_listed(error: OSError) -> None:
-    if Path(error.filename).name == "lost+found":
-        return  # the file system's own, which the administrator alone may list
+    if is_of_system(error):
+        return
     raise OSError(
         error.errno, f"folder {error.filename} cannot be listed: {error.strerror}; make it readable, or try again"
     ) from error

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
-from rotation_ssl.images import is_image_name
+from rotation_ssl.images import is_image_name, is_of_system
 from rotation_ssl.messages import first_line
 from rotation_ssl.shards import MAX_IMAGE_BYTES, url_scheme
 
@@ -75,8 +75,14 @@ def list_folder(url: str) -> list[str]:
 
 
 def _local_entries(folder: str) -> Iterator[str]:
-    with os.scandir(folder) as entries:
-        for entry in entries:
+    try:
+        found = os.scandir(folder)
+    except PermissionError as error:
+        if is_of_system(error):
+            return
+        raise
+    with found:
+        for entry in found:
             if entry.is_dir(follow_symlinks=False):
                 yield f"{entry.name}/"
             # a link that leads nowhere is an image that cannot be read

@@ -2,6 +2,7 @@ import errno
 import hashlib
 import io
 import os
+import re
 import shutil
 import struct
 import zlib
@@ -12,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from rotation_ssl.embedding.files import list_folder
 from rotation_ssl.images import count_suffixes, find_files, find_images, normalize, read_image
 from rotation_ssl.labelled import load_folder
 from rotation_ssl.pretraining.images import UnlabelledImages
@@ -199,24 +201,37 @@ def test_images_below_a_folder_are_sorted_by_path_and_links_to_folders_are_not_f
     assert images == sorted(tmp_path / name for name in names) and not others
 
 
-@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE])
-@pytest.mark.parametrize("name", [".", "cats/small", "lost+found"])
-def test_folders_that_cannot_be_listed_are_named(tmp_path, monkeypatch, number, name):
-    (tmp_path / "cats" / "small").mkdir(parents=True)
-    (tmp_path / "lost+found").mkdir()
-    (tmp_path / "cats" / "1.png").touch()
-    listed, unreadable = os.scandir, tmp_path / name
+def fail_to_list(monkeypatch, unreadable, number):
+    """Listing one folder fails; an administrator may list any."""
+    listed = os.scandir
 
     def scandir(folder):
-        # root may list any folder
         if Path(folder) == unreadable:
             raise OSError(number, os.strerror(number), os.fspath(folder))
         return listed(folder)
 
     monkeypatch.setattr(os, "scandir", scandir)
-    if name == "lost+found":
-        assert find_images(tmp_path) == [tmp_path / "cats" / "1.png"]
-        return
+
+
+@pytest.mark.parametrize("name", ["lost+found", ".Trashes"])
+def test_folders_of_the_system_are_skipped(tmp_path, monkeypatch, name):
+    (tmp_path / name).mkdir()
+    (tmp_path / "1.png").touch()
+    fail_to_list(monkeypatch, tmp_path / name, errno.EACCES)
+    assert find_images(tmp_path) == [tmp_path / "1.png"] and list_folder(f"{tmp_path / name}/") == []
+    fail_to_list(monkeypatch, tmp_path / name, errno.EIO)
+    for search in (find_images, lambda folder: list_folder(str(folder / name))):
+        with pytest.raises(OSError, match=re.escape(name)):
+            search(tmp_path)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE])
+@pytest.mark.parametrize("name", [".", "cats/small"])
+def test_folders_that_cannot_be_listed_are_named(tmp_path, monkeypatch, number, name):
+    (tmp_path / "cats" / "small").mkdir(parents=True)
+    (tmp_path / "cats" / "1.png").touch()
+    unreadable = tmp_path / name
+    fail_to_list(monkeypatch, unreadable, number)
     with pytest.raises(OSError, match=f"folder {unreadable} cannot be listed: {os.strerror(number)}; make it readable"):
         find_images(tmp_path)
 
