@@ -185,6 +185,7 @@ def test_the_size_is_what_stands_beside_the_weights(tmp_path):
         described.write_text(text)
         with pytest.raises(ValueError, match=r"config\.json does not give the input_size of its weights"):
             subject.load_subject("rotnet_nin", weights=file)
+        assert subject.load_subject("rotnet_nin", weights=file, size=64).size == 64
     # of another file
     save_file(network.state_dict(), tmp_path / "mine.safetensors")
     assert subject.load_subject("rotnet_nin", weights=tmp_path / "mine.safetensors").size == 32
@@ -206,6 +207,13 @@ def test_a_file_is_normalised_as_what_stands_beside_it_or_as_its_tag(tmp_path):
     assert input_of("mobilenetv3_large_100") == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     save_file(timm.create_model("rotnet_nin").state_dict(), file)
     assert input_of("rotnet_nin") == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    described_so = subject.load_subject("rotnet_nin", weights=file).identity
+    described.unlink()
+    assert subject.load_subject("rotnet_nin", weights=file, size=64).identity != described_so
+
+
+def test_a_network_whose_modules_have_two_names():
+    assert subject.load_subject("coat_lite_tiny", random=True).name == "coat_lite_tiny.random"
 
 
 def test_random_weights_have_the_layers_of_the_bundled_ones(set_manifest):

@@ -44,7 +44,8 @@ class Subject:
     @property
     def identity(self) -> str:
         """What tells the subject from every other, in one line."""
-        return f"{self.name} of {self.size} pixels, sha256 {self.sha256}"
+        cfg = resolve_model_data_config(self.backbone)
+        return f"{self.name} of {self.size} pixels, mean {cfg['mean']}, std {cfg['std']}, sha256 {self.sha256}"
 
     @property
     def published(self) -> bool:
@@ -64,7 +65,7 @@ def load_subject(
             ``model.tag-random`` if the published weights are not bundled.
         seed: of the random weights.
         weights: a safetensors file; the name is ``model@`` and the first 12 digits of its sha256. Mean and std are
-            those of the config.json next to it, or the model's own.
+            those of the config.json next to it, or those of the model's tag.
         size: image size in pixels; None: that of the config.json next to the weights, or the model's own.
     """
     architecture = model.split(".", 1)[0]
@@ -86,16 +87,18 @@ def load_subject(
         raise ValueError(
             f"{model} could not be loaded ({reason}): give other weights, or --random where the command has it"
         ) from error
-    content = weights.read_bytes() if weights else save({k: v.contiguous() for k, v in backbone.state_dict().items()})
+    # copied: tensors of modules that have two names share memory, which safetensors refuses
+    copies = {k: v.clone(memory_format=torch.contiguous_format) for k, v in backbone.state_dict().items()}
+    content = weights.read_bytes() if weights else save(copies)
     digest = hashlib.sha256(content).hexdigest()
-    name = f"{architecture}@{digest[:12]}"
+    name = f"{model if weights else architecture}@{digest[:12]}"
     if random:
         # the name model.random is for the network of the bundled weights
         beside = model in zoo.manifest() and model not in zoo.bundled()
         name = f"{model}-random{seed or ''}" if beside else f"{architecture}.random{seed or ''}"
     elif not weights and (tagged := f"{architecture}.{backbone.pretrained_cfg.get('tag')}") in zoo.bundled():
         name, digest = tagged, zoo.bundled()[tagged]["sha256"]
-    described = _described(weights) if weights else {}
+    described = _described(weights, size) if weights else {}
     backbone.pretrained_cfg = {**backbone.pretrained_cfg, **described}
     size = size or described.get("input_size", resolve_model_data_config(backbone)["input_size"])[-1]
     try:
@@ -155,16 +158,21 @@ def _published_args(model: str) -> dict[str, Any]:
     return dict(next(entries, {}).get("model_args", {}))
 
 
-def _described(weights: Path) -> dict[str, Any]:
-    """What the config.json next to weights of a run or a conversion says of their input; nothing without one."""
+def _described(weights: Path, size: int | None) -> dict[str, Any]:
+    """What the config.json next to weights of a run or a conversion says of their input; nothing without one.
+
+    ``size`` is the image size that was asked for: without one config.json has to give it.
+    """
     described = weights.with_name("config.json")
     if weights.name != "model.safetensors" or not described.is_file():
         return {}
     try:
         config = json.loads(described.read_text())["pretrained_cfg"]
-        size = int(config["input_size"][-1])
+        size = int(size or config["input_size"][-1])
         return {"input_size": (3, size, size)} | {key: tuple(config[key]) for key in ("mean", "std") if key in config}
     except (ValueError, KeyError, TypeError, IndexError) as error:
+        if size:
+            return {}
         raise ValueError(f"{described} does not give the input_size of its weights: give --size") from error
 
 
