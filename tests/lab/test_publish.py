@@ -23,7 +23,7 @@ from rotation_ssl.labelled import LabelledImages
 from rotation_ssl.zoo import published
 from training.recipes import NIN_CIFAR10_ABLATION_R8, RECIPES
 from training.reporting import bundle, pages, publish, tables
-from training.reporting.manifest import rotated_images, seen_in_training
+from training.reporting.manifest import enter_manifest, rotated_images, seen_in_training
 from training.reporting.required import missing_rows
 from training.reporting.rows import RESULTS_DIR, Row, read_file, read_rows, write_rows
 
@@ -155,6 +155,7 @@ def test_an_alexnet_is_bundled_and_reported_on_its_own_data(copied, tmp_path):
     shutil.copyfile(ROOT / "docs" / "figures" / f"{NAME}.curve.png", folder / "curve.png")
     files = {weights: copied / "results" / f"{weights}.jsonl" for weights in (name, "rotnet_alexnet.random")}
     applications = list(filter(tables.is_application, read_file(files[name])))
+    fitted = zoo.manifest()[name]["orientation"]
     for file in files.values():
         file.unlink()
     bundle.bundle(folder, name)
@@ -171,6 +172,8 @@ def test_an_alexnet_is_bundled_and_reported_on_its_own_data(copied, tmp_path):
     missing = rf"{name} linear probe, .* conv1 seed 0 on MiniPlaces val has no row: measure it"
     with pytest.raises(ValueError, match=missing):
         publish.render()
+    # the rows of its orientation are of this size and temperature
+    enter_manifest(name, entry | {"orientation": fitted})
     common = {"commit": "0" * 40, "sha256": entry["sha256"], "seconds": 60.0}
     common |= {"versions": {"torch": "2"}, "device": "d", "threads": 2}
     values = {"rotation": 0.8123, **{f"conv{i}": 0.1 + i / 100 for i in range(1, 6)}}

@@ -7,8 +7,9 @@
 
 Rows of the published weights and of random ones are written to training/results/ as they are measured. To continue
 after a stop, run the same command again: trainings by SGD resume from --output, except those on cached features. Rows
-of weights or thresholds that have been replaced are measured again. The code must be committed, because a row names its
-commit. --list prints what is missing and measures nothing.
+of weights that have been replaced are measured again, and those of an orientation that was fitted again, if its size
+or temperature changed. The code must be committed, because a row names its commit. --list prints what is missing and
+measures nothing.
 """
 
 import argparse
