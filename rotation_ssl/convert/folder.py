@@ -44,11 +44,10 @@ def write_folder(converted: Converted, folder: Path, tag: str, provenance: Mappi
     content = save(converted.state_dict, metadata={"format": "pt"})
     model = timm.create_model(converted.model, num_classes=converted.num_classes, device="meta", **converted.model_args)
     cfg: dict[str, Any] = {"tag": tag}
-    if converted.origin == AUTHORS:
-        # whatever the architecture's default weights are for
-        size = network_facts(converted.model).authors_size
+    # whatever the architecture's default weights are for
+    if size := network_facts(converted.model).authors_size:
         cfg["input_size"] = (3, size, size)
-    else:
+    if converted.origin != AUTHORS:
         cfg |= {**NOT_OF_THESE_WEIGHTS, "crop_pct": 0.875, "test_crop_pct": None, "test_input_size": None}
     folder.mkdir(parents=True, exist_ok=True)
     # without config.json the folder is none that timm takes: it comes last, and whole

@@ -4,8 +4,8 @@ Known are the authors' release (https://github.com/gidariss/FeatureLearningRotNe
 and AlexNet), VISSL (https://github.com/facebookresearch/vissl: AlexNet, and ResNets in torchvision's names), mmselfsup
 (https://github.com/open-mmlab/mmselfsup, rotation_pred) and ResNets in torchvision's names from elsewhere.
 
-Class k of a head means rotated by k x 90 degrees counter-clockwise, except in mmselfsup, which rotates clockwise: its
-classes 1 and 3 are swapped.
+Class k of a head means rotated by k x 90 degrees counter-clockwise, except in mmselfsup from version 1 on, which
+rotates clockwise: its classes 1 and 3 are swapped. OpenSelfSup is mmselfsup's name up to version 0.4.
 """
 
 import re
@@ -79,7 +79,7 @@ def convert(checkpoint: Any) -> Converted:
         if any(key.startswith("_feature_blocks.") for key in tensors):
             found = _from_authors(tensors)
         elif any(key.startswith("head.fc_cls.") for key in tensors):
-            found = _from_mmselfsup(tensors)
+            found = _from_mmselfsup(tensors, checkpoint.get("meta"))
         else:
             found = _from_resnet(tensors, "torchvision-style")
     _check(found)
@@ -194,14 +194,21 @@ def _vissl_fcs(heads: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return state
 
 
-def _from_mmselfsup(tensors: dict[str, torch.Tensor]) -> Converted:
+def _from_mmselfsup(tensors: dict[str, torch.Tensor], meta: Any) -> Converted:
+    """``meta`` is the checkpoint's: mmengine, which version 1 trains with, and the versions before name themselves
+    there. Without either nobody knows which way the head's classes run, and it is left out.
+    """
     state = {key: value for key, value in tensors.items() if not key.startswith("head.")}
+    made_by = set(meta) if isinstance(meta, Mapping) else set()
+    known = bool(made_by & {"mmengine_version", "mmselfsup_version", "openselfsup_version"})
     for key in ("weight", "bias"):
         value = tensors.get(f"head.fc_cls.{key}")
         if value is None or value.shape[:1] != (4,) or value.dtype not in FLOATS:
             raise ValueError(f"a head of mmselfsup without four rows of floats in head.fc_cls.{key}")
-        state[f"fc.{key}"] = value[[0, 3, 2, 1]]
-    left_out = tuple(key for key in tensors if key.startswith("head.") and not key.startswith("head.fc_cls."))
+        if known:
+            state[f"fc.{key}"] = value[[0, 3, 2, 1]] if "mmengine_version" in made_by else value
+    heads = (key for key in tensors if key.startswith("head."))
+    left_out = tuple(key for key in heads if not (known and key.startswith("head.fc_cls.")))
     return _from_resnet(state, "mmselfsup", left_out)
 
 

@@ -321,19 +321,28 @@ def test_convert_resnet50_of_vissl(resnet50):
 
 
 def test_convert_resnet50_of_mmselfsup(resnet50):
-    """Its classes run clockwise: what it calls 3, 270 degrees clockwise, is 90 degrees counter-clockwise, our 1."""
+    """From version 1 on its classes run clockwise: what it calls 3, 270 degrees clockwise, is 90 degrees
+    counter-clockwise, our 1. Before, it turned images as the authors do.
+    """
     state, x, logits = resnet50
     theirs = {f"backbone.{key}": value for key, value in state.items() if not key.startswith("fc.")}
     theirs |= {f"head.fc_cls.{name}": state[f"fc.{name}"] for name in ("weight", "bias")}
     theirs["head.other"] = torch.zeros(1)
-    converted = convert({"meta": {"mmselfsup_version": "0.11.0"}, "state_dict": theirs})
-    assert (converted.model, converted.num_classes) == ("rotnet_resnet50", 4)
-    assert (converted.origin, converted.left_out) == ("mmselfsup", ("head.other",))
+    for meta in ({"mmselfsup_version": "0.11.0", "mmcv_version": "1.7"}, {"openselfsup_version": "0.3.0"}):
+        converted = convert({"meta": meta, "state_dict": theirs})
+        assert (converted.model, converted.num_classes) == ("rotnet_resnet50", 4)
+        assert (converted.origin, converted.left_out) == ("mmselfsup", ("head.other",))
+        assert_logits(create(converted), x, logits)
     # our class k, k quarter turns counter-clockwise, is theirs of 4 - k
+    meta = {"mmengine_version": "0.10.0"}
+    converted = convert({"meta": meta, "state_dict": theirs})
     assert_logits(create(converted), x, torch.stack([logits[:, (-k) % 4] for k in range(4)], 1))
+    for unknown in ({"meta": {"epoch": 70}}, {"meta": None}, {}):
+        converted = convert({"state_dict": theirs, **unknown})
+        assert converted.num_classes == 0 and set(converted.left_out) == {k for k in theirs if k.startswith("head.")}
     # an image turned counter-clockwise by 90 degrees, of which that network is sure
     theirs["head.fc_cls.bias"] = torch.tensor([0.0, 0.0, 0.0, 1000.0])
-    assert create(convert({"state_dict": theirs}))(x).argmax(1).tolist() == [1, 1]
+    assert create(convert({"meta": meta, "state_dict": theirs}))(x).argmax(1).tolist() == [1, 1]
 
 
 def test_tensors_of_a_checkpoint_that_share_memory(nin_state, tmp_path):
@@ -592,7 +601,7 @@ def odd_checkpoints(draw):
         return checkpoint
     checkpoint = draw(odd_dicts(form))
     for wrapper in draw(st.lists(st.sampled_from(NAMES[:3]), max_size=3, unique=True)):
-        checkpoint = {"epoch": 3, wrapper: checkpoint}
+        checkpoint = {"epoch": 3, "meta": {"mmselfsup_version": "0.11.0"}, wrapper: checkpoint}
     return checkpoint
 
 
@@ -619,17 +628,19 @@ def test_a_checkpoint_is_converted_or_refused_in_one_line(checkpoint_file, check
 @pytest.mark.parametrize("form", FORMS)
 def test_the_forms_that_are_changed_above_are_whole(form):
     whole = FORMS[form]
-    converted = convert(vissl(*whole) if isinstance(whole, tuple) else whole)
+    meta = {"mmselfsup_version": "0.11.0"}
+    converted = convert(vissl(*whole) if isinstance(whole, tuple) else {"state_dict": whole, "meta": meta})
     assert converted.num_classes == (0 if form == "authors' AlexNet" else 4)
 
 
-def test_a_folder_is_for_images_of_the_authors_size(set_manifest, tmp_path):
+@pytest.mark.parametrize("origin", [AUTHORS, "VISSL"])
+def test_a_folder_is_for_images_of_the_authors_size(set_manifest, tmp_path, origin):
     """Whatever size the default weights of the architecture are for."""
     entry = zoo.manifest()["rotnet_nin.cifar10"] | {"input_size": [3, 128, 128]}
     set_manifest({"rotnet_alexnet.small": entry})
     assert timm.get_pretrained_cfg("rotnet_alexnet").input_size == (3, 128, 128)
     network = timm.create_model("rotnet_alexnet", fc_size=0)
-    theirs = Converted("rotnet_alexnet", 4, network.state_dict(), AUTHORS, {"fc_size": 0})
+    theirs = Converted("rotnet_alexnet", 4, network.state_dict(), origin, {"fc_size": 0})
     write_folder(theirs, tmp_path / "theirs", "gidaris", {})
     described = json.loads((tmp_path / "theirs" / "config.json").read_text())["pretrained_cfg"]
     assert described["input_size"] == [3, 224, 224]
