@@ -108,16 +108,19 @@ def build_model(
     cfg = _resolve_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
     source, state_dict, overlay = _open_source(variant, cfg, kwargs.get("cache_dir")) if pretrained else ("", None, {})
     layers: tuple[str, ...] = ()
+    implied: dict[str, Any] = {}
     if optional and pretrained:
         argument, layers = optional
         if state_dict and argument not in kwargs and not any(key.startswith(layers) for key in state_dict):
-            kwargs[argument] = 0
+            implied[argument] = 0
     if state_dict is not None:
         # timm takes it from here, wherever the configuration says that the weights are
         overlay = overlay | (kwargs.get("pretrained_cfg_overlay") or {}) | {"state_dict": state_dict, "source": ""}
         kwargs["pretrained_cfg_overlay"] = overlay
     check = functools.partial(check_state_dict, source=source, optional=layers)
-    model = build_model_with_cfg(model_cls, variant, pretrained, pretrained_filter_fn=check, **kwargs)
+    model = build_model_with_cfg(model_cls, variant, pretrained, pretrained_filter_fn=check, **implied, **kwargs)
+    # as if it had been given: timm writes the arguments into config.json, from which others build the model again
+    model._model_args = implied
     # the configuration says what the model is: it would keep a second copy of the weights, as would the one within a
     # wrapper for features
     for module in model.modules():

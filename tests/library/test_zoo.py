@@ -12,6 +12,7 @@ import timm
 import torch
 from conftest import ROOT, WITHOUT_WEIGHTS, assert_state, corrupt
 from safetensors.torch import load_file, save_file
+from timm.models._hub import save_for_hf
 
 from rotation_ssl import zoo
 from rotation_ssl.convert import Converted, write_folder
@@ -325,7 +326,7 @@ def test_weights_of_ones_own_under_a_published_tag_have_no_published_calibration
     write_folder(Converted("rotnet_alexnet", 4, state, "somebody"), tmp_path / "mine", "photos", {})
     mine = timm.create_model(f"local-dir:{tmp_path / 'mine'}", pretrained=True)
     assert mine.pretrained_cfg["tag"] == "photos" and not zoo.published_entry(mine)
-    assert calibration(mine) == (128, 1.0, None)
+    assert calibration(mine) == (224, 1.0, None)
     published = timm.create_model("rotnet_alexnet.photos", pretrained=True)
     assert zoo.published_entry(published) == zoo.manifest()["rotnet_alexnet.photos"]
     assert calibration(published).threshold is not None
@@ -454,3 +455,12 @@ def test_the_wheel_loads_its_weights_without_network(wheel, tmp_path):
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert str(tmp_path) in result.stdout
+
+
+def test_layers_that_weights_lack_are_lacking_in_what_timm_writes(tmp_path):
+    """Folders and repositories without model.safetensors are loaded by timm, which builds what config.json says."""
+    model = timm.create_model("rotnet_alexnet", pretrained=True, num_classes=20).eval()
+    save_for_hf(model, tmp_path)
+    assert [file.name for file in tmp_path.glob("*.safetensors")] == []
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert_state(again, model.state_dict())
