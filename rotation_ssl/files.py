@@ -67,7 +67,10 @@ def write_csv(file: Path, header: Iterable[str], rows: Iterable[Iterable[object]
 
 def sync(path: Path) -> None:
     """Have a file's content, or a folder's entries, written to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    windows = os.name == "nt"
+    if windows and path.is_dir():
+        return  # it has no such thing, and writes files alone that are open for writing
+    descriptor = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
