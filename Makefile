@@ -45,7 +45,7 @@ timm-tests: $(VENV)/.installed-dev
 	    $(BIN)/python -m pip download --quiet --no-deps --no-binary timm \
 	        --dest $(TIMM_TESTS) "timm==$$version" && \
 	    tar -xzf $(TIMM_TESTS)/timm-$$version.tar.gz -C $(TIMM_TESTS) --strip-components=1
-	@cd $(TIMM_TESTS) && PYTHONPATH=$(CURDIR)/tests $(CURDIR)/$(BIN)/python -m pytest -q -p timm_plugin \
+	@cd $(TIMM_TESTS) && PYTHONPATH="$(CURDIR)/tests" "$(CURDIR)/$(BIN)/python" -m pytest -q -p timm_plugin \
 	    --rootdir=. -c /dev/null -k rotnet tests/test_models.py
 
 # the tables of MODEL_CARD.md, README.md, docs/ and the studies, and the metrics of the manifest, from the result rows
@@ -65,9 +65,11 @@ page: $(VENV)/.installed-onnx
 	@$(BIN)/python -m http.server $(PORT) --bind 127.0.0.1 --directory build/page
 
 clean:
-	rm -rf $(VENV) build dist demo.png
+	rm -rf $(VENV) build dist demo.png .coverage
 
 $(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or later is needed: PYTHON=python3.12, for example, chooses one" \
+	    if sys.version_info < (3, 10) else 0)'
 	@echo "==> making $(VENV) with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 

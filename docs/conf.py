@@ -58,7 +58,7 @@ project = "rotation_ssl"
 version = release = rotation_ssl.__version__
 root_doc = "README"
 include_patterns = ["*.md", "docs/**", "rotation_ssl/samples/*.md", "training/studies/*.md"]
-exclude_patterns = ["build", "data", "runs", ".*", "**/node_modules"]
+exclude_patterns = ["build", "data", "runs", ".*", "**/.*", "**/node_modules"]
 source_suffix = {".md": "markdown", ".rst": "restructuredtext", ".ipynb": "markdown"}
 
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "myst_parser"]

@@ -5,6 +5,7 @@ import errno
 import hashlib
 import importlib.util
 import json
+import multiprocessing
 import os
 import resource
 import signal
@@ -288,6 +289,18 @@ def test_files_that_vanish(tmp_path):
     }
 
 
+@pytest.fixture
+def forked():
+    """Processes that decode are forked: others, the default from Python 3.14 on, do not see what a test replaces."""
+    method = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method("fork", force=True)
+    yield
+    multiprocessing.set_start_method(method, force=True)
+
+
+@pytest.mark.usefixtures("forked")
+# Python 3.12 and later warn of every fork beside torch's threads
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_a_decoding_process_that_is_killed(images, whole, tmp_path, monkeypatch):
     """The second image kills its process; afterwards the run goes on."""
 

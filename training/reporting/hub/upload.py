@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, hf_hub_download
-from huggingface_hub.errors import (
+from huggingface_hub.utils import (
     EntryNotFoundError,
     HfHubHTTPError,
     LocalEntryNotFoundError,
