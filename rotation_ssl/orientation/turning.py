@@ -13,6 +13,7 @@ from rotation_ssl.files import replace_file
 from rotation_ssl.images import OVERSIZE, read_image
 from rotation_ssl.messages import first_line
 from rotation_ssl.orientation.exif import ORIENTATION, read_orientation, turned, write_orientation
+from rotation_ssl.orientation.metadata import keep_chunks, loss_of_jpeg, upright_xmp
 
 # what describes a picture in a TIFF: the other tags, such as the places of its strips, are of its old bytes
 TIFF_TAGS = {
@@ -70,29 +71,25 @@ def turn_tag(path: Path, exif: int, quarters: int) -> bytes:
 def turn_pixels(path: Path, quarters: int) -> bytes:
     """The file's bytes with its pixels as they are to be shown, turned clockwise by so many quarters, without the tag.
 
-    JPEG files are encoded again, with their own quantisation; WebP files become lossless. Colour profile, resolution
-    and the other EXIF tags are kept, of TIFF files those that describe the picture.
+    JPEG files are encoded again, with their own quantisation; WebP files become lossless. Colour profile, resolution,
+    XMP, the text of PNG files and the other EXIF tags are kept, of TIFF files those that describe the picture.
 
     Raises:
-        ValueError: a file of several frames, of a format or colours that cannot be written as they were, a TIFF file
-            with an EXIF block or lossy compression, or one that does not decode; the error names the file.
+        ValueError: a file of several frames, of a format or colours that cannot be written as they were, a JPEG file
+            with a second image, a video or IPTC, a TIFF file with an EXIF block or lossy compression, or one that does
+            not decode; the error names the file.
     """
     try:
+        content = path.read_bytes()
         with Image.open(path) as image:
             form = image.format or ""
             if getattr(image, "n_frames", 1) > 1:
                 raise ValueError("it has several frames")
             if form not in ("JPEG", "PNG", "WEBP", "TIFF", "BMP") or image.mode == "CMYK":
                 raise ValueError(f"{image.mode} pixels of a {form or 'nameless'} file are not written")
-            if change := _change_by_writing(image):
-                raise ValueError(f"{change}: write its EXIF orientation instead")
-            options: dict[str, Any] = {key: image.info[key] for key in ("icc_profile", "dpi") if key in image.info}
-            if form == "JPEG":
-                options |= {"qtables": image.quantization, "subsampling": JpegImagePlugin.get_sampling(image)}
-            if form == "WEBP":
-                options |= {"lossless": True}
-            if form == "TIFF":
-                options |= {"compression": image.info.get("compression")}
+            if loss := _change_by_writing(image) or (loss_of_jpeg(image, content) if form == "JPEG" else None):
+                raise ValueError(f"{loss}: write its EXIF orientation instead")
+            options = _options(image, form)
             image.load()
             shown, exif = ImageOps.exif_transpose(image), image.getexif()
             exif.pop(ORIENTATION, None)
@@ -106,12 +103,29 @@ def turn_pixels(path: Path, quarters: int) -> bytes:
                 options["exif"] = exif
             elif len(exif) and form in ("JPEG", "PNG", "WEBP"):
                 options["exif"] = exif.tobytes()
-            content = io.BytesIO()
-            result.save(content, form, **options)
+            stream = io.BytesIO()
+            result.save(stream, form, **options)
+        written = stream.getvalue()
+        if options.get("xmp", b"") not in written:
+            raise ValueError("its XMP would be lost: install Pillow 11 or newer, or write its EXIF orientation instead")
+        return keep_chunks(written, content) if form == "PNG" else written
     except Exception as error:
         # what Pillow's readers and writers raise is not one family
         raise ValueError(f"the pixels of {path} cannot be turned: {first_line(error)}") from error
-    return content.getvalue()
+
+
+def _options(image: ImageFile.ImageFile, form: str) -> dict[str, Any]:
+    """What Pillow is to write besides pixels and EXIF, and how."""
+    options: dict[str, Any] = {key: image.info[key] for key in ("icc_profile", "dpi") if key in image.info}
+    if isinstance(image, JpegImagePlugin.JpegImageFile):
+        options |= {"qtables": image.quantization, "subsampling": JpegImagePlugin.get_sampling(image)}
+    if form == "WEBP":
+        options |= {"lossless": True}
+    if form == "TIFF":
+        options |= {"compression": image.info.get("compression")}
+    if form in ("JPEG", "WEBP") and (xmp := upright_xmp(image)):
+        options |= {"xmp": xmp}
+    return options
 
 
 def _change_by_writing(image: ImageFile.ImageFile) -> str | None:

@@ -22,7 +22,7 @@ import torch
 from conftest import SAMPLES
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import ExifTags, Image, ImageOps, JpegImagePlugin, TiffImagePlugin, features
+from PIL import ExifTags, Image, ImageOps, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, features
 from torch import nn
 
 import rotation_ssl  # noqa: F401  registers the models with timm
@@ -561,6 +561,111 @@ def test_pixels_of_a_tiff_lose_nothing(tmp_path, values):
     Image.fromarray(grey).save(file, tiffinfo={262: 0} if grey.itemsize == 1 else {})
     with Image.open(io.BytesIO(turn_pixels(file, 1))) as image:
         assert np.array_equal(np.asarray(image), np.rot90(grey, -1))
+
+
+XMP = b'<x:xmpmeta xmlns:tiff="t"><rdf:li %s>a caption</rdf:li></x:xmpmeta>'
+TURNED_XMP, UPRIGHT_XMP = (XMP % orientation for orientation in (b'tiff:Orientation="6"', b""))
+
+
+def segment(marker, data):
+    return b"\xff" + bytes([marker]) + struct.pack(">H", len(data) + 2) + data
+
+
+def of_jpeg(*segments, end=b""):
+    """A JPEG file with more segments, and with bytes after its end."""
+    content = encoded(photo(), "JPEG", quality=95)
+    return content[:20] + b"".join(segments) + content[20:] + end
+
+
+IPTC = b"Photoshop 3.0\x008BIM\x04\x04\0\0" + struct.pack(">I", 8) + b"\x1c\x02\x78\0\x03sea\0"
+SECOND_IMAGE = "it holds a second image or a video, which would be lost"
+# two pictures, as MPF lists them, and the XMP of a gain map: Pillow then reads the first one as a plain JPEG
+GAIN_MAP = segment(0xE1, b'http://ns.adobe.com/xap/1.0/\0<rdf hdrgm:Version="1.0"/>') + segment(
+    0xE2,
+    b"MPF\0MM\0*"
+    + struct.pack(">IHHHI4sHHIIHHIII32x", 8, 3, 0xB000, 7, 4, b"0100", 0xB001, 4, 1, 2, 0xB002, 7, 32, 50, 0),
+)
+MORE_IN_JPEG = {
+    "ultra-hdr": (lambda: of_jpeg(GAIN_MAP), SECOND_IMAGE),
+    "motion": (lambda: of_jpeg(end=b"\0\0\0\x18ftypmp42"), SECOND_IMAGE),
+    "second": (lambda: of_jpeg(end=encoded(photo(), "JPEG")), SECOND_IMAGE),
+    "iptc": (lambda: of_jpeg(segment(0xED, IPTC)), "its IPTC or Photoshop block would be lost"),
+    "long-xmp": (
+        lambda: of_jpeg(segment(0xE1, b"http://ns.adobe.com/xmp/extension/\0...")),
+        "its XMP, which is longer",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MORE_IN_JPEG)
+def test_a_jpeg_that_would_lose_what_it_holds_is_refused(tmp_path, name):
+    (make, why), file = MORE_IN_JPEG[name], tmp_path / f"{name}.jpg"
+    file.write_bytes(make())
+    with pytest.raises(ValueError, match=f"the pixels of {file} cannot be turned: {why}.*: write its EXIF orientation"):
+        turn_pixels(file, 1)
+    assert len(turn_tag(file, 1, 1)) == len(make()) + 36, "nothing is lost so"
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_rows": 1}, {"exif": "thumbnail"}])
+def test_a_jpeg_without_more_is_turned(tmp_path, options):
+    """Its end is found behind several scans, restarts, and a thumbnail that has an end as well; padding is nothing."""
+    file, exif = tmp_path / "plain.jpg", tagged(6)
+    exif[ExifTags.Base.MakerNote] = encoded(photo().resize((8, 8)), "JPEG")
+    content = encoded(photo(), "JPEG", **options | ({"exif": exif} if "exif" in options else {}))
+    file.write_bytes(content + bytes(4096))
+    assert shown(turn_pixels(file, 1)).shape == np.rot90(shown(content)).shape
+
+
+@pytest.mark.parametrize("form", ["JPEG", "WEBP"])
+@pytest.mark.parametrize("exif", [{}, {"exif": tagged(6)}])
+def test_xmp_is_kept_without_an_orientation(tmp_path, monkeypatch, form, exif):
+    file = tmp_path / "captioned"
+    file.write_bytes(encoded(photo(), form, xmp=TURNED_XMP, **exif))
+    with Image.open(io.BytesIO(turn_pixels(file, 1))) as image:
+        assert image.info["xmp"] == UPRIGHT_XMP and read_orientation(image) == 1
+    # older versions of Pillow do not write that of JPEG files
+    save = Image.Image.save
+    monkeypatch.setattr(Image.Image, "save", lambda *given, xmp, **options: save(*given, **options))
+    with pytest.raises(ValueError, match="its XMP would be lost: install Pillow 11 or newer"):
+        turn_pixels(file, 1)
+
+
+def test_text_colours_and_time_of_a_png_are_kept(tmp_path):
+    file, info = tmp_path / "text.png", PngImagePlugin.PngInfo()
+    info.add_text("parameters", "a cat, steps: 20", zip=True)
+    info.add_itxt("Title", "Überschrift", "de", "Titel")
+    info.add_text("Raw profile type exif", "\nexif\n 26\n" + tagged(6).tobytes().hex())
+    colours = [(b"gAMA", struct.pack(">I", 45455)), (b"cHRM", bytes(32)), (b"sRGB", b"\0")]
+    for kind, data in (*colours, (b"tIME", bytes((7, 228, 2, 2, 20, 20, 20)))):
+        info.add(kind, data)
+    for zipped in (False, True):
+        info.add_itxt("XML:com.adobe.xmp", TURNED_XMP.decode(), zip=zipped)
+    file.write_bytes(encoded(photo(), "PNG", pnginfo=info))
+    content, written = file.read_bytes(), turn_pixels(file, 1)
+    before, after = png_chunks(content), png_chunks(written)
+    kept = {b"zTXt", b"gAMA", b"cHRM", b"sRGB", b"tIME"}
+    assert [c for c in after if c[0] in kept] == [c for c in before if c[0] in kept] and len(kept) == 5
+    xmp = b"XML:com.adobe.xmp\0\0\0\0\0" + UPRIGHT_XMP
+    assert [data for kind, data in after if kind == b"iTXt"] == [next(d for k, d in before if k == b"iTXt"), xmp, xmp]
+    assert not [data for kind, data in after if kind == b"tEXt"], "its orientation contradicts"
+    with Image.open(io.BytesIO(written)) as image:
+        assert read_orientation(image) == 1 and image.getexif()[0x010F] == "maker of cameras"
+    assert np.array_equal(shown(written), np.rot90(shown(content), -1))
+    info.add_text("Raw profile type APP1", "\ngeneric profile\n 26\n")
+    file.write_bytes(encoded(photo(), "PNG", pnginfo=info))
+    with pytest.raises(ValueError, match="the EXIF tags in its text would be lost: write its EXIF orientation instead"):
+        turn_pixels(file, 1)
+
+
+def png_chunks(content):
+    """Kind and data of each chunk, whose checksum is right."""
+    found, at = [], 8
+    while at < len(content):
+        (length,) = struct.unpack_from(">I", content, at)
+        found.append((content[at + 4 : at + 8], content[at + 8 : at + 8 + length]))
+        assert zlib.crc32(b"".join(found[-1])) == int.from_bytes(content[at + 8 + length : at + 12 + length], "big")
+        at += 12 + length
+    return found
 
 
 def test_heic_pictures_are_listed_and_not_turned_twice(album, capsys, monkeypatch):
