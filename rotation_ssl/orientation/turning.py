@@ -1,5 +1,6 @@
 """Picture files: read as they are shown, and turned by their EXIF orientation or by their pixels."""
 
+import contextlib
 import io
 import os
 import shutil
@@ -152,7 +153,7 @@ def _change_by_writing(image: ImageFile.ImageFile) -> str | None:
 
 
 def write_picture(source: Path, target: Path, content: bytes, keep_times: bool) -> None:
-    """Write a turned picture whole or not at all, with the permissions of its source.
+    """Write a turned picture whole or not at all, with the permissions of its source; one in place keeps its owner.
 
     Args:
         source: the picture that was turned.
@@ -170,6 +171,11 @@ def write_picture(source: Path, target: Path, content: bytes, keep_times: bool) 
 
     def write(unfinished: Path) -> None:
         unfinished.write_bytes(content)
+        if target.exists() and hasattr(os, "chown"):
+            replaced = target.stat()
+            # only the system's administrator may give a file to others
+            with contextlib.suppress(OSError):
+                os.chown(unfinished, replaced.st_uid, replaced.st_gid)
         shutil.copymode(source, unfinished)
         if keep_times:
             os.utime(unfinished, ns=(before.st_atime_ns, before.st_mtime_ns))

@@ -33,7 +33,7 @@ from rotation_ssl.images import read_image
 from rotation_ssl.orientation import calibration, predict_orientation, rotation_probabilities
 from rotation_ssl.orientation.exif import read_orientation, turned, write_orientation
 from rotation_ssl.orientation.predict import picture_squares
-from rotation_ssl.orientation.turning import open_picture, turn_pixels, turn_tag
+from rotation_ssl.orientation.turning import open_picture, turn_pixels, turn_tag, write_picture
 
 PHOTOS = sorted((SAMPLES / "photos").glob("*.jpg"))
 THUMB = 160  # pixels: what tests look at
@@ -450,6 +450,28 @@ def test_a_run_interrupted_while_it_writes_says_what_it_has_changed(album, tmp_p
 def test_a_model_without_a_fitted_threshold_needs_one(album, capsys):
     assert cli.main(["orient", str(album), "--model", "rotnet_nin"]) == 2
     assert "no threshold is known for rotnet_nin: give --threshold" in capsys.readouterr().err
+
+
+def test_a_picture_that_is_replaced_keeps_its_owner(tmp_path, monkeypatch):
+    file, given = tmp_path / "picture.jpg", []
+    file.write_bytes(b"before")
+    file.chmod(0o640)
+
+    def refuse(path, uid, gid):
+        given.append((path.parent, uid, gid, path.read_bytes()))
+        raise PermissionError
+
+    monkeypatch.setattr(os, "chown", refuse, raising=False)
+    write_picture(file, file, b"after", keep_times=False)
+    write_picture(file, tmp_path / "new.jpg", b"after", keep_times=False)
+    owner = file.stat()
+    assert given == [(tmp_path, owner.st_uid, owner.st_gid, b"after")], "a new file is its writer's"
+    assert file.read_bytes() == b"after" and owner.st_mode & 0o777 == 0o640
+    monkeypatch.undo()
+    if os.geteuid() == 0:
+        os.chown(file, 1234, 4321)
+        write_picture(file, file, b"again", keep_times=False)
+        assert (file.stat().st_uid, file.stat().st_gid, file.stat().st_mode & 0o777) == (1234, 4321, 0o640)
 
 
 def test_two_pictures_for_one_file_are_refused(album, tmp_path, capsys):
