@@ -1,9 +1,11 @@
 """Image files -> batches that a backbone takes."""
 
+import contextlib
 import errno
 import io
 import os
 import posixpath
+import struct
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +23,8 @@ HEIF_SUFFIXES = (".heic", ".heif")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 #: Errors of a disk or a network that fails, not of a file that is broken.
 FAILURES = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET, errno.EHOSTUNREACH, errno.EMFILE, errno.ENFILE}
+#: What Pillow raises on an EXIF block that it cannot read; such an image is upright.
+EXIF_ERRORS = (SyntaxError, ValueError, struct.error)
 #: A large JPEG of which a square is looked at is decoded at so many times the square's side, or more.
 OVERSIZE = 2
 _LONGEST = 8  # times its shorter side: what is resized of an image
@@ -53,7 +57,9 @@ def read_image(file: Path | IO[bytes] | Image.Image, least: int = 0) -> Image.Im
                 scale = max(1, min(image.size) // least)
                 image.draft(None, (image.width // scale, image.height // scale))
             image.load()
-            image.getexif()
+            # Pillow raises at an EXIF block without a header once, and then takes it for an empty one
+            with contextlib.suppress(*EXIF_ERRORS):
+                image.getexif()
             # exif_transpose has read the orientation; it would rewrite the other tags, and fail at a damaged one
             image.info.pop("exif", None)
             # of TIFFs whose white is zero Pillow inverts those of 8 bits alone

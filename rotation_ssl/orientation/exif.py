@@ -9,6 +9,8 @@ import zlib
 
 from PIL import Image
 
+from rotation_ssl.images import EXIF_ERRORS
+
 ORIENTATION = 0x0112  # the tag's number
 _SHORT, _LONG = 3, 4  # types of values
 _SIZES = {_SHORT: "H", _LONG: "I"}
@@ -26,7 +28,10 @@ def turned(orientation: int, quarters: int) -> int:
 
 def read_orientation(image: Image.Image) -> int:
     """The orientation tag of an opened image, 1 to 8; 1, which shows it as it is stored, without a valid one."""
-    found = image.getexif().get(ORIENTATION)
+    try:
+        found = image.getexif().get(ORIENTATION)
+    except EXIF_ERRORS:
+        return 1
     return found if found in _CLOCKWISE else 1
 
 

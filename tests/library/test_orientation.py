@@ -210,6 +210,30 @@ def test_damaged_files_are_refused(content, why):
         write_orientation(content, 3)
 
 
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("block", [b"Exif\0\0XX*\0\x08\0\0\0\0\0", b"Exif\0\0II*"])
+def test_a_picture_whose_exif_cannot_be_read_is_upright(tmp_path, form, block):
+    file = tmp_path / "picture"
+    file.write_bytes(encoded(photo(), form, exif=block, dpi=(72, 72)))
+    picture = open_picture(file, 64)
+    assert picture.exif == 1 and np.array_equal(np.asarray(picture.image), stored(file.read_bytes()))
+    with pytest.raises(ValueError, match=r"cannot be turned: not a TIFF file"):
+        turn_pixels(file, 1)
+
+
+def test_a_picture_whose_exif_is_no_hexadecimal_text_is_upright(tmp_path):
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Raw profile type exif", "\nexif\n 4\nno digits")
+    file = tmp_path / "picture.png"
+    file.write_bytes(encoded(photo(), "PNG", pnginfo=info))
+    assert open_picture(file, 64).exif == 1
+
+
+def stored(content):
+    with Image.open(io.BytesIO(content)) as image:
+        return np.asarray(image)
+
+
 @pytest.mark.skipif(shutil.which("exiftool") is None, reason="needs exiftool (Debian: libimage-exiftool-perl)")
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
 def test_exiftool_reads_what_is_written(tmp_path, form):
