@@ -22,7 +22,14 @@ HEIF_SUFFIXES = (".heic", ".heif")
 #: What an image file is told by, in any case.
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 #: Errors of a disk or a network that fails, not of a file that is broken.
-FAILURES = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET, errno.EHOSTUNREACH, errno.EMFILE, errno.ENFILE}
+FAILURES = {
+    getattr(errno, name)
+    for name in (
+        "EIO", "ESTALE", "ENODEV", "EBUSY", "ENOMEM", "EMFILE", "ENFILE", "EPIPE", "ENOTCONN", "ETIMEDOUT",
+        "ECONNRESET", "ECONNREFUSED", "ECONNABORTED", "ENETUNREACH", "ENETDOWN", "EHOSTUNREACH", "EHOSTDOWN",
+    )
+    if hasattr(errno, name)  # not every platform has all of them
+}  # fmt: skip
 #: What Pillow raises on an EXIF block that it cannot read; such an image is upright.
 EXIF_ERRORS = (SyntaxError, ValueError, struct.error)
 #: A large JPEG of which a square is looked at is decoded at so many times the square's side, or more.

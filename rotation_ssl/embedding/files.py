@@ -1,13 +1,15 @@
 """Files and folders by their paths, or by URLs that fsspec opens."""
 
 import contextlib
+import errno
 import io
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
-from rotation_ssl.images import is_image_name, is_of_system
+from rotation_ssl.images import FAILURES, is_image_name, is_of_system
 from rotation_ssl.messages import first_line
 from rotation_ssl.shards import MAX_IMAGE_BYTES, url_scheme
 
@@ -118,13 +120,28 @@ def _plain_errors(url: str) -> Iterator[None]:
     """What the clients of remote storage raise, of whatever family, as an OSError that names the URL."""
     try:
         yield
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{url} does not exist") from error
     except Exception as error:
-        if isinstance(error, OSError) and error.errno is not None:
+        # fsspec's http says of whatever happens that there is no such file
+        cause = error.__cause__ or error if isinstance(error, FileNotFoundError) else error
+        number = _number(cause)
+        if isinstance(error, FileNotFoundError) and number not in FAILURES:
+            raise FileNotFoundError(f"{url} does not exist") from error
+        if number is not None:
             # the number tells what failed: see rotation_ssl.embedding.local
-            raise OSError(error.errno, error.strerror, url) from error
+            raise OSError(number, getattr(cause, "strerror", None) or first_line(cause), url) from error
         raise ConnectionError(f"{url} cannot be read ({first_line(error)})") from error
+
+
+def _number(error: BaseException) -> int | None:
+    """The errno of an error; clients of remote storage have lost connections and servers that fail without one."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number is not None and number != socket.EAI_AGAIN:
+        return number
+    name, status = type(error).__name__, getattr(error, "status", None)
+    if isinstance(error, TimeoutError) or "Timeout" in name:
+        return errno.ETIMEDOUT
+    is_lost = number == socket.EAI_AGAIN or "Connection" in name or "Disconnected" in name
+    return errno.ECONNRESET if is_lost or (isinstance(status, int) and status >= 500) else None
 
 
 class _RemoteFile(io.RawIOBase):

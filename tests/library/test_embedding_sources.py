@@ -4,6 +4,7 @@ import errno
 import io
 import os
 import shutil
+import socket
 
 import fsspec
 import pyarrow
@@ -16,7 +17,7 @@ from pyarrow import parquet
 from rotation_ssl.embedding import embed
 from rotation_ssl.embedding.files import read_bytes
 from rotation_ssl.embedding.sources import find_shards, read_items
-from rotation_ssl.images import find_images
+from rotation_ssl.images import FAILURES, find_images
 from rotation_ssl.pretraining.shards import index_shards, is_shards
 
 SMALL = {"model": "rotnet_nin", "shard_size": 16, "batch_size": 8, "workers": 0, "precision": "fp32"}
@@ -277,6 +278,54 @@ def test_a_connection_that_fails_stops_the_run_and_is_no_damaged_file(remote, mo
                 embed(f"remote://{name}", out, **{**SMALL, "shard_size": 20})
         assert not list(out.glob("part*"))
         assert embed(f"remote://{name}", out, resume=True, **{**SMALL, "shard_size": 20}).images == 20
+
+
+class ServerDisconnectedError(ClientError):
+    """What a client raises when the connection is lost, without a number."""
+
+
+def of_status(status):
+    error = ClientError(f"{status}, message")
+    error.status = status
+    return error
+
+
+def no_file(cause):
+    """What fsspec's http makes of every error."""
+    error = FileNotFoundError("images/03.png")
+    error.__cause__ = cause
+    return error
+
+
+LOST = {
+    "timeout": TimeoutError(),
+    "disconnected": ServerDisconnectedError(),
+    "reset": ConnectionResetError(),
+    "refused": ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"),
+    "unmounted": OSError(errno.ENOTCONN, "Transport endpoint is not connected"),
+    "no names": socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution"),
+    "overloaded": of_status(503),
+}
+OF_THE_IMAGE = {"forbidden": of_status(403), "gone": of_status(404), "unknown": ClientError("odd")}
+
+
+@pytest.mark.parametrize("make", [lambda error: error, no_file], ids=["itself", "as a cause"])
+def test_what_is_lost_is_told_from_what_an_image_lacks(remote, monkeypatch, make):
+    monkeypatch.setattr(remote, "unopened", "images/03.png")
+    for name, error in (LOST | OF_THE_IMAGE).items():
+        monkeypatch.setattr(remote, "refusal", make(error))
+        with pytest.raises(OSError, match=r"remote://images/03\.png") as raised:
+            read_bytes("remote://images/03.png")
+        assert (raised.value.errno in FAILURES) == (name in LOST), name
+        assert isinstance(raised.value, FileNotFoundError) == (make is no_file and name not in LOST), name
+
+
+def test_a_server_that_fails_stops_the_run(remote, monkeypatch, tmp_path):
+    monkeypatch.setattr(remote, "unopened", "images/03.png")
+    monkeypatch.setattr(remote, "refusal", no_file(of_status(503)))
+    with pytest.raises(OSError, match=r"03\.png cannot be read .*503, message: 'remote://images/03\.png'\); see"):
+        embed("remote://images", tmp_path / "out", **SMALL)
+    assert not list((tmp_path / "out").glob("part*"))
 
 
 def write_table(file, **columns):
