@@ -158,7 +158,13 @@ class _RemoteFile(io.RawIOBase):
 
     def read(self, size: int = -1) -> bytes:
         with _plain_errors(self.url):
-            return self.file.read(size)
+            if size < 0:
+                return self.file.read(size)
+            content = bytearray()
+            # fsspec's http gives what has arrived where the server tells no length
+            while len(content) < size and (part := self.file.read(size - len(content))):
+                content += part
+            return bytes(content)
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         with _plain_errors(self.url):

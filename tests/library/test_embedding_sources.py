@@ -15,7 +15,7 @@ from many_images import contents, errors_of, image_bytes, rows_of, write_folder,
 from pyarrow import parquet
 
 from rotation_ssl.embedding import embed
-from rotation_ssl.embedding.files import read_bytes
+from rotation_ssl.embedding.files import open_url, read_bytes
 from rotation_ssl.embedding.sources import find_shards, read_items
 from rotation_ssl.images import FAILURES, find_images
 from rotation_ssl.pretraining.shards import index_shards, is_shards
@@ -326,6 +326,22 @@ def test_a_server_that_fails_stops_the_run(remote, monkeypatch, tmp_path):
     with pytest.raises(OSError, match=r"03\.png cannot be read .*503, message: 'remote://images/03\.png'\); see"):
         embed("remote://images", tmp_path / "out", **SMALL)
     assert not list((tmp_path / "out").glob("part*"))
+
+
+def test_a_file_that_comes_in_pieces_is_read_whole(remote, monkeypatch, tmp_path):
+    whole = remote.files["images/03.png"]
+    read, asked = Failing.read, []
+
+    def read_pieces(self, size=-1):
+        asked.append(size)
+        return read(self, min(size, 1000) if size >= 0 else size)
+
+    monkeypatch.setattr(Failing, "read", read_pieces)
+    assert read_bytes("remote://images/03.png") == whole and len(whole) > 3000
+    with open_url("remote://images/03.png") as file:
+        asked.clear()
+        assert file.read(2500) == whole[:2500] and asked == [2500, 1500, 500]
+        assert file.read(0) == b"" and file.read() == whole[2500:] and file.read(10) == b""
 
 
 def write_table(file, **columns):
