@@ -50,8 +50,8 @@ def read_image(file: Path | IO[bytes] | Image.Image, least: int = 0) -> Image.Im
             at its own size.
 
     Raises:
-        ValueError: it does not exist, does not decode, or holds 32-bit integers or floats, whose range is not known;
-            the error names the file.
+        ValueError: it does not exist, does not decode, has more pixels than Pillow reads, or holds 32-bit integers or
+            floats, whose range is not known; the error names the file.
         OSError: one of :data:`FAILURES`: the disk or the network failed, and the image may be good.
     """
     try:
@@ -76,6 +76,11 @@ def read_image(file: Path | IO[bytes] | Image.Image, least: int = 0) -> Image.Im
                 return _to_rgb(upright if white == 255 else _to_8_bits(upright, white, is_negative))
     except FileNotFoundError as error:
         raise ValueError(f"image {file} does not exist") from error
+    except Image.DecompressionBombError as error:
+        most = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6
+        raise ValueError(
+            f"image {file} has more than {most} million pixels, which are not read; make it smaller"
+        ) from error
     except Exception as error:
         if isinstance(error, OSError) and error.errno in FAILURES:
             raise OSError(error.errno, f"image {file} cannot be read, try again: {error.strerror}") from error

@@ -54,6 +54,15 @@ def test_large_jpegs_are_decoded_at_a_part_of_their_size(tmp_path, least, expect
         assert read_image(tmp_path / "x.jpg", least).tobytes() == read_image(tmp_path / "x.jpg").tobytes()
 
 
+def test_images_of_too_many_pixels_are_told_so(tmp_path, monkeypatch):
+    noise(1000, 2001).save(tmp_path / "x.jpg")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000_000)
+    with pytest.raises(
+        ValueError, match=r"x\.jpg has more than 2 million pixels, which are not read; make it smaller$"
+    ):
+        read_image(tmp_path / "x.jpg", 64)
+
+
 def features(pixels, model, layer):
     pixels = normalize(pixels, model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
     return extract_features(model, pixels, [layer])[layer]
