@@ -13,7 +13,7 @@ const WASM = "ort-wasm-simd-threaded.wasm";
 const ELONGATED = 1.1; // ratio of longer to shorter side from which the whole picture is looked at too
 const FIXED_BITS = 22; // the weights of resizing are integers, in units of 2^-22
 const STRIP_PIXELS = 1 << 21; // a picture is read in strips of about so many pixels
-const SHOWN_SIDE = 640; // the longer side of a picture on the page, at most
+const SHOWN_SIDES = [640, 240]; // the longer side of a picture on the page, at most: of the first 100, of the others
 const GAP = 12; // pixels between two attention maps
 const HEAT = ["#000004", "#320a5e", "#781c6d", "#bc3754", "#ed6925", "#fbb41a", "#fcffa4"]; // of activity 0 to 1
 // the smallest WebAssembly module with an instruction on vectors
@@ -269,20 +269,21 @@ async function createCard(name, { bitmap, pixels }, { rotation, confidence, prob
     bar.style.setProperty("--probability", probabilities[k]);
     bar.querySelector("b").textContent = percent(probabilities[k]);
   });
-  const scale = Math.min(1, SHOWN_SIDE / Math.max(bitmap.width, bitmap.height));
+  const longest = SHOWN_SIDES[Number(find("#results").childElementCount >= 100)]; // the large ones take 5 MB each
+  const scale = Math.min(1, longest / Math.max(bitmap.width, bitmap.height));
   const [width, height] = [bitmap.width, bitmap.height].map((side) => Math.max(1, Math.round(side * scale)));
   const shown = await createImageBitmap(bitmap, { resizeWidth: width, resizeHeight: height, resizeQuality: "high" });
   const quarters = outcome === "turned" ? rotation : 0;
   drawTurned(card.querySelector(".given"), shown, 0);
   drawTurned(card.querySelector(".fixed"), shown, quarters);
   drawTurned(card.querySelector(".attention"), drawAttention(shown, pixels, attention, network.size), quarters);
+  shown.close();
   return card;
 }
 
 /** Draw a picture on a canvas, turned clockwise by so many quarters. */
 function drawTurned(canvas, picture, quarters) {
-  const sides = [picture.width, picture.height];
-  [canvas.width, canvas.height] = quarters % 2 ? sides.reverse() : sides;
+  [canvas.width, canvas.height] = quarters % 2 ? [picture.height, picture.width] : [picture.width, picture.height];
   const context = canvas.getContext("2d");
   context.translate(canvas.width / 2, canvas.height / 2);
   context.rotate((quarters * Math.PI) / 2);
@@ -293,9 +294,8 @@ function drawTurned(canvas, picture, quarters) {
 function drawAttention(shown, pixels, attention, size) {
   const places = viewPlaces(pixels);
   const scale = Math.max(shown.width, shown.height) / Math.max(pixels.width, pixels.height);
-  const side = Math.min(shown.width, shown.height);
   const isWide = pixels.width > pixels.height;
-  const more = places.length > 1 ? side + GAP : 0;
+  const more = places.length > 1 ? Math.min(shown.width, shown.height) + GAP : 0;
   const canvas = newCanvas(isWide ? shown.width : shown.width + more, isWide ? shown.height + more : shown.height);
   const context = canvas.getContext("2d");
   places.forEach(({ left, top, width, height }, view) => {

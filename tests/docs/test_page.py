@@ -287,6 +287,27 @@ def test_dropped_files_are_looked_at_ten_at_once_and_broken_ones_are_named(page,
 
 
 @pytest.mark.slow
+def test_of_many_photographs_little_is_kept(page, tmp_path):
+    """Canvases and bitmaps are outside of what JavaScript's collector counts: hundreds of cards filled the memory."""
+    file = tmp_path / "large.png"
+    read_image(PHOTOS / "china.jpg").resize((1280, 856)).save(file)
+    page.evaluate(
+        "() => { const make = createImageBitmap; globalThis.made = [];"
+        "globalThis.createImageBitmap = async (...given) => (made.push(await make(...given)), made.at(-1)); }"
+    )
+    (card,) = look_at(page, [file]).values()
+    assert card.locator(".given").evaluate("canvas => canvas.width") == 640
+    # as if there were a hundred cards
+    page.evaluate(
+        "() => { const others = Array.from({ length: 99 }, () => document.createElement('p'));"
+        "document.querySelector('#results').append(...others); }"
+    )
+    (card,) = look_at(page, [file]).values()
+    assert card.locator(".given").evaluate("canvas => canvas.width") == 240
+    assert page.evaluate("made.map(bitmap => bitmap.width)") == [0, 0, 0, 0], "closed"
+
+
+@pytest.mark.slow
 def test_photographs_cannot_leave_the_page(page):
     # without CORS only the page's policy keeps a request from being sent
     code = "(url) => fetch(url, { mode: 'no-cors' }).then(() => 'sent', () => 'refused')"
