@@ -14,6 +14,7 @@ from accelerate.utils import gather_object
 from torch import nn
 
 import rotation_ssl  # noqa: F401  registers the models with timm
+from rotation_ssl.eighths import LARGEST
 from rotation_ssl.messages import counted, first_line, tell_lost_connections
 from rotation_ssl.precision import resolve_precision
 from rotation_ssl.pretraining.images import UnlabelledImages, fingerprint
@@ -77,8 +78,8 @@ def create_model(recipe: Recipe) -> nn.Module:
     """The recipe's backbone with an output for each rotation.
 
     Raises:
-        ValueError: no such model, no weights to begin with, a head that cannot be resized, or crops that the model does
-            not take.
+        ValueError: no such model, no weights to begin with, a head that cannot be resized, or crops or whole images
+            that the model does not take.
     """
     outputs, crops = len(recipe.rotations), sorted({stage.crop for stage in recipe.stages})
     try:
@@ -90,13 +91,23 @@ def create_model(recipe: Recipe) -> nn.Module:
     except (RuntimeError, TypeError, ValueError, OSError, AssertionError, ZeroDivisionError) as error:
         instead = "list_pretrained(), or leave --pretrained out" if recipe.pretrained else "list_models()"
         raise ValueError(f"model {recipe.model!r} cannot be made ({first_line(error)}); see timm.{instead}") from error
+    # held-out images, and those of whoever uses the weights, have this size: at the end of a training it is too late
+    whole = trained_size(recipe)
+    if recipe.rotation_unit == 45 and recipe.holdout and whole > LARGEST:
+        raise ValueError(
+            f"images of {whole} pixels cannot be held out of rotations by 45 degrees, which take at most {LARGEST}: "
+            "give an image_size of at most that, or holdout 0"
+        )
     model.eval()
-    for crop in crops:
+    for size in sorted({*crops, whole}):
         try:
             with torch.inference_mode():
-                shape = tuple(model(torch.zeros(2, 3, crop, crop)).shape)
+                shape = tuple(model(torch.zeros(2, 3, size, size)).shape)
         except (RuntimeError, AssertionError, ValueError, ZeroDivisionError) as error:
-            raise ValueError(f"{recipe.model} does not take crops of {crop} pixels ({first_line(error)})") from error
+            what, advice = ("crops", "") if size in crops else ("whole images", ": give images of a size that it takes")
+            raise ValueError(
+                f"{recipe.model} does not take {what} of {size} pixels ({first_line(error)}){advice}"
+            ) from error
         if shape != (2, outputs):
             raise ValueError(
                 f"{recipe.model} gives {shape} for two images, not (2, {outputs}): it has no head that can be resized "

@@ -499,6 +499,23 @@ def test_held_out_images_are_made_to_fit_a_backbone_of_one_size(images, tmp_path
     assert json.loads((tmp_path / "run.json").read_text())["holdout_rotation_accuracy"]["n"] == 40
 
 
+def test_whole_images_are_checked_before_the_training(images, tmp_path):
+    """The held-out images are whole, and come last: an error then would cost the weights."""
+    recipe = dataclasses.replace(
+        TINY, model="vit_tiny_patch16_224", stages=(Stage(2, 16),), padding=0, optimizer=AdamW()
+    )  # fmt: skip
+    pretrain(recipe, images, tmp_path / "vit")
+    # a ViT whose name does not say that it takes one size
+    larger = dataclasses.replace(recipe, model=f"local-dir:{tmp_path / 'vit'}", image_size=32, holdout=10)
+    with pytest.raises(ValueError, match=r"does not take whole images of 32 pixels \(.*\): give images of a"):
+        create_model(larger)
+    create_model(dataclasses.replace(larger, image_size=16))
+    eighths = dataclasses.replace(TINY, rotations=tuple(range(8)), rotation_unit=45, image_size=72)
+    with pytest.raises(ValueError, match="images of 72 pixels cannot be held out of rotations by 45 degrees"):
+        create_model(dataclasses.replace(eighths, holdout=1))
+    create_model(eighths)
+
+
 def test_crops_that_are_resized_and_arguments_of_the_model(images, tmp_path):
     recipe = dataclasses.replace(
         TINY, model="rotnet_alexnet", model_args=(("fc_size", 0),), scale=(0.4, 1.0), padding=0,
