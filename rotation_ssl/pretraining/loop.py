@@ -167,7 +167,11 @@ def prepare(
         progress.begun_with = published_weights_of(network)
     if sync_batchnorm:
         network = convert_sync_batchnorm(network)
-    network.to(accelerator.device).to(memory_format=torch.channels_last)
+    network.to(accelerator.device)
+    for tensor in (*network.parameters(), *network.buffers()):
+        # Module.to would ask the same of the five dimensions of a Conv3d, which raises
+        if tensor.ndim == 4:
+            tensor.data = tensor.data.to(memory_format=torch.channels_last)
     average = None
     if recipe.average:
         average = swa_utils.AveragedModel(network, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(recipe.average))

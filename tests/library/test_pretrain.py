@@ -408,6 +408,27 @@ def test_any_backbone_of_timm(images, tmp_path, model):
     timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=7)
 
 
+class Volumes(nn.Module):
+    """A network with a Conv3d, as timm's lambda_resnet26t has."""
+
+    def __init__(self):
+        super().__init__()
+        self.pretrained_cfg = {"input_size": (3, 16, 16), "architecture": "volumes"}
+        self.num_classes = self.num_features = 4
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.volumes, self.head = nn.Conv3d(1, 1, (1, 3, 3)), nn.Linear(4, 4)
+
+    def forward(self, images):
+        features = self.norm(self.conv(images)).relu()
+        return self.head(self.volumes(features.unsqueeze(1)).squeeze(1).mean((2, 3)))
+
+
+def test_a_backbone_with_a_convolution_in_three_dimensions(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(timm, "create_model", lambda *args, **kwargs: Volumes())
+    pretrain(SHORT, images, tmp_path)
+    assert weights(tmp_path)["volumes.weight"].shape == (1, 1, 1, 3, 3)
+
+
 class Stubborn(nn.Linear):
     """A network whose head is what it is."""
 
