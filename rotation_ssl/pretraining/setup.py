@@ -131,8 +131,9 @@ def published_weights_of(network: nn.Module) -> dict[str, Any]:
 
 def takes_one_size(model: str) -> bool:
     """Whether a model, such as a ViT, takes images of a single size, which is set as it is made."""
-    architecture = model.split(".", 1)[0]
-    return timm.is_model(architecture) and bool(timm.get_pretrained_cfg_value(architecture, "fixed_input_size"))
+    # None for a model that was registered without one, and for a folder or a repository
+    cfg = timm.get_pretrained_cfg(model.split(".", 1)[0])
+    return cfg is not None and cfg.fixed_input_size
 
 
 def trained_size(recipe: Recipe) -> int:

@@ -26,7 +26,13 @@ from rotation_ssl.pretraining.command import changed
 from rotation_ssl.pretraining.loop import pretrain, update_statistics
 from rotation_ssl.pretraining.optim import create_optimizers
 from rotation_ssl.pretraining.recipe import AdamW, LinearSchedule, Sgd, Stage
-from rotation_ssl.pretraining.setup import create_accelerator, create_model, published_weights_of
+from rotation_ssl.pretraining.setup import (
+    create_accelerator,
+    create_model,
+    published_weights_of,
+    takes_one_size,
+    trained_size,
+)
 from rotation_ssl.pretraining.state import find_checkpoint
 from rotation_ssl.rotations import count_correct, rotate_all, rotation_labels
 from training import pretrain as command
@@ -427,6 +433,17 @@ def test_a_backbone_with_a_convolution_in_three_dimensions(images, tmp_path, mon
     monkeypatch.setattr(timm, "create_model", lambda *args, **kwargs: Volumes())
     pretrain(SHORT, images, tmp_path)
     assert weights(tmp_path)["volumes.weight"].shape == (1, 1, 1, 3, 3)
+
+
+def test_a_registered_model_without_a_configuration(monkeypatch):
+    def bare(pretrained=False, num_classes=10, **kwargs):
+        return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, num_classes))
+
+    # what register_model does for a module without default_cfgs
+    monkeypatch.setitem(timm.models._registry._model_entrypoints, "bare", bare)
+    recipe = dataclasses.replace(TINY, model="bare")
+    create_model(recipe)
+    assert not takes_one_size("bare") and trained_size(recipe) == 16
 
 
 class Stubborn(nn.Linear):
