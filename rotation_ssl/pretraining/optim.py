@@ -78,7 +78,8 @@ def create_optimizers(settings: Sgd | Muon | AdamW, model: nn.Module, precision:
         muon = Float32Muon(filters, settings.lr, settings.momentum)
     else:
         muon = TimmMuon(
-            filters,
+            # all of them, as in fp32: timm would leave depthwise and narrow filters to Adam, at Muon's high rate
+            [{"params": filters, "use_muon": True}],
             lr=settings.lr,
             momentum=settings.momentum,
             nesterov=True,

@@ -91,16 +91,17 @@ def test_muon_takes_the_plain_orthogonal_step(precision):
     assert values.min() > 0.5 and values.max() < 1.5
 
 
-def test_muon_in_float32_goes_where_timms_goes():
+@pytest.mark.parametrize("groups", [1, 8], ids=["dense", "depthwise"])
+def test_muon_in_float32_goes_where_timms_goes(groups):
     """Three steps with momentum; what timm rounds to bfloat16 moves it by a few hundredths of the way."""
     moved = {}
     for precision in ("fp32", "bf16"):
         torch.manual_seed(0)
-        model = torch.nn.Sequential(torch.nn.Conv2d(8, 16, 3, bias=False), torch.nn.BatchNorm2d(16))
+        model = torch.nn.Sequential(torch.nn.Conv2d(8, 16, 3, groups=groups, bias=False), torch.nn.BatchNorm2d(16))
         muon, _ = create_optimizers(Muon(lr=0.1), model, precision)
         before = model[0].weight.detach().clone()
         for _ in range(3):
-            model[0].weight.grad = torch.randn(16, 8, 3, 3)
+            model[0].weight.grad = torch.randn(16, 8 // groups, 3, 3)
             muon.step()
         moved[precision] = model[0].weight.detach() - before
     assert (moved["fp32"] - moved["bf16"]).norm() < 0.03 * moved["bf16"].norm()
