@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import warnings
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ from rotation_ssl.precision import resolve_precision
 from rotation_ssl.pretraining.images import UnlabelledImages, fingerprint
 from rotation_ssl.pretraining.recipe import Muon, Recipe
 from rotation_ssl.zoo import published_entry
+
+# the other processes wait while the first one downloads or lists the images: NCCL would end them after 10 minutes
+PATIENCE = timedelta(hours=12)
 
 
 def create_accelerator(
@@ -47,7 +51,7 @@ def create_accelerator(
             # a tracker that is not installed is refused below, in our own words
             warnings.filterwarnings("ignore", message="`log_with=")
             # the device is found first: it decides what 'auto' is
-            precision = resolve_precision(recipe.precision, PartialState(cpu=cpu).device)
+            precision = resolve_precision(recipe.precision, PartialState(cpu=cpu, timeout=PATIENCE).device)
             accelerator = Accelerator(
                 cpu=cpu,
                 mixed_precision="no" if precision == "fp32" else precision,

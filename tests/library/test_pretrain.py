@@ -8,10 +8,12 @@ import re
 import signal
 import subprocess
 import sys
+from datetime import timedelta
 
 import pytest
 import timm
 import torch
+from accelerate.state import AcceleratorState
 from conftest import ROOT
 from safetensors.torch import load_file
 from tiny_runs import SHORT, TINY, assert_two_trained_as_one, interrupt, same, sample_images, weights
@@ -294,6 +296,24 @@ def torchrun(*arguments):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
     starter = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     return subprocess.run([*starter, *arguments], capture_output=True, text=True, check=False, env=environment)
+
+
+def test_processes_wait_for_hours_while_the_first_one_downloads(monkeypatch):
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_PORT", "1")
+    given = {}
+
+    def no_group(**options):
+        given.update(options)
+        raise ValueError("there is no second process")
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", no_group)
+    AcceleratorState._reset_state(reset_partial_state=True)  # it is that of a single process
+    with pytest.raises(ValueError, match="cannot be set up: there is no second process"):
+        create_accelerator(TINY, cpu=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert given["timeout"] >= timedelta(hours=12)
 
 
 def test_shares_that_do_not_divide_a_step(images, tmp_path):
