@@ -23,7 +23,7 @@ from rotation_ssl.pretraining.recipe import Muon, Recipe
 from rotation_ssl.zoo import published_entry
 
 # the other processes wait while the first one downloads or lists the images: NCCL would end them after 10 minutes
-PATIENCE = timedelta(hours=12)
+PATIENCE = timedelta(hours=2)
 
 
 def create_accelerator(

@@ -679,7 +679,7 @@ def test_xmp_is_kept_without_an_orientation(tmp_path, monkeypatch, form, exif):
 def test_text_colours_and_time_of_a_png_are_kept(tmp_path):
     file, info = tmp_path / "text.png", PngImagePlugin.PngInfo()
     info.add_text("parameters", "a cat, steps: 20", zip=True)
-    info.add_itxt("Title", "Überschrift", "de", "Titel")
+    info.add_itxt("Title", "Überschrift", "de", "Bildname")
     info.add_text("Raw profile type exif", "\nexif\n 26\n" + tagged(6).tobytes().hex())
     colours = [(b"gAMA", struct.pack(">I", 45455)), (b"cHRM", bytes(32)), (b"sRGB", b"\0")]
     for kind, data in (*colours, (b"tIME", bytes((7, 228, 2, 2, 20, 20, 20)))):

@@ -313,7 +313,7 @@ def test_processes_wait_for_hours_while_the_first_one_downloads(monkeypatch):
     with pytest.raises(ValueError, match="cannot be set up: there is no second process"):
         create_accelerator(TINY, cpu=True)
     AcceleratorState._reset_state(reset_partial_state=True)
-    assert given["timeout"] >= timedelta(hours=12)
+    assert given["timeout"] >= timedelta(hours=2)
 
 
 def test_shares_that_do_not_divide_a_step(images, tmp_path):
