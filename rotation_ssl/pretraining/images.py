@@ -8,7 +8,10 @@ does not decode is skipped: the next one that does takes its place, and it is co
 
 import hashlib
 import io
+import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -324,3 +327,18 @@ def _collate(
 
 def _set_apart(worker: int) -> None:
     os.setpgrp()
+    run = multiprocessing.parent_process()
+    if run and hasattr(signal, "sigwaitinfo"):
+        # a signal is only waited for where it is blocked, in all threads: those that are started later inherit it
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_the_run, args=(run.pid,), daemon=True).start()
+
+
+def _end_with_the_run(run: int) -> None:
+    """End this worker at a SIGTERM of the run itself, which may need it until its checkpoint is written.
+
+    Slurm and systemd send theirs to every process of a job. A worker whose run was killed ends by itself.
+    """
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != run:
+        pass
+    os._exit(0)

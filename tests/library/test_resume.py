@@ -4,6 +4,7 @@ import concurrent.futures
 import dataclasses
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ import sys
 import textwrap
 
 import pytest
+import torch
 from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -20,7 +22,7 @@ from tiny_runs import SHORT, TINY, interrupt, run_killed, same, sample_images, w
 
 from rotation_ssl import zoo
 from rotation_ssl.pretraining import loop, outputs
-from rotation_ssl.pretraining.images import open_images
+from rotation_ssl.pretraining.images import open_images, stream
 from rotation_ssl.pretraining.loop import pretrain
 from rotation_ssl.pretraining.recipe import AdamW, Sgd, Stage
 from rotation_ssl.pretraining.setup import create_accelerator
@@ -57,6 +59,36 @@ def test_a_stop_request_saves_and_resumes_exactly(images, tmp_path, monkeypatch,
     whole, parts = (json.loads((tmp_path / name / "run.json").read_text())["curve"] for name in ("whole", "parts"))
     assert [(p["step"], p["loss"]) for p in whole] == [(p["step"], p["loss"]) for p in parts]
     assert not (tmp_path / "parts" / "checkpoints").exists()
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="macOS and Windows do not tell who sent a signal")
+def test_a_stop_of_the_whole_job_leaves_the_workers_alive(small_cifar10, tmp_path, monkeypatch):
+    """Slurm and systemd send SIGTERM to every process of a job."""
+    photos, ended = small_cifar10 / "train", []
+
+    def stop_all():
+        ended.extend(multiprocessing.active_children())
+        # from another process: the workers heed their parent's
+        subprocess.run(["kill", "-TERM", str(os.getpid()), *(str(worker.pid) for worker in ended)], check=True)
+
+    interrupt(monkeypatch, 3, stop_all)
+    checkpoint = pretrain(SHORT, open_images("folder", photos, 16), tmp_path / "parts", workers=2)
+    monkeypatch.undo()
+    assert checkpoint == tmp_path / "parts" / "checkpoints" / "step-000003"
+    assert [worker.exitcode for worker in ended] == [0, 0]
+    pretrain(SHORT, open_images("folder", photos, 16), tmp_path / "parts", resume=True)
+    pretrain(SHORT, open_images("folder", photos, 16), tmp_path / "whole")
+    assert same(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+
+
+def test_a_worker_ends_at_the_sigterm_of_its_run(small_cifar10):
+    batches = stream(open_images("folder", small_cifar10 / "train", 16), torch.arange(40).split(4), 1)
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    worker.terminate()
+    worker.join(timeout=60)
+    assert worker.exitcode == 0
+    batches.close()
 
 
 def test_it_trains_in_another_thread_where_no_signal_is_heard(images, tmp_path):
