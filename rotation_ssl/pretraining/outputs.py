@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ from rotation_ssl.pretraining.recipe import Recipe, field_defaults
 from rotation_ssl.pretraining.setup import trained_size
 from rotation_ssl.pretraining.state import Progress, copied_state
 from rotation_ssl.rotations import ROTATION_NAMES, ROTATIONS
+
+# seconds: NFS remembers for up to 30, by default, that a name does not exist, of the folder and then of a file in it
+APPEARS_WITHIN = 90
 
 
 @contextlib.contextmanager
@@ -52,7 +56,7 @@ def lock_output(accelerator: Accelerator, output: Path) -> Iterator[None]:
         raise refusal[0]
     try:
         # every process writes a part of each checkpoint
-        if not all(gather_object([(output / ".lock").exists()])):
+        if not all(gather_object([accelerator.is_main_process or _appears(output / ".lock")])):
             raise ValueError(f"{output} is not the same folder on all machines: give an --output that they share")
         yield
     finally:
@@ -63,6 +67,16 @@ def lock_output(accelerator: Accelerator, output: Path) -> Iterator[None]:
             if made:
                 with contextlib.suppress(OSError):
                     output.rmdir()  # nothing was written
+
+
+def _appears(file: Path) -> bool:
+    """Whether a file of another machine is there, or comes within APPEARS_WITHIN seconds."""
+    end = time.monotonic() + APPEARS_WITHIN
+    while not file.exists():
+        if time.monotonic() > end:
+            return False
+        time.sleep(1)
+    return True
 
 
 class Metrics:

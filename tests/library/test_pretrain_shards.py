@@ -456,6 +456,26 @@ def test_another_output_on_another_machine_is_refused(few, tmp_path, monkeypatch
     assert not (tmp_path / "run").exists()
 
 
+def test_an_output_that_another_machine_sees_late_is_waited_for(tmp_path, monkeypatch):
+    """NFS remembers for a while that a name did not exist."""
+    second, waited = SimpleNamespace(is_main_process=False), []
+    for name in ("broadcast_object_list", "gather_object"):
+        monkeypatch.setattr(outputs, name, lambda mine: mine)
+
+    def appear(seconds):
+        waited.append(seconds)
+        if len(waited) == 3:
+            (tmp_path / ".lock").touch()
+
+    monkeypatch.setattr("time.sleep", appear)
+    with outputs.lock_output(second, tmp_path):
+        assert len(waited) == 3
+    monkeypatch.setattr(outputs, "APPEARS_WITHIN", -1)
+    other = outputs.lock_output(second, tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="is not the same folder on all machines"), other:
+        pass
+
+
 def test_other_shards_on_another_machine_are_refused(few, tmp_path, monkeypatch):
     monkeypatch.setattr(setup, "gather_object", lambda mine: [*mine, mine[0] | {"images": "others", "seed": "1"}])
     with pytest.raises(ValueError, match=r"started with different options or images \(seed, images\): give all mach"):
