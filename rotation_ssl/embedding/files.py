@@ -135,12 +135,14 @@ def _plain_errors(url: str) -> Iterator[None]:
 def _number(error: BaseException) -> int | None:
     """The errno of an error; clients of remote storage have lost connections and servers that fail without one."""
     number = error.errno if isinstance(error, OSError) else None
-    if number is not None and number != socket.EAI_AGAIN:
+    # numbers of name servers are numbers of other errors on some systems
+    is_unresolved = isinstance(error, socket.gaierror) and number == socket.EAI_AGAIN
+    if number is not None and not is_unresolved:
         return number
     name, status = type(error).__name__, getattr(error, "status", None)
     if isinstance(error, TimeoutError) or "Timeout" in name:
         return errno.ETIMEDOUT
-    is_lost = number == socket.EAI_AGAIN or "Connection" in name or "Disconnected" in name
+    is_lost = is_unresolved or "Connection" in name or "Disconnected" in name
     return errno.ECONNRESET if is_lost or (isinstance(status, int) and status >= 500) else None
 
 

@@ -27,8 +27,8 @@ def loss_of_jpeg(image: Image.Image, content: bytes) -> str | None:
         content: its bytes.
     """
     # Pillow shows the first picture alone of an Ultra HDR file, and of none what stands after it
-    if "mp" in image.info or content[_jpeg_end(content) :].strip(b"\0"):
-        return "it holds a second image or a video, which would be lost"
+    if "mp" in image.info or content[_jpeg_end(content) :].strip(b"\0\r\n\t "):
+        return "it holds more than its image, such as a second one or a video, which would be lost"
     if image.info.get("photoshop"):
         return "its IPTC or Photoshop block would be lost"
     if any(segment.startswith(_LONG_XMP) for _, segment in getattr(image, "applist", [])):

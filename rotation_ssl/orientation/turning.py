@@ -77,8 +77,8 @@ def turn_pixels(path: Path, quarters: int) -> bytes:
 
     Raises:
         ValueError: a file of several frames, of a format or colours that cannot be written as they were, a JPEG file
-            with a second image, a video or IPTC, a TIFF file with an EXIF block or lossy compression, or one that does
-            not decode; the error names the file.
+            with a second image, a video, IPTC or XMP that Pillow does not write, a TIFF file with an EXIF block or
+            lossy compression, or one that does not decode; the error names the file.
     """
     try:
         content = path.read_bytes()

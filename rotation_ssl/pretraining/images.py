@@ -328,8 +328,9 @@ def _collate(
 def _set_apart(worker: int) -> None:
     os.setpgrp()
     run = multiprocessing.parent_process()
-    if run and hasattr(signal, "sigwaitinfo"):
-        # a signal is only waited for where it is blocked, in all threads: those that are started later inherit it
+    if run and run.pid == os.getppid() and hasattr(signal, "sigwaitinfo"):
+        # a signal is only waited for where it is blocked, in all threads, and a process that was forked has one; one of
+        # a fork server has those of the libraries that it imported
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_with_the_run, args=(run.pid,), daemon=True).start()
 

@@ -16,6 +16,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 import timm
 import torch
@@ -491,11 +492,6 @@ def test_a_picture_that_is_replaced_keeps_its_owner(tmp_path, monkeypatch):
     owner = file.stat()
     assert given == [(tmp_path, owner.st_uid, owner.st_gid, b"after")], "a new file is its writer's"
     assert file.read_bytes() == b"after" and owner.st_mode & 0o777 == 0o640
-    monkeypatch.undo()
-    if os.geteuid() == 0:
-        os.chown(file, 1234, 4321)
-        write_picture(file, file, b"again", keep_times=False)
-        assert (file.stat().st_uid, file.stat().st_gid, file.stat().st_mode & 0o777) == (1234, 4321, 0o640)
 
 
 def test_two_pictures_for_one_file_are_refused(album, tmp_path, capsys):
@@ -624,7 +620,7 @@ def of_jpeg(*segments, end=b""):
 
 
 IPTC = b"Photoshop 3.0\x008BIM\x04\x04\0\0" + struct.pack(">I", 8) + b"\x1c\x02\x78\0\x03sea\0"
-SECOND_IMAGE = "it holds a second image or a video, which would be lost"
+SECOND_IMAGE = "it holds more than its image, such as a second one or a video, which would be lost"
 # two pictures, as MPF lists them, and the XMP of a gain map: Pillow then reads the first one as a plain JPEG
 GAIN_MAP = segment(0xE1, b'http://ns.adobe.com/xap/1.0/\0<rdf hdrgm:Version="1.0"/>') + segment(
     0xE2,
@@ -658,7 +654,7 @@ def test_a_jpeg_without_more_is_turned(tmp_path, options):
     file, exif = tmp_path / "plain.jpg", tagged(6)
     exif[ExifTags.Base.MakerNote] = encoded(photo().resize((8, 8)), "JPEG")
     content = encoded(photo(), "JPEG", **options | ({"exif": exif} if "exif" in options else {}))
-    file.write_bytes(content + bytes(4096))
+    file.write_bytes(content + bytes(4096) + b"\r\n")
     assert shown(turn_pixels(file, 1)).shape == np.rot90(shown(content)).shape
 
 
@@ -666,6 +662,8 @@ def test_a_jpeg_without_more_is_turned(tmp_path, options):
 @pytest.mark.parametrize("exif", [{}, {"exif": tagged(6)}])
 def test_xmp_is_kept_without_an_orientation(tmp_path, monkeypatch, form, exif):
     file = tmp_path / "captioned"
+    if form == "JPEG" and int(PIL.__version__.split(".")[0]) < 11:
+        pytest.skip("before version 11 Pillow does not write the XMP of JPEG files")
     file.write_bytes(encoded(photo(), form, xmp=TURNED_XMP, **exif))
     with Image.open(io.BytesIO(turn_pixels(file, 1))) as image:
         assert image.info["xmp"] == UPRIGHT_XMP and read_orientation(image) == 1
