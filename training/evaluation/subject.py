@@ -87,10 +87,7 @@ def load_subject(
         raise ValueError(
             f"{model} could not be loaded ({reason}): give other weights, or --random where the command has it"
         ) from error
-    # copied: tensors of modules that have two names share memory, which safetensors refuses
-    copies = {k: v.clone(memory_format=torch.contiguous_format) for k, v in backbone.state_dict().items()}
-    content = weights.read_bytes() if weights else save(copies)
-    digest = hashlib.sha256(content).hexdigest()
+    digest = hashlib.sha256(weights.read_bytes() if weights else _tensor_bytes(backbone)).hexdigest()
     name = f"{model if weights else architecture}@{digest[:12]}"
     if random:
         # the name model.random is for the network of the bundled weights
@@ -146,6 +143,11 @@ def measured_value(subject: Subject, value: float, data: str, settings: str, sec
         seconds=round(seconds, 1),
         **fields,
     )
+
+
+def _tensor_bytes(backbone: nn.Module) -> bytes:
+    # copied: tensors of modules that have two names share memory, which safetensors refuses
+    return save({k: v.clone(memory_format=torch.contiguous_format) for k, v in backbone.state_dict().items()})
 
 
 def _published_args(model: str) -> dict[str, Any]:
