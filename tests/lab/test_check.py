@@ -238,6 +238,16 @@ def test_without_cifar10_other_numbers_are_measured(results, tmp_path, capsys, m
     assert "of CIFAR-10 test: give --data DIR" in capsys.readouterr().out
 
 
+def test_a_pattern_chooses_protocols(results, small_cifar10, capsys, monkeypatch):
+    measured = []
+    monkeypatch.setattr(check, "measure_sources", lambda rows, *_: measured.extend(rows) or ())
+    assert run(results, small_cifar10, "--only", "*linear", "rotation") == 0
+    assert {row.protocol for row in measured} == {"linear", "nonlinear", "rotation"}
+    with pytest.raises(SystemExit):
+        run(results, small_cifar10, "--only", "liner")
+    assert "--only: no protocol is called 'liner'; there are rotation, knn, linear," in capsys.readouterr().err
+
+
 @pytest.fixture
 def one_changed_tensor(weights_dir):
     """The published weights with one tensor changed, in a folder that passes for the package's."""

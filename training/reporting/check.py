@@ -43,7 +43,7 @@ from rotation_ssl.messages import counted
 from rotation_ssl.zoo.golden import GOLDEN_TOLERANCE, golden_difference
 from training.command import create_parser, run
 from training.reporting.again import QUICK_PARTS, How, measure_sources, one_of_each_training
-from training.reporting.options import add_data_arguments, add_only, advice, no_cifar10, option_of, source_of
+from training.reporting.options import add_data_arguments, add_only, advice, asked_for, no_cifar10, option_of, source_of
 from training.reporting.report import check_rows
 from training.reporting.required import complaints
 from training.reporting.rows import (
@@ -165,7 +165,7 @@ def chosen_rows(every: Sequence[Row], args: argparse.Namespace) -> list[Row]:
         raise ValueError(
             f"no reported number is asked for by --weights {' '.join(unknown)}: there are rows of {', '.join(known)}"
         )
-    rows = [row for row in every if args.only is None or row.protocol in args.only]
+    rows = [row for row in every if asked_for(row, args)]
     rows = [row for row in rows if args.weights is None or row.weights in args.weights]
     if args.quick:
         rows = [row for row in rows if row.protocol in QUICK_PROTOCOLS and row.weights in zoo.bundled()]

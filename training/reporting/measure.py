@@ -23,7 +23,7 @@ from rotation_ssl.machine import check_device
 from rotation_ssl.messages import counted
 from training.command import create_parser, run
 from training.reporting.again import How, measure_sources
-from training.reporting.options import add_data_arguments, add_only, advice, source_of
+from training.reporting.options import add_data_arguments, add_only, advice, asked_for, source_of
 from training.reporting.report import keep_row
 from training.reporting.required import REQUIRED, missing_rows, outdated
 from training.reporting.rows import RESULTS_DIR, Row, read_rows, require_committed
@@ -41,7 +41,7 @@ def missing(weights: str, results: Path) -> list[Row]:
 def _work(args: argparse.Namespace) -> None:
     check_device(args.device)
     wanted = missing(args.weights, args.results)
-    wanted = [row for row in wanted if not args.only or row.protocol in args.only]
+    wanted = [row for row in wanted if asked_for(row, args)]
     if args.list or not wanted:
         verb = "is" if len(wanted) == 1 else "are"
         print(*(row.number for row in wanted), f"{counted(len(wanted), 'number')} {verb} missing", sep="\n")

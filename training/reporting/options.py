@@ -1,6 +1,7 @@
 """Where the datasets of reported numbers are: the options of the commands that measure them."""
 
 import argparse
+import fnmatch
 from pathlib import Path
 
 from training.command import CIFAR10_DIR, add_cifar10
@@ -35,9 +36,20 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 def add_only(parser: argparse.ArgumentParser) -> None:
     """Add the option that chooses protocols."""
     parser.add_argument(
-        "--only", nargs="+", choices=PROTOCOLS, metavar="ID",
-        help="protocols, such as rotation, knn, linear-sgd or voc-segmentation; an unknown one lists them [all]",
+        "--only", nargs="+", type=_some_protocols, metavar="ID",
+        help="protocols, such as knn, linear-sgd or 'voc-*'; an unknown one lists them [all]",
     )  # fmt: skip
+
+
+def asked_for(row: Row, args: argparse.Namespace) -> bool:
+    """Whether a row is of a protocol that ``--only`` chooses."""
+    return args.only is None or any(fnmatch.fnmatchcase(row.protocol, pattern) for pattern in args.only)
+
+
+def _some_protocols(pattern: str) -> str:
+    if not fnmatch.filter(PROTOCOLS, pattern):
+        raise argparse.ArgumentTypeError(f"no protocol is called {pattern!r}; there are {', '.join(PROTOCOLS)}")
+    return pattern
 
 
 def option_of(row: Row, args: argparse.Namespace) -> str:
