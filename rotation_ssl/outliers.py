@@ -134,7 +134,7 @@ def auroc(normal: torch.Tensor, outlying: torch.Tensor) -> float:
     scores = torch.cat([normal, outlying]).double()
     _, inverse, counts = scores.unique(return_inverse=True, return_counts=True)
     # equal scores share the mean of their ranks, from 1
-    ranks = (counts.cumsum(0) - (counts - 1) / 2)[inverse]
+    ranks = (counts.cumsum(0) - (counts.double() - 1) / 2)[inverse]
     above = ranks[len(normal) :].sum() - len(outlying) * (len(outlying) + 1) / 2
     return float(above / (len(normal) * len(outlying)))
 

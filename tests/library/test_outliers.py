@@ -98,6 +98,12 @@ def test_auroc_is_scikit_learns(normal, outlying):
     assert found + auroc(torch.tensor(outlying), torch.tensor(normal)) == pytest.approx(1)
 
 
+def test_scores_that_are_apart_have_an_auroc_of_exactly_one():
+    # float32 cannot hold the sum of 10,000 ranks
+    scores = torch.linspace(0, 1, 20_000)
+    assert auroc(scores[:10_000], scores[10_000:]) == 1.0
+
+
 @given(SCORES, SCORES, st.sampled_from([0.5, 0.95, 1.0]))
 def test_enough_normal_images_pass(normal, outlying, kept):
     normal, outlying = torch.tensor(normal), torch.tensor(outlying)
