@@ -32,6 +32,17 @@ def short(name, **changes):
     return dataclasses.replace(TRANSFERS[name], **{"images": 96, "batch_size": 16} | changes)
 
 
+@pytest.mark.parametrize(
+    ("name", "epochs", "drops"),
+    [("few-labels-paper", 100, [35, 70, 85]), ("supervised-paper", 200, [60, 120, 160])],
+)
+def test_the_paper_budgets_are_the_authors(name, epochs, drops):
+    # config/CIFAR10_ConvClassifier_on_RotNet_NIN4blocks_Conv2_feats_K20.py and config/CIFAR10_supervised_NIN_K20.py
+    recipe = TRANSFERS[name]
+    assert (recipe.images, recipe.batch_size, recipe.lr, recipe.schedule.factor) == (epochs * 50_000, 128, 0.1, 0.2)
+    assert [milestone * epochs for milestone in recipe.schedule.milestones] == pytest.approx(drops)
+
+
 @pytest.mark.parametrize("recipe", [name for name in TRANSFERS if name.endswith("-cpu")])
 def test_every_recipe_end_to_end(recipe, small_cifar10, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(TRANSFERS, recipe, dataclasses.replace(TRANSFERS[recipe], batch_size=16))

@@ -6,10 +6,10 @@
 
 The network is the backbone up to one layer (block2 is recommended) and a classifier on it. With the convolutional
 classifier on block2 it is the paper's NIN of three blocks, which is also the paper's supervised baseline. Recipes that
-end in -paper train on 5,000,000 crops as the authors do, those that end in -cpu on a small fixed number; --images
-overrides it. --labels-per-class takes the first K images of each class, as in the paper, or K random ones
-per seed (--draw random). Without --labels-per-class all training images are used. The final network is tested, not the
-best one.
+end in -paper train on 5,000,000 crops (supervised-paper on 10,000,000) as the authors do, those that end in -cpu on a
+small fixed number; --images overrides it. --labels-per-class takes the first K images of each class, as in the paper,
+or K random ones per seed (--draw random). Without --labels-per-class all training images are used. The final network is
+tested, not the best one.
 
 MODEL is any timm model, with its published weights, --random weights, or the weights of a file (--weights FILE). DIR
 contains CIFAR-10; use --dataset folder for other images. Results are written to --output: rows.jsonl, report.md,

@@ -33,7 +33,7 @@ class TransferRecipe:
     precision: str = "fp32"
 
 
-PAPER_IMAGES = 100 * 50_000  # the authors draw 50,000 images an epoch, however few labels there are
+AUTHORS_EPOCH = 50_000  # images that the authors draw in an epoch, however few labels there are
 CPU_IMAGES = 600 * 128  # 5 to 12 minutes on 2 cores
 CONVOLUTIONAL_SCHEDULE = StepSchedule(milestones=(0.35, 0.7, 0.85), factor=0.2)
 NONLINEAR_SCHEDULE = StepSchedule(milestones=(0.2, 0.4, 0.45), factor=0.2)
@@ -65,17 +65,23 @@ FINETUNE_NONLINEAR_CPU = dataclasses.replace(
     schedule=NONLINEAR_SCHEDULE,
 )
 _CPU_TRANSFERS = (FEW_LABELS_CPU, SUPERVISED_CPU, FINETUNE_CONVOLUTIONAL_CPU, FINETUNE_NONLINEAR_CPU)
-_PAPER_TRANSFERS = tuple(
-    dataclasses.replace(
+_PAPER_TRANSFERS = {
+    recipe.protocol: dataclasses.replace(
         recipe,
         name=recipe.name.replace("-cpu", "-paper"),
         budget="paper",
-        images=PAPER_IMAGES,
+        images=100 * AUTHORS_EPOCH,
         precision="fp32",
     )
     for recipe in _CPU_TRANSFERS
+}
+# the authors train this one twice as long, and lower its rate after 60, 120 and 160 of 200 epochs
+_PAPER_TRANSFERS["supervised"] = dataclasses.replace(
+    _PAPER_TRANSFERS["supervised"],
+    images=200 * AUTHORS_EPOCH,
+    schedule=StepSchedule(milestones=(0.3, 0.6, 0.8), factor=0.2),
 )
-TRANSFERS = {recipe.name: recipe for recipe in (*_CPU_TRANSFERS, *_PAPER_TRANSFERS)}
+TRANSFERS = {recipe.name: recipe for recipe in (*_CPU_TRANSFERS, *_PAPER_TRANSFERS.values())}
 
 
 @dataclass(frozen=True)
