@@ -179,7 +179,8 @@ def convolutional_probe(in_channels: int, num_classes: int, channels: int = 192)
     """The paper's convolutional classifier: a NIN block (3 x 3, 1 x 1, 1 x 1), global average pooling, a linear layer.
 
     Table 3 of Gidaris et al. 2018. Takes (N, C, H, W) with C = ``in_channels``; gives logits (N, num_classes). Filters
-    are initialised as in the authors' networks: normal with standard deviation sqrt(2 / (k * k * out)).
+    are initialised as in the authors' classifier: normal with standard deviation sqrt(2 / (k * k * out)); the linear
+    layer is initialised as PyTorch does, theirs with larger weights.
     """
     layers: list[nn.Module] = []
     for width, kernel in ((in_channels, 3), (channels, 1), (channels, 1)):

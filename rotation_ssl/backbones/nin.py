@@ -76,7 +76,11 @@ class RotNetNIN(nn.Module):
 
     @torch.jit.ignore
     def init_weights(self) -> None:
-        """Initialise as the authors' code does: normal convolutions of standard deviation sqrt(2 / (k * k * out))."""
+        """Normal convolutions of standard deviation sqrt(2 / (k * k * out)).
+
+        The authors' NetworkInNetwork.py defines the same, but their code never calls it: their networks start from the
+        defaults of their PyTorch, 0.2.
+        """
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
