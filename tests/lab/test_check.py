@@ -235,7 +235,10 @@ def test_without_cifar10_other_numbers_are_measured(results, tmp_path, capsys, m
     write_rows(file, [dataclasses.replace(transfer, commit="0" * 40, n=4, correct=2)])
     assert check.main(["--results", str(results), "--voc", str(tmp_path)]) == 0
     assert [row.data for row in measured] == ["VOC2012 val"]
-    assert "of CIFAR-10 test: give --data DIR" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "of CIFAR-10 test: give --data DIR" in out and "2 of 2 hold, 29 not measured" in out
+    assert check.main(["--results", str(results), "--weights", transfer.weights]) == 2
+    assert "nothing can be measured: VOC2012 val: give --voc DIR" in capsys.readouterr().err
 
 
 def test_a_pattern_chooses_protocols(results, small_cifar10, capsys, monkeypatch):
@@ -393,6 +396,9 @@ def test_rows_without_a_precision_are_of_fp32():
     new = row(9000, 0, "cached", settings="4 x 4 average pooling, 4 views, 20 epochs of SGD in fp32")
     assert (old.precision, new.precision) == ("fp32", "fp32")
     assert check.judge(old, new, [old]).tolerance == "1.27"
+    fewer = dataclasses.replace(new, settings="4 x 4 average pooling, 4 views, 10 epochs of SGD in bf16")
+    told = "(other settings: 4 x 4 average pooling, 4 views, 10 epochs of SGD)"
+    assert check.judge(old, fewer, [old]).tolerance == f"1.77 (fp32 then, bf16 now) {told}"
     # of what is reported, what is in bf16 says so
     computed = {(row.protocol, row.precision) for row in read_rows() if row.source == "measured" and row.budget}
     assert computed == {

@@ -27,6 +27,7 @@ is added.
 import argparse
 import dataclasses
 import math
+import re
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -112,12 +113,19 @@ def judge(row: Row, new: Row, rows: Sequence[Row]) -> Verdict:
     if (then := row.precision) != (now := new.precision):
         tolerance += PRECISION_TOLERANCE
         text = f"{100 * tolerance:.2f} ({then} then, {now} now)"
+    if _settings(new) != _settings(row):
+        text += f" (other settings: {_settings(new)})"
     same = of_the_same(row, new)
     measured = f"{100 * new.value:.2f} %" if same else f"other {_difference(row, new)}"
     # a tolerance is inclusive: 40 of 40,000 are one in a thousand
     holds = same and abs(new.value - value) <= tolerance + 1e-9
     name = f"{row.number}, {counted(new.n or 0, 'image')}" if part else row.number
     return Verdict(name, f"{100 * value:.2f} %", measured, text, holds)
+
+
+def _settings(row: Row) -> str:
+    """The row's settings, such as the sha256 of proposals, but for the precision."""
+    return re.sub(r",?( features)?( in)? (bf16|fp32)\b", "", row.settings)
 
 
 def of_the_same(row: Row, new: Row) -> bool:
@@ -180,8 +188,10 @@ def check_numbers(every: Sequence[Row], args: argparse.Namespace) -> Iterator[Ve
     rows = chosen_rows(every, args)
     sources = {row.key: source_of(row, args) for row in rows}
     given = [row for row in rows if sources[row.key]]
-    if not given and any(option_of(row, args) == "data" for row in rows):
-        raise ValueError(no_cifar10(args.data))
+    if not given:
+        if any(option_of(row, args) == "data" for row in rows):
+            raise ValueError(no_cifar10(args.data))
+        raise ValueError(f"nothing can be measured: {rows[0].data}: {advice(rows[0], args)}")
     lacking = [(row.data, advice(row, args)) for row in rows if not sources[row.key]]
     for data, told in dict.fromkeys(lacking):
         numbers = counted(lacking.count((data, told)), "number")
@@ -227,11 +237,14 @@ def _work(args: argparse.Namespace) -> int:
     if any(not verdict.holds for verdict in verdicts):
         print("error: the weights or rows above are not what was reported: nothing was measured", file=sys.stderr)
         return 1
+    unmeasured = len(chosen_rows(every, args))
     for verdict in check_numbers(every, args):
         verdicts.append(verdict)
+        unmeasured -= 1
         tqdm.write(str(verdict))
     broken = [verdict for verdict in verdicts if not verdict.holds]
-    print(f"{len(verdicts) - len(broken)} of {len(verdicts)} hold" + (": something is broken" if broken else ""))
+    others = f", {unmeasured:,} not measured" if unmeasured else ""
+    print(f"{len(verdicts) - len(broken)} of {len(verdicts)} hold{others}{': something is broken' if broken else ''}")
     return 1 if broken else 0
 
 
