@@ -6,6 +6,7 @@ import platform
 import sys
 from pathlib import Path
 
+import PIL
 import timm
 import torch
 
@@ -104,6 +105,7 @@ def library_versions() -> dict[str, str]:
         "rotation_ssl": rotation_ssl.__version__,
         "torch": torch.__version__,
         "timm": timm.__version__,
+        "pillow": PIL.__version__,
         "python": platform.python_version(),
     }
 

@@ -1,9 +1,9 @@
 """One row a number: what was measured, on which bytes, by which commit, on what; the only source of every table.
 
-Rows live in ``training/results/*.jsonl``, one JSON object a line. Each carries a digest of its other fields, so that a
-row edited by hand is refused: rows are written by commands, through :func:`write_rows`. Numbers quoted from the paper
-are rows too, with ``source`` 'paper, ...' (or 'paper (unchecked)' where no printed copy was at hand), and are never
-shown as ours.
+Rows live in ``training/results/*.jsonl``, one JSON object a line. Each carries a digest of its other fields, against
+slips: a row edited by hand no longer matches it. Rows are written by commands, through :func:`write_rows`. Numbers
+quoted from the paper are rows too, with ``source`` 'paper, ...' (or 'paper (unchecked)' where no printed copy was at
+hand), and are never shown as ours.
 """
 
 import dataclasses

@@ -52,7 +52,10 @@ def transfer_margin(rows: Sequence[Row]) -> str:
             ours, theirs = (_found(alike, weights, column, "11-point") for weights in (name, base))
             if ours and theirs:
                 gap = statistics.mean(row.value for row in ours) - statistics.mean(row.value for row in theirs)
-                gaps.append(f"{100 * gap:+.1f} in {column[-1]} ({counted(min(len(ours), len(theirs)), 'seed')})")
+                seeds = min(len(ours), len(theirs))
+                # another seed moves the first decimal
+                digits = 1 if seeds > 1 else 0
+                gaps.append(f"{100 * gap:+.{digits}f} in {column[-1]} ({counted(seeds, 'seed')})")
         if gaps:
             sentences.append(f"`{name}` minus rescaled random weights, in points: {'; '.join(gaps)}.")
     return "\n".join(sentences)
