@@ -106,7 +106,7 @@ def pretrain(
             # a kill after the weights were written leaves them
             remove_checkpoints(output)
         return weights_file
-    recipe = _resolved(recipe, accelerator)
+    recipe = resolved(recipe, accelerator.device)
     identity = run_identity(recipe, images, count, accelerator, sync_batchnorm)
     with lock_output(accelerator, output):
         # another process may have finished it in the meantime
@@ -132,21 +132,6 @@ def check_begun(output: Path, resume: bool) -> None:
         raise ValueError(f"{output} already contains a run: --resume it if unfinished, or give another --output")
     if resume and not begun:
         raise ValueError(f"nothing to resume: there is no checkpoint in {output}; start without --resume")
-
-
-def _resolved(recipe: Recipe, accelerator: Accelerator) -> Recipe:
-    """The recipe with the precision that it has on the accelerator's device.
-
-    Raises:
-        ValueError: the accelerator was created with another precision.
-    """
-    recipe = resolved(recipe, accelerator.device)
-    computed = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
-    if computed != recipe.precision:
-        raise ValueError(
-            f"the accelerator computes in {computed}, {recipe.name} in {recipe.precision}: use one precision for both"
-        )
-    return recipe
 
 
 def prepare(

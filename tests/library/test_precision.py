@@ -204,10 +204,3 @@ def test_a_stopped_run_does_not_go_on_in_another_precision(tmp_path, monkeypatch
 def test_accelerate_gets_the_resolved_precision(set_flags, flags, computed):
     set_flags(flags)
     assert create_accelerator(AUTO, cpu=True).mixed_precision == ("no" if computed == "fp32" else computed)
-
-
-def test_an_accelerator_of_another_precision_is_refused(tmp_path):
-    accelerator = create_accelerator(TINY, cpu=True)
-    recipe = dataclasses.replace(TINY, precision="bf16")
-    with pytest.raises(ValueError, match=r"the accelerator computes in fp32, .* in bf16: use one precision for both"):
-        pretrain(recipe, sample_images(), tmp_path / "run", accelerator)
