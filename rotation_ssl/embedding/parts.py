@@ -54,7 +54,7 @@ class Manifest:
         batch_size: images in a batch.
         version: of this package.
         decoded_side: pixels of the shorter side that large JPEGs are decoded at, or more: see
-            :func:`rotation_ssl.images.read_image`; 0: they were decoded at their own size.
+            :func:`rotation_ssl.images.read_image`.
     """
 
     source: str
@@ -73,7 +73,7 @@ class Manifest:
     sha1: bool
     batch_size: int
     version: str
-    decoded_side: int = 0
+    decoded_side: int
 
 
 class Rows:

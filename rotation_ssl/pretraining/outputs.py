@@ -120,8 +120,7 @@ def check_finished(recipe: Recipe, images: str, output: Path) -> None:
     try:
         run = json.loads((output / "run.json").read_text())
         finished = recorded_recipe(run["recipe"])
-        # earlier versions did not record them
-        trained_on = run.get("images", images)
+        trained_on = run["images"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{output} holds weights of an unknown run ({error}): give another --output") from error
     asked = json.loads(json.dumps(dataclasses.asdict(recipe)))

@@ -26,7 +26,6 @@ from torch import nn
 
 from rotation_ssl.files import sha256_of, sync
 from rotation_ssl.messages import first_line, is_of_killed_worker
-from rotation_ssl.pretraining.recipe import field_defaults
 
 PROGRESS = "progress.json"
 AVERAGE = "average.safetensors"
@@ -148,8 +147,7 @@ def check_hashes(folder: Path) -> None:
     try:
         content = (folder / HASHES).read_bytes()
     except OSError as error:
-        reason = f"{HASHES} cannot be read, or it is of an earlier version, which wrote none: {first_line(error)}"
-        raise ValueError(_not_a_checkpoint(folder, reason)) from error
+        raise ValueError(_not_a_checkpoint(folder, f"{HASHES} cannot be read: {first_line(error)}")) from error
     header, end, lines = content.partition(b"\n")
     if header + end != _header(lines):
         raise ValueError(_not_a_checkpoint(folder, f"{HASHES} is corrupt"))
@@ -176,9 +174,9 @@ def read_progress(folder: Path, identity: dict[str, str]) -> Progress:
     check_hashes(folder)
     try:
         progress = Progress(**json.loads((folder / PROGRESS).read_text()))
-        saved = {**{name: repr(value) for name, value in field_defaults().items()}, **progress.identity}
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(_not_a_checkpoint(folder, first_line(error))) from error
+    saved = progress.identity
     different = [
         f"{'the images changed:' if name == 'images' else name} {saved.get(name)} -> {ours}"
         for name, ours in identity.items()

@@ -1,7 +1,5 @@
 """Image files as squares: how much of them is decoded and resized."""
 
-import json
-
 import numpy as np
 import pytest
 import timm
@@ -84,16 +82,3 @@ def test_features_of_what_is_decoded_at_a_part_of_its_size(tmp_path):
     with np.load(tmp_path / "f.npz") as file:
         torch.testing.assert_close(torch.from_numpy(file["block2"]), reduced, rtol=1e-4, atol=1e-5)
     assert status == 0
-
-
-def test_folders_of_whole_images_are_read_and_not_mixed(tmp_path):
-    embed(SAMPLES / "photos", tmp_path / "out", "rotnet_nin", workers=0, precision="fp32")
-    file = tmp_path / "out" / "manifest.json"
-    entries = json.loads(file.read_text())
-    del entries["decoded_side"]
-    file.write_text(json.dumps(entries))
-    model = timm.create_model("rotnet_nin", pretrained=True)
-    whole = features(read_images(PHOTOS, 32), model, "block2")
-    torch.testing.assert_close(embed_images(tmp_path / "out", PHOTOS)["block2"], whole, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="was made otherwise: decoded_side is 0 there and 64 now"):
-        embed(SAMPLES / "photos", tmp_path / "out", "rotnet_nin", workers=0, precision="fp32", resume=True)
