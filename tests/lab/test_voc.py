@@ -2,10 +2,8 @@
 
 import dataclasses
 import functools
-import os
 import random
 import resource
-import signal
 from pathlib import Path
 
 import pytest
@@ -31,7 +29,6 @@ from training.transfer.metrics import mean_over_classes
 from training.transfer.network import (
     Backbone,
     Draws,
-    InOrder,
     Run,
     batches,
     smallest_side,
@@ -357,21 +354,6 @@ def test_processes_that_read_images_change_nothing(devkit):
     alone, together = (list(batches(draws, 4, workers)) for workers in (0, 2))
     assert [[index for index, _ in batch] for batch in alone] == [[index for index, _ in batch] for batch in together]
     assert all(torch.equal(a[1], b[1]) for x, y in zip(alone, together, strict=True) for a, b in zip(x, y, strict=True))
-
-
-def killed_at_the_third(image):
-    if image == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return image
-
-
-# Python 3.12 and later warn of every fork beside torch's threads
-@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
-def test_a_killed_process_is_told_in_one_line():
-    with pytest.raises(
-        OSError, match=r"^a decoding process was killed \(DataLoader worker .*; run it again, or resume it$"
-    ):
-        list(batches(InOrder(range(9), killed_at_the_third), 1, workers=1))
 
 
 def test_a_full_disk_is_told_when_the_network_is_written(tmp_path):

@@ -18,7 +18,7 @@ from rotation_ssl.evaluation.frozen import preparation
 from rotation_ssl.files import replace_tensors
 from rotation_ssl.fit import Checkpoint, fit
 from rotation_ssl.images import square
-from rotation_ssl.messages import first_line, tell_killed_workers
+from rotation_ssl.messages import first_line
 from rotation_ssl.precision import autocast_type, resolve_precision
 from rotation_ssl.pretraining.optim import create_scheduler
 from training.evaluation.subject import Subject
@@ -200,7 +200,8 @@ def batches(draws: Dataset, size: int, workers: int) -> Iterator[list[Any]]:
 
     Raises:
         ValueError: a sample cannot be loaded, in whichever process.
-        OSError: the same, or a process was killed.
+        OSError: the same.
+        RuntimeError: a process was killed; :func:`training.command.run` tells it in one line.
     """
     # forked, as Python's default was up to 3.13: otherwise every tensor of the annotations takes a file descriptor
     context = "fork" if workers and sys.platform == "linux" else None
@@ -268,12 +269,11 @@ def fc_size_of(network: nn.Module) -> int:
 
 def _without_errors(found: Iterator[list[Any]]) -> Iterator[list[Any]]:
     """The batches, up to the first sample that could not be loaded, whose error is raised."""
-    with tell_killed_workers():
-        for batch in found:
-            for sample in batch:
-                if isinstance(sample, Exception):
-                    raise sample
-            yield batch
+    for batch in found:
+        for sample in batch:
+            if isinstance(sample, Exception):
+                raise sample
+        yield batch
 
 
 def _loaded(load: Callable[..., Any], *arguments: Any) -> Any:
