@@ -3,13 +3,11 @@
 import dataclasses
 import functools
 import random
-import resource
 from pathlib import Path
 
 import pytest
 import timm
 import torch
-from conftest import limited
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from small_voc import write_small_voc
@@ -354,20 +352,6 @@ def test_processes_that_read_images_change_nothing(devkit):
     alone, together = (list(batches(draws, 4, workers)) for workers in (0, 2))
     assert [[index for index, _ in batch] for batch in alone] == [[index for index, _ in batch] for batch in together]
     assert all(torch.equal(a[1], b[1]) for x, y in zip(alone, together, strict=True) for a, b in zip(x, y, strict=True))
-
-
-def test_a_full_disk_is_told_when_the_network_is_written(tmp_path):
-    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 100))
-    images = [torch.zeros(3, 2, 2)] * 4
-    with (
-        limited(resource.RLIMIT_FSIZE, 1000),
-        pytest.raises(OSError, match=rf"^{tmp_path}/network.safetensors cannot be written .*: make room on the disk"),
-    ):
-        train_network(
-            recipe(steps=1, precision="fp32").training, network, images, lambda image, rng: image,
-            lambda batch: network(torch.stack(batch)).square().mean(), "the network", Run(output=tmp_path),
-        )  # fmt: skip
-    assert not list(tmp_path.iterdir())
 
 
 def test_the_map_lies_over_its_image():
