@@ -36,12 +36,19 @@ def write_folder(folder, images):
     return folder
 
 
-def write_tar(file, images):
-    with tarfile.open(file, "w") as archive:
-        for name, content in images:
-            info = tarfile.TarInfo(name)
+def tar_of(members, mode="w", **options):
+    """The bytes of a tar file of members: names and bytes, or a TarInfo and its bytes."""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode=mode, **options) as archive:
+        for name, content in members:
+            info = name if isinstance(name, tarfile.TarInfo) else tarfile.TarInfo(name)
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
+    return stream.getvalue()
+
+
+def write_tar(file, members, **options):
+    file.write_bytes(tar_of(members, **options))
     return file
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import gzip
-import io
 import json
 import os
 import shutil
@@ -19,6 +18,7 @@ import torch
 from conftest import ROOT, SAMPLES
 from hypothesis import given
 from hypothesis import strategies as st
+from many_images import write_tar
 from tiny_runs import SHORT, TINY, assert_two_trained_as_one, interrupt, run_killed, same, weights
 
 import rotation_ssl
@@ -35,16 +35,6 @@ from training.__main__ import main as training_main
 
 FILES = sorted((SAMPLES / "cifar10").glob("*.png"))
 CONTENTS = [file.read_bytes() for file in FILES]
-
-
-def write_tar(file, members, **options):
-    """A tar file of members: names and bytes, or a TarInfo and its bytes."""
-    with tarfile.open(file, "w", **options) as archive:
-        for name, content in members:
-            info = name if isinstance(name, tarfile.TarInfo) else tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return file
 
 
 def write_shards(folder, sizes):

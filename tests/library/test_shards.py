@@ -6,6 +6,7 @@ import tarfile
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from many_images import tar_of
 
 from rotation_ssl.shards import expand_braces, tar_members
 
@@ -73,17 +74,6 @@ def test_braces_are_nested_loops(pieces):
             pattern, one = pattern + "{" + ",".join(piece) + "}", piece
         choices.append(one)
     assert expand_braces(pattern) == ["".join(names) for names in itertools.product(*choices)]
-
-
-def tar_of(members, mode="w"):
-    """The bytes of a tar file of members: their names and bytes, or TarInfos."""
-    stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode=mode) as archive:
-        for name, content in members:
-            info = name if isinstance(name, tarfile.TarInfo) else tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return stream.getvalue()
 
 
 IMAGES = [(f"folder/{number}.{suffix}", bytes([number]) * 700) for number, suffix in enumerate(("png", "jpg", "JPEG"))]
