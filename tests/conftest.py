@@ -89,6 +89,14 @@ def small_cifar10(tmp_path):
 
 
 @pytest.fixture
+def images(small_cifar10):
+    """The training and the test images of the small CIFAR-10, in memory."""
+    from training.datasets import load_images
+
+    return load_images("cifar10", small_cifar10, 32)
+
+
+@pytest.fixture
 def small_tinyimagenet(small_cifar10, tmp_path):
     """The sample images in the layout of tiny-imagenet-200, two of each class's four in val."""
     root = tmp_path / "tiny-imagenet-200"

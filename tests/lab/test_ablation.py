@@ -7,16 +7,10 @@ import torch
 from conftest import ROOT
 
 from rotation_ssl.pretraining.recipe import Stage
-from training.datasets import load_images
 from training.recipes import RECIPES
 from training.reporting.rows import read_file, read_rows
 from training.reporting.tables import ablation_table
 from training.studies import rotations as ablation
-
-
-@pytest.fixture
-def images(small_cifar10):
-    return load_images("cifar10", small_cifar10, 32)
 
 
 def small(name):

@@ -83,19 +83,17 @@ def test_probes_at_the_papers_budget_train_on_fresh_views(small_cifar10, short_p
 
 
 @pytest.mark.parametrize("budget", ["cached", "paper"])
-def test_no_buffer_or_parameter_of_the_backbone_moves_while_a_probe_trains(small_cifar10, short_probes, budget):
+def test_no_buffer_or_parameter_of_the_backbone_moves_while_a_probe_trains(images, short_probes, budget):
     measured = subject.load_subject("rotnet_nin")
     before = {name: tensor.clone() for name, tensor in measured.backbone.state_dict().items()}
-    images = load_images("cifar10", small_cifar10, 32)
     plan = [evaluate.Measurement(p, budget, "block1", 0) for p in ("nonlinear", "conv")]
     assert len(list(evaluate.measure_features(measured, images, plan))) == 2
     assert all(torch.equal(tensor, before[name]) for name, tensor in measured.backbone.state_dict().items())
     assert not measured.backbone.training
 
 
-def test_the_seed_decides_a_trained_probe(small_cifar10, short_probes):
+def test_the_seed_decides_a_trained_probe(images, short_probes):
     measured = subject.load_subject("rotnet_nin")
-    images = load_images("cifar10", small_cifar10, 32)
 
     def counts(*seeds):
         plan = [evaluate.Measurement("nonlinear", "cached", "block1", seed) for seed in seeds]
@@ -349,9 +347,8 @@ def test_fewer_training_images_than_neighbours(tmp_path, capsys):
     assert "k-NN asks 20 neighbours of 6 training images" in capsys.readouterr().err
 
 
-def test_what_does_not_fit_into_memory_is_refused_before_it_is_computed(small_cifar10, monkeypatch):
+def test_what_does_not_fit_into_memory_is_refused_before_it_is_computed(images, monkeypatch):
     monkeypatch.setattr(frozen_measure, "available_memory", lambda: 1000)
-    images = load_images("cifar10", small_cifar10, 32)
     with pytest.raises(ValueError, match=r"features of block1 need 0.0 GiB of memory, 0.0 are available"):
         next(
             evaluate.measure_features(
@@ -360,10 +357,9 @@ def test_what_does_not_fit_into_memory_is_refused_before_it_is_computed(small_ci
         )
 
 
-def test_numbers_are_those_of_the_test_images(small_cifar10):
+def test_numbers_are_those_of_the_test_images(images):
     """Training and test images that differ: the predictions of the package's own functions, scored by hand."""
-    whole = load_images("cifar10", small_cifar10, 32).train
-    order = torch.randperm(40)
+    whole, order = images.train, torch.randperm(40)
     images = Images("CIFAR-10 test", whole.subset(order[:28]), whole.subset(order[28:]))
     nin = subject.load_subject("rotnet_nin")
     plan = evaluate.plan(["block3"], ["knn", "linear"], "cached", [])

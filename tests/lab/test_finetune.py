@@ -10,7 +10,6 @@ from conftest import opened_checkpoints, spy_on_first_step
 from rotation_ssl.evaluation.frozen import preparation
 from rotation_ssl.fit import Checkpoint, fit
 from rotation_ssl.labelled import labels_subset
-from training.datasets import load_images
 from training.evaluation import finetune
 from training.evaluation.recipes import TRANSFERS
 from training.evaluation.subject import load_subject
@@ -21,11 +20,6 @@ NAME = "rotnet_nin.cifar10"
 
 def run(*arguments):
     return finetune.main([str(argument) for argument in arguments])
-
-
-@pytest.fixture
-def images(small_cifar10):
-    return load_images("cifar10", small_cifar10, 32)
 
 
 def short(name, **changes):

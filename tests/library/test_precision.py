@@ -16,7 +16,6 @@ from rotation_ssl.evaluation.protocols import PROTOCOLS
 from rotation_ssl.precision import cpu_flags, multiplies_bfloat16, resolve_precision, resolved, warn_if_emulated
 from rotation_ssl.pretraining.loop import pretrain
 from rotation_ssl.pretraining.setup import create_accelerator
-from training.datasets import load_images
 from training.evaluation import finetune
 from training.evaluation import layers as imagenet
 from training.evaluation import probes as evaluate
@@ -88,11 +87,6 @@ def test_whoever_asks_for_emulation_is_told(set_flags, capsys):
         set_flags(flags)
         warn_if_emulated(given, "cpu")
         assert capsys.readouterr().err == (told if given == "bf16" and not flags else "")
-
-
-@pytest.fixture
-def images(small_cifar10):
-    return load_images("cifar10", small_cifar10, 32)
 
 
 @NATIVE
