@@ -128,13 +128,6 @@ def imagenet20_files(root: Path, split: str) -> Listed:
     return nette[0] + woof[0], torch.cat([nette[1], woof[1] + len(nette[2])]), nette[2] + woof[2]
 
 
-def cifar100_files(data_dir: Path, split: str) -> Listed:
-    """CIFAR-100 (Krizhevsky 2009) from a folder ``train|test/<class>/*.png``: 'train' (50,000 images) or 'test'."""
-    if not (data_dir / split).is_dir():
-        raise ValueError(f"no CIFAR-100 in {data_dir}: expected {split}/<class>/*.png")
-    return labelled_files(data_dir / split)
-
-
 def miniplaces_files(root: Path, split: str) -> Listed:
     """MiniPlaces, 100 classes of Places at 128 pixels, as ``data/train.txt`` and ``data/val.txt`` list it.
 
@@ -180,7 +173,7 @@ def exif_files(root: Path, split: str) -> Listed:
 
 DATASETS = {
     "cifar10": DataSet("CIFAR-10 test", (50_000, 10_000), 32, probe_size=32),
-    "cifar100": DataSet("CIFAR-100 test", (50_000, 10_000), 32, cifar100_files, 32),
+    "cifar100": DataSet("CIFAR-100 test", (50_000, 10_000), 32, lambda root, split: labelled_files(root / split), 32),
     "tinyimagenet": DataSet("Tiny-ImageNet val", (100_000, 10_000), 64, tinyimagenet_files),
     "miniplaces": DataSet("MiniPlaces val", (90_000, 10_000), 0, miniplaces_files, 128),
     "imagenet20": DataSet("Imagenette and Imagewoof val", (18_494, 7_854), 0, imagenet20_files, 146),
