@@ -103,9 +103,3 @@ def test_the_page_follows_the_rows(small_study, tmp_path, monkeypatch):
     line = next(line for line in text.splitlines() if "`small`" in line)
     assert f"| {100 * rows[0].value:.2f} % | {100 * rows[1].value:.2f} % |" in line
     assert f"{100 * sum(row.correct for row in rows) / 5:.2f} %" in line and "| 16 |" in line
-
-
-def test_no_rows_no_page(tmp_path, monkeypatch):
-    monkeypatch.setattr(networks, "ROWS", tmp_path / "rows.jsonl")
-    with pytest.raises(ValueError, match=r"rows\.jsonl has no rows of alexnet, .*: run the study first"):
-        networks.page_text()

@@ -127,5 +127,6 @@ def test_a_refused_rendering_writes_nothing(copied, monkeypatch, capsys):
     monkeypatch.setattr(study, "FIGURE", figure)
     monkeypatch.setattr(networks, "ROWS", copied / "nowhere.jsonl")
     assert publish.main(["render"]) == 2
-    assert "has no rows of alexnet" in capsys.readouterr().err
+    told = f"{networks.ROWS} has no rows of alexnet, alexnet-fc-256, regnetx-004: run the study first"
+    assert told in capsys.readouterr().err
     assert page.read_text() == stale and not figure.exists()

@@ -20,7 +20,7 @@ from safetensors.torch import load, load_file, save
 from rotation_ssl import zoo
 from rotation_ssl.convert import convert, read_checkpoint, write_folder
 from rotation_ssl.files import sha256_of
-from rotation_ssl.zoo import download, sources
+from rotation_ssl.zoo import sources
 
 BUNDLED = "rotnet_nin.cifar10"
 HUBBED = "rotnet_nin.hubbed"
@@ -432,12 +432,6 @@ def test_a_release_that_is_not_there(release, served, set_manifest, url, message
     with pytest.raises(ConnectionError, match=message):
         zoo.weights_file(RELEASED)
     assert left_in(sources.release_cache()) == []
-
-
-def test_a_release_that_is_too_large_is_not_downloaded(tmp_path, release):
-    with pytest.raises(ValueError, match=r"more than the 1,000 allowed"):
-        download.download(f"{release.url}/{ARCHIVE.name}", tmp_path / "archive", max_bytes=1000)
-    assert not (tmp_path / "archive").exists()
 
 
 def test_an_archive_of_another_model_is_refused(release, served, set_manifest):
