@@ -12,6 +12,10 @@ import torch
 from conftest import SAMPLES
 from PIL import Image
 
+from training.transfer.data import CLASSES as VOC_CLASSES
+from training.transfer.data import read_annotations
+from training.transfer.proposals import write_proposals
+
 # CIFAR-10's name -> VOC's
 CLASSES = {"airplane": "aeroplane", "automobile": "car", "bird": "bird", "cat": "cat", "dog": "dog", "horse": "horse"}
 YEAR = "2007"
@@ -76,8 +80,6 @@ def free_place(size, side, taken, rng):
 
 
 def paste(image, mask, cut_out, box, label, difficult):
-    from training.transfer.data import CLASSES as VOC_CLASSES
-
     left, top, right, bottom = box
     cut_out = cut_out.resize((right - left, bottom - top), Image.Resampling.BICUBIC)
     if difficult:
@@ -113,3 +115,10 @@ def grid_proposals(width, height):
             corners = torch.cartesian_prod(lefts, tops)
             boxes.append(torch.cat([corners, corners + torch.tensor([w, h])], 1))
     return torch.cat(boxes)
+
+
+def write_grid(devkit, file):
+    """Write the windows of every image as a file of proposals; returns it."""
+    images = [image for split in ("trainval", "test") for image in read_annotations(devkit, YEAR, split)]
+    write_proposals(file, {image.name: grid_proposals(image.width, image.height) for image in images})
+    return file

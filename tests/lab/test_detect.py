@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from small_voc import grid_proposals, write_small_voc
+from small_voc import grid_proposals, write_grid, write_small_voc
 
 from training.evaluation.subject import load_subject
 from training.reporting.rows import read_file
@@ -34,12 +34,6 @@ def devkit(tmp_path_factory):
 @pytest.fixture(scope="module")
 def proposals(devkit):
     return write_grid(devkit, devkit.parent / "regions.safetensors")
-
-
-def write_grid(devkit, file):
-    images = [image for split in ("trainval", "test") for image in read_annotations(devkit, "2007", split)]
-    write_proposals(file, {image.name: grid_proposals(image.width, image.height) for image in images})
-    return file
 
 
 def run(*arguments):

@@ -10,11 +10,10 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from small_voc import grid_proposals, write_small_voc
+from small_voc import write_grid, write_small_voc
 
 from training import __main__ as lab
 from training.reporting.rows import read_file
-from training.transfer.data import read_annotations
 from training.transfer.proposals import write_proposals
 
 STEPS, KILLED_AFTER = 6, 3
@@ -45,10 +44,7 @@ def labelled(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def proposals(devkit):
-    file = devkit.parent / "regions.safetensors"
-    images = [image for split in ("trainval", "test") for image in read_annotations(devkit, "2007", split)]
-    write_proposals(file, {image.name: grid_proposals(image.width, image.height) for image in images})
-    return file
+    return write_grid(devkit, devkit.parent / "regions.safetensors")
 
 
 def fewer(proposals):
