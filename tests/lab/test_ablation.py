@@ -63,7 +63,6 @@ def test_the_cards_rows_are_of_the_whole_data_and_of_committed_code(small_cifar1
 
 
 def test_the_table_has_ours_and_the_papers(images, tmp_path):
-    assert ablation_table([], read_rows()) == ""
     file = tmp_path / "rows.jsonl"
     recipe = small("nin-cifar10-ablation-r90-270")
     torch.manual_seed(0)

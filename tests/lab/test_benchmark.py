@@ -59,14 +59,12 @@ def test_the_ratios_of_features_by_hand(monkeypatch):
 
 
 def test_what_is_recorded_is_what_the_pages_show(monkeypatch, tmp_path, capsys):
-    """Before there is a record, the pages have no number."""
     for module in (benchmark, pages):
         monkeypatch.setattr(module, "EMBEDDING_FILE", tmp_path / "embedding.json")
     monkeypatch.setattr(benchmark, "require_committed", lambda what: None)
     monkeypatch.setattr(embedding_speed, "measure", lambda way, images, workers: RATES[way])
     part = "<!-- rendered: {} -->\n{}\n<!-- end -->"
     (tmp_path / "page.md").write_text("\n".join(part.format(name, "") for name in ("embedding", "embeddingratio")))
-    assert pages.render_page(tmp_path / "page.md", [], {}) == (tmp_path / "page.md").read_text()
     command = ["features", "--data", str(SAMPLES / "photos"), "--images", "5", "--rounds", "1"]
     assert benchmark.main(command) == 0 and not (tmp_path / "embedding.json").exists()
     assert benchmark.main([*command, "--record"]) == 0

@@ -48,7 +48,7 @@ def render_page(page: Path, rows: Sequence[Row], entries: Mapping[str, Any]) -> 
         "training": lambda: "\n\n".join(training(name, entry, figures) for name, entry in bundled.items()),
         "evaluation": lambda: "\n\n".join(evaluation(name, entry, rows, figures) for name, entry in bundled.items()),
         "compute": lambda: compute(bundled, rows),
-        "ablation": lambda: tables.ablation_table(read_file(ABLATION_FILE) if ABLATION_FILE.exists() else [], rows),
+        "ablation": lambda: tables.ablation_table(read_file(ABLATION_FILE), rows),
         "layers": lambda: layer_table(rows),
         "voc": lambda: transfers.transfer_lines(rows),
         "transfers": lambda: transfers.transfer_table(rows),
@@ -63,8 +63,8 @@ def render_page(page: Path, rows: Sequence[Row], entries: Mapping[str, Any]) -> 
         "margins": lambda: transfers.transfer_margin(rows),
         "repository": hub_snippet,
         "speed": lambda: speed_tables(json.loads(SPEED_FILE.read_text())),
-        "embedding": lambda: _recorded(embedding_text),
-        "embeddingratio": lambda: _recorded(embedding_line),
+        "embedding": lambda: embedding_text(json.loads(EMBEDDING_FILE.read_text())),
+        "embeddingratio": lambda: embedding_line(json.loads(EMBEDDING_FILE.read_text())),
     }
     return replace_parts(page.read_text(), parts, page.name)
 
@@ -242,11 +242,6 @@ def embedding_line(measured: Mapping[str, Any]) -> str:
         f" `{measured['model']}` is {rates['ours'] / rates['timm']:.2f} times as fast as timm's loader and"
         " `forward_features` (large JPEGs are decoded at a smaller scale)."
     )
-
-
-def _recorded(render: Callable[[Mapping[str, Any]], str]) -> str:
-    """What is rendered of :data:`EMBEDDING_FILE`; nothing before it was recorded."""
-    return render(json.loads(EMBEDDING_FILE.read_text())) if EMBEDDING_FILE.exists() else ""
 
 
 def hub_snippet() -> str:

@@ -278,14 +278,12 @@ def evaluation_lines(name: str, rows: Sequence[Row]) -> list[str]:
 
 
 def ablation_table(measured: Sequence[Row], rows: Sequence[Row]) -> str:
-    """The paper's ablations at this project's small budget next to the paper's; '' where nothing is measured.
+    """The paper's ablations at this project's small budget next to the paper's.
 
     Args:
         measured: rows of ``training.studies.rotations``.
         rows: all others, the quoted ones among them.
     """
-    if not measured:
-        return ""
     seen = sorted({RECIPES[row.recipe].rotated_images for row in measured})
     lines = []
     for name in dict.fromkeys(row.recipe for row in measured):
