@@ -40,7 +40,7 @@ def render_page(page: Path, rows: Sequence[Row], entries: Mapping[str, Any]) -> 
     figures = "figures" if page.parent.name == "docs" else FIGURES
     bundled = {name: entry for name, entry in entries.items() if entry["source"] == "bundled"}
     parts: dict[str, Callable[[], str]] = {
-        "weights": lambda: tables.weights_table(entries),
+        "weights": lambda: weights_table(entries),
         "headline": lambda: tables.headline_tables(rows, bundled),
         "results": lambda: tables.results_tables(rows, bundled),
         "defaults": lambda: default_weights(bundled),
@@ -78,6 +78,25 @@ def replace_parts(text: str, parts: Mapping[str, Callable[[], str]], page: str) 
         return f"<!-- rendered: {match[1]} -->\n{parts[match[1]]()}\n<!-- end -->"
 
     return re.sub(r"<!-- rendered: (\w+) -->\n.*?\n?<!-- end -->", replace, text, flags=re.DOTALL)
+
+
+def weights_table(entries: Mapping[str, Mapping[str, Any]]) -> str:
+    """One line for each of the published weights: what they are and where they come from."""
+    places = {"bundled": "in the package", "hub": "Hugging Face Hub", "release": "the authors' release"}
+    return tables.markdown_table(
+        ("weights", "pretrained on", "rotated images", "size", "recommended layer", "source"),
+        (
+            (
+                f"`{name}`",
+                entry["data"],
+                f"{rotated_images(entry):,}" if entry.get("rotated_images") else "unknown",
+                f"{entry['size'] / 1e6:.1f} MB" if entry["size"] else "unknown",
+                f"`{entry['recommended_layer']}`",
+                places[entry["source"]],
+            )
+            for name, entry in entries.items()
+        ),
+    )
 
 
 def default_weights(bundled: Iterable[str]) -> str:
@@ -171,15 +190,11 @@ def layer_table(rows: Sequence[Row]) -> str:
         own = [row for row in probes if row.data == data]
         layers = {layer: layer for layer in sorted({row.layer for row in own})}
         header = ("protocol", "weights")
-        table = tables.cell_table(header, own, lambda row: (row.title, _whose(row)), lambda row: row.layer, layers)
+        table = tables.cell_table(
+            header, own, lambda row: (row.title, tables.whose(row)), lambda row: row.layer, layers
+        )
         parts.append(f"{data}:\n\n{table}")
     return "\n\n".join(parts)
-
-
-def _whose(row: Row) -> str:
-    if row.measured:
-        return "random weights" if row.weights.endswith(".random") else f"`{row.weights}`"
-    return f"_{tables.QUOTED[row.weights.partition('.')[2]]}, {row.source.rpartition(', ')[2]}_"
 
 
 def speed_tables(measured: Mapping[str, Any]) -> str:

@@ -6,8 +6,7 @@ from typing import Any
 from rotation_ssl.evaluation.report import spread_text
 from training.protocols import PROTOCOLS
 from training.recipes import RECIPES
-from training.reporting.manifest import rotated_images
-from training.reporting.required import main_data
+from training.reporting.required import RANDOM, RESCALED, main_data
 from training.reporting.rows import Row, model_of
 
 # whose quoted numbers are, by the weights that the rows name
@@ -85,29 +84,18 @@ def is_application(row: Row) -> bool:
     return is_transfer(row) or row.protocol.startswith(("orientation", "outliers", "one-class"))
 
 
+def whose(row: Row, budget: str = "") -> str:
+    """Whose weights a row is of, with the budget: ours, random ones, or quoted ones in italics with their table."""
+    tag = row.weights.partition(".")[2]
+    if not row.measured:
+        return f"_{QUOTED[tag]}, {row.source.rpartition(', ')[2]}{budget}_"
+    return {RANDOM: "random weights", RESCALED: "random weights, rescaled"}.get(tag, f"`{row.weights}`") + budget
+
+
 def data_in_words(data: str) -> str:
     """The data's name in a row, in words: 'the validation images of Tiny-ImageNet'."""
     name, _, split = data.rpartition(" ")
     return f"the {'validation' if split == 'val' else split} images of {name}"
-
-
-def weights_table(entries: Mapping[str, Mapping[str, Any]]) -> str:
-    """One line for each of the published weights: what they are and where they come from."""
-    places = {"bundled": "in the package", "hub": "Hugging Face Hub", "release": "the authors' release"}
-    return markdown_table(
-        ("weights", "pretrained on", "rotated images", "size", "recommended layer", "source"),
-        (
-            (
-                f"`{name}`",
-                entry["data"],
-                f"{rotated_images(entry):,}" if entry.get("rotated_images") else "unknown",
-                f"{entry['size'] / 1e6:.1f} MB" if entry["size"] else "unknown",
-                f"`{entry['recommended_layer']}`",
-                places[entry["source"]],
-            )
-            for name, entry in entries.items()
-        ),
-    )
 
 
 def results_tables(rows: Sequence[Row], bundled: Mapping[str, Mapping[str, Any]]) -> str:

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 from rotation_ssl.evaluation.report import spread_text
 from rotation_ssl.messages import counted
-from training.reporting.required import RANDOM, RESCALED, VOC2007
+from training.reporting.required import RESCALED, VOC2007
 from training.reporting.rows import Row, model_of
-from training.reporting.tables import QUOTED, is_transfer, markdown_table, quoted_text
+from training.reporting.tables import is_transfer, markdown_table, quoted_text, whose
 
 # protocol without the kind of average precision, what is trained, the data, and the column's title
 COLUMNS = (
@@ -32,7 +32,7 @@ def transfer_table(rows: Sequence[Row], kind: str = "11-point") -> str:
         own = [row for row in rows if is_transfer(row) and (row.weights, row.budget) == (weights, budget)]
         cells = [_cell(own, column, kind) for column in COLUMNS]
         if any(cells):
-            lines.append((_whose(own), *cells))
+            lines.append((whose(own[0], _budget(own[0])), *cells))
     # ours first
     lines.sort(key=lambda line: line[0].startswith("_"))
     shown = [0, *(i for i in range(1, 1 + len(COLUMNS)) if any(line[i] for line in lines))]
@@ -105,10 +105,7 @@ def _cell(own: Sequence[Row], column: Column, kind: str) -> str:
     return spread_text(found) if own[0].measured else quoted_text(found)
 
 
-def _whose(own: Sequence[Row]) -> str:
-    model, _, tag = own[0].weights.partition(".")
-    if not own[0].measured:
-        table = next(row.source for row in own if is_transfer(row)).rpartition(", ")[2]
-        return f"_{QUOTED[tag]}, {table}, paper budget_"
-    budget = "" if own[0].budget == "cpu" else f", {own[0].budget or 'other'} budget"
-    return {RANDOM: "random weights", RESCALED: "random weights, rescaled"}.get(tag, f"`{model}.{tag}`") + budget
+def _budget(row: Row) -> str:
+    if not row.measured:
+        return ", paper budget"
+    return "" if row.budget == "cpu" else f", {row.budget or 'other'} budget"
