@@ -6,6 +6,7 @@ Only the tag changes: pixels, the other tags and all other parts of the file sta
 import io
 import struct
 import zlib
+from collections.abc import Iterator
 
 from PIL import Image
 
@@ -121,23 +122,31 @@ def _segment(payload: bytes) -> bytes:
 
 
 def _png(content: bytes, orientation: int) -> bytes:
-    at, image_data = 8, 0
-    while (kind := content[at + 4 : at + 8]) and kind != b"IEND":
-        (length,) = struct.unpack_from(">I", content, at)
-        end = at + 12 + length
+    image_data = 0
+    for kind, start, end in png_chunks(content):
         # it may come after the image
         if kind == b"eXIf":
-            return content[:at] + _chunk(_tiff(content[at + 8 : end - 4], orientation)) + content[end:]
+            block = _tiff(content[start + 8 : end - 4], orientation)
+            return content[:start] + png_chunk(kind, block) + content[end:]
         if kind == b"IDAT":
-            image_data = image_data or at
-        at = end
+            image_data = image_data or start
     if not image_data:
         raise struct.error("no image data")
-    return content[:image_data] + _chunk(_new_block(orientation)) + content[image_data:]
+    return content[:image_data] + png_chunk(b"eXIf", _new_block(orientation)) + content[image_data:]
 
 
-def _chunk(block: bytes) -> bytes:
-    return struct.pack(">I", len(block)) + b"eXIf" + block + struct.pack(">I", zlib.crc32(b"eXIf" + block))
+def png_chunks(content: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """The kind of each chunk of a PNG file up to IEND, and where the chunk starts and ends."""
+    start = 8
+    while (kind := content[start + 4 : start + 8]) and kind != b"IEND":
+        end = start + 12 + int.from_bytes(content[start : start + 4], "big")
+        yield kind, start, end
+        start = end
+
+
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    """A chunk of a PNG file, with its length and checksum."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def _webp(content: bytes, orientation: int) -> bytes:

@@ -1,11 +1,11 @@
 """What picture files hold besides pixels and EXIF: what a file of turned pixels keeps, and what it would lose."""
 
 import re
-import struct
 import zlib
-from collections.abc import Iterator
 
 from PIL import Image
+
+from rotation_ssl.orientation.exif import png_chunk, png_chunks
 
 _XMP = b"http://ns.adobe.com/xap/1.0/\0"
 _LONG_XMP = b"http://ns.adobe.com/xmp/extension/\0"
@@ -50,17 +50,8 @@ def keep_chunks(written: bytes, content: bytes) -> bytes:
     Raises:
         ValueError: EXIF tags in a text chunk that Pillow does not read, or a damaged chunk.
     """
-    kept = b"".join(_kept(*chunk) for chunk in _chunks(content))
+    kept = b"".join(_kept(kind, content[start:end]) for kind, start, end in png_chunks(content))
     return written[:_PNG_HEADER] + kept + written[_PNG_HEADER:]
-
-
-def _chunks(content: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """The kind of each chunk of a PNG file, and the whole chunk."""
-    at = 8
-    while (kind := content[at + 4 : at + 8]) and kind != b"IEND":
-        end = at + 12 + int.from_bytes(content[at : at + 4], "big")
-        yield kind, content[at:end]
-        at = end
 
 
 def _kept(kind: bytes, chunk: bytes) -> bytes:
@@ -79,8 +70,7 @@ def _kept(kind: bytes, chunk: bytes) -> bytes:
     upright = _XMP_ORIENTATION.sub(b"", xmp)
     if upright == xmp:
         return chunk
-    data = b"\0".join((keyword, b"\0\0" + language, translated, upright))
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return png_chunk(kind, b"\0".join((keyword, b"\0\0" + language, translated, upright)))
 
 
 def _jpeg_end(content: bytes) -> int:
