@@ -4,15 +4,10 @@
     torchrun --nproc_per_node 2 -m training pretrain RECIPE ...
 
 DIR is the folder of the recipe's dataset, for example CIFAR-10 as train/<class>/*.png; --download downloads it.
---dataset selects another one: a folder of images, or a dataset of timm. If the resized images fit into half of the
-free memory they are decoded once; otherwise --workers processes decode them as they are needed. Broken images are
-skipped and listed. A GPU is used if there is one; several processes share the images of a step.
+--dataset selects another one: a folder of images, or a dataset of timm. A GPU is used if there is one; several
+processes share the images of a step. TensorBoard shows the curve during the training: tensorboard --logdir OUTPUT.
 
-The output folder gets a checkpoint every few minutes, of which the last two are kept, and at the end a model that
-timm.create_model("local-dir:OUTPUT", pretrained=True) loads (model.safetensors, config.json), run.json (recipe, images,
-curve, commit, versions), metrics.jsonl and curve.png. Only one training at a time can write to it. Ctrl-C saves a
-checkpoint and stops; --resume continues from it and gives the same weights as an uninterrupted run. TensorBoard shows
-the curve during the training: tensorboard --logdir OUTPUT.
+`rotation-ssl pretrain --help` describes how images are read, what the output folder gets, and how to stop and continue.
 """
 
 import dataclasses
