@@ -66,6 +66,19 @@ def available_memory() -> int | None:
     return min(found, default=None)
 
 
+def check_memory(needed: int, what: str, advice: str) -> None:
+    """Refuse what needs more bytes of memory than are available.
+
+    Raises:
+        ValueError: it begins with ``what`` needs them, in the plural, and ends with ``advice``.
+    """
+    available = available_memory()
+    if available is not None and needed > available:
+        raise ValueError(
+            f"{what} need {needed / 2**30:.1f} GiB of memory, {available / 2**30:.1f} are available: {advice}"
+        )
+
+
 def _cached_files(details: Path) -> int:
     """Bytes of cached files, which a control group counts as used, and which go when memory is asked for."""
     numbers = dict(line.split(maxsplit=1) for line in (_read(details) or "").splitlines())

@@ -17,7 +17,7 @@ from rotation_ssl.evaluation.protocols import PROTOCOLS
 from rotation_ssl.evaluation.report import Reported, new_figure, reported, write_report
 from rotation_ssl.features import layer_modules
 from rotation_ssl.labelled import Images, check_same_classes, labelled_files, load_folder_split, split_folder
-from rotation_ssl.machine import available_memory
+from rotation_ssl.machine import check_memory
 from rotation_ssl.messages import first_line, some
 from rotation_ssl.precision import add_precision_argument, resolve_precision, warn_if_emulated
 
@@ -92,9 +92,4 @@ def run(args: argparse.Namespace) -> int:
 def _check_memory(root: Path, size: int) -> None:
     """Refuse images that do not fit into memory, before they are read."""
     count = sum(len(labelled_files(split_folder(root, split))[0]) for split in ("train", "test"))
-    needed, available = count * 3 * size**2, available_memory()
-    if available is not None and needed > available:
-        raise ValueError(
-            f"{count:,} images of {size} pixels need {needed / 2**30:.1f} GiB of memory, {available / 2**30:.1f} are "
-            "available: give fewer images, or a smaller --size"
-        )
+    check_memory(count * 3 * size**2, f"{count:,} images of {size} pixels", "give fewer images, or a smaller --size")

@@ -18,7 +18,7 @@ from rotation_ssl.evaluation.frozen import BATCH, PARTS, Frozen, map_grids, prep
 from rotation_ssl.evaluation.protocols import PROTOCOLS, ProbeRecipe, find_protocol
 from rotation_ssl.fit import Checkpoints
 from rotation_ssl.labelled import Images, LabelledImages
-from rotation_ssl.machine import available_memory
+from rotation_ssl.machine import check_memory
 from rotation_ssl.messages import counted
 from rotation_ssl.precision import autocast_type, resolved
 from rotation_ssl.pretraining.augment import crop_and_flip
@@ -214,12 +214,8 @@ def _plan_cache(frozen: Frozen, images: Images, measurements: Sequence[Measureme
     one = images.test.images[:1]
     grids = map_grids(frozen, one, layers, grid)
     each = sum(m.nbytes for m in frozen.maps(one, grids).values())
-    needed, available = each * (views * len(images.train) + len(images.test)), available_memory()
-    if available is not None and needed > available:
-        raise ValueError(
-            f"the features of {', '.join(layers)} need {needed / 2**30:.1f} GiB of memory, {available / 2**30:.1f} are "
-            "available: measure fewer layers at a time with --layers"
-        )
+    needed = each * (views * len(images.train) + len(images.test))
+    check_memory(needed, f"the features of {', '.join(layers)}", "measure fewer layers at a time with --layers")
     return grids
 
 

@@ -12,7 +12,7 @@ from conftest import SAMPLES, shorten_probes
 from safetensors.torch import save_file
 from timm.data import IMAGENET_DEFAULT_MEAN, resolve_model_data_config
 
-from rotation_ssl import zoo
+from rotation_ssl import machine, zoo
 from rotation_ssl.evaluation import frozen
 from rotation_ssl.evaluation import measure as frozen_measure
 from rotation_ssl.evaluation.frozen import preparation
@@ -348,7 +348,7 @@ def test_fewer_training_images_than_neighbours(tmp_path, capsys):
 
 
 def test_what_does_not_fit_into_memory_is_refused_before_it_is_computed(images, monkeypatch):
-    monkeypatch.setattr(frozen_measure, "available_memory", lambda: 1000)
+    monkeypatch.setattr(machine, "available_memory", lambda: 1000)
     with pytest.raises(ValueError, match=r"features of block1 need 0.0 GiB of memory, 0.0 are available"):
         next(
             evaluate.measure_features(

@@ -10,7 +10,7 @@ import timm
 import torch
 from conftest import SAMPLES, shorten_probes
 
-from rotation_ssl import cli
+from rotation_ssl import cli, machine
 from rotation_ssl.cli import evaluate
 from rotation_ssl.evaluation import measure, report
 from rotation_ssl.evaluation.frozen import Frozen
@@ -94,7 +94,7 @@ def test_what_does_not_fit_is_refused_before_the_images_are_read(labelled, tmp_p
 
 def test_images_that_do_not_fit_into_memory_are_refused_before_they_are_read(labelled, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(evaluate, "load_folder_split", None)
-    monkeypatch.setattr(evaluate, "available_memory", lambda: 1000)
+    monkeypatch.setattr(machine, "available_memory", lambda: 1000)
     assert cli.main(["evaluate", "rotnet_nin", "--data", str(labelled), "--output", str(tmp_path / "r")]) == 2
     assert re.search(
         r"images of 32 pixels need 0\.0 GiB of memory, 0\.0 are available: give fewer", capsys.readouterr().err
