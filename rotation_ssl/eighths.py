@@ -20,7 +20,7 @@ from functools import lru_cache
 
 import torch
 
-from rotation_ssl.rotations import check_square, like
+from rotation_ssl.rotations import check_square, concatenate_views
 
 CUTOFF = 0.36  # cycles a pixel; the pixels' own limit is 0.5, and at 0.42 white noise is 5 % sharper upright than at 45
 REACH = 3.0  # radius of the kernel in pixels
@@ -56,7 +56,7 @@ def rotate_eighths(images: torch.Tensor) -> torch.Tensor:
             for degrees in (0, 45)
         )
     views = [torch.rot90(view, k, (-2, -1)) for k in range(4) for view in (upright, diagonal)]
-    return like(images, views).to(images.dtype)
+    return concatenate_views(images, views).to(images.dtype)
 
 
 @lru_cache(maxsize=8)

@@ -55,9 +55,9 @@ def extract_features(
         backbone: a timm model, in train or eval mode.
         images: (N, C, H, W), of any dtype that ``prepare`` takes; normalised floats without it.
         layers: names of :func:`layer_modules` ('block1', 'conv3'), or the full name of any module ('blocks.block1.0');
-            None: all of :func:`layer_modules`. Of a module that runs several times in a pass the first output is taken.
-        pool: 'avg' or 'max' to at most grid x grid cells, 'flatten' for the whole map, None to keep the map.
-        grid: cells a side, one number or one for each layer; a smaller map keeps its size. 1 is global pooling.
+            None: all of :func:`layer_modules`. If a module runs several times in a pass, its first output is used.
+        pool: 'avg' or 'max': pool to at most grid x grid cells; 'flatten': the whole map as a vector; None: the map.
+        grid: cells per side, one number or one for each layer; a smaller map keeps its size. 1 is global pooling.
         prepare: applied to every batch on the backbone's device, for example to normalise it.
         batch_size: images in a batch.
         dtype: of the result, a floating-point type; torch.bfloat16 halves the memory.
@@ -102,10 +102,10 @@ def batch_extractor(
     autocast: torch.dtype | None = None,
     device: torch.device | str | None = "cpu",
 ) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:
-    """A function from one batch of images (B, C, H, W) to its features by layer, on ``device``; None: the backbone's.
+    """Create the function that :func:`extract_features` runs on each batch: images (B, C, H, W) -> features by layer.
 
-    It is what :func:`extract_features` runs on each batch, with the same arguments and errors. Making it takes longer
-    than one batch: make it once for many.
+    Arguments and errors are those of :func:`extract_features`. The features are on ``device``, with None on the
+    backbone's. Creating the function takes longer than a batch: create it once for many.
     """
     modules, names = dict(backbone.named_modules()), layer_modules(backbone)
     unknown = [layer for layer in layers if names.get(layer, layer) not in modules or not layer]
@@ -249,7 +249,7 @@ def _check_options(
     if wrong:
         raise ValueError(f"grid must be a positive number of cells a side, got {wrong[0]!r}")
     if pool not in ("avg", "max") and set(cells.values()) - {1}:
-        raise ValueError(f"grid is of the pooling to 'avg' or 'max', not of pool={pool!r}: leave it out")
+        raise ValueError(f"grid is for pool='avg' and pool='max', not for pool={pool!r}: leave it out")
     return cells
 
 

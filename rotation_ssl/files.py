@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from rotation_ssl.messages import first_line, is_of_killed_worker
+from rotation_ssl.messages import first_line, is_killed_worker_error
 
 
 def sha256_of(file: Path) -> str:
@@ -52,7 +52,7 @@ def replace_tensors(file: Path, write: Callable[[Path], object]) -> None:
     try:
         replace_file(file, write)
     except (RuntimeError, SafetensorError) as error:
-        if is_of_killed_worker(error):
+        if is_killed_worker_error(error):
             raise
         raise OSError(f"{file} cannot be written ({first_line(error)}): make room on the disk and try again") from error
 

@@ -22,16 +22,16 @@ Batch = TypeVar("Batch")
 
 
 class Checkpoint:
-    """Saves a training's state to a file and resumes from it.
+    """Saves the state of a training to a file and resumes from it.
 
-    ``done`` and ``seconds`` are the steps (or epochs) and the time of earlier runs, 0 without a file.
+    ``done`` and ``seconds`` are the steps (or epochs) and the time before the interruption, 0 without a file.
 
     Args:
         file: read if it exists; None: nothing is saved.
-        identity: all that decides the training but machine and library versions, in one line.
+        identity: one line with everything that decides the training, except machine and library versions.
 
     Raises:
-        ValueError: the file is no checkpoint, or of another training.
+        ValueError: the file is not a checkpoint, or has another identity.
         OSError: the file cannot be read.
     """
 
@@ -51,7 +51,7 @@ class Checkpoint:
             # whatever torch raises for bytes that it did not write
             raise ValueError(f"{file} is no checkpoint ({first_line(error)}): remove it") from error
         if found != identity:
-            raise ValueError(f"{file} is of other options, images or weights: remove it, or give another --output")
+            raise ValueError(f"{file} belongs to other options, images or weights: remove it, or give another --output")
 
     def restore(self, **parts: Any) -> None:
         """Load the saved state into ``parts`` and the random number generators; without a file nothing changes.
@@ -113,7 +113,7 @@ class Checkpoints:
         self.folder, self.opened = folder, list[Path]()
 
     def open(self, identity: str) -> Checkpoint:
-        """The checkpoint of the training that ``identity`` tells from every other; errors as of :class:`Checkpoint`."""
+        """The checkpoint of the training with this ``identity``; errors as of :class:`Checkpoint`."""
         if self.folder is None:
             return Checkpoint()
         file = self.folder / f"training-{hashlib.sha256(identity.encode()).hexdigest()[:12]}.pt"
@@ -149,11 +149,11 @@ def fit(
     Args:
         model: trained in training mode, on whatever device it is.
         batches: anything that ``loss_of`` takes.
-        loss_of: a batch's loss (), or losses (L,) whose sum is minimised.
+        loss_of: from a batch to its loss (), or to losses (L,) whose sum is minimised.
         optimizer: over the parameters to train.
         name: what is trained, for the progress bar and errors.
-        scheduler: moved on after every step.
-        steps: number of steps, which ends endless ``batches`` and gives the bar its time left; None: all batches.
+        scheduler: stepped after every step.
+        steps: number of steps, needed if ``batches`` never ends; None: all batches.
         images_per_step: images in a batch, which the bar counts.
         clip: the largest norm of all gradients together, longer ones are scaled to it; None: no clipping.
         autocast: compute the loss in this type (torch.bfloat16) where PyTorch considers that safe; None: in the type of

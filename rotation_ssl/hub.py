@@ -83,8 +83,8 @@ def rotnet_nin5(*, pretrained: bool = True, weights: str | None = None, **kwargs
 def rotnet_alexnet(*, pretrained: bool = True, weights: str | None = None, **kwargs: Any) -> nn.Module:
     """RotNet's AlexNet, 57 M parameters with fc6 and fc7, 2.5 M in the convolutions (``fc_size=0``).
 
-    With weights that have no fc6 and fc7 ``fc_size`` is 0 by default; if you ask for them they and the classifier are
-    new, not trained.
+    ``fc_size`` defaults to 0 for weights without fc6 and fc7; if you set it, these layers and the classifier are
+    initialised randomly.
 
     Args:
         pretrained: load weights; False gives random ones.

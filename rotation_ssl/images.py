@@ -17,9 +17,9 @@ from PIL import Image, ImageOps
 
 from rotation_ssl.progress import progress
 
-#: Read where :func:`register_heif` was called.
+#: Also suffixes of image files once :func:`register_heif` was called.
 HEIF_SUFFIXES = (".heic", ".heif")
-#: What an image file is told by, in any case.
+#: Suffixes of image files, in lower case; upper case is accepted too.
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 #: Errors of a disk or a network that fails, not of a file that is broken.
 FAILURES = {
@@ -32,22 +32,22 @@ FAILURES = {
 }  # fmt: skip
 #: What Pillow raises on an EXIF block that it cannot read; such an image is upright.
 EXIF_ERRORS = (SyntaxError, ValueError, struct.error)
-#: A large JPEG of which a square is looked at is decoded at so many times the square's side, or more.
+#: Large JPEGs are decoded with a shorter side of at least this many times the side of the square that is used.
 OVERSIZE = 2
-_LONGEST = 8  # times its shorter side: what is resized of an image
+_LONGEST = 8  # longer over shorter side, at most, of what is resized
 _BITS_PER_SAMPLE = 258  # a tag of TIFF
 _PHOTOMETRIC = 262  # tag of TIFF: 0 where white is zero
 
 
-def read_image(file: Path | IO[bytes] | Image.Image, least: int = 0) -> Image.Image:
+def read_image(file: Path | IO[bytes] | Image.Image, min_side: int = 0) -> Image.Image:
     """One image as RGB of 8 bits, whatever its mode, upright as its EXIF orientation says.
 
     Grey values of more bits are scaled by what the file can hold: 65535 of a 16-bit image becomes 255.
 
     Args:
         file: a path, an open file, or an image that was opened already.
-        least: decode a large JPEG at 1/2, 1/4 or 1/8 of its size, as long as its shorter side keeps so many pixels; 0:
-            at its own size.
+        min_side: decode a large JPEG at 1/2, 1/4 or 1/8 of its size as long as its shorter side keeps this many pixels;
+            0: at its own size.
 
     Raises:
         ValueError: it does not exist, does not decode, has more pixels than Pillow reads, or holds 32-bit integers or
@@ -59,9 +59,9 @@ def read_image(file: Path | IO[bytes] | Image.Image, least: int = 0) -> Image.Im
             # opening a named pipe would wait for whoever writes to it
             raise ValueError("it is not a regular file")
         with file if isinstance(file, Image.Image) else Image.open(file) as image:
-            if least:
+            if min_side:
                 # of JPEG alone, which leaves out high frequencies at a fraction of the work; it keeps the aspect
-                scale = max(1, min(image.size) // least)
+                scale = max(1, min(image.size) // min_side)
                 image.draft(None, (image.width // scale, image.height // scale))
             image.load()
             # Pillow raises at an EXIF block without a header once, and then takes it for an empty one
@@ -171,14 +171,14 @@ def count_suffixes(files: Sequence[Path]) -> str:
     return ", ".join(_count(suffix, regular, n) for (suffix, regular), n in sorted(kinds.items()))
 
 
-def read_images(files: Sequence[Path], size: int, least: int = 0) -> torch.Tensor:
+def read_images(files: Sequence[Path], size: int, min_side: int = 0) -> torch.Tensor:
     """Decode files: (N, 3, size, size) uint8 in the order of ``files``; many of them with a progress bar.
 
-    ``least`` is that of :func:`read_image`.
+    ``min_side`` is that of :func:`read_image`.
     """
     images = np.empty((len(files), 3, size, size), dtype=np.uint8)
     for i, file in enumerate(progress("reading images", len(files), "image", files, disable=len(files) < 5000)):
-        images[i] = np.asarray(square(read_image(file, least), size)).transpose(2, 0, 1)
+        images[i] = np.asarray(square(read_image(file, min_side), size)).transpose(2, 0, 1)
     return torch.from_numpy(images)
 
 
@@ -209,14 +209,14 @@ def square(image: Image.Image, size: int) -> Image.Image:
     return resized.crop((left, top, left + size, top + size))
 
 
-def is_of_system(error: OSError) -> bool:
+def is_system_folder_error(error: OSError) -> bool:
     """Whether a folder cannot be listed because it is the system's own, such as lost+found or .Trashes."""
     name = Path(error.filename).name
     return isinstance(error, PermissionError) and (name == "lost+found" or name.startswith("."))
 
 
 def _raise_not_listed(error: OSError) -> None:
-    if is_of_system(error):
+    if is_system_folder_error(error):
         return
     raise OSError(
         error.errno, f"folder {error.filename} cannot be listed: {error.strerror}; make it readable, or try again"

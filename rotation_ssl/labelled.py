@@ -27,7 +27,7 @@ class LabelledImages:
 
 
 @dataclass(frozen=True)
-class Images:
+class LabelledSplits:
     """Training and test images of the same classes, and the name that the dataset has in result rows."""
 
     name: str
@@ -52,7 +52,7 @@ def labels_subset(
     for label, name in enumerate(data.classes):
         own = (data.labels == label).nonzero()[:, 0]
         if not 1 <= labels_per_class <= len(own):
-            raise ValueError(f"labels of class {name} must be 1 to {len(own)}, all that it has, got {labels_per_class}")
+            raise ValueError(f"labels_per_class must be 1 to {len(own)}, the images of {name}, got {labels_per_class}")
         order = torch.arange(len(own)) if generator is None else torch.randperm(len(own), generator=generator)
         chosen.append(own[order[:labels_per_class]])
     return data.subset(torch.cat(chosen).sort().values)
@@ -118,7 +118,7 @@ def load_folder_split(root: Path, split: str, size: int) -> LabelledImages:
 
     Args:
         root: holds both.
-        split: 'train', shuffled, always in the same way, or 'test'.
+        split: 'train', shuffled with a fixed seed, or 'test'.
         size: side of the squares.
 
     Raises:
@@ -137,7 +137,7 @@ def split_folder(root: Path, split: str) -> Path:
 
 
 def shuffled(data: LabelledImages) -> LabelledImages:
-    """The images in another order, always the same one: the last ones, which choose settings, are of all classes."""
+    """Shuffle images with a fixed seed, so that the last ones, on which settings are chosen, are of all classes."""
     return data.subset(_mixed(len(data)))
 
 

@@ -16,15 +16,15 @@ from rotation_ssl.messages import first_line
 # parameters of mallopt(3), from malloc.h
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 
-# for the commands' --help
-TURN_OFF = (
+# the end of --help of the commands that call keep_large_blocks
+MALLOPT_HELP = (
     "On Linux this command makes glibc keep large memory blocks, for speed; ROTATION_SSL_MALLOPT=0 disables this."
 )
 CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
 def keep_large_blocks() -> bool:
-    """Have glibc serve large blocks from the heap and never trim it (on Linux alone); whether it was done.
+    """Make glibc serve large blocks from the heap and never trim it (Linux only); returns whether it was done.
 
     Otherwise glibc maps and unmaps every large activation, and each step faults in gigabytes of fresh pages. It is the
     only setting of the process that the training commands change. Importing ``rotation_ssl`` never changes it, and
@@ -40,7 +40,7 @@ def keep_large_blocks() -> bool:
 
 
 def release_free_memory() -> bool:
-    """Have glibc give all free memory back to the system (malloc_trim(3)); whether there is such a function.
+    """Make glibc return free memory to the system (malloc_trim(3)); returns whether there is such a function.
 
     Blocks kept by :func:`keep_large_blocks` are faulted in again when they are used: call it seldom.
     """
@@ -101,10 +101,10 @@ def device_name(device: torch.device | str) -> str:
 
 
 def check_device(device: str) -> None:
-    """Refuse a device that is not there, or that gives no values back, as meta.
+    """Check that tensors can be created on a device and read back.
 
     Raises:
-        ValueError: with what is wrong.
+        ValueError: they cannot; the error says why.
     """
     try:
         torch.zeros(1, device=device).cpu()

@@ -1,4 +1,4 @@
-"""Text from outside, in messages of one line: errors of libraries, names in files, answers of servers."""
+"""One-line messages from errors of libraries, file names and answers of servers."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -15,43 +15,43 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(t in str(error) for t in told))
 
 
-def is_of_connection(error: BaseException) -> bool:
-    """Whether it is of an HTTP library: clients let a cut connection, a timeout or a proxy's refusal through."""
+def is_connection_error(error: BaseException) -> bool:
+    """Whether an error comes from an HTTP library, whose clients pass on lost connections and timeouts as they are."""
     return any(library in type(error).__module__ for library in ("httpx", "requests", "http.client"))
 
 
 @contextlib.contextmanager
-def tell_lost_connections(failed: str) -> Iterator[None]:
-    """Make a ConnectionError of one line, which begins with ``failed``, of what an HTTP library says."""
+def connection_errors(failed: str) -> Iterator[None]:
+    """Turn an error of an HTTP library into a one-line ConnectionError that begins with ``failed``."""
     try:
         yield
     except Exception as error:
-        if not is_of_connection(error):
+        if not is_connection_error(error):
             raise
         raise ConnectionError(f"{failed}: the connection failed ({first_line(error)})") from error
 
 
-def is_of_killed_worker(error: BaseException) -> bool:
-    """Whether PyTorch says that a process that decodes was killed: it does so wherever the main process is."""
+def is_killed_worker_error(error: BaseException) -> bool:
+    """Whether PyTorch reports a killed data-loading worker; it may do so anywhere in the main process."""
     return isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error)
 
 
 @contextlib.contextmanager
-def tell_killed_workers() -> Iterator[None]:
-    """Make an OSError of one line of what PyTorch says when a process that decodes was killed."""
+def killed_worker_errors() -> Iterator[None]:
+    """Turn PyTorch's error about a killed data-loading worker into a one-line OSError."""
     try:
         yield
     except RuntimeError as error:
-        if not is_of_killed_worker(error):
+        if not is_killed_worker_error(error):
             raise
         raise OSError(
-            f"a decoding process was killed ({first_line(error)}): fewer workers need less memory, and a script calls "
-            "this below `if __name__ == '__main__':`; run it again, or resume it"
+            f"a data-loading worker was killed ({first_line(error)}): use fewer workers if memory ran out, and in a "
+            "script call this below `if __name__ == '__main__':`; run it again, or resume it"
         ) from error
 
 
 def printable(text: object, most: int = 300) -> str:
-    """A text in one line, cut to so many characters: a terminal obeys control characters in what it prints."""
+    """A text in one line of at most ``most`` characters, without control characters, which a terminal would obey."""
     words = " ".join(str(text).split())[:most]
     return "".join(character if character.isprintable() else "?" for character in words)
 

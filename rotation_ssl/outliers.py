@@ -31,7 +31,7 @@ class RotationOutlierDetector:
         model: a timm model, in eval mode afterwards; for 'rotation' one with 4 outputs.
         score: 'rotation', which needs no :meth:`fit`, or 'knn'.
         layer: a name of :func:`rotation_ssl.features.layer_modules`, for 'knn'.
-        neighbours: the distance to so many's nearest normal image, for 'knn'.
+        neighbours: k, for 'knn': the score is the distance to the k-th nearest normal image.
 
     Raises:
         ValueError: an unknown score or layer, a model with other outputs, or less than one neighbour.
@@ -50,7 +50,7 @@ class RotationOutlierDetector:
         self.normal: torch.Tensor | None = None
 
     def fit(self, data_loader: Iterable[Any]) -> "RotationOutlierDetector":
-        """Keep the features of normal images.
+        """Store the features of normal images; for 'rotation' this does nothing.
 
         Args:
             data_loader: batches of normalised images (B, 3, H, W), or of tuples that begin with them; labels are not
@@ -97,7 +97,7 @@ class RotationOutlierDetector:
         return torch.cat(parts) if parts else torch.empty(0)
 
     def predict_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Scores (N,) of features (N, D): the cosine distance to the nearest normal image but ``neighbours`` - 1.
+        """Scores (N,) of features (N, D): the cosine distance to the k-th nearest normal image, k = ``neighbours``.
 
         Raises:
             ValueError: not fitted, features that are not finite, or the score has no features.
@@ -140,10 +140,13 @@ def auroc(normal: torch.Tensor, outlying: torch.Tensor) -> float:
 
 
 def false_positive_rate(normal: torch.Tensor, outlying: torch.Tensor, kept: float = 0.95) -> float:
-    """The share of outliers (M,) that pass where at least the share ``kept`` of the normal images (N,) passes.
+    """False-positive rate at a true-positive rate of at least ``kept``; by default FPR at 95 % TPR.
+
+    This is the fraction of the outliers' scores (M,) that are accepted by the lowest threshold that accepts the
+    fraction ``kept`` of the normal images' scores (N,).
 
     Raises:
-        ValueError: no scores, some that are not finite, or a share out of range.
+        ValueError: no scores, some that are not finite, or ``kept`` out of range.
     """
     _check_scores(normal, outlying)
     if not 0 < kept <= 1:

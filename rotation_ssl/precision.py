@@ -1,6 +1,5 @@
-"""What trainings and probes compute in: fp32, or bf16 by autocast where the device multiplies it."""
+"""The precision of trainings and probes: fp32, or bf16 by autocast where the device supports it."""
 
-import argparse
 import dataclasses
 import sys
 from pathlib import Path
@@ -12,21 +11,21 @@ AnyRecipe = TypeVar("AnyRecipe", bound=Any)  # a frozen dataclass with a precisi
 
 
 def resolve_precision(precision: str, device: torch.device | str) -> str:
-    """A precision on a device: 'auto' is 'bf16' where the device multiplies it, else 'fp32'; others are themselves."""
+    """Resolve 'auto' to 'bf16' if the device supports it, else to 'fp32'; other precisions are returned unchanged."""
     if precision != "auto":
         return precision
-    return "bf16" if multiplies_bfloat16(device) else "fp32"
+    return "bf16" if supports_bfloat16(device) else "fp32"
 
 
 def resolved(recipe: AnyRecipe, device: torch.device | str) -> AnyRecipe:
-    """The recipe with the precision that it has on a device, never 'auto'."""
+    """The recipe with its precision resolved for a device, never 'auto'."""
     return dataclasses.replace(recipe, precision=resolve_precision(recipe.precision, device))
 
 
-def multiplies_bfloat16(device: torch.device | str = "cpu") -> bool:
+def supports_bfloat16(device: torch.device | str = "cpu") -> bool:
     """Whether a device has instructions for bfloat16: a CUDA GPU, or a processor that says so in /proc/cpuinfo.
 
-    Elsewhere bfloat16 is emulated, or nobody says.
+    On other devices bfloat16 is emulated, or its support is unknown.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -47,16 +46,7 @@ def autocast_type(precision: str) -> torch.dtype | None:
 
 
 def warn_if_emulated(precision: str | None, device: torch.device | str) -> None:
-    """Print one line where bf16 is asked for and the device does not say that it multiplies it."""
-    if precision == "bf16" and not multiplies_bfloat16(device):
+    """Print a one-line warning if bf16 is asked for and the device is not known to support it."""
+    if precision == "bf16" and not supports_bfloat16(device):
         told = f"{device} has no known bfloat16 instructions: bf16 may be many times slower than fp32"
         print(told, file=sys.stderr)  # noqa: T201
-
-
-def add_precision_argument(parser: argparse._ActionsContainer, default: str = "the recipe's") -> None:
-    """The option --precision, the same in every command that has it."""
-    parser.add_argument(
-        "--precision",
-        choices=("auto", "fp32", "bf16"),
-        help=f"auto: bf16 if the hardware supports it, else fp32 [{default}]",
-    )

@@ -33,7 +33,7 @@ def rotate_all(images: torch.Tensor, rotations: Sequence[int] = ROTATIONS) -> to
     """
     check_square(images)
     _check_rotations(rotations)
-    return like(images, [torch.rot90(images, k, (-2, -1)) for k in rotations])
+    return concatenate_views(images, [torch.rot90(images, k, (-2, -1)) for k in rotations])
 
 
 def rotation_labels(
@@ -59,7 +59,7 @@ def rotation_loss(
         model: maps (R * N, C, H, H) to logits (R * N, R).
         images: (N, C, H, H), augmented and normalised, upright.
         rotations: as in :func:`rotate_all`.
-        label_smoothing: of the target's probability, shared by all rotations alike; the paper has none.
+        label_smoothing: as in ``torch.nn.functional.cross_entropy``; the paper uses none.
 
     Returns:
         Scalar, the mean over the R * N rotated images, computed in float32; differentiable.
@@ -84,12 +84,12 @@ def cross_entropy_of_rotations(logits: torch.Tensor, num_rotations: int, label_s
 
 
 def count_correct(model: nn.Module, batches: Iterable[torch.Tensor], num_rotations: int) -> tuple[int, int]:
-    """How many rotated images the model predicts correctly: the pretext task's own test.
+    """Count the rotated images whose rotation the model predicts correctly.
 
     Args:
-        model: maps (R * N, C, H, H) to logits (R * N, R); in eval mode meanwhile, each module's mode is as before
-            afterwards.
-        batches: rotation-major batches (R * N, C, H, H), as ``rotate_all`` gives them.
+        model: maps (R * N, C, H, H) to logits (R * N, R); set to eval mode during the call, after which the mode of
+            each module is restored.
+        batches: rotation-major batches (R * N, C, H, H), as ``rotate_all`` returns them.
         num_rotations: R.
 
     Returns:
@@ -117,7 +117,7 @@ def count_correct(model: nn.Module, batches: Iterable[torch.Tensor], num_rotatio
 
 
 def check_square(images: torch.Tensor) -> None:
-    """Refuse what is not a batch of square images.
+    """Check that images are a batch of square images.
 
     Raises:
         ValueError: another number of dimensions, or images that are not square.
@@ -130,10 +130,10 @@ def check_square(images: torch.Tensor) -> None:
         raise ValueError(f"images must be square, got {tuple(images.shape[-2:])}: crop them before rotating")
 
 
-def like(images: torch.Tensor, views: Sequence[torch.Tensor]) -> torch.Tensor:
+def concatenate_views(images: torch.Tensor, views: Sequence[torch.Tensor]) -> torch.Tensor:
     """The rotated views of a batch (N, C, H, H) as one batch of the same memory format.
 
-    Rotating transposes, which leaves the memory format to chance; convolutions are fast in that of the images.
+    Rotating by 90 degrees changes the memory format, and convolutions are fastest in the format of the images.
     """
     keep = torch.channels_last if images.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
     return torch.cat(list(views)).contiguous(memory_format=keep)
@@ -154,4 +154,4 @@ def _labels(logits: torch.Tensor, num_rotations: int) -> torch.Tensor:
 
 def _check_rotations(rotations: Sequence[int]) -> None:
     if not rotations or len(set(rotations)) != len(rotations) or not set(rotations) <= set(ROTATIONS):
-        raise ValueError(f"rotations must be distinct quarter turns of 0, 1, 2, 3, got {tuple(rotations)}")
+        raise ValueError(f"rotations must be distinct values of 0, 1, 2, 3 (times 90 degrees), got {tuple(rotations)}")

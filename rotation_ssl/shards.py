@@ -1,7 +1,7 @@
-"""Tar shards in the manner of webdataset: their names, and the images in them.
+"""Tar shards (the WebDataset format): their names, and the images in them.
 
 Tar files are untrusted: they are read as a stream, nothing is unpacked to the disk, and only regular files of bounded
-size are looked at.
+size are read.
 """
 
 import contextlib
@@ -34,8 +34,8 @@ _RANGE = re.compile(r"([0-9]+)\.\.([0-9]+)")
 def expand_braces(pattern: str) -> list[str]:
     """The names that a pattern means, in order: ``{000..010}`` counts, ``{a,b}`` lists.
 
-    Of several braces the last changes first. A range is padded with zeros to the width of its ends if one of them
-    begins with a zero, as in a shell. A pattern without braces is its own only name.
+    With several braces the last one changes fastest. A range is padded with zeros to the width of its ends if one of
+    them begins with a zero, as in a shell. A pattern without braces is a single name.
 
     Raises:
         ValueError: braces that are not closed, are nested or hold neither a range nor a list, a range that counts down,
@@ -69,14 +69,14 @@ def tar_members(
 ) -> Iterator[tuple[str, bytes]]:
     """The image members of a tar file, one after another: their names and bytes.
 
-    Images are regular files with the suffix of an image whose name does not begin with a dot. Others are skipped, links
-    too. The file may be compressed; it is read once, as a stream.
+    Images are regular files with an image suffix whose name does not begin with a dot. Other members, such as links,
+    are skipped. The file may be compressed; it is read once, as a stream.
 
     Args:
         file: a path, or an open file, which need not be seekable and is not closed.
-        skipped: gets the names of members of more than ``max_bytes``, and why they were skipped; None: they are errors.
-        max_bytes: refuse larger members.
-        name: of an open file, for errors.
+        skipped: filled with name -> reason of the members larger than ``max_bytes``; None: such a member is an error.
+        max_bytes: largest size of a member.
+        name: name of an open file, for errors.
 
     Raises:
         ValueError: no such file, or no tar file; a member that is too large, without ``skipped``; after the members

@@ -1,1 +1,1 @@
-"""What reproduces the numbers and the weights: one command each, ``python -m training.X``, from a clone."""
+"""The code that reproduces the numbers and the weights: ``python -m training COMMAND``, from a clone."""

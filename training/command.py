@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from rotation_ssl.cli.options import Parser
-from rotation_ssl.machine import TURN_OFF, keep_large_blocks
-from rotation_ssl.messages import tell_killed_workers
+from rotation_ssl.machine import MALLOPT_HELP, keep_large_blocks
+from rotation_ssl.messages import killed_worker_errors
 from rotation_ssl.pretraining.recipe import Recipe
 from rotation_ssl.progress import progress
 
@@ -20,7 +20,7 @@ def create_parser(command: str, description: str | None, recipes: Iterable[str] 
     return Parser(
         prog=f"python -m training {command}",
         description=description,
-        epilog=f"recipes:\n{lines}\n{TURN_OFF}" if lines else TURN_OFF,
+        epilog=f"recipes:\n{lines}\n{MALLOPT_HELP}" if lines else MALLOPT_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
@@ -73,7 +73,7 @@ def run(work: Callable[[], int | None], stopped: str = "stopped; run the same co
     keep_large_blocks()
     try:
         # PyTorch raises wherever the main process is when it notices, which is seldom where it waits for images
-        with tell_killed_workers():
+        with killed_worker_errors():
             return work() or 0
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

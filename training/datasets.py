@@ -8,8 +8,8 @@ import torch
 
 from rotation_ssl.images import read_images
 from rotation_ssl.labelled import (
-    Images,
     LabelledImages,
+    LabelledSplits,
     check_same_classes,
     labelled_files,
     load_folder,
@@ -202,7 +202,7 @@ def dataset_of(name: str) -> str:
 
 def load_images(
     dataset: str, data_dir: Path, size: int, download: bool = False, holdout: int = 0, test_only: bool = False
-) -> Images:
+) -> LabelledSplits:
     """Training and test images of a dataset, in memory.
 
     Args:
@@ -215,7 +215,7 @@ def load_images(
     name = name_of(dataset, data_dir)
     if test_only and not holdout:
         test = load_split(dataset, data_dir, "test", size, download)
-        return Images(name, test.subset(torch.arange(0)), test)
+        return LabelledSplits(name, test.subset(torch.arange(0)), test)
     # a dataset without training images is refused before its test images are decoded
     train = load_split(dataset, data_dir, "train", size, download)
     if holdout:
@@ -223,10 +223,10 @@ def load_images(
             raise ValueError(f"holdout must be 1 to {len(train) - 1} of the training images, got {holdout}")
         order = torch.arange(len(train))
         name = f"{name.rpartition(' ')[0]}, last {holdout} training image{'s' * (holdout != 1)}"
-        return Images(name, train.subset(order[:-holdout]), train.subset(order[-holdout:]))
+        return LabelledSplits(name, train.subset(order[:-holdout]), train.subset(order[-holdout:]))
     test = load_split(dataset, data_dir, "test", size, download)
     check_same_classes(train.classes, test.classes)
-    return Images(name, train, test)
+    return LabelledSplits(name, train, test)
 
 
 def load_split(dataset: str, data_dir: Path, split: str, size: int, download: bool = False) -> LabelledImages:

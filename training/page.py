@@ -22,9 +22,9 @@ from torch import nn
 from tqdm import tqdm
 
 from rotation_ssl.demo import SAMPLES_DIR
-from rotation_ssl.embedding.backbone import ORIENTATION_MODEL, load_model
 from rotation_ssl.features import attention_map, layer_modules
 from rotation_ssl.images import normalize
+from rotation_ssl.models import ORIENTATION_MODEL, load_model
 from rotation_ssl.orientation import calibration
 from rotation_ssl.orientation.exif import write_orientation
 from rotation_ssl.rotations import rotate_all

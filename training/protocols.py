@@ -10,7 +10,7 @@ from typing import Any
 
 from rotation_ssl.evaluation.protocols import PROTOCOLS as FROZEN
 from rotation_ssl.evaluation.protocols import Protocol
-from training.evaluation.recipes import LAYER_PROBES, TRANSFERS
+from training.evaluation.recipes import FINETUNES, LAYER_PROBES
 from training.transfer.recipes import VOC_RECIPES
 
 COVERAGES = range(10, 100, 10)  # percent of photographs, the most confident ones, that accuracy is measured on
@@ -39,10 +39,10 @@ PROTOCOLS = FROZEN | {
     for protocol in (
         _protocol("probe-layers", LAYER_PROBES, "linear-sgd", "linear probe, max-pooled, SGD", "#E69F00"),
         _protocol("probe-layers", LAYER_PROBES, "nonlinear-sgd", "non-linear probe, remaining layers, SGD", "#009E73"),
-        _protocol("finetune", TRANSFERS, "finetune-conv", "fine-tuned, convolutional head"),
-        _protocol("finetune", TRANSFERS, "finetune-nonlinear", "fine-tuned, non-linear head"),
-        _protocol("finetune", TRANSFERS, "few-labels", "few labels, convolutional probe", "#0072B2"),
-        _protocol("finetune", TRANSFERS, "supervised", "supervised", "#D55E00"),
+        _protocol("finetune", FINETUNES, "finetune-conv", "fine-tuned, convolutional head"),
+        _protocol("finetune", FINETUNES, "finetune-nonlinear", "fine-tuned, non-linear head"),
+        _protocol("finetune", FINETUNES, "few-labels", "few labels, convolutional probe", "#0072B2"),
+        _protocol("finetune", FINETUNES, "supervised", "supervised", "#D55E00"),
         _protocol("orientation", {}, "orientation", "orientation of photographs"),
         *(
             _protocol("orientation", {}, f"orientation-{what}-{percent}", f"{title}, fitted for {percent} % right")

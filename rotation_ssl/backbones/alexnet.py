@@ -27,8 +27,8 @@ POOL_SIZE = 6  # side of pool5's map for a 224-pixel image, the size that fc6 ta
 class FcHead(nn.Module):
     """Pooling, fc6, fc7 and the classifier: (N, in_features, H, W) -> (N, num_classes).
 
-    With fc layers the map is pooled to 6 x 6, which a 224-pixel image has already. Without (``fc_size=0``, or no
-    pooling, ``pool_type=''``) the classifier stands on the globally pooled map, and fc6 and fc7 are Identity.
+    With fc layers the map is pooled to 6 x 6, its size for a 224-pixel image. Without (``fc_size=0``, or no pooling,
+    ``pool_type=''``) the classifier takes the globally pooled map, and fc6 and fc7 are Identity.
 
     Raises:
         ValueError: fc layers with a pooling other than 'avg' or 'max'.
@@ -74,7 +74,7 @@ class RotNetAlexNet(nn.Module):
     Args:
         num_classes: width of the classifier; 0 for none. RotNet's has 4, the rotations.
         in_chans: channels of the images.
-        fc_size: width of fc6 and fc7, or 0: the classifier on the globally pooled pool5.
+        fc_size: width of fc6 and fc7; 0: neither, the classifier takes the globally pooled pool5.
         global_pool: pooling before fc6 ('avg' or 'max', to 6 x 6), or timm's pooling type when ``fc_size`` is 0; '' for
             neither pooling nor fc layers.
         drop_rate: dropout before the classifier.
@@ -282,7 +282,7 @@ default_cfgs = generate_default_cfgs(
 def rotnet_alexnet(pretrained: bool = False, **kwargs: Any) -> RotNetAlexNet:
     """RotNet's AlexNet, 57 M parameters with fc6 and fc7, 2.5 M in the convolutions (``fc_size=0``).
 
-    Of weights that have no fc6 and fc7 ``fc_size`` is 0 by default; asked for, they are new ones.
+    ``fc_size`` defaults to 0 for weights without fc6 and fc7; if you set it, these layers are initialised randomly.
     """
     feature_cfg = dict(flatten_sequential=True, **kwargs.pop("feature_cfg", {}))
     optional = ("fc_size", ("head.fc6.", "head.fc7."))

@@ -1,10 +1,10 @@
-"""timm's ResNets under names of our own, with the head of the four rotations: to be trained, or filled by `convert`.
+"""timm's ResNets under our own names, with a head for the four rotations; no weights are published for them.
 
-VISSL and mmselfsup published ResNet-50s pretrained by rotation. They are no tags here: VISSL's model zoo does not say
-under which licence the weights, which learned from ImageNet, are (the MIT licence in its repository is the code's), and
-we did not check mmselfsup's terms. If you have such a file, convert it: ``rotation-ssl convert FILE -o FOLDER``, then
+VISSL and mmselfsup published ResNet-50s pretrained by predicting rotations. They are not tags here: VISSL's model zoo
+gives no licence for its weights (the MIT licence of its repository covers the code), and we did not check mmselfsup's
+terms. If you have such a file, convert it with ``rotation-ssl convert FILE -o FOLDER`` and load it with
 ``timm.create_model('local-dir:FOLDER', pretrained=True)``.
-The keys are those of timm's ``resnet18`` and ``resnet50``, which load the same folder's weights.
+The keys are those of timm's ``resnet18`` and ``resnet50``, which load the same folder.
 """
 
 from typing import Any

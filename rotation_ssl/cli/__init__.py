@@ -7,8 +7,8 @@
     rotation-ssl convert FILE -o FOLDER        convert another project's checkpoint
     rotation-ssl features IMAGES -o FILE       extract features from a folder of images
     rotation-ssl features IMAGES -o FOLDER/    extract features from millions of images, in parts
-    rotation-ssl neighbours FOLDER PICTURE     find the images most similar to PICTURE, using the features in FOLDER/
-    rotation-ssl orient PICTURES               find out which way up photos are, and turn them
+    rotation-ssl neighbours FOLDER IMAGE       find the nearest neighbours of IMAGE among the features in FOLDER/
+    rotation-ssl orient PATHS                  find out which way up photographs are, and turn them
     rotation-ssl outliers IMAGES -o FILE       rank images by how little they resemble normal ones
     rotation-ssl evaluate MODEL --data FOLDER --output DIR
                                                evaluate every layer with k-NN and probes on labelled images

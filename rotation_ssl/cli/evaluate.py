@@ -9,17 +9,17 @@ import torch
 from timm.data import resolve_model_data_config
 from tqdm import tqdm
 
-from rotation_ssl.cli.options import add_command, add_device, positive
-from rotation_ssl.embedding.backbone import load_model
+from rotation_ssl.cli.options import add_command, add_device, add_precision_argument, positive
 from rotation_ssl.evaluation.frozen import Frozen
 from rotation_ssl.evaluation.measure import measure_features, measure_rotation, plan
 from rotation_ssl.evaluation.protocols import PROTOCOLS
 from rotation_ssl.evaluation.report import Reported, new_figure, reported, write_report
 from rotation_ssl.features import layer_modules
-from rotation_ssl.labelled import Images, check_same_classes, labelled_files, load_folder_split, split_folder
+from rotation_ssl.labelled import LabelledSplits, check_same_classes, labelled_files, load_folder_split, split_folder
 from rotation_ssl.machine import check_memory
 from rotation_ssl.messages import first_line, some
-from rotation_ssl.precision import add_precision_argument, resolve_precision, warn_if_emulated
+from rotation_ssl.models import load_model
+from rotation_ssl.precision import resolve_precision, warn_if_emulated
 
 DETAILS = """
 
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     if (args.output / "report.json").exists():
         raise ValueError(f"{args.output} already contains a report: give another --output")
     if args.layers and args.only == ["rotation"]:
-        raise ValueError("--layers is of k-NN and the probes: rotation is measured of the whole network")
+        raise ValueError("--layers is for k-NN and probes, not for rotation accuracy: leave it out")
     new_figure()  # refused before the work where it cannot be drawn
     model = load_model(args.model, args.device).eval().to(memory_format=torch.channels_last)
     warn_if_emulated(args.precision, args.device)
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     _check_memory(args.data, size)
     train, test = (load_folder_split(args.data, split, size) for split in ("train", "test"))
     check_same_classes(train.classes, test.classes)
-    images = Images(args.data.resolve().name, train, test)
+    images = LabelledSplits(args.data.resolve().name, train, test)
     wanted = args.only or [name for name in PROTOCOLS if name != "rotation" or model.num_classes == 4]
     measurements = plan(layers, wanted, "cached", [0])
     numbers = measure_features(frozen, images, measurements, precision=precision)

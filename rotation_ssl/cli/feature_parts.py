@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rotation_ssl.cli.options import positive
+from rotation_ssl.cli.options import add_precision_argument, positive
 from rotation_ssl.embedding.parts import DTYPES
 from rotation_ssl.embedding.run import ENGINES, SHARD_SIZE, embed
 from rotation_ssl.messages import counted
-from rotation_ssl.precision import add_precision_argument
 
 # the options of this form alone
 OPTIONS = ("engine", "shard_size", "workers", "precision", "dtype", "sha1", "resume", "address")
@@ -25,7 +24,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     size = f"images in a part [{SHARD_SIZE}; for a tar: all]"
     parts.add_argument("--shard-size", type=positive, metavar="N", help=size)
     parts.add_argument(
-        "--workers", type=_whole, metavar="N", help="decoding processes [one for each CPU; none with --engine ray]"
+        "--workers", type=_whole, metavar="N", help="data-loading workers [one for each CPU; none with --engine ray]"
     )
     add_precision_argument(parts, "auto")
     parts.add_argument("--dtype", choices=DTYPES, help="type of the stored features [float32]")

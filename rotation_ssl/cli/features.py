@@ -15,13 +15,13 @@ from torch import nn
 
 from rotation_ssl.cli import feature_parts
 from rotation_ssl.cli.options import add_command, add_device, check_output, positive
-from rotation_ssl.embedding.backbone import DEFAULT_MODEL, load_model, model_name, recommended_layer
 from rotation_ssl.embedding.parts import FORMATS as PART_FORMATS
 from rotation_ssl.features import POOLS, extract_features
 from rotation_ssl.files import replace_file, write_csv
 from rotation_ssl.images import OVERSIZE, count_suffixes, find_files, normalize, read_images
-from rotation_ssl.machine import TURN_OFF, keep_large_blocks
+from rotation_ssl.machine import MALLOPT_HELP, keep_large_blocks
 from rotation_ssl.messages import counted, printable, some
+from rotation_ssl.models import DEFAULT_MODEL, load_model, model_name, recommended_layer
 from rotation_ssl.progress import progress
 
 FORMATS = ("safetensors", "npz", "csv")
@@ -44,7 +44,7 @@ that fsspec opens. Parts that exist are complete, and --resume continues an inte
 safetensors; with npy and safetensors, part-00000.parquet has the paths of part 0, and so on. Writing parts requires the
 `scale` extra.
 
-{TURN_OFF}
+{MALLOPT_HELP}
 """
 
 

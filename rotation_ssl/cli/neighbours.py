@@ -12,18 +12,18 @@ from rotation_ssl.messages import printable
 
 DETAILS = """
 
-OUT is a folder of features that `rotation-ssl features IMAGES -o OUT/` wrote. The query is embedded with the model and
-settings of its manifest. The search is exact, uses cosine similarity, and reads the features in chunks.
+FOLDER contains features that `rotation-ssl features IMAGES -o FOLDER/` wrote. The features of IMAGE are extracted with
+the model and settings of its manifest. The search is exact, uses cosine similarity, and reads the features in chunks.
 """
 
 
 def add(commands: Any) -> None:
     """Add the command."""
-    added = add_command(commands, "neighbours", run, "find the images most similar to a query image", DETAILS)
-    added.add_argument("folder", type=Path, metavar="OUT", help="folder of features")
-    added.add_argument("query", type=Path, metavar="PICTURE", help="image file")
+    added = add_command(commands, "neighbours", run, "find the nearest neighbours of an image", DETAILS)
+    added.add_argument("folder", type=Path, metavar="FOLDER", help="folder of features")
+    added.add_argument("query", type=Path, metavar="IMAGE", help="image file")
     added.add_argument("-k", type=positive, default=10, metavar="K", help="number of neighbours [%(default)s]")
-    added.add_argument("--layer", help="layer to compare in [the first one of OUT]")
+    added.add_argument("--layer", help="layer to compare [the first one in FOLDER]")
     add_device(added)
 
 

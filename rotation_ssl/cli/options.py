@@ -45,6 +45,15 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="device: cpu, cuda, cuda:1, mps [%(default)s]")
 
 
+def add_precision_argument(parser: argparse._ActionsContainer, default: str = "the recipe's") -> None:
+    """The option --precision, the same in every command that has it."""
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "fp32", "bf16"),
+        help=f"auto: bf16 if the hardware supports it, else fp32 [{default}]",
+    )
+
+
 def positive(text: str) -> int:
     """A whole number of at least 1."""
     if not text.strip().isdecimal() or int(text) < 1:

@@ -16,11 +16,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from rotation_ssl.cli.options import add_command, add_device, check_output, positive
-from rotation_ssl.embedding.backbone import ORIENTATION_MODEL, load_model
 from rotation_ssl.files import replace_file, write_csv
 from rotation_ssl.images import HEIF_SUFFIXES, find_images, register_heif
 from rotation_ssl.machine import cpus
 from rotation_ssl.messages import counted, printable
+from rotation_ssl.models import ORIENTATION_MODEL, load_model
 from rotation_ssl.orientation import calibration, predict_orientation
 from rotation_ssl.orientation.exif import turned
 from rotation_ssl.orientation.predict import check_head
@@ -62,7 +62,7 @@ class Record:
 
 def add(commands: Any) -> None:
     """Add the command."""
-    added = add_command(commands, "orient", run, "find out which way up photos are, and turn them", DETAILS, False)
+    added = add_command(commands, "orient", run, "find out which way up photographs are, and turn them", DETAILS, False)
     added.add_argument("paths", type=Path, nargs="+", metavar="PATHS", help="pictures and folders of pictures")
     added.add_argument(
         "--threshold", type=float, metavar="P", help="minimum confidence [the fitted one, if the model has one]"
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     if (args.output or args.in_place) and not args.apply:
         raise ValueError("-o and --in-place need --apply exif or --apply pixels: add one of them")
     if args.keep_times and not args.apply:
-        raise ValueError("--keep-times is of the pictures that --apply changes: give both, or neither")
+        raise ValueError("--keep-times is for the pictures that --apply changes: give both, or neither")
     model = load_model(args.model, args.device)
     check_head(model)
     fitted = calibration(model)

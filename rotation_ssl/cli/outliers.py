@@ -10,10 +10,10 @@ from PIL import Image, ImageDraw
 
 from rotation_ssl.cli.features import file_name, read_batches
 from rotation_ssl.cli.options import add_command, add_device, check_output, positive
-from rotation_ssl.embedding.backbone import DEFAULT_MODEL, load_model, recommended_layer
 from rotation_ssl.files import replace_file, write_csv
 from rotation_ssl.images import find_images, read_image, square
 from rotation_ssl.messages import counted, printable, some
+from rotation_ssl.models import DEFAULT_MODEL, load_model, recommended_layer
 from rotation_ssl.outliers import RotationOutlierDetector
 
 BATCH = 64
@@ -54,9 +54,9 @@ def add(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
     if args.layer and not args.normal:
-        raise ValueError("--layer is of the comparison with --normal: add --normal FOLDER")
+        raise ValueError("--layer is for the comparison with normal images: add --normal FOLDER")
     if args.neighbours and not args.normal:
-        raise ValueError("--neighbours is of the comparison with --normal: add --normal FOLDER")
+        raise ValueError("--neighbours is for the comparison with normal images: add --normal FOLDER")
     if args.sheet and args.sheet.absolute() == args.output.absolute():
         raise ValueError("-o and --sheet are the same file: give another name")
     images = find_images(args.images)

@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from rotation_ssl.cli.options import add_command
-from rotation_ssl.machine import TURN_OFF
+from rotation_ssl.machine import MALLOPT_HELP
 from rotation_ssl.pretraining import engine
 from rotation_ssl.pretraining.options import add_options
 from rotation_ssl.pretraining.recipe import FOLDER
@@ -19,7 +19,7 @@ timm.create_model("local-dir:OUTPUT", pretrained=True) loads, with run.json, met
 checkpoint and stops; --resume continues from it and, on a CPU, gives the same weights as an uninterrupted run. This
 command requires the `train` extra.
 
-{TURN_OFF}
+{MALLOPT_HELP}
 """
 
 

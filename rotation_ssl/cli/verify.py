@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def verify_tag(name: str) -> dict[str, Any]:
-    """Hash published weights that are on this machine, and run them: 'name', 'file', 'holds', 'why'.
+    """Check the hash and the golden outputs of published weights: 'name', 'file', 'holds', 'why'.
 
     Weights that are not here are not downloaded: 'holds' is None.
     """
@@ -54,7 +54,7 @@ def verify_tag(name: str) -> dict[str, Any]:
 
 
 def verify_file(path: Path) -> dict[str, Any]:
-    """Which published weights a file or folder holds; 'holds' is None for weights that nobody published.
+    """Which published weights a file or folder contains; 'holds' is None for weights that are not published.
 
     Raises:
         ValueError: it cannot be read as weights, or contains values that are not finite.

@@ -1,13 +1,13 @@
-"""Other people's checkpoints: read safely, told by what they hold, written as a folder that timm loads."""
+"""Convert other projects' checkpoints: read safely, recognised by content, written as a folder that timm loads."""
 
-from rotation_ssl.convert.folder import NOT_OF_THESE_WEIGHTS, write_config, write_folder
+from rotation_ssl.convert.folder import UNKNOWN_METADATA, write_config, write_folder
 from rotation_ssl.convert.mapping import AUTHORS, Converted, convert, convert_authors, misfits
 from rotation_ssl.convert.reading import MAX_BYTES, read_checkpoint
 
 __all__ = [
     "AUTHORS",
     "MAX_BYTES",
-    "NOT_OF_THESE_WEIGHTS",
+    "UNKNOWN_METADATA",
     "Converted",
     "convert",
     "convert_authors",

@@ -16,8 +16,8 @@ from rotation_ssl.convert.mapping import AUTHORS, Converted
 from rotation_ssl.files import replace_bytes, replace_file
 from rotation_ssl.rotations import ROTATION_NAMES
 
-# what timm says of an architecture's default weights, and nobody of others
-NOT_OF_THESE_WEIGHTS: dict[str, Any] = dict.fromkeys(
+# timm's metadata of an architecture's default weights, removed from the config.json of other weights
+UNKNOWN_METADATA: dict[str, Any] = dict.fromkeys(
     ("license", "origin_url", "paper_name", "paper_ids", "description", "notes")
 )
 
@@ -48,7 +48,7 @@ def write_folder(converted: Converted, folder: Path, tag: str, provenance: Mappi
     if size := network_facts(converted.model).authors_size:
         cfg["input_size"] = (3, size, size)
     if converted.origin != AUTHORS:
-        cfg |= {**NOT_OF_THESE_WEIGHTS, "crop_pct": 0.875, "test_crop_pct": None, "test_input_size": None}
+        cfg |= {**UNKNOWN_METADATA, "crop_pct": 0.875, "test_crop_pct": None, "test_input_size": None}
     folder.mkdir(parents=True, exist_ok=True)
     # without config.json the folder is none that timm takes: it comes last, and whole
     replace_bytes(folder / "model.safetensors", content)

@@ -1,4 +1,4 @@
-"""Other people's checkpoints -> weights of this package's and timm's models, told by what they hold.
+"""Other projects' checkpoints, recognised by their keys -> weights of this package's and timm's models.
 
 Known are the authors' release (https://github.com/gidariss/FeatureLearningRotNet: Network-in-Network of 3 to 5 blocks
 and AlexNet), VISSL (https://github.com/facebookresearch/vissl: AlexNet, and ResNets in torchvision's names), mmselfsup
@@ -48,7 +48,7 @@ class Converted:
     """Weights that fit a timm model.
 
     ``model`` is its name, ``num_classes`` the width of the head (0: the checkpoint has none that fits), ``model_args``
-    what else ``timm.create_model`` needs; ``origin`` says whose form it was, ``left_out`` which keys were not taken.
+    are further arguments of ``timm.create_model``; ``origin`` names the project, ``left_out`` the unused keys.
     The tensors of ``state_dict`` are contiguous and share no memory, as safetensors wants them.
     """
 
@@ -61,10 +61,10 @@ class Converted:
 
 
 def convert(checkpoint: Any) -> Converted:
-    """Weights of a checkpoint, whoever made it.
+    """Convert the checkpoint of a known project to weights of a timm model.
 
     Args:
-        checkpoint: what :func:`rotation_ssl.convert.read_checkpoint` gives: nested dicts with tensors.
+        checkpoint: nested dicts with tensors, as :func:`rotation_ssl.convert.read_checkpoint` returns them.
 
     Raises:
         ValueError: none of the known forms, keys, shapes or types that do not fit the network that it seems to be (the
@@ -250,7 +250,7 @@ def _classes(state: Mapping[str, torch.Tensor], classifier: str) -> int:
 
 
 def misfits(tensors: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], most: int = 10) -> str:
-    """What keeps tensors from being a model's state dict, for an error that begins with 'it'; '' if they fit.
+    """Why tensors are not a model's state dict, as the end of an error after the word 'it'; '' if they are.
 
     They must have its keys and shapes, any float type for a float and the same type for others, and finite values.
     ``expected`` may be on the meta device; of each list of keys ``most`` are named.

@@ -35,13 +35,13 @@ class _Refused(ValueError):
 def read_checkpoint(
     file: Path, epoch: int | None = None, max_bytes: int = MAX_BYTES, content: bytes | None = None
 ) -> Any:
-    """What a checkpoint file holds, on the CPU: tensors in nested dicts and lists.
+    """Read a checkpoint file without running code from it: tensors on the CPU, in nested dicts and lists.
 
     Args:
         file: safetensors, a pickle of ``torch.save``, or a .tar.gz archive with one.
-        epoch: of an archive's several checkpoints (``model_net_epoch<N>``); None: the last.
-        max_bytes: refuse what unpacks to more.
-        content: the file's bytes, where they were read already: it is then not read again.
+        epoch: which checkpoint of an archive (``model_net_epoch<N>``); None: the last.
+        max_bytes: refuse files that unpack to more.
+        content: the file's bytes, if they are in memory already.
 
     Raises:
         ValueError: no such file, none of the three, a damaged one, one that would run code or unpack to more than

@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
-from rotation_ssl.embedding.backbone import load_model, weights_digest
 from rotation_ssl.embedding.local import Done, Extractor, embed_shards, make_extractor
 from rotation_ssl.embedding.parts import Manifest
 from rotation_ssl.embedding.sources import Shard
 from rotation_ssl.messages import first_line
+from rotation_ssl.models import load_model, weights_digest
 
 RETRIES = 3  # of a shard whose actor dies
 
@@ -33,9 +33,9 @@ class Embedder:
     Args:
         folder: of the parts, the same on all machines.
         manifest: what decides the features.
-        name: of the model, as :func:`rotation_ssl.embedding.backbone.load_model` takes it.
+        name: of the model, as :func:`rotation_ssl.models.load_model` takes it.
         device: 'cpu' or 'cuda'.
-        workers: processes that decode.
+        workers: data-loading worker processes.
         threads: of PyTorch, as many as the driver has: sums may depend on them.
     """
 
@@ -74,7 +74,7 @@ def embed_on_cluster(
 ) -> Iterator[Done]:
     """Write the part of each shard, in any order; arguments are those of :class:`Embedder`.
 
-    Each actor takes a GPU, or as many CPUs as PyTorch has threads here, and at least one CPU for each decoding process.
+    Each actor takes a GPU, or as many CPUs as PyTorch has threads here, and at least one for each data-loading worker.
     The cluster is the one that Ray is connected to, else that of ``address``, else one of this machine alone, which
     ends with the work.
 
@@ -109,15 +109,16 @@ def _embed_by_actors(actors: Sequence[Any], start: Callable[[], Any], shards: It
     import ray
     from ray import exceptions
 
-    # what each actor does: a shard, or None while it starts
+    # for each task that Ray runs its actor and its shard, None while the actor starts
     tasks: dict[Any, tuple[Any, Shard | None]] = {actor.__ray_ready__.remote(): (actor, None) for actor in actors}
     idle: list[Any] = []
-    again: list[Shard] = []
-    deaths: Counter[Shard | None] = Counter()
+    again: list[Shard] = []  # of actors that died
+    deaths: Counter[Shard | None] = Counter()  # by shard; None: during starts, since an actor last started
     while tasks or idle:
         while idle and (following := again.pop() if again else next(shards, None)):
             actor = idle.pop()
             tasks[actor.embed.remote(following)] = actor, following
+        # no shard waits or is being worked on: actors that are still starting are not waited for
         if idle and not any(shard for _, shard in tasks.values()):
             return
         (task,), _ = ray.wait(list(tasks), num_returns=1)

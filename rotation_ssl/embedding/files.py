@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
-from rotation_ssl.images import FAILURES, is_image_name, is_of_system
+from rotation_ssl.images import FAILURES, is_image_name, is_system_folder_error
 from rotation_ssl.messages import first_line
 from rotation_ssl.shards import MAX_IMAGE_BYTES, url_scheme
 
@@ -80,7 +80,7 @@ def _local_entries(folder: str) -> Iterator[str]:
     try:
         found = os.scandir(folder)
     except PermissionError as error:
-        if is_of_system(error):
+        if is_system_folder_error(error):
             return
         raise
     with found:

@@ -24,7 +24,7 @@ from rotation_ssl.embedding.sources import Item, Shard, read_items
 from rotation_ssl.features import batch_extractor
 from rotation_ssl.images import FAILURES, NamedBytes, normalize, read_image, square
 from rotation_ssl.machine import release_free_memory
-from rotation_ssl.messages import first_line, tell_killed_workers
+from rotation_ssl.messages import first_line, killed_worker_errors
 from rotation_ssl.precision import autocast_type
 
 AHEAD = 2  # batches that each process may be ahead
@@ -91,7 +91,7 @@ def embed_shards(
         folder: of the parts.
         manifest: what decides the features.
         extract: of :func:`make_extractor`.
-        workers: processes that decode; 0: this one does.
+        workers: data-loading worker processes; 0: this process.
         progressed: called with a number of images when so many more are done, to show progress.
 
     Raises:
@@ -99,7 +99,7 @@ def embed_shards(
         OSError: a part cannot be written, a tar or parquet file cannot be opened, or a process was killed.
     """
     rows = Rows(manifest)
-    with tell_killed_workers():
+    with killed_worker_errors():
         for decoded in _from_thread(_decode(_blocks(shards, manifest.batch_size), manifest, workers)):
             _add(rows, decoded, manifest, extract)
             progressed(len(decoded.paths) + len(decoded.errors))

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
-from rotation_ssl.embedding.backbone import load_model, weights_digest
 from rotation_ssl.embedding.local import decode, make_extractor
 from rotation_ssl.embedding.parts import read_manifest
 from rotation_ssl.embedding.reading import read_chunks
+from rotation_ssl.models import load_model, weights_digest
 from rotation_ssl.probes import unit_rows
 
 
@@ -35,7 +35,7 @@ def nearest(
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
     if queries.ndim != 2 or layer not in layers or queries.shape[1] != layers[layer]:
-        raise ValueError(f"no queries {tuple(queries.shape)} in layer {layer}: {folder} has {layers}")
+        raise ValueError(f"queries {tuple(queries.shape)} do not fit layer {layer}: {folder} has {layers}")
     wanted = unit_rows(queries)
     similarity = torch.empty(len(queries), 0)
     paths: list[list[str]] = [[] for _ in queries]
@@ -51,10 +51,10 @@ def nearest(
 
 
 def embed_images(folder: str | Path, images: Sequence[Path], device: str = "cpu") -> dict[str, torch.Tensor]:
-    """Features (N, D) of image files at each layer of a folder of features, by the network that made it.
+    """Features (N, D) of image files by layer, extracted with the model and settings of a folder of features.
 
     Raises:
-        ValueError: an image that cannot be read, or a network that is no more what the manifest says.
+        ValueError: an image that cannot be read, or a model whose weights are not those of the manifest.
     """
     manifest = read_manifest(Path(folder))
     model = load_model(manifest.model, device)

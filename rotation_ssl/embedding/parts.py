@@ -41,7 +41,7 @@ class Manifest:
         shard_size: images in a part, but for tar files.
         format: of :data:`FORMATS`.
         model: ``model.tag`` of published weights, or another name that timm loads.
-        weights_sha256: of :func:`rotation_ssl.embedding.backbone.weights_digest`.
+        weights_sha256: of :func:`rotation_ssl.models.weights_digest`.
         layers: number of values of each layer.
         pool: 'avg', 'max' or 'flatten'.
         grid: cells a side that the maps are pooled to.
@@ -179,7 +179,7 @@ def start(folder: Path, manifest: Manifest, resume: bool) -> None:
         read_manifest(folder)  # another program's is not replaced
     if has_parts and (differences := _differences(read_manifest(folder), manifest)):
         raise ValueError(
-            f"{folder} was made otherwise: {'; '.join(differences)}; repeat the options of the first run, or give "
+            f"{folder} has other settings: {'; '.join(differences)}; repeat the options of the first run, or give "
             "another --output"
         )
     for unfinished in (*folder.glob("*.tmp"), *folder.glob("errors/*.tmp")):

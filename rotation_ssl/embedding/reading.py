@@ -58,8 +58,8 @@ def load(folder: str | Path) -> Any:
     """The features of a folder.
 
     Returns:
-        Of parquet a ``pyarrow.dataset.Dataset`` with the columns 'path', 'sha1' on request, and one for each layer; of
-        npy and safetensors a list of :class:`Part`, whose files are opened and mapped into memory as they are used.
+        For parquet a ``pyarrow.dataset.Dataset`` with the columns 'path', 'sha1' if it was stored, and one for each
+        layer; for npy and safetensors a list of :class:`Part`, whose files are mapped into memory when they are used.
 
     Raises:
         ValueError: no folder of features, or one without parts.

@@ -9,7 +9,6 @@ import torch
 from timm.data import resolve_model_data_config
 
 import rotation_ssl
-from rotation_ssl.embedding.backbone import DEFAULT_MODEL, load_model, model_name, recommended_layer, weights_digest
 from rotation_ssl.embedding.cluster import embed_on_cluster
 from rotation_ssl.embedding.files import absolute
 from rotation_ssl.embedding.local import Done, embed_shards, make_extractor
@@ -30,6 +29,7 @@ from rotation_ssl.embedding.sources import Shard, find_shards
 from rotation_ssl.features import POOLS
 from rotation_ssl.images import IMAGE_SUFFIXES, OVERSIZE
 from rotation_ssl.machine import cpus
+from rotation_ssl.models import DEFAULT_MODEL, load_model, model_name, recommended_layer, weights_digest
 from rotation_ssl.precision import resolve_precision
 from rotation_ssl.progress import progress
 
@@ -68,7 +68,7 @@ def embed(
 ) -> Summary:
     """Write the features of all images of a source into a folder, in parts.
 
-    A broken image is a row of errors.parquet. A run that was stopped, by whatever, goes on with ``resume``.
+    Broken images are listed in errors.parquet. ``resume=True`` continues an interrupted run.
 
     Args:
         source: a folder, searched recursively; tar files (``{000..999}.tar``); parquet files with a column of bytes or
@@ -82,17 +82,17 @@ def embed(
         format: 'parquet', 'safetensors', or 'npy', which takes one layer.
         shard_size: images in a part; a tar file is always one part.
         batch_size: images in a batch.
-        workers: processes that decode, of each actor with Ray; None: a process for each CPU, and with Ray none.
+        workers: data-loading worker processes, with Ray of each actor; None: one for each CPU, and none with Ray.
         device: 'cpu', 'cuda', 'mps'.
         precision: 'fp32', 'bf16', or 'auto': bf16 if the hardware supports it.
         dtype: 'float32' or 'float16', of what is stored.
         sha1: also store the sha1 of the images' bytes.
-        resume: go on with the parts that are there.
-        address: of a Ray cluster; None: one of this machine alone.
+        resume: keep the parts that exist and write the others.
+        address: address of a Ray cluster; None: start one on this machine.
 
     Raises:
         ImportError: pyarrow, or ray for that engine, is not installed.
-        ValueError: source, model and output do not fit, another run writes to the folder, or it was made otherwise.
+        ValueError: source, model and output do not fit, another run writes to the folder, or it has other settings.
         OSError: the source cannot be read, a part cannot be written, or a process was killed.
     """
     _check_choices(
@@ -161,7 +161,7 @@ def _check_choices(**choices: tuple[str, Sequence[str | None]]) -> None:
 
 def _check_engine(engine: str, address: str | None) -> None:
     if address and engine != "ray":
-        raise ValueError(f"address {address} is of a Ray cluster: give the engine ray too")
+        raise ValueError(f"address {address} is for the engine ray: give the engine ray too")
     require_pyarrow()
     if engine == "ray" and importlib.util.find_spec("ray") is None:
         raise ImportError("--engine ray needs ray: pip install 'rotation-ssl[scale]'")

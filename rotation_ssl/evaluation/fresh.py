@@ -1,4 +1,4 @@
-"""Probes trained as frozen features stream: every epoch draws new crops, and one pass of the backbone feeds them all.
+"""Train probes on new crops every epoch: each pass of the frozen backbone feeds the probes of all layers.
 
 This is the paper's protocol. Nothing is stored but the probes: memory does not grow with images, layers or epochs.
 """
@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from rotation_ssl.embedding.backbone import weights_digest
 from rotation_ssl.evaluation.frozen import Frozen
 from rotation_ssl.evaluation.protocols import ProbeRecipe
 from rotation_ssl.fit import Checkpoint, fit
 from rotation_ssl.labelled import LabelledImages
+from rotation_ssl.models import weights_digest
 from rotation_ssl.precision import autocast_type
 from rotation_ssl.pretraining.augment import crop_and_flip
 from rotation_ssl.pretraining.images import fingerprint
@@ -22,8 +22,8 @@ from rotation_ssl.progress import progress
 
 
 @dataclasses.dataclass(frozen=True)
-class Head:
-    """A probe to train: its name in messages, its layer, its recipe, and what builds it from one image's map."""
+class ProbeSpec:
+    """A probe to train: its name in messages, its layer, its recipe, and the function that builds it from a map."""
 
     name: str
     layer: str
@@ -32,31 +32,31 @@ class Head:
 
 
 def train_fresh(
-    frozen: Frozen, train: LabelledImages, heads: Sequence[Head], seed: int, checkpoint: Checkpoint | None = None
+    frozen: Frozen, train: LabelledImages, specs: Sequence[ProbeSpec], seed: int, checkpoint: Checkpoint | None = None
 ) -> nn.ModuleList:
     """Train probes on several layers together, each on its own loss; they are in eval mode afterwards.
 
     Args:
         frozen: the backbone.
         train: the training images.
-        heads: their recipes, none of whose precision is 'auto', differ in milestones and learning rates alone.
+        specs: their recipes, none of whose precision is 'auto', differ in milestones and learning rates alone.
         seed: of the order and the crops.
         checkpoint: where the state is saved between epochs, and resumed from; its identity is
             :func:`training_identity`.
 
     Returns:
-        A probe for each head, on the backbone's device.
+        A probe for each spec, on the backbone's device.
 
     Raises:
         ValueError: recipes that do not go together, or a loss that is not finite.
     """
-    shared = _shared(heads)
-    maps = frozen.whole_maps(list(dict.fromkeys(head.layer for head in heads)))
+    shared = _shared(specs)
+    maps = frozen.whole_maps(list(dict.fromkeys(spec.layer for spec in specs)))
     example = maps(train.images[:1])
     probes = nn.ModuleList()
-    for head in heads:
+    for spec in specs:
         torch.manual_seed(seed)
-        probes.append(head.build(example[head.layer]))
+        probes.append(spec.build(example[spec.layer]))
     probes.to(frozen.device)
     optimizer = torch.optim.SGD(
         [{"params": list(probe.parameters())} for probe in probes],
@@ -69,14 +69,14 @@ def train_fresh(
     def loss_of(batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         crops, labels = batch
         found = maps(crops)
-        logits = [probe(found[head.layer]).float() for probe, head in zip(probes, heads, strict=True)]
+        logits = [probe(found[spec.layer]).float() for probe, spec in zip(probes, specs, strict=True)]
         return torch.stack([F.cross_entropy(each, labels) for each in logits])
 
-    with progress(f"{len(heads)} probes", shared.epochs * len(train), initial=state.done * len(train)) as bar:
+    with progress(f"{len(specs)} probes", shared.epochs * len(train), initial=state.done * len(train)) as bar:
         for epoch in range(state.done, shared.epochs):
-            for group, head in zip(optimizer.param_groups, heads, strict=True):
-                passed = sum(epoch >= milestone for milestone in head.recipe.milestones)
-                group["lr"] = head.recipe.lr * head.recipe.factor**passed
+            for group, spec in zip(optimizer.param_groups, specs, strict=True):
+                passed = sum(epoch >= milestone for milestone in spec.recipe.milestones)
+                group["lr"] = spec.recipe.lr * spec.recipe.factor**passed
             batches = _crops(images, shared, epoch_generator(seed, epoch), bar.update)
             name = f"the probes in epoch {epoch + 1}"
             fit(probes, batches, loss_of, optimizer, name=name, autocast=autocast_type(shared.precision), quiet=True)
@@ -84,16 +84,16 @@ def train_fresh(
     return probes.eval()
 
 
-def training_identity(frozen: Frozen, train: LabelledImages, heads: Sequence[Head], seed: int) -> str:
+def training_identity(frozen: Frozen, train: LabelledImages, specs: Sequence[ProbeSpec], seed: int) -> str:
     """All that decides the probes but machine and library versions, in one line."""
     weights = f"{type(frozen.backbone).__name__} {weights_digest(frozen.backbone)}"
-    trained = "; ".join(f"{head.name} {head.recipe}" for head in heads)
+    trained = "; ".join(f"{spec.name} {spec.recipe}" for spec in specs)
     data = f"images {fingerprint(train.images)}, labels {fingerprint(train.labels)}"
     settings = f"{frozen.size} pixels, features in {frozen.precision}, seed {seed}"
     return f"{weights}, {settings}, {data}: {trained}"
 
 
-def shuffled(count: int, size: int, generator: torch.Generator) -> list[torch.Tensor]:
+def shuffled_batches(count: int, size: int, generator: torch.Generator) -> list[torch.Tensor]:
     """The indices 0..count - 1 in random order, in batches of ``size``; a last batch of one is left out."""
     parts = torch.randperm(count, generator=generator).split(size)
     # batch norm cannot normalise a batch of one image
@@ -110,7 +110,7 @@ def _crops(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """An epoch's crops (B, 3, H, H) uint8 and labels (B,), on the images' device."""
     side = images.images.shape[-1]
-    for chosen in shuffled(len(images), recipe.batch_size, generator):
+    for chosen in shuffled_batches(len(images), recipe.batch_size, generator):
         own = chosen.to(images.images.device)
         squares = images.images[own]
         yield (
@@ -120,10 +120,10 @@ def _crops(
         show(len(chosen))
 
 
-def _shared(heads: Sequence[Head]) -> ProbeRecipe:
+def _shared(specs: Sequence[ProbeSpec]) -> ProbeRecipe:
     """What the recipes have in common, as the first of them."""
-    first, *others = (dataclasses.replace(head.recipe, milestones=(), lr=0.0) for head in heads)
+    first, *others = (dataclasses.replace(spec.recipe, milestones=(), lr=0.0) for spec in specs)
     if any(other != first for other in others):
-        names = ", ".join(head.name for head in heads)
+        names = ", ".join(spec.name for spec in specs)
         raise ValueError(f"{names} cannot be trained together: their recipes differ in more than rates and milestones")
-    return dataclasses.replace(first, lr=heads[0].recipe.lr)
+    return dataclasses.replace(first, lr=specs[0].recipe.lr)

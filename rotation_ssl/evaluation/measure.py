@@ -6,18 +6,17 @@ images. Nothing is chosen on test images.
 """
 
 import dataclasses
-import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
 
-from rotation_ssl.evaluation.fresh import Head, epoch_generator, shuffled, train_fresh, training_identity
+from rotation_ssl.evaluation.fresh import ProbeSpec, epoch_generator, shuffled_batches, train_fresh, training_identity
 from rotation_ssl.evaluation.frozen import BATCH, PARTS, Frozen, map_grids, preparation
 from rotation_ssl.evaluation.protocols import PROTOCOLS, ProbeRecipe, find_protocol
 from rotation_ssl.fit import Checkpoints
-from rotation_ssl.labelled import Images, LabelledImages
+from rotation_ssl.labelled import LabelledImages, LabelledSplits
 from rotation_ssl.machine import check_memory
 from rotation_ssl.messages import counted
 from rotation_ssl.precision import autocast_type, resolved
@@ -129,7 +128,7 @@ def measure_rotation(frozen: Frozen, test: LabelledImages, parts: Sequence[int] 
 
 def measure_features(
     frozen: Frozen,
-    images: Images,
+    images: LabelledSplits,
     measurements: Sequence[Measurement],
     test_parts: Sequence[int] = range(PARTS),
     precision: str | None = None,
@@ -154,7 +153,7 @@ def measure_features(
             fit into memory, or as the probes.
     """
     if any(m.protocol == "knn" for m in measurements) and len(images.train) < NEIGHBOURS:
-        raise ValueError(f"k-NN asks {NEIGHBOURS} neighbours of {counted(len(images.train), 'training image')}")
+        raise ValueError(f"k-NN needs {NEIGHBOURS} training images or more, got {len(images.train)}")
     tenths = torch.arange(len(images.test)).tensor_split(PARTS)
     images = dataclasses.replace(images, test=images.test.subset(torch.cat([tenths[part] for part in test_parts])))
     passes = [
@@ -162,13 +161,15 @@ def measure_features(
         for grid in dict.fromkeys(m.inputs[1] for m in measurements)
     ]
     caches = {grid: _plan_cache(frozen, images, own, grid) for grid, own in passes if grid is not None}
-    found = itertools.chain.from_iterable(
-        _fresh_numbers(frozen, images, own, precision, checkpoints or Checkpoints())
-        if grid is None
-        else _cached_numbers(frozen, images, own, caches[grid], precision)
-        for grid, own in passes
-    )
-    return _counted_numbers(found, images.test, [len(tenths[part]) for part in test_parts], frozen.precision)
+
+    def found() -> Iterator[Found]:
+        for grid, own in passes:
+            if grid is None:
+                yield from _fresh_numbers(frozen, images, own, precision, checkpoints or Checkpoints())
+            else:
+                yield from _cached_numbers(frozen, images, own, caches[grid], precision)
+
+    return _counted_numbers(found(), images.test, [len(tenths[part]) for part in test_parts], frozen.precision)
 
 
 def _counted_numbers(
@@ -181,7 +182,11 @@ def _counted_numbers(
 
 
 def _cached_numbers(
-    frozen: Frozen, images: Images, measurements: Sequence[Measurement], grids: dict[str, int], precision: str | None
+    frozen: Frozen,
+    images: LabelledSplits,
+    measurements: Sequence[Measurement],
+    grids: dict[str, int],
+    precision: str | None,
 ) -> Iterator[Found]:
     """Each measurement on the features of one pass, layer by layer."""
     train, test, views = images.train, images.test, max(m.inputs[0] for m in measurements)
@@ -204,7 +209,9 @@ def _cached_numbers(
         del maps, tested
 
 
-def _plan_cache(frozen: Frozen, images: Images, measurements: Sequence[Measurement], grid: int) -> dict[str, int]:
+def _plan_cache(
+    frozen: Frozen, images: LabelledSplits, measurements: Sequence[Measurement], grid: int
+) -> dict[str, int]:
     """Cells a side of each layer's cached map.
 
     Raises:
@@ -269,7 +276,7 @@ def _cached_probe(
 
         def batches(epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
             generator = epoch_generator(measurement.seed, epoch)
-            for chosen in shuffled(len(train), recipe.batch_size, generator):
+            for chosen in shuffled_batches(len(train), recipe.batch_size, generator):
                 picks = torch.randint(len(views), (len(chosen),), generator=generator)
                 features = torch.empty((len(chosen), *test.shape[1:]))
                 for number, view in enumerate(views):
@@ -286,7 +293,7 @@ def _cached_probe(
 
 def _fresh_numbers(
     frozen: Frozen,
-    images: Images,
+    images: LabelledSplits,
     measurements: Sequence[Measurement],
     precision: str | None,
     checkpoints: Checkpoints,
@@ -295,12 +302,12 @@ def _fresh_numbers(
     classes = len(images.train.classes)
     for seed in dict.fromkeys(m.seed for m in measurements):
         own = [m for m in measurements if m.seed == seed]
-        heads = [_head(m, classes, frozen.device, precision) for m in own]
+        specs = [_probe_spec(m, classes, frozen.device, precision) for m in own]
         # features that are computed every epoch have the precision of the probes
-        backbone = dataclasses.replace(frozen, precision=frozen.precision or heads[0].recipe.precision)
-        checkpoint = checkpoints.open(training_identity(backbone, images.train, heads, seed or 0))
+        backbone = dataclasses.replace(frozen, precision=frozen.precision or specs[0].recipe.precision)
+        checkpoint = checkpoints.open(training_identity(backbone, images.train, specs, seed or 0))
         started = time.monotonic() - checkpoint.seconds
-        probes = train_fresh(backbone, images.train, heads, seed or 0, checkpoint)
+        probes = train_fresh(backbone, images.train, specs, seed or 0, checkpoint)
         maps = backbone.whole_maps(list(dict.fromkeys(m.layer for m in own)))
         parts = images.test.images.split(1000)
         predicted = []
@@ -308,16 +315,16 @@ def _fresh_numbers(
             found = maps(part)
             predicted.append([probe_predict(probe, found[m.layer]) for probe, m in zip(probes, own, strict=True)])
         seconds = (time.monotonic() - started) / len(own)
-        for measurement, head, predictions in zip(own, heads, zip(*predicted, strict=True), strict=True):
-            trained = f"{counted(head.recipe.epochs, 'epoch')} of SGD, network and probe in {head.recipe.precision}"
+        for measurement, spec, predictions in zip(own, specs, zip(*predicted, strict=True), strict=True):
+            trained = f"{counted(spec.recipe.epochs, 'epoch')} of SGD, network and probe in {spec.recipe.precision}"
             settings = f"whole map, fresh crops and flips every epoch, {trained}"
             yield measurement, torch.cat(predictions), settings, seconds
 
 
-def _head(measurement: Measurement, classes: int, device: str, precision: str | None) -> Head:
+def _probe_spec(measurement: Measurement, classes: int, device: str, precision: str | None) -> ProbeSpec:
     recipe, build = _training(measurement, device, precision)
     name = f"{measurement.protocol} of {measurement.layer}"
-    return Head(name, measurement.layer, recipe, lambda example: build(example, classes))
+    return ProbeSpec(name, measurement.layer, recipe, lambda example: build(example, classes))
 
 
 def _training(

@@ -24,7 +24,7 @@ class ProbeRecipe:
     ``padding`` pixels, half of them mirrored. Each epoch uses a random view of each image. With ``views=0`` every epoch
     draws new crops, runs the backbone again and uses the whole map (``grid`` is None). At the epochs ``milestones`` the
     learning rate is multiplied by ``factor``. ``precision`` is 'fp32', 'bf16' for autocast of the probe (and with new
-    crops of the backbone), or 'auto': bf16 if the device multiplies it, else fp32.
+    crops of the backbone), or 'auto': bf16 if the device supports it, else fp32.
     """
 
     epochs: int

@@ -46,8 +46,10 @@ class Orientation:
 
 
 class Calibration(NamedTuple):
-    """What a model is asked with: the side of the squares in pixels, the temperature, and the confidence from which on
-    its answers are to be trusted, None where that is not known.
+    """The settings with which a model predicts orientations.
+
+    ``size`` is the side of the square input in pixels, ``temperature`` what the logits are divided by, and
+    ``threshold`` the lowest confidence at which a prediction is trusted, None if none was fitted.
     """
 
     size: int
@@ -56,8 +58,7 @@ class Calibration(NamedTuple):
 
 
 def calibration(model: Any) -> Calibration:
-    """The calibration of published weights, which was fitted on photographs; that of others is their input size and a
-    temperature of 1.
+    """The calibration of published weights, fitted on photographs; for others their input size and a temperature of 1.
 
     Args:
         model: a timm model.
@@ -162,13 +163,13 @@ def picture_squares(image: Image.Image, size: int) -> torch.Tensor:
 
 
 def check_head(model: nn.Module) -> None:
-    """Refuse a model that does not tell the four rotations apart.
+    """Check that a model has one output for each of the four rotations.
 
     Raises:
         ValueError: it has another number of outputs.
     """
     if (outputs := getattr(model, "num_classes", None)) != 4:
-        raise ValueError(f"orientation needs a model with 4 outputs, one for each rotation; this one has {outputs}")
+        raise ValueError(f"the model must have 4 outputs, one for each rotation; this one has {outputs}: use another")
 
 
 def _orientation(probabilities: torch.Tensor) -> Orientation:

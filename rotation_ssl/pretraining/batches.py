@@ -41,7 +41,7 @@ def augmented_batches(
         accelerator: device, processes, and parts of a step.
         start: first step.
         broken: gets the indices of images that do not decode.
-        workers: processes that decode.
+        workers: data-loading worker processes.
     """
     parts, processes = accelerator.gradient_accumulation_steps, accelerator.num_processes
     each = recipe.images_per_step // (parts * processes)

@@ -14,7 +14,7 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
 from rotation_ssl.machine import keep_large_blocks
-from rotation_ssl.messages import counted, first_line, some, tell_killed_workers
+from rotation_ssl.messages import counted, first_line, killed_worker_errors, some
 from rotation_ssl.precision import resolve_precision, warn_if_emulated
 from rotation_ssl.pretraining.images import UnlabelledImages, open_images
 from rotation_ssl.pretraining.loop import check_begun, pretrain
@@ -48,19 +48,19 @@ def run(
 
     Args:
         recipe: all settings of the training.
-        open_set: opens its images.
+        open_set: from the recipe to the images: (N, 3, H, H) uint8, or an ``UnlabelledImages``.
         output: folder for weights, curve and checkpoints.
         resume: continue from the last checkpoint.
         device: 'auto', what accelerate finds, or 'cpu'.
         workers: data-loading worker processes.
         stream: decode images as they are needed, even if they fit in memory.
-        accumulate: parts that the images of a step are split into.
+        accumulate: number of parts that a step is split into (gradient accumulation).
         sync_batchnorm: batch norm over the images of all processes, on GPUs.
         checkpoint_seconds: time between checkpoints.
-        tracker: one of accelerate's; None: no tracker.
-        monitor: folder of images by class, on which the middle layers are measured during training.
+        tracker: name of an Accelerate tracker; None: no tracker.
+        monitor: folder of labelled images, one folder per class, to measure the middle layers on during training.
         monitor_every: steps between two measurements.
-        commit: of the code, for run.json.
+        commit: commit of the code, for run.json.
 
     Returns:
         The weights file, or the checkpoint if the run was stopped.
@@ -92,10 +92,10 @@ def run(
         if not stream and images.fits_memory(accelerator.num_processes):
             images.read_all(workers, quiet=not accelerator.is_main_process)
     # PyTorch may tell of a killed process wherever this one is, mostly in a step
-    with tell_killed_workers():
+    with killed_worker_errors():
         return pretrain(
-            recipe, images, output, accelerator, resume, checkpoint_seconds, workers, sync_batchnorm, commit,
-            watch, monitor_every,
+            recipe, images, output, accelerator, resume=resume, checkpoint_seconds=checkpoint_seconds, workers=workers,
+            sync_batchnorm=sync_batchnorm, commit=commit, monitor=watch, monitor_every=monitor_every,
         )  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from rotation_ssl.images import FAILURES, find_images, read_image, square
 from rotation_ssl.machine import available_memory
-from rotation_ssl.messages import first_line, tell_killed_workers
+from rotation_ssl.messages import first_line, killed_worker_errors
 from rotation_ssl.pretraining.shards import ShardIndex, index_shards, is_shards, member_name, read_member
 from rotation_ssl.progress import progress
 
@@ -33,16 +33,19 @@ BROKEN_IN_A_ROW = 100  # so many mean that it is not the images that are broken
 
 
 class UnlabelledImages(Dataset[tuple[torch.Tensor, list[int]] | ValueError]):
-    """Squares of N images: index -> (3, size, size) uint8 and the indices of images that were found broken on the way,
-    or an error where too many were.
+    """N unlabelled images as squares, decoded by index.
+
+    ``images[i]`` is a pair: (3, size, size) uint8, and the indices of the broken images that it replaces, because the
+    next image that decodes takes the place of a broken one. If too many in a row are broken, or the disk fails, it is a
+    ValueError, returned and not raised.
 
     Args:
         size: side of the squares: the shorter side is resized to it (bicubic), the centre is taken.
         count: N.
         read: index -> RGB image; raises ValueError where it does not decode, OSError where no image can be read.
-        label: index -> what the image is called, for messages.
-        describe: for ``fingerprint``, where more is known than the number of images.
-        shards: index of the first image of each shard: those of some shards are taken at a time.
+        name_of: index -> name of the image, for messages.
+        describe: gives the text of ``fingerprint``; None: the number of images.
+        shards: index of the first image of each shard; images are read from a few shards at a time.
 
     ``squares`` are those of all images once they are in memory, ``broken`` the indices of those found broken then.
     """
@@ -52,11 +55,11 @@ class UnlabelledImages(Dataset[tuple[torch.Tensor, list[int]] | ValueError]):
         size: int,
         count: int,
         read: Callable[[int], Image.Image],
-        label: Callable[[int], str] = str,
+        name_of: Callable[[int], str] = str,
         describe: Callable[[], str] | None = None,
         shards: tuple[int, ...] = (0,),
     ) -> None:
-        self.size, self.count, self.read, self.label, self.describe = size, count, read, label, describe
+        self.size, self.count, self.read, self.name_of, self.describe = size, count, read, name_of, describe
         self.shards = shards
         self.holdout = 0
         self.squares: torch.Tensor | None = None
@@ -83,17 +86,17 @@ class UnlabelledImages(Dataset[tuple[torch.Tensor, list[int]] | ValueError]):
                 return ValueError(str(error))
 
     def set_holdout(self, holdout: int) -> None:
-        """Keep the last images apart: none of them takes the place of a broken one that is trained on, or back.
+        """Hold out the last ``holdout`` images: a broken image is replaced only by one of its own part.
 
         Raises:
-            ValueError: the images are in memory already, with others apart.
+            ValueError: the images are in memory already, with another holdout.
         """
         if self.squares is not None and holdout != self.holdout:
             raise ValueError(f"the images were read with {self.holdout} held out, not {holdout}: read them again")
         self.holdout = holdout
 
     def fits_memory(self, copies: int = 1) -> bool:
-        """Whether all squares, so many times, take at most half of the available memory (4 GiB where none is told)."""
+        """Whether ``copies`` times all squares fit into half of the available memory (4 GiB if it is unknown)."""
         available = available_memory()
         return copies * self.count * 3 * self.size**2 <= (4 * 2**30 if available is None else available / 2)
 
@@ -101,7 +104,7 @@ class UnlabelledImages(Dataset[tuple[torch.Tensor, list[int]] | ValueError]):
         """Read all squares into memory.
 
         Args:
-            workers: processes that decode; 0: this one.
+            workers: data-loading worker processes; 0: this process.
             quiet: without a progress bar.
 
         Raises:
@@ -131,7 +134,7 @@ def open_shards(pattern: str, size: int, workers: int = 0) -> UnlabelledImages:
     Args:
         pattern: ``{000..999}.tar``, or a single tar file.
         size: side of the squares.
-        workers: processes that read the shards' headers; 0: this one.
+        workers: worker processes that index the shards; 0: this process.
 
     Raises:
         ValueError: shards that are missing or damaged, or no images in them.
@@ -170,7 +173,7 @@ def open_images(data: str, root: Path, size: int, download: bool = False, worker
         root: where it is; of shards their names, ``{000..999}.tar``.
         size: side of the squares.
         download: let torchvision fetch it.
-        workers: processes that index shards; 0: this one.
+        workers: worker processes that index shards; 0: this process.
 
     Raises:
         ValueError: no such dataset, nothing in it, or one that can only be read from start to end.
@@ -221,7 +224,7 @@ def stream(
     Args:
         images: in memory, or to be decoded.
         indices: of each batch, in order; may be without end.
-        workers: processes that decode, ahead of what is asked for; 0: this one.
+        workers: data-loading worker processes, which decode ahead; 0: this process.
         pin: into page-locked memory, for a GPU.
 
     Raises:
@@ -243,7 +246,7 @@ def stream(
         # its seed for the workers would be drawn from torch's own generator: dropout would differ after a resume
         generator=torch.Generator(),
     )
-    with tell_killed_workers():
+    with killed_worker_errors():
         for batch in loader:
             if isinstance(batch, ValueError):
                 raise batch

@@ -34,7 +34,7 @@ from rotation_ssl.pretraining.outputs import (
     write_run,
 )
 from rotation_ssl.pretraining.recipe import Muon, Recipe
-from rotation_ssl.pretraining.run import Checkpoints, Curve, Run, StopRequest, all_broken, check_weights
+from rotation_ssl.pretraining.run import Checkpointer, Curve, Run, StopRequest, all_broken, check_weights
 from rotation_ssl.pretraining.setup import (
     count_training_images,
     create_accelerator,
@@ -56,7 +56,7 @@ from rotation_ssl.rotations import count_correct, cross_entropy_of_rotations, ro
 STATISTICS_STEPS = 50  # batch norm statistics of averaged weights are recomputed on the images of the last steps
 EVALUATION_BATCH = 128
 
-Monitor = Callable[[nn.Module], dict[str, Any]]
+MonitorFunction = Callable[[nn.Module], dict[str, Any]]
 
 
 def pretrain(
@@ -69,7 +69,7 @@ def pretrain(
     workers: int = 0,
     sync_batchnorm: bool = False,
     commit: str = "",
-    monitor: Monitor | None = None,
+    monitor: MonitorFunction | None = None,
     monitor_every: int = 0,
 ) -> Path:
     """Train ``recipe`` on ``images`` and write the weights.
@@ -177,17 +177,19 @@ def prepare(
         accelerator.init_trackers(project, config=settings)
     schedulers = [create_scheduler(recipe.schedule, optimizer, recipe.steps, progress.step) for optimizer in optimizers]
     return Run(
-        recipe, images, output, accelerator, progress, network, model, average, optimizers, schedulers, broken, workers,
-        seconds_before=progress.seconds,
+        recipe, images, output, accelerator, progress, network=network, model=model, average=average,
+        optimizers=optimizers, schedulers=schedulers, broken=broken, workers=workers, seconds_before=progress.seconds,
     )  # fmt: skip
 
 
-def train(run: Run, checkpoint_seconds: float, monitor: Monitor | None = None, monitor_every: int = 0) -> Path | None:
+def train(
+    run: Run, checkpoint_seconds: float, monitor: MonitorFunction | None = None, monitor_every: int = 0
+) -> Path | None:
     """Train the remaining steps; returns the checkpoint if the run was stopped before its last step."""
     recipe, progress, stopped = run.recipe, run.progress, None
     batches = run.batches(progress.step)
     with StopRequest() as stop, _progress_bar(run) as bar, Metrics(run.output, progress, run.accelerator) as metrics:
-        curve, checkpoints = Curve(run, bar, metrics), Checkpoints(run, checkpoint_seconds, stop)
+        curve, checkpointer = Curve(run, bar, metrics), Checkpointer(run, checkpoint_seconds, stop)
         while progress.step < recipe.steps and not stopped:
             loss = train_step(recipe, run.model, run.optimizers, batches, run.accelerator)
             if run.average is not None:
@@ -198,7 +200,7 @@ def train(run: Run, checkpoint_seconds: float, monitor: Monitor | None = None, m
                 scheduler.step()
             if monitor and monitor_every and progress.step % monitor_every == 0:
                 metrics.write({"step": progress.step} | monitor(run.network))
-            stopped = checkpoints.save(curve.losses)
+            stopped = checkpointer.save(curve.losses)
     batches.close()
     return stopped
 
@@ -219,7 +221,7 @@ def finish(run: Run) -> None:
         correct, total = holdout_accuracy(recipe, network, images, run.accelerator.device, run.workers, broken)
         described["holdout_rotation_accuracy"] = {"correct": correct, "n": total}
     if isinstance(images, UnlabelledImages):
-        described["broken_images"] = [images.label(index) for index in sorted(broken)]
+        described["broken_images"] = [images.name_of(index) for index in sorted(broken)]
     write_run(run.output, recipe, described, network)
     remove_checkpoints(run.output)
 

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from safetensors.torch import save
 from torch import nn
 
-from rotation_ssl.convert import NOT_OF_THESE_WEIGHTS, write_config
+from rotation_ssl.convert import UNKNOWN_METADATA, write_config
 from rotation_ssl.files import replace_bytes, sync
 from rotation_ssl.machine import device_name, library_versions
 from rotation_ssl.messages import first_line
@@ -174,7 +174,7 @@ def write_run(output: Path, recipe: Recipe, run: dict[str, Any], model: nn.Modul
     content = save(copied_state(model), metadata={"format": "pt"})
     size = trained_size(recipe)
     cfg = {
-        **NOT_OF_THESE_WEIGHTS,
+        **UNKNOWN_METADATA,
         "tag": recipe.name,
         "input_size": (3, size, size),
         "crop_pct": 1.0,

@@ -72,7 +72,7 @@ class Muon:
 
 @dataclass(frozen=True)
 class AdamW:
-    """AdamW on all parameters: for backbones whose right rate nobody has looked for."""
+    """AdamW on all parameters, for backbones whose learning rate has not been tuned."""
 
     lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.999)
@@ -86,8 +86,8 @@ class AdamW:
 
 @dataclass(frozen=True)
 class LinearSchedule:
-    """Learning rate from 0 up to its peak during the first ``warmup`` of the steps, there for the next ``hold`` of
-    them, then linearly down to 0; with ``warmup`` and ``hold`` 1 together it never comes down.
+    """Learning rate with linear warm-up over the fraction ``warmup`` of the steps, constant over the fraction ``hold``,
+    then linearly down to 0 (constant to the end if ``warmup + hold`` is 1).
     """
 
     warmup: float
@@ -123,18 +123,18 @@ class StepSchedule:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How weights were pretrained: all that decides their bytes, except machine, thread count and library versions.
+    """All settings of a pretraining run; with machine, thread count and library versions they decide the weights.
 
     Images are cropped, half of them are mirrored, and then each is rotated. An epoch is a permutation of the training
     images without its incomplete last batch; of tar shards some are read at a time.
 
     Args:
-        name: of the recipe.
+        name: name of the recipe.
         model: a timm model.
         data: a name of ``rotation_ssl.pretraining.images.open_images``, or of one of the lab's datasets.
         stages: parts of the run, each with its own crop size.
         optimizer: its settings.
-        schedule: of the learning rate.
+        schedule: learning-rate schedule.
         images_per_step: upright images of a batch, which has ``images_per_step * len(rotations)`` rotated ones.
         rotations: multiples of ``rotation_unit``.
         rotation_unit: degrees. 90 only moves pixels; 45, with all eight rotations, resamples them and masks the image
@@ -143,13 +143,13 @@ class Recipe:
         padding_mode: 'reflect' or 'constant'.
         flip: 'none', 'random' (each crop with probability 1/2) or 'alternate' (an image is mirrored in every other of
             its epochs, the first one at random).
-        label_smoothing: probability that is shared by all rotations alike.
-        average: above 0 the published weights are an exponential moving average of the run's with this decay, with
-            batch norm's statistics recomputed.
+        label_smoothing: as in ``torch.nn.functional.cross_entropy``.
+        average: decay of an exponential moving average (EMA) of the weights, which is then what is saved, with batch
+            norm statistics recomputed; 0: no EMA.
         precision: 'fp32', 'bf16' or 'fp16' (both by autocast), or 'auto': bf16 where the hardware supports it (a GPU
-            that multiplies bf16, or a CPU with ``avx512_bf16``, ``amx_bf16`` or, on Arm, ``bf16``), else fp32 (emulated
+            that supports bf16, or a CPU with ``avx512_bf16``, ``amx_bf16`` or, on Arm, ``bf16``), else fp32 (emulated
             bf16 is 6 to 15 times slower).
-        holdout: images, the last ones, that are not trained on: tune on them, never on the test set.
+        holdout: number of images, the last ones, that are not trained on: tune on them, never on the test set.
         seed: random seed.
         note: what to know of the recipe, such as its cost.
         image_size: side of the square images in pixels.
@@ -207,9 +207,9 @@ class Recipe:
         check_field(self.rotation_unit in (45, 90), "rotation_unit", "90 or 45 degrees", self.rotation_unit)
         quarters = len(set(self.rotations)) == len(self.rotations) > 0 and set(self.rotations) <= {0, 1, 2, 3}
         if self.rotation_unit == 90:
-            check_field(quarters, "rotations", "distinct quarter turns of 0, 1, 2, 3", self.rotations)
+            check_field(quarters, "rotations", "distinct values of 0, 1, 2, 3 (times 90 degrees)", self.rotations)
         if self.rotation_unit == 45 and self.rotations != tuple(range(8)):
-            raise ValueError(f"steps of 45 degrees are taken all eight, 0 to 7 in order, got {self.rotations}")
+            raise ValueError(f"rotations must be 0 to 7 in order where rotation_unit is 45, got {self.rotations}")
 
     @property
     def steps(self) -> int:
@@ -223,7 +223,7 @@ class Recipe:
 
     @property
     def input_size(self) -> int:
-        """Side of the whole images that the trained network is for, what crops were resized to or the images' own."""
+        """Side in pixels of images for the trained network, ``image_size`` or, with ``scale``, the last crop."""
         return self.image_size if self.scale is None else self.stages[-1].crop
 
     def crop_at(self, step: int) -> int:
@@ -247,7 +247,9 @@ def with_steps(recipe: Recipe, steps: int) -> Recipe:
         ValueError: fewer steps than stages.
     """
     if steps < len(recipe.stages):
-        raise ValueError(f"{recipe.name} has {len(recipe.stages)} stages, a step each at least, got {steps}")
+        raise ValueError(
+            f"steps must be at least {len(recipe.stages)}, one for each stage of {recipe.name}, got {steps}"
+        )
     stages: list[Stage] = []
     done = planned = 0
     for position, stage in enumerate(recipe.stages, 1):
@@ -274,7 +276,7 @@ def with_image_size(recipe: Recipe, size: int) -> Recipe:
     return dataclasses.replace(recipe, image_size=size, padding=padding, stages=stages)
 
 
-#: A start for images of one's own, of no paper; its settings are untuned.
+#: The default recipe for your own images; not from the paper, and not tuned.
 FOLDER = Recipe(
     name="folder",
     model="resnet18",

@@ -29,10 +29,10 @@ CURVE_POINTS = 20  # at least, of a run of so many steps
 
 @dataclasses.dataclass
 class Run:
-    """A training under way: what it is made of, and how far it is.
+    """The objects of a training run, and its progress.
 
-    ``network`` is the backbone itself, ``model`` what accelerate made of it, ``average`` its exponential average or
-    None; ``broken`` are the indices of images that did not decode.
+    ``network`` is the backbone itself, ``model`` the backbone as accelerate wraps it for several processes,
+    ``average`` its exponential moving average or None; ``broken`` are the indices of images that did not decode.
     """
 
     recipe: Recipe
@@ -95,17 +95,17 @@ class Curve:
         run.accelerator.log({"loss": mean, "learning rate": rate, "crop": crop}, step=step)
 
 
-class Checkpoints:
-    """Saves the run's state when it is due and when a stop is asked for."""
+class Checkpointer:
+    """Saves a checkpoint of the run when one is due, and when the run is asked to stop."""
 
     def __init__(self, run: Run, seconds: float, stop: "StopRequest") -> None:
         self.run, self.seconds, self.stop = run, seconds, stop
         self.saved = time.monotonic()
 
     def save(self, losses: list[torch.Tensor]) -> Path | None:
-        """Save if it is due; the checkpoint if the run shall stop, None if it goes on.
+        """Save if a checkpoint is due; returns it if the run is to stop, None if the run continues.
 
-        After the last step it is due where something slow follows, which may be interrupted; the run does not stop.
+        After the last step one is due if averaging or a holdout follows, which is slow; the run then does not stop.
 
         Raises:
             ValueError: losses or weights that are not finite.

@@ -16,7 +16,7 @@ from torch import nn
 
 import rotation_ssl  # noqa: F401  registers the models with timm
 from rotation_ssl.eighths import LARGEST
-from rotation_ssl.messages import counted, first_line, tell_lost_connections
+from rotation_ssl.messages import connection_errors, counted, first_line
 from rotation_ssl.precision import resolve_precision
 from rotation_ssl.pretraining.images import UnlabelledImages, fingerprint
 from rotation_ssl.pretraining.recipe import Muon, Recipe
@@ -90,7 +90,7 @@ def create_model(recipe: Recipe) -> nn.Module:
         options: dict[str, Any] = dict(recipe.model_args)
         if takes_one_size(recipe.model):
             options["img_size"] = crops[-1]
-        with tell_lost_connections("it could not be downloaded"):
+        with connection_errors("it could not be downloaded"):
             model = timm.create_model(recipe.model, recipe.pretrained, num_classes=outputs, **options)
     except (RuntimeError, TypeError, ValueError, OSError, AssertionError, ZeroDivisionError) as error:
         instead = "list_pretrained(), or leave --pretrained out" if recipe.pretrained else "list_models()"

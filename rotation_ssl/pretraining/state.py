@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from rotation_ssl.files import sha256_of, sync
-from rotation_ssl.messages import first_line, is_of_killed_worker
+from rotation_ssl.messages import first_line, is_killed_worker_error
 
 PROGRESS = "progress.json"
 AVERAGE = "average.safetensors"
@@ -118,7 +118,7 @@ def _together(accelerator: Accelerator, output: Path, step: int) -> Iterator[Non
     try:
         yield
     except Exception as caught:
-        if is_of_killed_worker(caught):
+        if is_killed_worker_error(caught):
             raise
         error = caught
     failed = accelerator.reduce(torch.tensor(float(error is not None), device=accelerator.device)).item()

@@ -19,19 +19,19 @@ from rotation_ssl.zoo import published, sources
 from rotation_ssl.zoo.checks import check_state_dict, classes_of, read_tensors, unwrap
 from rotation_ssl.zoo.published import location, manifest
 
-# of one's own weights: what the manifest says of the default tag is not said of them
+# for a user's own weights: what the manifest says about the default tag does not apply to them
 NOT_PUBLISHED = {"tag": None}
 
 
 def weights_file(name: str, cache_dir: str | Path | None = None, accept_new_hash: bool = False) -> Path:
     """The verified local file of ``model.tag``: in the wheel, in a cache, or downloaded now.
 
-    Whoever loads it reads it again: :func:`read_weights` gives the bytes that were verified.
+    Loading the file reads it again, unverified; :func:`read_weights` returns the verified bytes.
 
     Args:
         name: a name of the manifest.
-        cache_dir: of downloads, in place of the Hub client's and of torch.hub's own.
-        accept_new_hash: download weights of a release again, and accept and record the hash that its archive has now.
+        cache_dir: folder for downloads; None: the caches of huggingface_hub and torch.hub.
+        accept_new_hash: download the weights of a release again, and record the archive's new hash.
 
     Raises:
         ValueError: no such name, weights that are not the bytes that were published, or a new hash of weights whose
@@ -97,9 +97,10 @@ def build_model(
         variant: its registered name.
         pretrained: load the weights of the configuration: those of a published tag, or the user's own file given as
             ``pretrained_cfg_overlay=dict(file=...)``, whose classifier then decides the default ``num_classes``.
-        optional: an argument of the model, and the layers that it has only if this is not 0. Weights may lack them: 0
-            is then the default. If you ask for layers that the weights lack, these layers and the classifier are new;
-            if you ask for 0 and the weights have them, the classifier is new. Both give a warning.
+        optional: a model argument and the keys of the layers that exist only if it is not 0, for example
+            ``("fc_size", ("head.fc6.", "head.fc7."))``. It defaults to 0 for weights without these layers. If you set
+            it and the weights lack them, the layers and the classifier are initialised randomly; if you set it to 0
+            and the weights have them, the classifier is. Both give a warning.
         **kwargs: timm's and the model's further arguments.
 
     Raises:
@@ -132,27 +133,30 @@ def build_model(
 def _open_source(
     variant: str, cfg: PretrainedCfg, cache_dir: str | None
 ) -> tuple[str, dict[str, torch.Tensor] | None, dict[str, Any]]:
-    """Where the weights are from, for errors; their tensors, verified; and what they say about the configuration.
+    """The source of the weights, for errors; their verified tensors; and what they change in timm's configuration.
 
-    The tensors are None where timm is to load them: those of other people's repositories and addresses.
+    The tensors are None if timm is to load them, from other people's repositories and addresses.
     """
     if cfg.source == "hf-hub":
         return _open_hub_name(str(cfg.hf_hub_id), cache_dir)
     if cfg.source == "local-dir":
         return str(cfg.file), _read_folder(Path(str(cfg.file))), {}
+    # tensors that the user gave
     if cfg.state_dict is not None:
         source = "the state_dict given"
         state_dict = unwrap(cfg.state_dict, source)
         return source, state_dict, {**classes_of(state_dict, cfg.classifier), **NOT_PUBLISHED}
     name = f"{variant}.{cfg.tag}"
     where = location(manifest()[name]) if name in manifest() else {}
+    # a file of the user's own
     if cfg.file and cfg.file != where.get("file"):
         state_dict = _read_file(Path(cfg.file))
         return str(cfg.file), state_dict, {**classes_of(state_dict, cfg.classifier), **NOT_PUBLISHED}
+    # bundled weights, or those of the authors' release
     if cfg.file or (cfg.url and cfg.url == where.get("url")):
         return name, read_tensors(read_weights(name, cache_dir), name), {}
     if cfg.hf_hub_id and cfg.hf_hub_id == where.get("hf_hub_id"):
-        # of bundled weights too, where the user took the wheel's file away (file=None)
+        # weights on the Hub; bundled ones too, if the user passed file=None
         return name, read_tensors(sources.read_hub(name, manifest()[name], cache_dir)[1], name), {}
     if not cfg.has_weights:
         raise ValueError(f"{variant} has no pretrained weights: use pretrained=False; {_available(variant)}")

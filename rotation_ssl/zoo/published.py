@@ -59,11 +59,11 @@ def published_entry(model: Any) -> Mapping[str, Any]:
 
 
 def published_cfgs(model: str) -> dict[str, dict[str, Any]]:
-    """What timm's configuration of each tag of a model takes from the manifest.
+    """The part of timm's configuration of each tag of a model that comes from the manifest.
 
-    The default is the first of the bundled, or none ('model.*', timm's mark of a default, which it heeds when it comes
-    last) where none are, for a default needs no network. No tag is there before its weights are: timm would name it as
-    one that can be loaded.
+    The default tag is the first bundled one, because it loads without a network. A model without bundled weights gets
+    'model.*' as its last entry, which timm takes for a default without weights. Only published tags are entered,
+    because timm lists every tag as one that can be loaded.
     """
     own = {name: entry for name, entry in manifest().items() if name.split(".", 1)[0] == model}
     bundled = [name for name, entry in own.items() if entry["source"] == "bundled"]

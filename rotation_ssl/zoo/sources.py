@@ -31,7 +31,7 @@ from safetensors.torch import save
 
 from rotation_ssl.convert import convert, read_checkpoint
 from rotation_ssl.files import replace_bytes
-from rotation_ssl.messages import first_line, is_of_connection
+from rotation_ssl.messages import first_line, is_connection_error
 from rotation_ssl.zoo.download import download
 
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -161,7 +161,7 @@ def download_from_hub(
         raise OSError(f"{failed}: {where}: {first_line(error)}") from error
     except Exception as error:
         # hf_xet has RuntimeErrors
-        if not isinstance(error, RuntimeError) and not is_of_connection(error):
+        if not isinstance(error, RuntimeError) and not is_connection_error(error):
             raise
         reason = first_line(error)
         raise ConnectionError(f"{failed}: {where}: the connection failed ({reason})") from error

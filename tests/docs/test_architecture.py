@@ -43,7 +43,7 @@ LAYERS = (
         "rotation_ssl.pretraining.monitor",
     },
     {"rotation_ssl.orientation"},
-    {"rotation_ssl.embedding.backbone", "rotation_ssl.embedding.files"},
+    {"rotation_ssl.models", "rotation_ssl.embedding.files"},
     {"rotation_ssl.embedding.sources", "rotation_ssl.embedding.parts"},
     {"rotation_ssl.embedding.local", "rotation_ssl.embedding.reading"},
     {"rotation_ssl.embedding.cluster", "rotation_ssl.embedding.neighbours"},

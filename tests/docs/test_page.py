@@ -14,9 +14,9 @@ from PIL import Image, ImageCms, ImageOps
 from playwright.sync_api import expect, sync_playwright
 
 from rotation_ssl import zoo
-from rotation_ssl.embedding.backbone import ORIENTATION_MODEL, load_model
 from rotation_ssl.features import attention_map, extract_features
 from rotation_ssl.images import normalize, read_image
+from rotation_ssl.models import ORIENTATION_MODEL, load_model
 from rotation_ssl.orientation import calibration, predict_orientation
 from rotation_ssl.orientation.predict import picture_squares
 from rotation_ssl.orientation.turning import open_picture

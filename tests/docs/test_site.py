@@ -35,6 +35,7 @@ INTERNAL = {
     "rotation_ssl.fit",
     "rotation_ssl.machine",
     "rotation_ssl.messages",
+    "rotation_ssl.models",
     "rotation_ssl.precision",
     "rotation_ssl.pretraining",
     "rotation_ssl.progress",

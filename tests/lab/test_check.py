@@ -21,8 +21,8 @@ from training.evaluation import probes as evaluate
 from training.evaluation.labelled import open_labelled, read_into_memory
 from training.evaluation.subject import load_subject
 from training.protocols import PROTOCOLS, orientation_settings
-from training.reporting import again, check, options
-from training.reporting.again import Source, measure_source
+from training.reporting import check, options, remeasure
+from training.reporting.remeasure import Source, measure_source
 from training.reporting.required import NIN_ON_CIFAR10, REQUIRED, complaints, missing_rows
 from training.reporting.rows import RESULTS_DIR, Row, read_file, read_rows, write_rows
 
@@ -47,7 +47,7 @@ def reported(small_module, tmp_path_factory):
         few = PROTOCOLS["few-labels"].recipes["cpu"]
         for name, random in ((NAME, False), ("rotnet_nin", True)):
             measured = load_subject(name, random=random)
-            row = finetune.measure_transfer(few, measured, "block2", images, 2)
+            row = finetune.measure_finetuned(few, measured, "block2", images, 2)
             write_rows(folder / f"{measured.name}.jsonl", [row])
     return folder
 
@@ -277,7 +277,7 @@ def test_a_linear_probe_is_measured_again_with_the_penalty_it_chose(reported, sm
     rows = [r for r in read_file(reported / f"{NAME}.jsonl") if r.protocol == "linear"]
     assert len(rows) == 4 and all(row.strength in LINEAR_STRENGTHS for row in rows)
     other = [dataclasses.replace(row, strength=7.0) for row in rows]
-    monkeypatch.setattr("training.reporting.again.measure_rotation", None)
+    monkeypatch.setattr("training.reporting.remeasure.measure_rotation", None)
     again = list(measure_source(other, Source("cifar10", small_module)))
     assert {(new.layer, new.strength) for _, new in again} == {(row.layer, 7.0) for row in rows}
     assert all("L2 7, chosen of" in new.settings for _, new in again)
@@ -434,7 +434,7 @@ def test_rows_of_all_layers_are_measured_again_in_one_pass(small_tinyimagenet, m
         read_into_memory(open_labelled("tinyimagenet", small_tinyimagenet, split, 64), 0) for split in ("train", "val")
     )
     opened = []
-    monkeypatch.setattr(again, "open_labelled", lambda *words: opened.append(words) or open_labelled(*words))
+    monkeypatch.setattr(remeasure, "open_labelled", lambda *words: opened.append(words) or open_labelled(*words))
     networks = [load_subject("rotnet_alexnet", random=True), load_subject("rotnet_alexnet.photos")]
     layers = ["conv2", "conv5"]
     wanted = [(network, seed) for network in networks for seed in (0, 1)]

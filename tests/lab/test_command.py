@@ -48,7 +48,9 @@ def test_a_worker_that_is_killed_while_the_command_is_busy_is_told_in_one_line(c
 
     assert command.run(work) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: a decoding process was killed (DataLoader worker (pid ") and error.count("\n") == 1
+    assert (
+        error.startswith("error: a data-loading worker was killed (DataLoader worker (pid ") and error.count("\n") == 1
+    )
     assert error.endswith("; run it again, or resume it\n") and "--" not in error
 
 

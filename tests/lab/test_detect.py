@@ -282,7 +282,7 @@ def test_it_learns(mode, tmp_path):
         (["--proposals", "nowhere.safetensors"], "proposals nowhere.safetensors do not exist"),
         (["--proposals", "{devkit}/VOC2007/Annotations/000001.xml"], "are no safetensors file"),
         (["--proposals", "{few}"], "lack 9 images, 000002 among them"),
-        (["--test-proposals", "9"], "--test-proposals is of Fast R-CNN: give its --proposals too"),
+        (["--test-proposals", "9"], "--test-proposals is for Fast R-CNN: give --proposals FILE too"),
         (["--side", "10"], "as it is scaled: the network's strides leave nothing of a side under"),
         (["--fc-size", "-1"], "--fc-size must be 0 (no fc layers) or more"),
         (["--side", "0"], "sides must be at least 1 pixel"),

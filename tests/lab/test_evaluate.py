@@ -18,7 +18,7 @@ from rotation_ssl.evaluation import measure as frozen_measure
 from rotation_ssl.evaluation.frozen import preparation
 from rotation_ssl.features import extract_features
 from rotation_ssl.images import normalize
-from rotation_ssl.labelled import Images
+from rotation_ssl.labelled import LabelledSplits
 from rotation_ssl.probes import knn_predict, linear_predict
 from rotation_ssl.rotations import rotate_all
 from rotation_ssl.zoo.golden import golden_file
@@ -277,7 +277,7 @@ def test_cached_features_are_those_of_the_images_as_they_are(small_cifar10):
         (["rotnet_nin", "--layers", "block7"], "no layer block7"),
         (["rotnet_nin", "--record"], "this is not the whole of CIFAR-10: 40 training and 40 test images"),
         (["resnet18", "--random", "--only", "rotation", "--size", "32"], "this one has 1000: leave it out"),
-        (["rotnet_nin", "--layers", "block1", "--only", "rotation"], "--layers is of k-NN and the probes"),
+        (["rotnet_nin", "--layers", "block1", "--only", "rotation"], "--layers is for k-NN and probes"),
         (["rotnet_nin", "--layers", "block7", "--only", "knn"], "block1, block2, block3, block4"),
         (["rotnet_nin", "--weights", "nowhere.safetensors"], "nowhere.safetensors does not exist"),
         (["rotnet_nin", "--weights", "a", "--random"], "exclude each other"),
@@ -344,7 +344,7 @@ def test_fewer_training_images_than_neighbours(tmp_path, capsys):
                 (folder / file.name).write_bytes(file.read_bytes())
     arguments = ("--dataset", "folder", "--data", tmp_path / "few", "--only", "knn", "--output", tmp_path / "out")
     assert run("rotnet_nin", *arguments) == 2
-    assert "k-NN asks 20 neighbours of 6 training images" in capsys.readouterr().err
+    assert "k-NN needs 20 training images or more, got 6" in capsys.readouterr().err
 
 
 def test_what_does_not_fit_into_memory_is_refused_before_it_is_computed(images, monkeypatch):
@@ -360,7 +360,7 @@ def test_what_does_not_fit_into_memory_is_refused_before_it_is_computed(images, 
 def test_numbers_are_those_of_the_test_images(images):
     """Training and test images that differ: the predictions of the package's own functions, scored by hand."""
     whole, order = images.train, torch.randperm(40)
-    images = Images("CIFAR-10 test", whole.subset(order[:28]), whole.subset(order[28:]))
+    images = LabelledSplits("CIFAR-10 test", whole.subset(order[:28]), whole.subset(order[28:]))
     nin = subject.load_subject("rotnet_nin")
     plan = evaluate.plan(["block3"], ["knn", "linear"], "cached", [])
     rows = {row.protocol: row for row in evaluate.measure_features(nin, images, plan)}

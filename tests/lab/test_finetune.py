@@ -11,7 +11,7 @@ from rotation_ssl.evaluation.frozen import preparation
 from rotation_ssl.fit import Checkpoint, fit
 from rotation_ssl.labelled import labels_subset
 from training.evaluation import finetune
-from training.evaluation.recipes import TRANSFERS
+from training.evaluation.recipes import FINETUNES
 from training.evaluation.subject import load_subject
 from training.reporting.rows import read_file
 
@@ -23,7 +23,7 @@ def run(*arguments):
 
 
 def short(name, **changes):
-    return dataclasses.replace(TRANSFERS[name], **{"images": 96, "batch_size": 16} | changes)
+    return dataclasses.replace(FINETUNES[name], **{"images": 96, "batch_size": 16} | changes)
 
 
 @pytest.mark.parametrize(
@@ -32,20 +32,20 @@ def short(name, **changes):
 )
 def test_the_paper_budgets_are_the_authors(name, epochs, drops):
     # config/CIFAR10_ConvClassifier_on_RotNet_NIN4blocks_Conv2_feats_K20.py and config/CIFAR10_supervised_NIN_K20.py
-    recipe = TRANSFERS[name]
+    recipe = FINETUNES[name]
     assert (recipe.images, recipe.batch_size, recipe.lr, recipe.schedule.factor) == (epochs * 50_000, 128, 0.1, 0.2)
     assert [milestone * epochs for milestone in recipe.schedule.milestones] == pytest.approx(drops)
 
 
-@pytest.mark.parametrize("recipe", [name for name in TRANSFERS if name.endswith("-cpu")])
+@pytest.mark.parametrize("recipe", [name for name in FINETUNES if name.endswith("-cpu")])
 def test_every_recipe_end_to_end(recipe, small_cifar10, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(TRANSFERS, recipe, dataclasses.replace(TRANSFERS[recipe], batch_size=16))
+    monkeypatch.setitem(FINETUNES, recipe, dataclasses.replace(FINETUNES[recipe], batch_size=16))
     arguments = (recipe, "rotnet_nin", "--images", 32, "--data", small_cifar10, "--output", tmp_path)
     assert run(*arguments, "--labels-per-class", 2, 4) == 0
     rows = read_file(tmp_path / "rows.jsonl")
     assert [(row.labels_per_class, row.draw, row.seed) for row in rows] == [(2, "first", 0), (4, "first", 0)]
     weights = "rotnet_nin.random" if recipe == "supervised-cpu" else NAME
-    assert {(row.weights, row.protocol, row.layer) for row in rows} == {(weights, TRANSFERS[recipe].protocol, "block2")}
+    assert {(row.weights, row.protocol, row.layer) for row in rows} == {(weights, FINETUNES[recipe].protocol, "block2")}
     assert all(row.n == 40 and sum(row.counts) == row.correct and "32 crops" in row.settings for row in rows)
     assert "labels a class (first)" in capsys.readouterr().out and (tmp_path / "report.png").exists()
     assert {row.budget for row in rows} == {""}, "32 crops are not the recipe's budget"
@@ -85,8 +85,8 @@ def test_a_handful_is_overfitted(images):
     labels = torch.cat([few.labels, (few.labels + 1) % 10])
     test = dataclasses.replace(few, images=few.images.repeat(2, 1, 1, 1), labels=labels)
     recipe = short("supervised-cpu", images=640, batch_size=8, padding=0, lr=0.02)
-    subject = finetune.transfer_subject(recipe, "rotnet_nin", 0)
-    row = finetune.measure_transfer(recipe, subject, "block1", dataclasses.replace(images, train=few, test=test))
+    subject = finetune.finetune_subject(recipe, "rotnet_nin", 0)
+    row = finetune.measure_finetuned(recipe, subject, "block1", dataclasses.replace(images, train=few, test=test))
     # 16 images in ten parts are six of two and four of one
     assert row.counts == (2, 2, 2, 2, 0, 0, 0, 0, 0, 0) and row.settings.endswith(", training accuracy 100.0 %")
 
@@ -94,10 +94,10 @@ def test_a_handful_is_overfitted(images):
 def test_the_seed_decides(images):
     def counts(seed):
         recipe = short("few-labels-cpu")
-        return finetune.measure_transfer(recipe, load_subject(NAME), "block1", images, seed=seed)
+        return finetune.measure_finetuned(recipe, load_subject(NAME), "block1", images, seed=seed)
 
     assert counts(3).counts == counts(3).counts
-    random = [finetune.transfer_subject(TRANSFERS["supervised-cpu"], "rotnet_nin", seed) for seed in (0, 1)]
+    random = [finetune.finetune_subject(FINETUNES["supervised-cpu"], "rotnet_nin", seed) for seed in (0, 1)]
     assert random[0].sha256 != random[1].sha256 and {subject.name for subject in random} == {"rotnet_nin.random"}
 
 
@@ -115,7 +115,7 @@ def test_labels_by_hand(images):
         for seed in range(30)
     }
     assert len(drawn) == 9, "each of the 3 x 3 pairs"
-    with pytest.raises(ValueError, match="labels of class a must be 1 to 3, all that it has, got 4"):
+    with pytest.raises(ValueError, match="labels_per_class must be 1 to 3, the images of a, got 4"):
         labels_subset(data, 4)
 
 
@@ -174,7 +174,7 @@ def test_a_training_is_told_from_every_other(images, tmp_path, monkeypatch):
         (recipe, subject, layer, dataclasses.replace(images, train=images.test.subset(torch.arange(20)))),
     ]
     last, trainings = "training.evaluation.finetune.build_network", [usual, *others]
-    opened = opened_checkpoints(monkeypatch, tmp_path, last, finetune.measure_transfer, trainings)
+    opened = opened_checkpoints(monkeypatch, tmp_path, last, finetune.measure_finetuned, trainings)
     assert len(set(opened)) == len(opened) == 1 + len(others)
 
 
@@ -202,12 +202,12 @@ def test_steps_and_crops_are_the_recipes(name, rates, images, monkeypatch):
 
 def test_any_timm_model_is_cut_at_a_layer(images):
     subject = load_subject("resnet18", random=True, size=32)
-    row = finetune.measure_transfer(short("finetune-conv-cpu", images=32), subject, "layer2", images)
+    row = finetune.measure_finetuned(short("finetune-conv-cpu", images=32), subject, "layer2", images)
     assert row.layer == "layer2" and row.labels_per_class is None and row.draw == ""
 
 
 def test_random_draws_differ_by_seed_and_are_kept_apart(small_cifar10, tmp_path, monkeypatch):
-    monkeypatch.setitem(TRANSFERS, "few-labels-cpu", short("few-labels-cpu"))
+    monkeypatch.setitem(FINETUNES, "few-labels-cpu", short("few-labels-cpu"))
     arguments = ("few-labels-cpu", "rotnet_nin", "--images", 16, "--data", small_cifar10, "--output", tmp_path)
     assert run(*arguments, "--labels-per-class", 1, "--draw", "random", "--seeds", 2) == 0
     assert run(*arguments, "--labels-per-class", 1, "--seed", 5) == 0
@@ -224,7 +224,7 @@ def test_random_draws_differ_by_seed_and_are_kept_apart(small_cifar10, tmp_path,
         (["supervised-cpu", "rotnet_nin", "--weights", "mine.safetensors"], "leave the weights file out"),
         (["few-labels-cpu", "rotnet_nin", "--images", "100"], "takes 128 images a step, --images 100 is too few"),
         (["few-labels-cpu", "rotnet_nin", "--record"], "this is not the whole of CIFAR-10"),
-        (["few-labels-cpu", "rotnet_nin", "--labels-per-class", "5"], "must be 1 to 4, all that it has, got 5"),
+        (["few-labels-cpu", "rotnet_nin", "--labels-per-class", "5"], "must be 1 to 4, the images of"),
         (["few-labels-cpu", "rotnet_nin", "--layer", "conv1"], "it has block1, block2, block3, block4"),
         (["few-labels-cpu", "resnet18", "--random", "--size", "32"], "no recommended layer: choose --layer from act1"),
         (["few-labels-cpu", "rotnet_nin", "--images", "16", "--record"], "leave out what changes them"),

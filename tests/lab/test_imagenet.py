@@ -11,7 +11,7 @@ from conftest import opened_checkpoints, spy_on_first_step
 
 from rotation_ssl.evaluation.frozen import Frozen, preparation
 from rotation_ssl.fit import Checkpoint, fit
-from rotation_ssl.precision import multiplies_bfloat16
+from rotation_ssl.precision import supports_bfloat16
 from rotation_ssl.probes import max_pooled_probe
 from training.evaluation import layers as imagenet
 from training.evaluation.labelled import open_labelled, read_into_memory, split_holdout
@@ -62,7 +62,7 @@ def test_the_linear_classifier_by_hand():
     torch.testing.assert_close(probe(maps)[0], expected)
 
 
-EMULATED = pytest.mark.skipif(not multiplies_bfloat16(), reason="bfloat16 is emulated here: it takes a minute")
+EMULATED = pytest.mark.skipif(not supports_bfloat16(), reason="bfloat16 is emulated here: it takes a minute")
 
 
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=EMULATED)])
@@ -199,7 +199,7 @@ def test_a_folder_has_its_classes_and_labels(small_cifar10, tmp_path):
     shutil.move(small_cifar10 / "test", small_cifar10 / "val")
     data = open_labelled("folder", small_cifar10, "val", 32)
     assert len(data.classes) == 10 and data.labels.tolist() == [i // 4 for i in range(40)]
-    assert data.images.label(5).endswith(".png") and "/automobile/" in data.images.label(5)
+    assert data.images.name_of(5).endswith(".png") and "/automobile/" in data.images.name_of(5)
     (small_cifar10 / "train" / "archive.tar").write_bytes(b"")
     (small_cifar10 / "train" / ".ipynb_checkpoints").mkdir()
     assert open_labelled("folder", small_cifar10, "val", 32).classes == data.classes, (

@@ -10,7 +10,7 @@ from conftest import shorten_probes
 from rotation_ssl.evaluation import fresh
 from training.datasets import DATASETS
 from training.protocols import PROTOCOLS
-from training.reporting import again, measure, options
+from training.reporting import measure, options, remeasure
 from training.reporting.required import CIFAR10, PUBLISHED, REQUIRED, Required
 from training.reporting.rows import Row, read_file, write_rows
 
@@ -58,7 +58,7 @@ def test_what_is_missing_is_measured_and_nothing_else(small, tmp_path, capsys):
 def test_a_stopped_command_keeps_what_it_measured(small, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "results"
     folder.mkdir()
-    original = again.measure_features
+    original = remeasure.measure_features
 
     def stopped(*arguments, **more):
         rows = original(*arguments, **more)
@@ -66,7 +66,7 @@ def test_a_stopped_command_keeps_what_it_measured(small, tmp_path, monkeypatch, 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(again, "measure_features", stopped)
+        patch.setattr(remeasure, "measure_features", stopped)
         assert run(small, folder) == 130
     assert "run the same command again to continue" in capsys.readouterr().err
     assert len(numbers(folder)) == 2
@@ -162,7 +162,7 @@ def test_data_come_from_the_folder_of_their_option(tmp_path):
     (tmp_path / "tiny").mkdir()
     args = parser.parse_args([*others, "--tinyimagenet", str(tmp_path / "tiny")])
     assert options.option_of(row, args) == "tinyimagenet"
-    assert options.source_of(row, args, whole=True) == again.Source("tinyimagenet", tmp_path / "tiny", whole=True)
+    assert options.source_of(row, args, whole=True) == remeasure.Source("tinyimagenet", tmp_path / "tiny", whole=True)
     args = parser.parse_args(["--tinyimagenet", str(tmp_path / "none")])
     with pytest.raises(ValueError, match=r"--tinyimagenet .*none is not a folder: give the one that holds Tiny-Image"):
         options.source_of(row, args)

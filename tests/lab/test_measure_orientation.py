@@ -21,7 +21,7 @@ from training.evaluation.orientation import (
     probabilities,
 )
 from training.evaluation.subject import load_subject
-from training.reporting import again, manifest
+from training.reporting import manifest, remeasure
 from training.reporting.options import source_of
 from training.reporting.rows import Row, read_file
 
@@ -163,7 +163,7 @@ def test_the_command_fits_measures_and_what_it_measured_is_measured_again(small,
     assert all("160 pixels" in row.settings for row in rows)
     monkeypatch.setattr(zoo, "manifest", manifest.read_manifest)
     own = [row for row in rows if row.data == "Imagenette val"]
-    pairs = list(again.measure_source(own, again.Source("imagenette", small)))
+    pairs = list(remeasure.measure_source(own, remeasure.Source("imagenette", small)))
     assert len(pairs) == 14 and all((old.key, old.counts) == (new.key, new.counts) for old, new in pairs)
     assert json.loads((small / "out" / "report.json").read_text())
 

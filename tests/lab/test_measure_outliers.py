@@ -12,7 +12,7 @@ from PIL import Image
 from training import datasets
 from training.evaluation import outliers
 from training.evaluation.subject import load_subject
-from training.reporting import again
+from training.reporting import remeasure
 from training.reporting.applications import outliers_table
 from training.reporting.options import source_of
 from training.reporting.required import REQUIRED
@@ -49,8 +49,8 @@ def test_the_command_and_measuring_again(small, tmp_path, capsys):
     assert values["outliers-rotation", "uniform noise"] > 0.9 and values["outliers-knn", "uniform noise"] > 0.9
     assert all((r.layer == ("block2" if "knn" in r.protocol else "") and "CIFAR-10 test" in r.settings) or
                r.protocol == "one-class-knn" for r in rows)  # fmt: skip
-    source = again.Source("cifar10", data, cifar100=cifar100, photos=tmp_path)
-    pairs = list(again.measure_source(rows, source))
+    source = remeasure.Source("cifar10", data, cifar100=cifar100, photos=tmp_path)
+    pairs = list(remeasure.measure_source(rows, source))
     assert len(pairs) == len(rows) == 17 and all(abs(old.value - new.value) < 1e-6 for old, new in pairs)
     table = outliers_table(rows)
     assert table.startswith(
@@ -100,7 +100,7 @@ def test_scenes_are_normal_to_a_network_of_photographs(small, tmp_path, monkeypa
     args = argparse.Namespace(data=tmp_path, cifar100=None, photos=tmp_path, download=False)
     (source,) = {source_of(row, args) for row in rows}
     assert source is not None and (source.dataset, source.folder) == ("miniplaces", tmp_path)
-    pairs = list(again.measure_source(rows, source))
+    pairs = list(remeasure.measure_source(rows, source))
     assert len(pairs) == len(rows) == 17 and all(abs(old.value - new.value) < 1e-6 for old, new in pairs)
 
 
@@ -127,7 +127,9 @@ def test_both_numbers_of_both_scores_by_hand(monkeypatch):
     monkeypatch.setattr(outliers, "noise", lambda shape: {})
     monkeypatch.setattr(outliers, "one_class", lambda *args: 0.5)
     subject = load_subject("rotnet_nin.cifar10")
-    rows = list(outliers.measure_outliers(subject, outliers.Images("a", normal, normal), {"b": others}, "block2"))
+    rows = list(
+        outliers.measure_outliers(subject, outliers.LabelledSplits("a", normal, normal), {"b": others}, "block2")
+    )
     assert {row.protocol: row.value for row in rows} == {
         # 0 is above none of 1 to 20, 19 above 18 and level with one, 20 above 19 and level with one, 30 above all
         "outliers-rotation": pytest.approx((0 + 18.5 + 19.5 + 20) / 80),

@@ -471,7 +471,7 @@ def test_bad_rows_are_named(tmp_path):
 
 
 def test_rows_contradict_nothing():
-    with pytest.raises(ValueError, match=r"a\.b k-NN on d says 0\.5, but 2 of 3 were right"):
+    with pytest.raises(ValueError, match=r"a\.b k-NN on d says 0\.5, but 2 of 3 were correct"):
         row(correct=2, n=3)
     with pytest.raises(ValueError, match="counts 3 in its tenths and 1 in all"):
         row(correct=1, n=2, counts=(1, 2))

@@ -86,7 +86,7 @@ def test_a_killed_transfer_goes_on_to_the_same_network(command, devkit, proposal
     torch.save(torch.load(checkpoint, weights_only=True) | {"seconds": 3600.0}, checkpoint)
     if command == "detect":
         assert lab.main([*arguments, str(tmp_path / "killed"), "--proposals", str(fewer(proposals))]) == 2
-        assert "checkpoint.pt is of other options, images or weights" in capsys.readouterr().err
+        assert "checkpoint.pt belongs to other options, images or weights" in capsys.readouterr().err
     taken = []
     step = torch.optim.SGD.step
     monkeypatch.setattr("torch.optim.SGD.step", lambda *args: taken.append(1) or step(*args))

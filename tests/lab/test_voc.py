@@ -27,7 +27,7 @@ from training.transfer.metrics import mean_over_classes
 from training.transfer.network import (
     Backbone,
     Draws,
-    Run,
+    RunOptions,
     batches,
     smallest_side,
     train_network,
@@ -106,13 +106,17 @@ def test_a_failed_measurement_keeps_the_trained_network(devkit, tmp_path, tmp_pa
     # another training does not write over it, and the same command measures it
     for other in (("--seed", 1), ("--lr", 0.5), ("--classes", *CLASSES[::-1]), ("--layers", "fc6-8")):
         assert run(*arguments, *other) == 2
-        assert "checkpoint.pt is of other options, images or weights: remove it, or give" in capsys.readouterr().err
+        assert (
+            "checkpoint.pt belongs to other options, images or weights: remove it, or give" in capsys.readouterr().err
+        )
     own = tmp_path_factory.mktemp("weights") / "own.safetensors"
     save_file(timm.create_model("rotnet_alexnet").state_dict(), own)
     moved = write_small_voc(tmp_path_factory.mktemp("other"), train=10, test=6)
     for changed in ((*arguments, "--data", moved), ("rotnet_alexnet", "--weights", own, *arguments[2:])):
         assert run(*changed) == 2
-        assert "checkpoint.pt is of other options, images or weights: remove it, or give" in capsys.readouterr().err
+        assert (
+            "checkpoint.pt belongs to other options, images or weights: remove it, or give" in capsys.readouterr().err
+        )
     with monkeypatch.context() as patched:
         patched.setattr("torch.optim.SGD.step", lambda *args: pytest.fail("it is trained"))
         assert run(*arguments) == 0
@@ -315,7 +319,7 @@ def test_steps_are_the_recipes(monkeypatch):
     monkeypatch.setattr("training.transfer.network.fit", lambda *args, **options: given.append((args[3], options)))
     training = dataclasses.replace(VOC_CLASSIFICATION.training, lr=0.05, momentum=0.7, weight_decay=0.02, clip=3.0)
     network = nn.Sequential(nn.Linear(2, 2).requires_grad_(False), nn.Linear(2, 2))
-    train_network(training, network, [1], lambda image, rng: image, torch.stack, "x", Run())
+    train_network(training, network, [1], lambda image, rng: image, torch.stack, "x", RunOptions())
     ((optimizer, options),) = given
     (group,) = optimizer.param_groups
     assert (group["lr"], group["momentum"], group["weight_decay"], options["clip"]) == (0.05, 0.7, 0.02, 3.0)
@@ -379,8 +383,8 @@ def test_one_seed_one_result(devkit):
         subject = load_subject("rotnet_alexnet", random=True, size=64)
         network = transfer_network(subject, 20, files_of(images), 16, seed=seed)
         prepare, labels = preparation(subject.backbone, 64), class_labels(images, 20)
-        voc.train_classifier(recipe(), network, "all", images, labels, prepare, 64, Run(seed=seed))
-        return voc.classify(recipe(), network, images, prepare, 64, Run(seed=seed))
+        voc.train_classifier(recipe(), network, "all", images, labels, prepare, 64, RunOptions(seed=seed))
+        return voc.classify(recipe(), network, images, prepare, 64, RunOptions(seed=seed))
 
     assert torch.equal(scores(1), scores(1)) and not torch.equal(scores(1), scores(2))
 

@@ -250,7 +250,7 @@ def test_features_of_other_layers_and_pools(run, tmp_path):
         (("--model", "rotnet_nin5"), "rotnet_nin5 has no pretrained weights"),
         (("--device", "nowhere"), "device 'nowhere' cannot be used"),
         (("--device", "meta"), "device 'meta' cannot be used (Cannot copy out of meta tensor; no data!)"),
-        (("--pool", "flatten", "--grid", "3"), "grid is of the pooling to 'avg' or 'max', not of pool='flatten'"),
+        (("--pool", "flatten", "--grid", "3"), "grid is for pool='avg' and pool='max', not for pool='flatten'"),
         (("--grid", "-3"), "argument --grid: must be a whole number of at least 1, got -3"),
         (("--batch-size", "0"), "argument --batch-size: must be a whole number of at least 1, got 0"),
         (("--batch-size", "many"), "argument --batch-size: must be a whole number of at least 1, got many"),

@@ -192,7 +192,7 @@ def test_resume(images, whole, tmp_path, monkeypatch):
 )
 def test_another_manifest_is_refused(images, whole, changes, message):
     before = part_bytes(whole)
-    with pytest.raises(ValueError, match=rf"out was made otherwise: .*{message}.*give another --output"):
+    with pytest.raises(ValueError, match=rf"out has other settings: .*{message}.*give another --output"):
         embed(images, whole, resume=True, **{"sha1": True, **SMALL, **changes})
     assert part_bytes(whole) == before
 
@@ -313,7 +313,7 @@ def test_a_decoding_process_that_is_killed(images, whole, tmp_path, monkeypatch)
     with monkeypatch.context() as patched:
         patched.setattr(local_engine, "decode", killed)
         with pytest.raises(
-            OSError, match=r"^a decoding process was killed .*fewer workers.*; run it again, or resume it$"
+            OSError, match=r"^a data-loading worker was killed .*fewer workers.*; run it again, or resume it$"
         ):
             embed(images, tmp_path / "out", sha1=True, **{**SMALL, "workers": 2})
     left = [thread for thread in threading.enumerate() if thread not in before]
@@ -340,7 +340,7 @@ def test_a_part_without_images(tmp_path):
         ({"format": "csv"}, "format must be one of parquet, safetensors, npy, got 'csv'"),
         ({"dtype": "int8"}, "dtype must be one of float32, float16, got 'int8'"),
         ({"shard_size": 0}, "shard_size must be at least 1"),
-        ({"address": "127.0.0.1:1"}, "address 127.0.0.1:1 is of a Ray cluster: give the engine ray too"),
+        ({"address": "127.0.0.1:1"}, "address 127.0.0.1:1 is for the engine ray: give the engine ray too"),
         ({"workers": -1}, "workers 0, got 64 and -1"),
         ({"format": "npy", "layers": ["block1", "block2"]}, "npy takes one layer, not block1, block2"),
         ({"layers": ["conv9"]}, "no layer conv9"),

@@ -36,7 +36,7 @@ def run(source, out, events, victim, moment):
         sync(path)
 
     local_engine.decode, files.sync = counted_decode, counted_sync
-    # the decoding processes count too
+    # the data-loading workers count too
     multiprocessing.set_start_method("fork", force=True)
     embed(source, out, resume=True, workers=2 if victim == WORKER else 0, **SMALL)
 

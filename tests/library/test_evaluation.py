@@ -15,7 +15,7 @@ from rotation_ssl.cli import evaluate
 from rotation_ssl.evaluation import measure, report
 from rotation_ssl.evaluation.frozen import Frozen
 from rotation_ssl.evaluation.protocols import PROTOCOLS, ProbeRecipe, Protocol
-from rotation_ssl.labelled import Images, LabelledImages
+from rotation_ssl.labelled import LabelledImages, LabelledSplits
 
 
 @pytest.fixture(scope="module")
@@ -71,14 +71,14 @@ def test_too_few_images_are_refused_before_anything_is_reported(labelled, tmp_pa
     output = tmp_path / "report"
     for _ in range(2):
         assert cli.main(["evaluate", "rotnet_nin", "--data", str(tmp_path / "few"), "--output", str(output)]) == 2
-        assert "k-NN asks 20 neighbours of 10 training images" in capsys.readouterr().err
+        assert "k-NN needs 20 training images or more, got 10" in capsys.readouterr().err
         assert not output.exists()
 
 
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        (["--only", "rotation", "--layers", "conv1"], "--layers is of k-NN and the probes"),
+        (["--only", "rotation", "--layers", "conv1"], "--layers is for k-NN and probes"),
         (["--size", "30"], "test_vit does not take images of 30 pixels ("),
         (["--output", "a file"], "a file is not a folder: give another --output"),
     ],
@@ -170,7 +170,7 @@ def test_cached_probes_use_all_of_their_views(monkeypatch):
     data = LabelledImages(torch.zeros(20, 3, 32, 32, dtype=torch.uint8), torch.arange(20) % 2, ("a", "b"))
     frozen = Frozen(timm.create_model("rotnet_nin").eval(), 32)
     measurement = measure.Measurement("nonlinear", "cached", "block2", 0)
-    list(measure.measure_features(frozen, Images("twenty", data, data), [measurement]))
+    list(measure.measure_features(frozen, LabelledSplits("twenty", data, data), [measurement]))
     ((values, settings),) = trained
     assert recipe.views == 4 and values == {0, 1, 2, 3}
     assert drawn == [True] * 3, "half of the crops may be mirrored"

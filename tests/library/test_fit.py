@@ -216,7 +216,7 @@ def test_what_is_no_checkpoint_of_the_training_is_refused(tmp_path):
     train_until(50, file)
     content = file.read_bytes()
     with pytest.raises(
-        ValueError, match=r"parts\.pt is of other options, images or weights: remove it, or give another"
+        ValueError, match=r"parts\.pt belongs to other options, images or weights: remove it, or give another"
     ):
         Checkpoint(file, "y")
     for wrong in ({"head": torch.nn.Linear(2, 2)}, {"model": torch.nn.Linear(2, 2)}):

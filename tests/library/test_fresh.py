@@ -11,7 +11,7 @@ from torch import nn
 import rotation_ssl  # noqa: F401  registers the models with timm
 from rotation_ssl import fit
 from rotation_ssl.evaluation import fresh
-from rotation_ssl.evaluation.fresh import Head, train_fresh, training_identity
+from rotation_ssl.evaluation.fresh import ProbeSpec, train_fresh, training_identity
 from rotation_ssl.evaluation.frozen import Frozen
 from rotation_ssl.evaluation.protocols import ProbeRecipe
 from rotation_ssl.labelled import LabelledImages
@@ -42,8 +42,8 @@ def images():
 
 def heads(recipe=RECIPE):
     return [
-        Head("nonlinear of block2", "block2", recipe, lambda m: nonlinear_probe(m[0].numel(), 2)),
-        Head("conv of block1", "block1", dataclasses.replace(recipe, milestones=(1, 3)),
+        ProbeSpec("nonlinear of block2", "block2", recipe, lambda m: nonlinear_probe(m[0].numel(), 2)),
+        ProbeSpec("conv of block1", "block1", dataclasses.replace(recipe, milestones=(1, 3)),
              lambda m: convolutional_probe(m.shape[1], 2)),
     ]  # fmt: skip
 
@@ -138,7 +138,7 @@ def test_a_checkpoint_of_other_probes_images_or_weights_is_refused_and_kept(froz
         (Frozen(timm.create_model("rotnet_nin").eval(), 32), images, heads(), 0),
     ]
     for backbone, data, probes, seed in others:
-        with pytest.raises(ValueError, match=r"probes\.pt is of other options, images or weights: remove it"):
+        with pytest.raises(ValueError, match=r"probes\.pt belongs to other options, images or weights: remove it"):
             resume(file, backbone, data, probes, seed)
     assert file.read_bytes() == content
     file.write_bytes(content[: len(content) // 2])

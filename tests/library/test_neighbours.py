@@ -69,7 +69,7 @@ def test_float16(images, tmp_path):
 def test_what_is_refused(out, images, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="k must be at least 1, got 0"):
         nearest(out, torch.zeros(1, 192), 0)
-    with pytest.raises(ValueError, match=r"no queries \(1, 191\) in layer block2"):
+    with pytest.raises(ValueError, match=r"queries \(1, 191\) do not fit layer block2"):
         nearest(out, torch.zeros(1, 191))
     with pytest.raises(ValueError, match="no layer block9; it has block2"):
         list(read_chunks(out, "block9"))

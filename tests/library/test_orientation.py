@@ -29,8 +29,8 @@ from torch import nn
 import rotation_ssl  # noqa: F401  registers the models with timm
 from rotation_ssl import cli, zoo
 from rotation_ssl.cli import orient as orienting
-from rotation_ssl.embedding.backbone import ORIENTATION_MODEL
 from rotation_ssl.images import read_image
+from rotation_ssl.models import ORIENTATION_MODEL
 from rotation_ssl.orientation import calibration, predict_orientation, rotation_probabilities
 from rotation_ssl.orientation.exif import read_orientation, turned, write_orientation
 from rotation_ssl.orientation.predict import picture_squares
@@ -419,7 +419,7 @@ def test_what_cannot_be_written_is_named_and_left(album, capsys):
         (["--apply", "exif"], "--apply needs -o DIR or --in-place"),
         (["-o", "fixed"], "-o and --in-place need --apply exif or --apply pixels"),
         (["--in-place"], "-o and --in-place need --apply"),
-        (["--keep-times"], "--keep-times is of the pictures that --apply changes"),
+        (["--keep-times"], "--keep-times is for the pictures that --apply changes"),
         (["--threshold", "1.5"], "--threshold must be 0 to 1, got 1.5"),
         (["--csv", "nowhere/t.csv"], "cannot be written: nowhere is not a folder"),
         (["--csv", "album/noise.png"], "album/noise.png is one of the images"),

@@ -196,12 +196,12 @@ def test_broken_images_are_named(folders, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("more", "why"),
     [
-        (["--layer", "block2"], "--layer is of the comparison with --normal: add --normal FOLDER"),
+        (["--layer", "block2"], "--layer is for the comparison with normal images: add --normal FOLDER"),
         (
             ["--normal", "normal", "--neighbours", "21"],
             "--neighbours 21 needs as many; give a smaller",
         ),
-        (["--neighbours", "3"], "--neighbours is of the comparison with --normal"),
+        (["--neighbours", "3"], "--neighbours is for the comparison with normal images"),
         (["--sheet", "s.csv"], "-o and --sheet are the same file"),
         (["--normal", "nowhere"], "image folder nowhere does not exist"),
         (["--sheet", "there.png"], "there.png exists; give another name, or --force"),

@@ -13,14 +13,14 @@ from tiny_runs import TINY, interrupt, sample_images
 from rotation_ssl import precision
 from rotation_ssl.evaluation import frozen
 from rotation_ssl.evaluation.protocols import PROTOCOLS
-from rotation_ssl.precision import cpu_flags, multiplies_bfloat16, resolve_precision, resolved, warn_if_emulated
+from rotation_ssl.precision import cpu_flags, resolve_precision, resolved, supports_bfloat16, warn_if_emulated
 from rotation_ssl.pretraining.loop import pretrain
 from rotation_ssl.pretraining.setup import create_accelerator
 from training.evaluation import finetune
 from training.evaluation import layers as imagenet
 from training.evaluation import probes as evaluate
 from training.evaluation.labelled import open_labelled, read_into_memory
-from training.evaluation.recipes import LAYER_PROBES, TRANSFERS
+from training.evaluation.recipes import FINETUNES, LAYER_PROBES
 from training.evaluation.subject import load_subject
 from training.recipes import RECIPES
 from training.studies.nin_cifar10 import VARIANTS
@@ -29,7 +29,7 @@ EVERY = [
     *RECIPES.values(),
     *VARIANTS.values(),
     *(recipe for protocol in PROTOCOLS.values() for recipe in protocol.recipes.values() if recipe),
-    *TRANSFERS.values(),
+    *FINETUNES.values(),
     *LAYER_PROBES.values(),
 ]
 NATIVE = pytest.mark.parametrize(("flags", "computed"), [(set(), "fp32"), ({"avx512_bf16"}, "bf16")])
@@ -58,9 +58,9 @@ def test_a_processor_says_what_it_multiplies(tmp_path, set_flags, text, native):
     if text is not None:
         file.write_text(text)
     set_flags(cpu_flags(file))
-    assert multiplies_bfloat16("cpu") is native
+    assert supports_bfloat16("cpu") is native
     assert resolve_precision("auto", "cpu") == ("bf16" if native else "fp32")
-    assert multiplies_bfloat16("meta") is False, "neither a processor nor a GPU of CUDA's"
+    assert supports_bfloat16("meta") is False, "neither a processor nor a GPU of CUDA's"
     for given in ("fp32", "bf16", "fp16"):
         assert resolve_precision(given, "cpu") == given, "what is asked for is obeyed"
 
@@ -70,7 +70,7 @@ def test_a_gpu_is_asked_without_its_emulation(monkeypatch, native):
     asked = []
     monkeypatch.setattr(torch.cuda, "device", lambda device: torch.inference_mode(False))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: asked.append(options) or native)
-    assert multiplies_bfloat16("cuda:0") is native and asked == [{"including_emulation": False}]
+    assert supports_bfloat16("cuda:0") is native and asked == [{"including_emulation": False}]
 
 
 @pytest.mark.parametrize("recipe", EVERY, ids=lambda r: getattr(r, "name", None) or "probe")
@@ -92,9 +92,9 @@ def test_whoever_asks_for_emulation_is_told(set_flags, capsys):
 @NATIVE
 def test_rows_of_transfers_say_it(images, set_flags, flags, computed):
     set_flags(flags)
-    recipe = dataclasses.replace(TRANSFERS["few-labels-cpu"], images=32, batch_size=16)
+    recipe = dataclasses.replace(FINETUNES["few-labels-cpu"], images=32, batch_size=16)
     subject = load_subject("test_resnet", random=True, size=32)
-    row = finetune.measure_transfer(recipe, subject, "layer1", images)
+    row = finetune.measure_finetuned(recipe, subject, "layer1", images)
     training = f"32 crops seen, convolutional classifier, frozen backbone, {computed}"
     assert re.fullmatch(rf"{training}, training accuracy \d+\.\d %", row.settings)
 

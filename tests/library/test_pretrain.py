@@ -610,7 +610,7 @@ def test_the_command_changes_a_recipe_and_records_it(small_cifar10, tmp_path, mo
     monkeypatch.setitem(RECIPES, "tiny", dataclasses.replace(TINY, name="tiny", image_size=32))
     arguments = ["tiny", "--data", str(small_cifar10), "--output", str(tmp_path / "run"), "--device", "cpu"]
     assert command.main([*arguments, "--steps", "1"]) == 2
-    assert "a step each at least, got 1" in capsys.readouterr().err
+    assert "steps must be at least 2, one for each stage of tiny, got 1" in capsys.readouterr().err
     assert command.main([*arguments, "--accumulate", "0"]) == 2
     assert command.main([*arguments, "--steps", "3", "--seed", "5", "--images-per-step", "8"]) == 0
     run = json.loads((tmp_path / "run" / "run.json").read_text())

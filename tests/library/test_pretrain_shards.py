@@ -76,9 +76,9 @@ def test_an_image_of_a_shard_is_that_of_the_file(few, folder):
     assert len(images) == len(files) == 40 and images.shards == (0, 17, 17, 20)
     for i in range(40):
         assert torch.equal(images[i][0], files[i][0])
-    assert images.label(16) == f"{few.parent}/000.tar: 016.png"
-    assert images.label(17) == f"{few.parent}/002.tar: 017.png"
-    assert images.label(39) == f"{few.parent}/003.tar: 039.png"
+    assert images.name_of(16) == f"{few.parent}/000.tar: 016.png"
+    assert images.name_of(17) == f"{few.parent}/002.tar: 017.png"
+    assert images.name_of(39) == f"{few.parent}/003.tar: 039.png"
 
 
 def test_few_shards_train_as_a_folder_does(few, folder, tmp_path):

@@ -62,13 +62,13 @@ def broken_files(folder):
 def test_folders_are_read_to_any_depth(folder):
     images = open_images("folder", folder, 32)
     files = sorted(folder.rglob("*.png"))
-    assert len(images) == 40 and [images.label(i) for i in range(40)] == list(map(str, files))
+    assert len(images) == 40 and [images.name_of(i) for i in range(40)] == list(map(str, files))
     assert torch.equal(torch.stack([images[i][0] for i in range(40)]), read_images(files, 32))
 
 
 def test_of_train_and_test_images_only_train_is_read(small_cifar10):
     images = open_images("folder", small_cifar10, 32)
-    assert len(images) == 40 and all("/train/" in images.label(i) for i in range(40))
+    assert len(images) == 40 and all("/train/" in images.name_of(i) for i in range(40))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -107,7 +107,7 @@ def kill_oneself(index):
 def test_a_killed_process_is_told_in_one_line():
     images = UnlabelledImages(8, 4, kill_oneself)
     with pytest.raises(
-        OSError, match=r"^a decoding process was killed \(DataLoader worker .*; run it again, or resume it$"
+        OSError, match=r"^a data-loading worker was killed \(DataLoader worker .*; run it again, or resume it$"
     ):
         list(stream(images, torch.arange(4).split(2), workers=1))
 
@@ -124,7 +124,7 @@ def test_a_process_that_is_killed_during_a_step_is_told_in_one_line(folder, tmp_
     interrupt(monkeypatch, 2, kill)
     options = dict(device="cpu", tracker=None, stream=True, workers=1)
     with pytest.raises(
-        OSError, match=r"^a decoding process was killed \(DataLoader worker .*; run it again, or resume it$"
+        OSError, match=r"^a data-loading worker was killed \(DataLoader worker .*; run it again, or resume it$"
     ):
         run(SHORT, lambda _: open_images("folder", folder, 16), tmp_path / "run", **options)
 

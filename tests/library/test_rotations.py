@@ -92,9 +92,9 @@ def test_wrong_shapes_are_refused(shape, message):
 
 @pytest.mark.parametrize("rotations", [(), (0, 0), (4,), (-1, 0)])
 def test_wrong_rotations_are_refused(rotations):
-    with pytest.raises(ValueError, match="distinct quarter turns"):
+    with pytest.raises(ValueError, match="distinct values of 0, 1, 2, 3"):
         rotate_all(torch.zeros(1, 3, 4, 4), rotations)
-    with pytest.raises(ValueError, match="distinct quarter turns"):
+    with pytest.raises(ValueError, match="distinct values of 0, 1, 2, 3"):
         rotation_labels(1, rotations)
 
 

@@ -16,7 +16,7 @@ from timm.models._hub import save_for_hf
 
 from rotation_ssl import zoo
 from rotation_ssl.convert import Converted, write_folder
-from rotation_ssl.embedding.backbone import recommended_layer
+from rotation_ssl.models import recommended_layer
 from rotation_ssl.orientation import calibration
 from rotation_ssl.zoo.golden import golden_difference, golden_file
 

@@ -30,12 +30,12 @@ from torch.nn import functional as F
 from torch.utils.data import BatchSampler, RandomSampler
 
 from rotation_ssl.cli.options import positive
-from rotation_ssl.embedding.backbone import recommended_layer
 from rotation_ssl.evaluation.frozen import PARTS, preparation
 from rotation_ssl.features import layer_modules
 from rotation_ssl.fit import Checkpoint, Checkpoints, fit
-from rotation_ssl.labelled import Images, LabelledImages, labels_subset
+from rotation_ssl.labelled import LabelledImages, LabelledSplits, labels_subset
 from rotation_ssl.messages import counted
+from rotation_ssl.models import recommended_layer
 from rotation_ssl.precision import autocast_type, resolved, warn_if_emulated
 from rotation_ssl.pretraining.augment import crop_and_flip, draw_windows
 from rotation_ssl.pretraining.optim import create_scheduler
@@ -44,18 +44,18 @@ from rotation_ssl.progress import progress
 from training.command import create_parser
 from training.evaluation import options
 from training.evaluation.labelled import identity_of
-from training.evaluation.recipes import TRANSFERS, TransferRecipe
+from training.evaluation.recipes import FINETUNES, FinetuneRecipe
 from training.evaluation.subject import Subject, load_subject, measured_row
 from training.protocols import PROTOCOLS
 from training.reporting.report import keep_rows, run_measuring
 from training.reporting.rows import Row
 
 
-def measure_transfer(
-    recipe: TransferRecipe,
+def measure_finetuned(
+    recipe: FinetuneRecipe,
     subject: Subject,
     layer: str,
-    images: Images,
+    images: LabelledSplits,
     labels_per_class: int | None = None,
     draw: str = "first",
     seed: int = 0,
@@ -140,7 +140,7 @@ class LayerClassifier(nn.Module):
 
 
 def build_network(
-    recipe: TransferRecipe, subject: Subject, layer: str, num_classes: int, seed: int = 0
+    recipe: FinetuneRecipe, subject: Subject, layer: str, num_classes: int, seed: int = 0
 ) -> LayerClassifier:
     """The recipe's network, in eval mode. The layers after ``layer`` are removed from the subject's backbone."""
     backbone: Any = subject.backbone
@@ -167,7 +167,7 @@ def build_network(
 
 
 def train_network(
-    recipe: TransferRecipe,
+    recipe: FinetuneRecipe,
     network: LayerClassifier,
     train: LabelledImages,
     prepare: Callable[[torch.Tensor], torch.Tensor],
@@ -233,7 +233,7 @@ def predict(
     return logits.argmax(1)
 
 
-def transfer_subject(recipe: TransferRecipe, model: str, training_seed: int, **options: Any) -> Subject:
+def finetune_subject(recipe: FinetuneRecipe, model: str, training_seed: int, **options: Any) -> Subject:
     """The backbone that a recipe starts from.
 
     Args:
@@ -252,9 +252,9 @@ def transfer_subject(recipe: TransferRecipe, model: str, training_seed: int, **o
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    lines = (f"{r.name:24s} {PROTOCOLS[r.protocol].title}, {r.images:,} crops" for r in TRANSFERS.values())
+    lines = (f"{r.name:24s} {PROTOCOLS[r.protocol].title}, {r.images:,} crops" for r in FINETUNES.values())
     parser = create_parser("finetune", __doc__, lines)
-    parser.add_argument("recipe", choices=sorted(TRANSFERS), metavar="RECIPE", help="one of the recipes below")
+    parser.add_argument("recipe", choices=sorted(FINETUNES), metavar="RECIPE", help="one of the recipes below")
     options.add_model(parser)
     parser.add_argument("--layer", help="last layer of the backbone that is kept [the recommended one]")
     parser.add_argument(
@@ -287,7 +287,7 @@ def _measure(args: argparse.Namespace) -> Path:
     bar = progress("trainings", len(trainings), "training", trainings, disable=len(trainings) == 1)
     checkpoints = Checkpoints(options.output_of(args, subject))
     rows = (
-        measure_transfer(
+        measure_finetuned(
             recipe, _subject(recipe, args, seed), layer, images, labels, args.draw, seed, args.device, checkpoints
         )
         for labels, seed in bar
@@ -295,16 +295,16 @@ def _measure(args: argparse.Namespace) -> Path:
     return keep_rows(rows, file, checkpoints)
 
 
-def _recipe(args: argparse.Namespace) -> TransferRecipe:
+def _recipe(args: argparse.Namespace) -> FinetuneRecipe:
     """The recipe with what the options change, on the device."""
     given = {"images": args.images, "precision": args.precision}
-    named = TRANSFERS[args.recipe]
+    named = FINETUNES[args.recipe]
     recipe = dataclasses.replace(named, **{name: value for name, value in given.items() if value is not None})
     return options.own_recipe(named, recipe, args.device)
 
 
-def _subject(recipe: TransferRecipe, args: argparse.Namespace, seed: int) -> Subject:
+def _subject(recipe: FinetuneRecipe, args: argparse.Namespace, seed: int) -> Subject:
     """A backbone of its own for the training of a seed, which changes it; ``--random`` weights are those of --seed."""
-    return transfer_subject(
+    return finetune_subject(
         recipe, args.model, seed, random=args.random, seed=args.seed, weights=args.weights, size=args.size
     )

@@ -136,4 +136,4 @@ def check_decoding(data: Labelled, chosen: torch.Tensor, workers: int) -> None:
 
 def _refuse_broken(data: LabelledFiles, broken: set[int]) -> None:
     if broken:
-        raise ValueError(f"image {data.images.label(min(broken))} does not decode: replace or remove it")
+        raise ValueError(f"image {data.images.name_of(min(broken))} does not decode: replace or remove it")

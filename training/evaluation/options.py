@@ -4,9 +4,9 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from rotation_ssl.cli.options import add_device, positive
-from rotation_ssl.labelled import Images
-from rotation_ssl.precision import AnyRecipe, add_precision_argument, resolved
+from rotation_ssl.cli.options import add_device, add_precision_argument, positive
+from rotation_ssl.labelled import LabelledSplits
+from rotation_ssl.precision import AnyRecipe, resolved
 from training.command import CIFAR10_DIR
 from training.datasets import DATASETS, FOLDER, check_whole, load_images
 from training.evaluation.subject import Subject, load_subject
@@ -75,7 +75,7 @@ def subject_of(args: argparse.Namespace) -> Subject:
     return subject.on(args.device)
 
 
-def images_of(args: argparse.Namespace, size: int, test_only: bool = False) -> Images:
+def images_of(args: argparse.Namespace, size: int, test_only: bool = False) -> LabelledSplits:
     """The images that the options name, in memory: the whole dataset where rows are to be recorded."""
     images = load_images(args.dataset, args.data, size, args.download, args.holdout, test_only)
     if args.record:

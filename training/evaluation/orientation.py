@@ -41,15 +41,15 @@ from training.reporting.rows import Row
 
 FITTED_ON, MEASURED_ON = ("imagewoof", "caltech101"), ("imagenette", "voc2007", "exif")
 TEMPERATURES = [1.02**step for step in range(-80, 81)]
-# the share of right decisions that each of the manifest's thresholds was fitted for, and its name in protocols
-PRECISIONS = {"threshold": (0.99, "99"), "sure_threshold": (0.995, "99.5")}
+# by threshold of the manifest: the fraction of correct decisions that it is fitted for, and its name in protocols
+TARGETS = {"threshold": (0.99, "99"), "sure_threshold": (0.995, "99.5")}
 UPRIGHT = 0
 DECODERS = 4  # threads
-RANKED = 100  # of fewer pictures the most confident shares say nothing
+RANKED = 100  # pictures: of fewer, the accuracy on the most confident ones is not reported
 
 
 def picture_logits(subject: Subject, files: Sequence[Path], size: int) -> list[torch.Tensor]:
-    """What the network says of each picture, in squares of ``size`` pixels: (squares, 4 turns, 4 rotations)."""
+    """Logits of each picture, (V, 4, 4): V squares of ``size`` pixels, 4 rotated copies of each, 4 rotations."""
     check_head(subject.backbone)
     cfg = resolve_model_data_config(subject.backbone)
     device = next(subject.backbone.parameters()).device
@@ -74,26 +74,26 @@ def probabilities(logits: Sequence[torch.Tensor], temperature: float) -> torch.T
 
 
 def fit_temperature(logits: Sequence[torch.Tensor]) -> float:
-    """The temperature at which the upright answer is likeliest, on the whole, over the pictures."""
+    """The temperature of :data:`TEMPERATURES` with the highest mean log-likelihood of upright."""
     likelihood = [float(probabilities(logits, t)[:, UPRIGHT].clamp_min(1e-12).log().mean()) for t in TEMPERATURES]
     return TEMPERATURES[likelihood.index(max(likelihood))]
 
 
-def fit_threshold(confidence: torch.Tensor, right: torch.Tensor, precision: float) -> float:
-    """The least confidence such that of all answers that are at least as confident ``precision`` are right.
+def fit_threshold(confidence: torch.Tensor, right: torch.Tensor, target: float) -> float:
+    """The lowest threshold at which at least the fraction ``target`` of the decisions is correct.
 
     Args:
         confidence: (N,).
         right: (N,) bool.
-        precision: 0 to 1.
+        target: 0 to 1.
     """
     confidence, order = confidence.sort(descending=True)
     share = right[order].double().cumsum(0) / torch.arange(1, len(order) + 1)
     # answers of equal confidence are decided together
     last = torch.cat([confidence[1:] < confidence[:-1], torch.tensor([True])])
-    good = ((share >= precision) & last).nonzero()
+    good = ((share >= target) & last).nonzero()
     if not len(good):
-        raise ValueError(f"no confidence at which {precision:.1%} of the decisions are right")
+        raise ValueError(f"no confidence at which {target:.1%} of the decisions are right")
     return math.floor(float(confidence[good[-1]]) * 1e6) / 1e6
 
 
@@ -104,21 +104,21 @@ def most_confident(confidence: torch.Tensor) -> dict[int, torch.Tensor]:
 
 
 def measure_orientation(subject: Subject, files: Sequence[Path], name: str, calibration: dict[str, float]) -> list[Row]:
-    """The rows of one dataset: how many pictures are right, how many are decided, and how many of all wrongly; and how
-    many of the most confident ones are right.
+    """The rows of one dataset: the fractions of pictures predicted correctly, decided, and decided wrongly, and the
+    accuracy on the most confident ones.
 
     Args:
         subject: the backbone, with 4 outputs.
         files: of upright photographs.
         name: of the data in the rows.
-        calibration: 'size', 'temperature' and the thresholds of :data:`PRECISIONS`, as the manifest has them.
+        calibration: 'size', 'temperature' and the thresholds of :data:`TARGETS`, as the manifest has them.
     """
     started = time.monotonic()
     size, temperature = int(calibration["size"]), calibration["temperature"]
     confidence, rotation = probabilities(picture_logits(subject, files, size), temperature).max(1)
     right = rotation == UPRIGHT
     counted = {"orientation": right}
-    for field, (_, percent) in PRECISIONS.items():
+    for field, (_, percent) in TARGETS.items():
         decided = confidence >= calibration[field]
         counted[f"orientation-decided-{percent}"] = decided
         counted[f"orientation-wrong-{percent}"] = decided & ~right
@@ -161,7 +161,7 @@ def fit_calibration(subject: Subject, root: Path, size: int) -> dict[str, float]
     right = rotation == UPRIGHT
     for name, own in zip(parts, right.double().split(list(map(len, parts.values()))), strict=True):
         print(f"{name}, {size} pixels: {own.mean():.2%} correct")
-    thresholds = {field: fit_threshold(confidence, right, precision) for field, (precision, _) in PRECISIONS.items()}
+    thresholds = {field: fit_threshold(confidence, right, target) for field, (target, _) in TARGETS.items()}
     return {"size": size, "temperature": round(temperature, 6), **thresholds}
 
 

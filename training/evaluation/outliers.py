@@ -22,10 +22,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from rotation_ssl.embedding.backbone import recommended_layer
 from rotation_ssl.evaluation.frozen import preparation
 from rotation_ssl.features import extract_features
-from rotation_ssl.labelled import Images, LabelledImages
+from rotation_ssl.labelled import LabelledImages, LabelledSplits
+from rotation_ssl.models import recommended_layer
 from rotation_ssl.outliers import RotationOutlierDetector, auroc, false_positive_rate
 from rotation_ssl.progress import progress
 from training.command import add_cifar10, create_parser
@@ -43,7 +43,7 @@ BATCH = 250
 
 
 def measure_outliers(
-    subject: Subject, normal: Images, outlying: Mapping[str, torch.Tensor], layer: str
+    subject: Subject, normal: LabelledSplits, outlying: Mapping[str, torch.Tensor], layer: str
 ) -> Iterator[Row]:
     """The rows of both scores against every kind of outlier, and of one-class detection.
 
@@ -117,7 +117,7 @@ def normal_dataset(weights: str) -> str:
 
 def outlier_data(
     dataset: str, folder: Path, cifar100: Path | None, photos: Path | None, size: int, download: bool = False
-) -> tuple[Images, dict[str, torch.Tensor]]:
+) -> tuple[LabelledSplits, dict[str, torch.Tensor]]:
     """The normal images, a whole dataset of :data:`OUTLYING`, and by name those of the folders given that do not
     belong.
     """

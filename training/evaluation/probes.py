@@ -28,7 +28,7 @@ from rotation_ssl.evaluation.measure import LINEAR_GRID, Measurement, Number, pl
 from rotation_ssl.evaluation.protocols import PROTOCOLS
 from rotation_ssl.features import layer_modules
 from rotation_ssl.fit import Checkpoints
-from rotation_ssl.labelled import Images, LabelledImages
+from rotation_ssl.labelled import LabelledImages, LabelledSplits
 from rotation_ssl.precision import resolve_precision, warn_if_emulated
 from rotation_ssl.progress import progress
 from training.command import create_parser
@@ -51,7 +51,7 @@ def measure_rotation(
 
 def measure_features(
     subject: Subject,
-    images: Images,
+    images: LabelledSplits,
     measurements: Sequence[Measurement],
     device: str = "cpu",
     test_parts: Sequence[int] = range(PARTS),
@@ -102,7 +102,7 @@ def _measure(args: argparse.Namespace) -> Path:
     """Measure what the options ask for; returns the file of the rows."""
     warn_if_emulated(args.precision, args.device)
     if args.layers and args.only == ["rotation"]:
-        raise ValueError("--layers is of k-NN and the probes: rotation is measured of the whole network")
+        raise ValueError("--layers is for k-NN and probes, not for rotation accuracy: leave it out")
     subject = options.subject_of(args)
     layers = args.layers or list(layer_modules(subject.backbone))
     wanted = set(args.only or DEFAULT)

@@ -7,13 +7,13 @@ from rotation_ssl.pretraining.recipe import StepSchedule
 
 
 @dataclass(frozen=True)
-class TransferRecipe:
+class FinetuneRecipe:
     """How a backbone up to one layer and a classifier on it are trained on labels: by SGD on ``images`` crops in total.
 
     ``start`` is 'frozen' (only the classifier is trained), 'trained' (the backbone too, with the learning rate
     ``backbone_lr``) or 'random' (all of it, from random weights: the supervised baseline). ``classifier`` is
     'convolutional' or 'non-linear', as the probes. Each step takes random crops of the padded images, half of them
-    mirrored. ``precision`` is 'fp32', 'bf16' for autocast, or 'auto': bf16 if the device multiplies it, else fp32.
+    mirrored. ``precision`` is 'fp32', 'bf16' for autocast, or 'auto': bf16 if the device supports it, else fp32.
     """
 
     name: str
@@ -38,7 +38,7 @@ CPU_IMAGES = 600 * 128  # 5 to 12 minutes on 2 cores
 CONVOLUTIONAL_SCHEDULE = StepSchedule(milestones=(0.35, 0.7, 0.85), factor=0.2)
 NONLINEAR_SCHEDULE = StepSchedule(milestones=(0.2, 0.4, 0.45), factor=0.2)
 
-FEW_LABELS_CPU = TransferRecipe(
+FEW_LABELS_CPU = FinetuneRecipe(
     name="few-labels-cpu",
     protocol="few-labels",
     budget="cpu",
@@ -64,8 +64,8 @@ FINETUNE_NONLINEAR_CPU = dataclasses.replace(
     classifier="non-linear",
     schedule=NONLINEAR_SCHEDULE,
 )
-_CPU_TRANSFERS = (FEW_LABELS_CPU, SUPERVISED_CPU, FINETUNE_CONVOLUTIONAL_CPU, FINETUNE_NONLINEAR_CPU)
-_PAPER_TRANSFERS = {
+_CPU_FINETUNES = (FEW_LABELS_CPU, SUPERVISED_CPU, FINETUNE_CONVOLUTIONAL_CPU, FINETUNE_NONLINEAR_CPU)
+_PAPER_FINETUNES = {
     recipe.protocol: dataclasses.replace(
         recipe,
         name=recipe.name.replace("-cpu", "-paper"),
@@ -73,15 +73,15 @@ _PAPER_TRANSFERS = {
         images=100 * AUTHORS_EPOCH,
         precision="fp32",
     )
-    for recipe in _CPU_TRANSFERS
+    for recipe in _CPU_FINETUNES
 }
 # the authors train this one twice as long, and lower its rate after 60, 120 and 160 of 200 epochs
-_PAPER_TRANSFERS["supervised"] = dataclasses.replace(
-    _PAPER_TRANSFERS["supervised"],
+_PAPER_FINETUNES["supervised"] = dataclasses.replace(
+    _PAPER_FINETUNES["supervised"],
     images=200 * AUTHORS_EPOCH,
     schedule=StepSchedule(milestones=(0.3, 0.6, 0.8), factor=0.2),
 )
-TRANSFERS = {recipe.name: recipe for recipe in (*_CPU_TRANSFERS, *_PAPER_TRANSFERS.values())}
+FINETUNES = {recipe.name: recipe for recipe in (*_CPU_FINETUNES, *_PAPER_FINETUNES.values())}
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class LayerProbeRecipe:
     layer) or 'non-linear' (the retrained rest of the network after the layer, with fc layers of ``fc_size``). Images
     are squares of ``image_size`` pixels. Training uses random crops of 7/8 of their side, half of them mirrored, tests
     use the central crop. At the epochs ``milestones`` the learning rate is multiplied by ``factor``. ``precision`` is
-    'fp32', 'bf16' for autocast of backbone and classifiers, or 'auto': bf16 if the device multiplies it, else fp32.
+    'fp32', 'bf16' for autocast of backbone and classifiers, or 'auto': bf16 if the device supports it, else fp32.
     """
 
     name: str

@@ -128,7 +128,7 @@ def measured_row(
 
 
 def measured_value(subject: Subject, value: float, data: str, settings: str, seconds: float, **fields: Any) -> Row:
-    """The row of a measured number that is no count of right answers, or whose counts are among the ``fields``."""
+    """The row of a measured number that is not a count of correct predictions, or whose counts are in ``fields``."""
     return Row(
         weights=subject.name,
         value=value,

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rotation_ssl.embedding.backbone import ORIENTATION_MODEL
+from rotation_ssl.models import ORIENTATION_MODEL
 from training.protocols import COVERAGES, PROTOCOLS
 from training.reporting.required import CIFAR10, EXIF, main_data
 from training.reporting.rows import Row

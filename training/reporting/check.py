@@ -43,8 +43,8 @@ from rotation_ssl.machine import check_device, library_versions
 from rotation_ssl.messages import counted
 from rotation_ssl.zoo.golden import GOLDEN_TOLERANCE, golden_difference
 from training.command import create_parser, run
-from training.reporting.again import QUICK_PARTS, How, measure_sources, one_of_each_training
 from training.reporting.options import add_data_arguments, add_only, advice, asked_for, no_cifar10, option_of, source_of
+from training.reporting.remeasure import QUICK_PARTS, MeasureOptions, measure_sources, one_of_each_training
 from training.reporting.report import check_rows
 from training.reporting.required import complaints
 from training.reporting.rows import (
@@ -205,7 +205,7 @@ def check_numbers(every: Sequence[Row], args: argparse.Namespace) -> Iterator[Ve
     print(f"{counted(len(given) - len(rest), 'number')} measured before; " * bool(kept), end="")
     print(f"{counted(len(rest), 'number')}; {told}")
     yield from (judge(row, kept[row.key], every) for row in given if row.key in kept)
-    how = How(args.quick, args.device, Checkpoints(file and file.parent))
+    how = MeasureOptions(args.quick, args.device, Checkpoints(file and file.parent))
     for row, new in measure_sources(rest, {row.key: sources[row.key] for row in rest}, how):
         if file:
             write_rows(file, [new])

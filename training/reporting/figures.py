@@ -88,7 +88,7 @@ def stamp_of(file: Path) -> str:
     except UnidentifiedImageError as error:
         raise ValueError(f"{file} is not an image: draw it again") from error
     if not isinstance(stamp, str):
-        raise ValueError(f"{file} does not say what it was drawn from: draw it again with training.reporting.figures")
+        raise ValueError(f"{file} does not say what it was drawn from: run python -m training publish figures")
     return stamp
 
 

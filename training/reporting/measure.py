@@ -22,8 +22,8 @@ from rotation_ssl.fit import Checkpoints
 from rotation_ssl.machine import check_device
 from rotation_ssl.messages import counted
 from training.command import create_parser, run
-from training.reporting.again import How, measure_sources
 from training.reporting.options import add_data_arguments, add_only, advice, asked_for, source_of
+from training.reporting.remeasure import MeasureOptions, measure_sources
 from training.reporting.report import keep_row
 from training.reporting.required import REQUIRED, missing_rows, outdated
 from training.reporting.rows import RESULTS_DIR, Row, read_rows, require_committed
@@ -51,7 +51,9 @@ def _work(args: argparse.Namespace) -> None:
     for row in wanted:
         if not sources[row.key]:
             raise ValueError(f"{args.weights} is measured on {row.data}: {advice(row, args)}")
-    for _, row in measure_sources(wanted, sources, How(device=args.device, checkpoints=Checkpoints(args.output))):
+    for _, row in measure_sources(
+        wanted, sources, MeasureOptions(device=args.device, checkpoints=Checkpoints(args.output))
+    ):
         keep_row(row, args.results / f"{row.weights}.jsonl")
     print("next: python -m training publish figures, then python -m training publish render")
 

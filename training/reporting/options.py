@@ -8,7 +8,7 @@ from training.command import CIFAR10_DIR, add_cifar10
 from training.datasets import DATASETS, EXIF_FOLDER, dataset_of
 from training.evaluation.outliers import normal_dataset
 from training.protocols import PROTOCOLS
-from training.reporting.again import TRANSFERS, Source, command_of
+from training.reporting.remeasure import TRANSFERS, Source, command_of
 from training.reporting.rows import Row
 
 # the option that names the folder of each dataset

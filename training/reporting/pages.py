@@ -14,17 +14,17 @@ import timm
 from rotation_ssl.backbones.about import network_facts
 from rotation_ssl.messages import counted
 from training.reporting import applications, tables, transfers
-from training.reporting.again import one_of_each_training
 from training.reporting.manifest import rotated_images, seen_in_training
+from training.reporting.remeasure import one_of_each_training
 from training.reporting.required import RANDOM, RESCALED
 from training.reporting.rows import RESULTS_DIR, Row, model_of, read_file
 
 ROOT = Path(__file__).parent.parent.parent
 FIGURES = "docs/figures"
 FIGURES_DIR = ROOT / FIGURES
-ABLATION_FILE = RESULTS_DIR / "ablation" / "runs.jsonl"  # written by `training.studies.rotations`
-SPEED_FILE = RESULTS_DIR / "speed.json"  # written by `training.studies.benchmark speed --record`
-EMBEDDING_FILE = RESULTS_DIR / "embedding.json"  # written by `training.studies.benchmark features --record`
+ABLATION_FILE = RESULTS_DIR / "ablation" / "runs.jsonl"  # written by `python -m training ablation`
+SPEED_FILE = RESULTS_DIR / "speed.json"  # written by `python -m training benchmark speed --record`
+EMBEDDING_FILE = RESULTS_DIR / "embedding.json"  # written by `python -m training benchmark features --record`
 # the repository has no public address yet: this is the one place that names it
 REPOSITORY = "OWNER/rotation_ssl"
 
@@ -198,7 +198,7 @@ def layer_table(rows: Sequence[Row]) -> str:
 
 
 def speed_tables(measured: Mapping[str, Any]) -> str:
-    """The figures of ``training.studies.benchmark speed`` as Markdown."""
+    """The results of `python -m training benchmark speed` as Markdown."""
     cases = measured["cases"]
     flops = {name: case["images_per_second"] * case["flop"] for name, case in cases.items()}
     products = {name: value for name, value in flops.items() if name.startswith("product")}
@@ -235,12 +235,12 @@ def speed_tables(measured: Mapping[str, Any]) -> str:
 
 
 def embedding_text(measured: Mapping[str, Any]) -> str:
-    """The figures of ``training.studies.benchmark features`` in two sentences."""
+    """The results of `python -m training benchmark features` in two sentences."""
     rates = measured["images_per_second"]
     slower = min(rates["decoding"], rates["network"])
     return (
         f"Measured on {measured['threads']} threads ({measured['device']}, commit `{measured['commit'][:7]}`), with"
-        f" {measured['workers']} decoding processes, in {measured['precision']}: `rotation-ssl features` with"
+        f" {measured['workers']} data-loading workers, in {measured['precision']}: `rotation-ssl features` with"
         f" `{measured['model']}` writes the features of {measured['images']:,} photographs at {rates['ours']:.0f}"
         f" images/s, {rates['ours'] / rates['timm']:.2f} times the rate of timm's loader and `forward_features`"
         f" ({rates['timm']:.0f} images/s). This is {rates['ours'] / slower:.0%} of the slower of decoding alone"

@@ -33,11 +33,10 @@ class Row:
     ``weights`` is a published ``model.tag``, ``model.random`` for a network as initialised (``model.tag-random`` for
     that of weights that are not bundled), ``model@sha256`` (12 digits) for other weights, or for quoted numbers the
     model that they are of. ``protocol`` is an id of :data:`training.protocols.PROTOCOLS`, ``budget`` one that it has.
-    ``counts`` are the right answers in each tenth of the test images, in their order.
-    ``settings`` says what the protocol's name leaves open. ``strength`` is the L2 penalty that a linear probe chose:
-    two candidates may be so close that the next machine would choose the other, so that a number is measured again with
-    the one it was measured with. ``recipe`` names what made weights that are not published: a recipe of
-    one of ``training/studies``.
+    ``counts`` are the correct predictions in each tenth of the test images, in order.
+    ``settings`` says what the protocol's name leaves open. ``strength`` is the L2 penalty that a linear probe chose;
+    the number is reproduced with the same penalty, because another machine might choose another one.
+    ``recipe`` names the recipe, of one of ``training/studies``, that made unpublished weights.
     """
 
     weights: str
@@ -66,7 +65,7 @@ class Row:
     def __post_init__(self) -> None:
         find_protocol(self.protocol, self.budget, PROTOCOLS)
         if self.correct is not None and self.n is not None and self.value != self.correct / self.n:
-            raise ValueError(f"{self.number} says {self.value}, but {self.correct} of {self.n} were right")
+            raise ValueError(f"{self.number} says {self.value}, but {self.correct} of {self.n} were correct")
         if self.counts and sum(self.counts) != self.correct:
             raise ValueError(f"{self.number} counts {sum(self.counts)} in its tenths and {self.correct} in all")
 
@@ -154,8 +153,8 @@ def read_file(file: Path) -> list[Row]:
 def write_rows(file: Path, new: list[Row]) -> None:
     """Add rows to a file, replacing those of the same numbers and those of other bytes under the same name.
 
-    Rows of weights, or of a recipe's runs, go when one of other weights of that name comes: what they were of is no
-    more, and nothing may mix the two. A kill while writing leaves the file as it was.
+    A row of new weights removes all rows of older weights of the same name, or of the same recipe, so that rows of both
+    are never mixed. If the process is killed while writing, the file is unchanged.
     """
     bytes_of = {_made_of(row): row.sha256 for row in new if row.measured}
     file.parent.mkdir(parents=True, exist_ok=True)

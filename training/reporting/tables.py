@@ -143,21 +143,19 @@ def _results_table(rows: Sequence[Row], bundled: Mapping[str, Mapping[str, Any]]
             found = [row for row in group if row.layer in ("", layer) and row.labels_per_class is None]
             if found:
                 lines[label, f"`{layer}`"] = found
-    lines = dict(sorted(lines.items(), key=lambda line: line[0][0].strip("`") not in bundled))  # ours first
-    have = {
-        (row.protocol, row.budget) for (label, _), own in lines.items() if label.strip("`") in bundled for row in own
-    }
+    lines = dict(sorted(lines.items(), key=lambda line: line[1][0].weights not in bundled))  # ours first
+    have = {(row.protocol, row.budget) for own in lines.values() for row in own if row.weights in bundled}
     columns = [(id, budget) for id in ids for budget in PROTOCOLS[id].recipes if (id, budget) in have]
     largest = dict(columns)
 
-    def shown(label: str, found: Sequence[Row], id: str, budget: str) -> str:
-        if not label.startswith("_"):
+    def shown(found: Sequence[Row], id: str, budget: str) -> str:
+        if found[0].measured:
             return spread_text([row for row in found if (row.protocol, row.budget) == (id, budget)])
         return " ".join(percent(row) for row in found if row.protocol == id and budget == largest[id])
 
     return markdown_table(
         ("weights", "layer", *(PROTOCOLS[id].titled(budget) for id, budget in columns)),
-        ((*key, *(shown(key[0], found, *column) for column in columns)) for key, found in lines.items()),
+        ((*key, *(shown(found, *column) for column in columns)) for key, found in lines.items()),
     )
 
 

@@ -13,7 +13,7 @@ nothing else should run.
 `import` compares the time of `import timm, rotation_ssl` with that of `import timm`, each in new processes. `load`
 compares `timm.create_model('rotnet_nin', pretrained=True)`, which verifies the weights, with timm loading the same file
 into the same network. `features` compares `rotation-ssl features` on photographs with timm's loader and
-forward_features, with as many decoding processes, and with decoding alone and the network alone.
+forward_features, with as many data-loading workers, and with decoding alone and the network alone.
 
 --record keeps the figures of `speed` for docs/reproduce.md, and those of `features` for docs/scale.md and README.md.
 
@@ -112,7 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=positive, metavar="N", help="rounds [import 15, load 100, others 3]")
     parser.add_argument("--data", type=Path, help="folder of the photographs, for features")
     parser.add_argument("--images", type=positive, default=5000, metavar="N", help="photographs to use [%(default)s]")
-    parser.add_argument("--workers", type=positive, default=2, help="decoding processes, for features [%(default)s]")
+    parser.add_argument("--workers", type=positive, default=2, help="data-loading workers, for features [%(default)s]")
     parser.add_argument("--record", action="store_true", help="keep the figures of speed or features")
     args = parser.parse_args(arguments)
     if args.what == "features" and args.data is None:

@@ -1,6 +1,6 @@
 """How fast features of photographs are written: against timm's own way, and against decoding and the network alone.
 
-Every measurement is a fresh process that reads the same photographs, with as many decoding processes.
+Every measurement is a fresh process that reads the same photographs, with as many data-loading workers.
 """
 
 import multiprocessing
@@ -20,12 +20,12 @@ from torch import nn
 
 import rotation_ssl
 from rotation_ssl.embedding import embed
-from rotation_ssl.embedding.backbone import load_model, weights_digest
 from rotation_ssl.embedding.local import embed_shards, make_extractor
 from rotation_ssl.embedding.parts import Manifest
 from rotation_ssl.embedding.sources import find_shards
 from rotation_ssl.images import OVERSIZE, find_images
 from rotation_ssl.machine import device_name, keep_large_blocks, library_versions
+from rotation_ssl.models import load_model, weights_digest
 from rotation_ssl.precision import autocast_type, resolve_precision
 from training.reporting.rows import current_commit
 from training.studies.speed import in_turns
@@ -94,7 +94,7 @@ def measure_embedding(folder: Path, count: int, workers: int, rounds: int) -> di
     Args:
         folder: of photographs, searched recursively.
         count: of photographs that are used, the first ones.
-        workers: decoding processes.
+        workers: data-loading workers.
         rounds: measurements of each way; their median counts.
     """
     found = find_images(folder)[:count]

@@ -18,10 +18,11 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
+from rotation_ssl.cli.options import add_precision_argument
 from rotation_ssl.evaluation.measure import plan
-from rotation_ssl.labelled import Images
+from rotation_ssl.labelled import LabelledSplits
 from rotation_ssl.machine import check_device
-from rotation_ssl.precision import add_precision_argument, warn_if_emulated
+from rotation_ssl.precision import warn_if_emulated
 from rotation_ssl.pretraining.recipe import CosineSchedule, LinearSchedule, Muon, Recipe, Sgd, Stage
 from training.command import CIFAR10_DIR, add_device, create_parser, run, run_each
 from training.datasets import DATASETS, load_images
@@ -139,7 +140,7 @@ CHANCE = [recipe.name for recipe in next(iter(QUESTIONS.values()))]
 VARIANTS = {recipe.name: recipe for recipes in QUESTIONS.values() for recipe in recipes}
 
 
-def run_variant(recipe: Recipe, images: Images, output: Path, file: Path, device: str = "cpu") -> None:
+def run_variant(recipe: Recipe, images: LabelledSplits, output: Path, file: Path, device: str = "cpu") -> None:
     """Pretrain a variant, or go on with it, and measure it: three rows.
 
     Args:

@@ -14,10 +14,11 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+from rotation_ssl.cli.options import add_precision_argument
 from rotation_ssl.evaluation.measure import plan
-from rotation_ssl.labelled import Images
+from rotation_ssl.labelled import LabelledSplits
 from rotation_ssl.machine import check_device
-from rotation_ssl.precision import add_precision_argument, warn_if_emulated
+from rotation_ssl.precision import warn_if_emulated
 from rotation_ssl.pretraining.recipe import Recipe
 from rotation_ssl.progress import progress
 from training.command import CIFAR10_DIR, add_device, create_parser, run
@@ -43,7 +44,7 @@ def measured(file: Path, recipe: str, seeds: Sequence[int] = SEEDS) -> bool:
 
 
 def run_ablation(
-    recipe: Recipe, images: Images, output: Path, file: Path, seeds: Sequence[int] = SEEDS, device: str = "cpu"
+    recipe: Recipe, images: LabelledSplits, output: Path, file: Path, seeds: Sequence[int] = SEEDS, device: str = "cpu"
 ) -> None:
     """Pretrain a recipe, or go on with it, and measure it: a row for each seed of the probe.
 

@@ -31,7 +31,7 @@ from training.reporting.report import run_measuring
 from training.transfer import command, data
 from training.transfer.checking import check_images
 from training.transfer.metrics import KINDS, classification_precisions
-from training.transfer.network import DEFAULT_RUN, InOrder, Run, autocast_of, batches, fc_size_of, train_network
+from training.transfer.network import DEFAULT_RUN, InOrder, RunOptions, autocast_of, batches, fc_size_of, train_network
 from training.transfer.recipes import CLASSIFICATIONS, VocClassification
 
 LAYERS = ("fc6-8", "all")
@@ -74,7 +74,7 @@ def train_classifier(
     labels: torch.Tensor,
     prepare: Callable[[torch.Tensor], torch.Tensor],
     size: int,
-    run: Run = DEFAULT_RUN,
+    run: RunOptions = DEFAULT_RUN,
 ) -> None:
     """Train a transferred network on labelled images, in place.
 
@@ -111,7 +111,7 @@ def classify(
     images: Sequence[data.AnnotatedImage],
     prepare: Callable[[torch.Tensor], torch.Tensor],
     size: int,
-    run: Run = DEFAULT_RUN,
+    run: RunOptions = DEFAULT_RUN,
 ) -> torch.Tensor:
     """Mean logits of each image's crops: (N, K) float32 on the CPU."""
     load = functools.partial(_crops, size, recipe.scales, recipe.test_crops, run.seed)
@@ -135,7 +135,7 @@ def measure_classification(
     train: Sequence[data.AnnotatedImage],
     test: Sequence[data.AnnotatedImage],
     classes: int,
-    run: Run = DEFAULT_RUN,
+    run: RunOptions = DEFAULT_RUN,
 ) -> dict[str, Sequence[float]]:
     """Train a transferred network and measure it: by kind of average precision those of the K classes."""
     data.check_countable(test)

@@ -14,11 +14,11 @@ import torchvision
 from torch import nn
 from tqdm import tqdm
 
-from rotation_ssl.cli.options import add_device, positive
+from rotation_ssl.cli.options import add_device, add_precision_argument, positive
 from rotation_ssl.fit import Checkpoint
 from rotation_ssl.machine import cpus, device_name
 from rotation_ssl.messages import counted
-from rotation_ssl.precision import AnyRecipe, add_precision_argument, resolved, warn_if_emulated
+from rotation_ssl.precision import AnyRecipe, resolved, warn_if_emulated
 from training.command import create_parser
 from training.evaluation.options import add_model
 from training.evaluation.subject import Subject, load_subject, measured_value
@@ -26,7 +26,7 @@ from training.reporting.report import check_rows, keep_rows
 from training.transfer.checking import file_state
 from training.transfer.data import CLASSES
 from training.transfer.metrics import mean_over_classes
-from training.transfer.network import NETWORK, Run, check_apart, fc_size_of, transfer_network
+from training.transfer.network import NETWORK, RunOptions, check_apart, fc_size_of, transfer_network
 from training.transfer.recipes import VocRecipe
 
 CHECKPOINT = "checkpoint.pt"
@@ -60,7 +60,7 @@ class Transfer:
     test: Sequence[Any]
     output: Path
     settings: str
-    run: Run
+    run: RunOptions
     started: float
 
 
@@ -161,7 +161,7 @@ def prepare_transfer(
         subject, len(args.classes), files, training.fc_size, training.rescale, args.seed, training.fresh_fc_size
     )
     check_rows(output / "rows.jsonl")
-    run = Run(args.device, args.seed, args.workers, output, checkpoint)
+    run = RunOptions(args.device, args.seed, args.workers, output, checkpoint)
     settings = _settings(recipe, fc_size_of(network), fc_size_of(subject.backbone))
     return Transfer(recipe, subject, network, train, test, output, settings, run, started - checkpoint.seconds)
 

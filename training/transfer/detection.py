@@ -30,7 +30,15 @@ from training.transfer import command, data
 from training.transfer.checking import check_images
 from training.transfer.detector import build_detector, set_sides
 from training.transfer.metrics import average_precision, match_detections
-from training.transfer.network import DEFAULT_RUN, InOrder, Run, autocast_of, batches, smallest_side, train_network
+from training.transfer.network import (
+    DEFAULT_RUN,
+    InOrder,
+    RunOptions,
+    autocast_of,
+    batches,
+    smallest_side,
+    train_network,
+)
 from training.transfer.pictures import draw_detections, draw_sheet
 from training.transfer.proposals import check_proposals_file, read_proposals
 from training.transfer.recipes import FAST_RCNNS, FASTER_RCNNS, VocDetection
@@ -44,7 +52,7 @@ def train_detector(
     detector: nn.Module,
     images: Sequence[data.AnnotatedImage],
     proposals: Path | None = None,
-    run: Run = DEFAULT_RUN,
+    run: RunOptions = DEFAULT_RUN,
 ) -> None:
     """Train a detector in place, on the images that show an object which is not difficult."""
     useful = [image for image in images if bool((~image.difficult).any())]
@@ -69,7 +77,7 @@ def detect(
     detector: nn.Module,
     images: Sequence[data.AnnotatedImage],
     proposals: Path | None = None,
-    run: Run = DEFAULT_RUN,
+    run: RunOptions = DEFAULT_RUN,
 ) -> list[Detections]:
     """Of each image 'boxes' (n, 4) in its pixels, 'labels' (n,) from 1 and 'scores' (n,), on the CPU."""
     set_sides(detector, (recipe.test_side,), recipe.longest)
@@ -109,7 +117,7 @@ def measure_detection(
     test: Sequence[data.AnnotatedImage],
     classes: int,
     proposals: Path | None = None,
-    run: Run = DEFAULT_RUN,
+    run: RunOptions = DEFAULT_RUN,
 ) -> tuple[nn.Module, dict[str, Sequence[float]]]:
     """Build a detector on a transferred network, train it, measure it.
 
@@ -158,7 +166,7 @@ def _mirrored(boxes: torch.Tensor, width: int) -> torch.Tensor:
 def measure(args: argparse.Namespace) -> Path:
     """Train and measure what the options ask for; returns the file of the rows."""
     if args.test_proposals is not None and not args.proposals:
-        raise ValueError("--test-proposals is of Fast R-CNN: give its --proposals too")
+        raise ValueError("--test-proposals is for Fast R-CNN: give --proposals FILE too")
     sides = {} if args.side is None else {"train_sides": (args.side,), "test_side": args.side}
     recipe = command.recipe_of((FAST_RCNNS if args.proposals else FASTER_RCNNS)[args.budget], args, **sides)
     name, given = "Faster R-CNN", ""
@@ -175,7 +183,7 @@ def measure(args: argparse.Namespace) -> Path:
         transfer.run,
     )  # fmt: skip
     if pictured := transfer.test[: args.pictures]:
-        detections = detect(recipe, detector, pictured, args.proposals, Run(args.device))
+        detections = detect(recipe, detector, pictured, args.proposals, RunOptions(args.device))
         draw_sheet(
             transfer.output,
             [

@@ -19,16 +19,16 @@ OVERLAP = 0.5
 
 
 def average_precision(scores: torch.Tensor, right: torch.Tensor, kind: str, total: int | None = None) -> float:
-    """Average precision of N ranked answers.
+    """Average precision of N scored predictions.
 
     Args:
-        scores: (N,) the higher, the surer; equal ones are taken in together, so their order does not matter.
-        right: (N,) bool.
+        scores: (N,), higher is more confident; predictions of equal score are counted together.
+        right: (N,) bool, whether a prediction is a true positive.
         kind: one of :data:`KINDS`.
-        total: right answers that there are, given or not; None: those among the N.
+        total: number of positives, including those that were not predicted; None: the true positives among the N.
 
     Returns:
-        A fraction; nan where there are none to find.
+        A fraction; nan without positives.
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(map(repr, KINDS))}, got {kind!r}")
@@ -39,7 +39,7 @@ def average_precision(scores: torch.Tensor, right: torch.Tensor, kind: str, tota
     given = int(right.sum())
     total = given if total is None else total
     if total < given:
-        raise ValueError(f"{given} right answers were given, but total says that there are {total}")
+        raise ValueError(f"there are {given} true positives, but total says {total} positives")
     if total == 0:
         return math.nan
     if len(scores) == 0:
@@ -87,11 +87,11 @@ def match_detections(
     truths: Sequence[torch.Tensor],
     difficult: Sequence[torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Which detections of one class are right, as VOC's development kit decides it.
+    """Match the detections of one class to objects, as VOC's development kit does.
 
-    In the order of their scores detections take the object that they overlap most, if by an intersection over union of
-    0.5 or more: the first one is right, later ones of the same object are wrong, those of a difficult object do not
-    count either way.
+    In the order of their scores, detections are matched to the object that they overlap most, if the intersection over
+    union is 0.5 or more: the first one of an object is a true positive, later ones are false positives, and those of a
+    difficult object do not count.
 
     Args:
         boxes: of each image (n, 4), left, top, right, bottom in pixels.
@@ -100,8 +100,8 @@ def match_detections(
         difficult: of each image (m,) bool.
 
     Returns:
-        The scores (N,) of the detections that count, whether they are right (N,), and the number of objects to find,
-        difficult ones left out.
+        The scores (N,) of the detections that count, whether they are true positives (N,), and the number of objects
+        that are not difficult.
     """
     kept, right = [torch.empty(0)], [torch.empty(0, dtype=torch.bool)]
     for own_boxes, own_scores, own_truths, own_difficult in zip(boxes, scores, truths, difficult, strict=True):

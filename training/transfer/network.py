@@ -31,10 +31,10 @@ NETWORK = "network.safetensors"
 
 
 @dataclass(frozen=True)
-class Run:
+class RunOptions:
     """How a transfer is computed: the ``device`` that the network is on, and the ``seed`` of samples and layers.
 
-    ``workers`` are the processes that read images, 0 for this one. The trained network is written into the folder
+    ``workers`` are data-loading worker processes, 0 for this process. The trained network is written into the folder
     ``output``, if any, before anything is measured that may fail. Training resumes from ``checkpoint``, if given.
     """
 
@@ -45,17 +45,17 @@ class Run:
     checkpoint: Checkpoint | None = None
 
 
-DEFAULT_RUN = Run()
+DEFAULT_RUN = RunOptions()
 
 
 class Draws(Dataset):
     """``total`` samples of images, a new order every epoch; sample i is the same whoever loads it.
 
     Args:
-        images: whatever ``load`` takes.
-        load: from an image and a source of randomness of its own to a sample.
-        total: samples.
-        seed: of the orders and the samples.
+        images: anything that ``load`` takes.
+        load: from an image and a random.Random of its own to a sample.
+        total: number of samples.
+        seed: random seed of the orders and the samples.
     """
 
     def __init__(self, images: Sequence[Any], load: Callable[[Any, random.Random], Any], total: int, seed: int) -> None:
@@ -107,7 +107,7 @@ def transfer_network(
         fc_size: width of AlexNet's fc6 and fc7, 0 for none. None: those that the weights have. Layers that the weights
             do not have are fresh.
         scaled: centre and rescale the layers (they must be a chain, as AlexNet's are).
-        seed: of what is fresh.
+        seed: random seed of the new layers.
         fresh_fc_size: width where the weights have no fc6 and fc7; the paper's is 4096.
     """
     if fc_size is not None and fc_size < 0:
@@ -227,15 +227,15 @@ def train_network(
     load: Callable[[Any, random.Random], Any],
     loss_of: Callable[[list[Any]], torch.Tensor],
     name: str,
-    run: Run,
+    run: RunOptions,
 ) -> None:
-    """Train those of the network's parameters that want gradients; it is in eval mode afterwards.
+    """Train the parameters of the network that require gradients; it is in eval mode afterwards.
 
     Args:
         network: trained in place.
-        images: to train on, and
-        load: what makes a sample of one, as :class:`Draws` takes them.
-        loss_of: the loss of a list of as many samples as a step has images.
+        images: the training images.
+        load: from an image and a random.Random to a sample, as for :class:`Draws`.
+        loss_of: from the list of a step's samples to their loss, ().
         name: for the progress bar and errors.
     """
     if run.output:

@@ -24,7 +24,7 @@ class Training:
 
     Before, the layers are rescaled if ``rescale``; AlexNet's fc6 and fc7 are those of the weights, or fresh ones of
     ``fresh_fc_size`` where the weights have none; ``fc_size`` asks for a width, 0 for no such layers.
-    ``precision`` is 'fp32', 'bf16' for autocast, or 'auto': bf16 where the device multiplies it, fp32 elsewhere.
+    ``precision`` is 'fp32', 'bf16' for autocast, or 'auto': bf16 where the device supports it, fp32 elsewhere.
     """
 
     steps: int

@@ -29,7 +29,7 @@ from training.reporting.report import run_measuring
 from training.transfer import command, data
 from training.transfer.checking import check_images, check_masks
 from training.transfer.metrics import IGNORED, confusion_matrix, intersections_over_unions
-from training.transfer.network import DEFAULT_RUN, Backbone, InOrder, Run, autocast_of, batches, train_network
+from training.transfer.network import DEFAULT_RUN, Backbone, InOrder, RunOptions, autocast_of, batches, train_network
 from training.transfer.pictures import draw_segmentation, draw_sheet
 from training.transfer.recipes import SEGMENTATIONS, VocSegmentation
 
@@ -96,7 +96,7 @@ def train_segmenter(
     recipe: VocSegmentation,
     network: Fcn,
     images: Sequence[data.MaskedImage],
-    run: Run = DEFAULT_RUN,
+    run: RunOptions = DEFAULT_RUN,
 ) -> None:
     """Train a network on images and masks, in place."""
     load = functools.partial(_training_sample, network.score.out_channels - 1, recipe.longest)
@@ -131,7 +131,7 @@ def together(
 
 
 def segment(
-    recipe: VocSegmentation, network: Fcn, images: Sequence[data.MaskedImage], run: Run = DEFAULT_RUN
+    recipe: VocSegmentation, network: Fcn, images: Sequence[data.MaskedImage], run: RunOptions = DEFAULT_RUN
 ) -> torch.Tensor:
     """Pixels of all images by true (rows) and predicted class: (K + 1, K + 1) int64.
 
@@ -181,7 +181,7 @@ def measure_segmentation(
     train: Sequence[data.MaskedImage],
     test: Sequence[data.MaskedImage],
     classes: int,
-    run: Run = DEFAULT_RUN,
+    run: RunOptions = DEFAULT_RUN,
 ) -> tuple[Fcn, list[float]]:
     """Build a fully convolutional network on a transferred one, train it, measure it.
 

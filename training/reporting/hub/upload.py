@@ -22,7 +22,7 @@ from huggingface_hub.utils import (
 from safetensors.torch import load
 
 import rotation_ssl
-from rotation_ssl.messages import first_line, is_of_connection
+from rotation_ssl.messages import first_line, is_connection_error
 from rotation_ssl.zoo.golden import GOLDEN_TOLERANCE
 from training.reporting.hub.files import GOLDEN, ONNX, hub_files
 from training.reporting.hub.weights import WEIGHTS, Upload
@@ -81,7 +81,7 @@ def publish(upload: Upload, namespace: str, version: str, rows: Sequence[Row]) -
         reason = _reason(cause) if isinstance(cause, HfHubHTTPError) else first_line(cause or error)
         raise ConnectionError(f"publishing {repository} failed: {reason}; run it again") from error
     except Exception as error:
-        if not is_of_connection(error):
+        if not is_connection_error(error):
             raise
         raise ConnectionError(
             f"publishing {repository} failed: no connection ({first_line(error)}); run it again"

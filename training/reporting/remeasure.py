@@ -1,4 +1,4 @@
-"""Measuring reported numbers again, and for the first time: from rows to rows, by the protocol that each one names."""
+"""Measure the numbers that rows name, for the first time or again, each by the command of its protocol."""
 
 import argparse
 import contextlib
@@ -12,15 +12,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from rotation_ssl.embedding.backbone import recommended_layer
 from rotation_ssl.evaluation.frozen import PARTS
 from rotation_ssl.evaluation.measure import Measurement
 from rotation_ssl.fit import Checkpoints
-from rotation_ssl.labelled import Images
+from rotation_ssl.labelled import LabelledSplits
+from rotation_ssl.models import recommended_layer
 from rotation_ssl.pretraining.options import WORKERS
 from rotation_ssl.progress import progress
 from training.datasets import DATASETS, check_whole, dataset_of, load_images
-from training.evaluation.finetune import measure_transfer, transfer_subject
+from training.evaluation.finetune import finetune_subject, measure_finetuned
 from training.evaluation.labelled import Labelled, open_labelled, read_into_memory
 from training.evaluation.layers import measure_layers, square_size
 from training.evaluation.orientation import calibration_of, measure_orientation, photo_list
@@ -59,9 +59,11 @@ def command_of(row: Row) -> str:
 
 
 @dataclass(frozen=True)
-class How:
-    """How rows are measured again: on the whole test images or, ``quick``, on their first fifth; on which ``device``;
-    ``checkpoints``: where trainings by SGD, except those on cached features, are saved, and resumed from.
+class MeasureOptions:
+    """Options of measuring rows.
+
+    ``quick`` uses only the first fifth of the test images. Trainings by SGD, except those on cached features, are saved
+    to ``checkpoints`` and resumed from there.
     """
 
     quick: bool = False
@@ -74,14 +76,16 @@ class How:
         return QUICK_PARTS if self.quick else tuple(range(PARTS))
 
 
-def measure_sources(rows: Sequence[Row], sources: Mapping[Any, Source | None], how: How = How()) -> Pairs:
+def measure_sources(
+    rows: Sequence[Row], sources: Mapping[Any, Source | None], how: MeasureOptions = MeasureOptions()
+) -> Pairs:
     """Each row that has a source, by its key, and what is measured now: source by source, with a progress bar."""
     for source in filter(None, dict.fromkeys(sources.values())):
         own = [row for row in rows if sources[row.key] == source]
         yield from progress(own[0].data, len(own), "number", measure_source(own, source, how))
 
 
-def measure_source(rows: Sequence[Row], source: Source, how: How = How()) -> Pairs:
+def measure_source(rows: Sequence[Row], source: Source, how: MeasureOptions = MeasureOptions()) -> Pairs:
     """Each row and what is measured now, of rows that all are of one dataset.
 
     Raises:
@@ -90,7 +94,7 @@ def measure_source(rows: Sequence[Row], source: Source, how: How = How()) -> Pai
     """
     try:
         for command in dict.fromkeys(map(command_of, rows)):
-            yield from AGAIN[command]([row for row in rows if command_of(row) == command], source, how)
+            yield from REMEASURE[command]([row for row in rows if command_of(row) == command], source, how)
     finally:
         # the next source's images may need the memory
         _images.cache_clear()
@@ -98,7 +102,7 @@ def measure_source(rows: Sequence[Row], source: Source, how: How = How()) -> Pai
 
 
 @functools.lru_cache(maxsize=1)
-def _images(source: Source, size: int, test_only: bool) -> Images:
+def _images(source: Source, size: int, test_only: bool) -> LabelledSplits:
     """The dataset in memory, for every network of this input size."""
     images = load_images(source.dataset, source.folder, size, source.download, test_only=test_only)
     if source.whole:
@@ -117,8 +121,8 @@ def _splits(source: Source, size: int) -> tuple[Labelled, Labelled]:
     return read_into_memory(train, WORKERS), read_into_memory(val, WORKERS)
 
 
-def _evaluate_again(rows: Sequence[Row], source: Source, how: How) -> Pairs:
-    """Features of a network are taken once for all of its rows."""
+def _remeasure_evaluate(rows: Sequence[Row], source: Source, how: MeasureOptions) -> Pairs:
+    """The features of a network are extracted once for all of its rows."""
     for subject, own in _by_subject(rows, how.device):
         probed = {measurement_of(row): row for row in own if row.protocol != "rotation"}
         images = _images(source, subject.size, not probed)
@@ -133,7 +137,7 @@ def _evaluate_again(rows: Sequence[Row], source: Source, how: How) -> Pairs:
         how.checkpoints.remove()
 
 
-def _probe_layers_again(rows: Sequence[Row], source: Source, how: How) -> Pairs:
+def _remeasure_probe_layers(rows: Sequence[Row], source: Source, how: MeasureOptions) -> Pairs:
     for subject, own in _by_subject(rows, how.device):
         for key in dict.fromkeys((row.protocol, row.budget, row.seed) for row in own):
             by_layer = {row.layer: row for row in own if (row.protocol, row.budget, row.seed) == key}
@@ -148,20 +152,20 @@ def _probe_layers_again(rows: Sequence[Row], source: Source, how: How) -> Pairs:
             how.checkpoints.remove()
 
 
-def _finetune_again(rows: Sequence[Row], source: Source, how: How) -> Pairs:
+def _remeasure_finetune(rows: Sequence[Row], source: Source, how: MeasureOptions) -> Pairs:
     for subject, own in _by_subject(rows, how.device):
         images = _images(source, subject.size, False)
         for row in own:
             model, seed = subject.name if subject.published else subject.architecture, row.seed or 0
             recipe = _recipe(row)
             # a training uses its backbone up
-            fresh = transfer_subject(recipe, model, seed, random=not subject.published)
+            fresh = finetune_subject(recipe, model, seed, random=not subject.published)
             labels = row.labels_per_class, row.draw or "first"
-            yield row, measure_transfer(recipe, fresh, row.layer, images, *labels, seed, how.device, how.checkpoints)
+            yield row, measure_finetuned(recipe, fresh, row.layer, images, *labels, seed, how.device, how.checkpoints)
             how.checkpoints.remove()
 
 
-def _outliers_again(rows: Sequence[Row], source: Source, how: How) -> Pairs:
+def _remeasure_outliers(rows: Sequence[Row], source: Source, how: MeasureOptions) -> Pairs:
     """All rows of one network in one run."""
     for subject, own in _by_subject(rows, how.device):
         folders = source.folder, source.cifar100, source.photos
@@ -172,14 +176,14 @@ def _outliers_again(rows: Sequence[Row], source: Source, how: How) -> Pairs:
         yield from _paired(own, measure_outliers(subject, *data, layer))
 
 
-def _orientation_again(rows: Sequence[Row], source: Source, how: How) -> Pairs:
+def _remeasure_orientation(rows: Sequence[Row], source: Source, how: MeasureOptions) -> Pairs:
     """On whole photographs."""
     files, name = photo_list(source.dataset, source.folder), DATASETS[source.dataset].name
     for subject, own in _by_subject(rows, how.device):
         yield from _paired(own, measure_orientation(subject, files, name, calibration_of(subject)))
 
 
-def _transfer_again(rows: Sequence[Row], source: Source, how: How) -> Pairs:
+def _remeasure_transfer(rows: Sequence[Row], source: Source, how: MeasureOptions) -> Pairs:
     """By the commands of PASCAL VOC: the source's folder is the VOCdevkit, and a training gives several rows.
 
     A part is refused for every source: these rows have no n that would tell it from the whole.
@@ -198,7 +202,7 @@ def _transfer_again(rows: Sequence[Row], source: Source, how: How) -> Pairs:
 
 
 @contextlib.contextmanager
-def _output_of(training: tuple[object, ...], how: How) -> Iterator[Path]:
+def _output_of(training: tuple[object, ...], how: MeasureOptions) -> Iterator[Path]:
     """A folder for a training, removed when its rows are written; what was interrupted stays, if it can be resumed."""
     if how.checkpoints.folder is None:
         with tempfile.TemporaryDirectory() as output:
@@ -209,13 +213,13 @@ def _output_of(training: tuple[object, ...], how: How) -> Iterator[Path]:
 
 
 # by the command that measures a protocol
-AGAIN: dict[str, Callable[[Sequence[Row], Source, How], Pairs]] = {
-    "evaluate": _evaluate_again,
-    "probe-layers": _probe_layers_again,
-    "finetune": _finetune_again,
-    "outliers": _outliers_again,
-    "orientation": _orientation_again,
-    **dict.fromkeys(TRANSFERS, _transfer_again),
+REMEASURE: dict[str, Callable[[Sequence[Row], Source, MeasureOptions], Pairs]] = {
+    "evaluate": _remeasure_evaluate,
+    "probe-layers": _remeasure_probe_layers,
+    "finetune": _remeasure_finetune,
+    "outliers": _remeasure_outliers,
+    "orientation": _remeasure_orientation,
+    **dict.fromkeys(TRANSFERS, _remeasure_transfer),
 }
 
 

@@ -1,4 +1,4 @@
-"""The network that gives the features: loaded by its name, with the layer to use and a hash of its weights."""
+"""Load a model by its name; its recommended layer, its published name and a hash of its weights."""
 
 import hashlib
 from pathlib import Path
@@ -13,7 +13,7 @@ from rotation_ssl import zoo
 from rotation_ssl.backbones.about import network_facts
 from rotation_ssl.features import layer_modules
 from rotation_ssl.machine import check_device
-from rotation_ssl.messages import first_line, tell_lost_connections
+from rotation_ssl.messages import connection_errors, first_line
 
 DEFAULT_MODEL = "rotnet_alexnet.photos"  # the commands mostly get photographs
 ORIENTATION_MODEL = "rotnet_alexnet.orientation"  # of `rotation-ssl orient` and the page
@@ -33,7 +33,7 @@ def load_model(name: str, device: str) -> Any:
     if name.startswith("local-dir:") and not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json: it is neither a finished run nor a converted checkpoint")
     try:
-        with tell_lost_connections(f"{name} could not be loaded"):
+        with connection_errors(f"{name} could not be loaded"):
             return timm.create_model(name, pretrained=True).to(device)
     except (RuntimeError, SafetensorError, LookupError, TypeError, AttributeError) as error:
         # the weights of a folder, or what its config.json says, are damaged

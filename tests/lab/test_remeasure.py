@@ -6,9 +6,9 @@ import pytest
 from small_voc import write_small_voc
 
 from rotation_ssl.fit import Checkpoints
-from training.reporting import again
-from training.reporting.again import How, Source, measure_source, transfer_arguments, transfer_training
+from training.reporting import remeasure
 from training.reporting.check import judge
+from training.reporting.remeasure import MeasureOptions, Source, measure_source, transfer_arguments, transfer_training
 from training.reporting.rows import Row, read_file
 from training.transfer import classification, detection
 from training.transfer.data import COUNTS
@@ -41,7 +41,7 @@ def test_a_training_gives_its_rows_again(source, tmp_path, monkeypatch):
     assert [old for old, _ in pairs] == rows[:2] and all(old.value == new.value for old, new in pairs)
     assert all(judge(old, new, rows).holds for old, new in pairs)
     # stopped before the rows were recorded: nothing is trained again
-    how = How(checkpoints=Checkpoints(tmp_path / "states"))
+    how = MeasureOptions(checkpoints=Checkpoints(tmp_path / "states"))
     next(measure_source(rows[:2], source, how))
     (kept,) = (tmp_path / "states").iterdir()
     with monkeypatch.context() as patch:
@@ -84,7 +84,7 @@ def test_the_options_are_those_of_the_row(tmp_path):
 )
 def test_a_part_of_voc2007_is_refused_before_anything_is_trained(tmp_path, monkeypatch, protocol, lists, expected):
     devkit = write_small_voc(tmp_path, train=10, test=6)
-    monkeypatch.setattr(again, "transfer_arguments", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(remeasure, "transfer_arguments", lambda *_: pytest.fail("trained"))
     with pytest.raises(ValueError) as refused:
         list(measure_source([row(protocol=protocol)], Source("", devkit)))
     told = f"trainval and test of ImageSets/{lists} name 10 and 6 images, expected {expected}; unpack it again"
@@ -99,7 +99,7 @@ def test_rows_come_as_they_are_measured():
         yield dataclasses.replace(rows[2], seed=7)
         yield dataclasses.replace(rows[0], value=0.7)
 
-    pairs = again._paired(rows, measured())
+    pairs = remeasure._paired(rows, measured())
     assert next(pairs) == (rows[2], dataclasses.replace(rows[2], value=0.6))
     assert next(pairs)[0] == rows[0]
     with pytest.raises(ValueError, match="seed 1 on VOC2007 test is not among what was measured again"):
