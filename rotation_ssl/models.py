@@ -14,6 +14,7 @@ from rotation_ssl.backbones.about import network_facts
 from rotation_ssl.features import layer_modules
 from rotation_ssl.machine import check_device
 from rotation_ssl.messages import connection_errors, first_line
+from rotation_ssl.zoo.loading import read_config
 
 DEFAULT_MODEL = "rotnet_alexnet.photos"  # the commands mostly get photographs
 ORIENTATION_MODEL = "rotnet_alexnet.orientation"  # of `rotation-ssl orient` and the page
@@ -32,6 +33,8 @@ def load_model(name: str, device: str) -> Any:
     folder = Path(name.removeprefix("local-dir:"))
     if name.startswith("local-dir:") and not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json: it is neither a finished run nor a converted checkpoint")
+    if name.startswith("local-dir:"):
+        read_config(folder)  # timm's error names no file
     try:
         with connection_errors(f"{name} could not be loaded"):
             return timm.create_model(name, pretrained=True).to(device)

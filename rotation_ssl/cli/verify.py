@@ -12,6 +12,7 @@ from rotation_ssl.convert.reading import MAX_BYTES, tensors_of
 from rotation_ssl.files import sha256_of
 from rotation_ssl.zoo import sources
 from rotation_ssl.zoo.golden import GOLDEN_TOLERANCE, golden_difference, golden_file
+from rotation_ssl.zoo.loading import read_config
 
 
 def add(commands: Any) -> None:
@@ -68,7 +69,7 @@ def verify_file(path: Path) -> dict[str, Any]:
         known, told = _known_bytes(name)
         if known.get("sha256") == digest:
             return {"name": name, "file": str(file), "holds": True, "why": f"sha256 {digest}, {told}"}
-    config = json.loads(folder_config.read_text()) if path.is_dir() and folder_config.is_file() else {}
+    config = read_config(path) if path.is_dir() and folder_config.is_file() else {}
     expected = config.get("sha256") if isinstance(config, dict) else None
     if expected and expected != digest:
         return {"name": None, "file": str(file), "holds": False, "why": f"sha256 {digest}, config.json has {expected}"}

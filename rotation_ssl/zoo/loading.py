@@ -15,6 +15,7 @@ import torch
 from timm.models import PretrainedCfg, build_model_with_cfg, list_models, list_pretrained, resolve_pretrained_cfg
 from torch import nn
 
+from rotation_ssl.messages import first_line
 from rotation_ssl.zoo import published, sources
 from rotation_ssl.zoo.checks import check_state_dict, classes_of, read_tensors, unwrap
 from rotation_ssl.zoo.published import location, manifest
@@ -183,9 +184,22 @@ def _open_hub_name(hub_id: str, cache_dir: str | None) -> tuple[str, dict[str, t
     return hub_id, None, {}
 
 
+def read_config(folder: Path) -> Any:
+    """What the config.json of a folder of weights says.
+
+    Raises:
+        ValueError: it is not JSON; the error names it.
+    """
+    file = folder / "config.json"
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON ({first_line(error)}): copy or download it again") from error
+
+
 def _read_folder(folder: Path) -> dict[str, torch.Tensor] | None:
     """``local-dir:FOLDER``: compared with the sha256 of its config.json, where it has one."""
-    described = json.loads((folder / "config.json").read_text())
+    described = read_config(folder)
     file = folder / "model.safetensors"
     if not isinstance(described, dict) or not {"sha256", "size"} <= set(described):
         # of the kinds of files that timm takes, the one that is read here
