@@ -16,10 +16,11 @@
 
 NAME is the name of published weights, such as rotnet_nin.cifar10; rotnet_nin selects its default tag. Exit status: 0
 for success, 1 if weights fail verification or images were skipped, 2 for invalid input or weights that could not be
-loaded, 130 if interrupted.
+loaded, 130 if interrupted, 141 if the program that reads the output, such as head, has closed it.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -45,9 +46,18 @@ COMMANDS = (list, info, fetch, verify, convert, features, neighbours, orient, ou
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
+    if hasattr(sys.stdout, "reconfigure"):
+        # the name of a file may have characters that the terminal's encoding lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
     args = _parser().parse_args(arguments)
     try:
-        return int(args.run(args))
+        status = int(args.run(args))
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # whoever read our output, such as head, has enough of it; Python would flush the rest when it exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (ValueError, OSError, ImportError) as error:
         # those of some libraries are several lines
         print(f"error: {' '.join(line.strip() for line in str(error).splitlines())}", file=sys.stderr)

@@ -479,3 +479,30 @@ def test_the_installed_command_runs():
 def test_the_entry_point_is_the_command():
     points = importlib.metadata.entry_points(group="console_scripts", name="rotation-ssl")
     assert points["rotation-ssl"].load() is cli.main
+
+
+def start(*arguments, **options):
+    command = [sys.executable, "-m", "rotation_ssl.cli", *arguments]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def test_names_that_the_terminal_cannot_show_stop_nothing(tmp_path):
+    for name in ("a", "\u65e5", "z"):
+        shutil.copy(SAMPLES / "cifar10" / "airplane_00003.png", tmp_path / f"{name}.png")
+    started = start("orient", str(tmp_path), env={**os.environ, "PYTHONIOENCODING": "cp1252"})
+    out, error = started.communicate()
+    assert (started.returncode, error) == (0, "")
+    assert [name in out for name in ("/a.png", r"/\u65e5.png", "/z.png", "3 pictures:")] == [True] * 4
+
+
+def test_a_reader_that_has_enough_ends_the_command_quietly():
+    with start("info", NAME) as started:
+        started.stdout.close()
+        assert (started.stderr.read(), started.wait()) == ("", 141)
+
+
+def test_a_damaged_config_is_named(run, tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    shutil.copy(zoo.weights_file(NAME), tmp_path / "model.safetensors")
+    status, error = run("features", SAMPLES, "-o", tmp_path / "f.csv", "--model", f"local-dir:{tmp_path}")
+    assert status == 2 and error.startswith(f"error: {tmp_path / 'config.json'} is not valid JSON (Expecting")
