@@ -21,8 +21,12 @@ def layer_modules(backbone: nn.Module) -> dict[str, str]:
     A layer's name is the last part of its module's name, or the whole name if the last parts are not unique.
 
     Raises:
-        ValueError: not a timm model with a feature_info list.
+        ValueError: not a timm model with a feature_info list, or one that torch.compile wraps.
     """
+    if hasattr(backbone, "_orig_mod"):
+        raise ValueError(
+            "features of a compiled model cannot be extracted: give the model that torch.compile was given"
+        )
     info = getattr(backbone, "feature_info", None)
     if not isinstance(info, list):
         raise ValueError(f"{type(backbone).__name__} has no feature_info: give a timm model, without features_only")
@@ -107,6 +111,8 @@ def batch_extractor(
     Arguments and errors are those of :func:`extract_features`. The features are on ``device``, with None on the
     backbone's. Creating the function takes longer than a batch: create it once for many.
     """
+    if isinstance(layers, str):
+        raise ValueError(f"layers must be a list of names, got the text {layers!r}: give [{layers!r}]")
     modules, names = dict(backbone.named_modules()), layer_modules(backbone)
     unknown = [layer for layer in layers if names.get(layer, layer) not in modules or not layer]
     if unknown or not layers:

@@ -280,6 +280,13 @@ def test_unknown_layer_lists_the_known(backbone):
         extract_features(backbone, torch.zeros(1, 3, 32, 32), [])
 
 
+def test_layers_are_a_list_and_of_a_model_that_is_not_compiled(backbone):
+    with pytest.raises(ValueError, match=r"got the text 'block2': give \['block2'\]"):
+        extract_features(backbone, torch.zeros(1, 3, 32, 32), "block2")
+    with pytest.raises(ValueError, match=r"give the model that torch\.compile was given"):
+        extract_features(torch.compile(backbone), torch.zeros(1, 3, 32, 32))
+
+
 def test_no_images_and_no_map(backbone):
     with pytest.raises(ValueError, match="no images"):
         extract_features(backbone, torch.zeros(0, 3, 32, 32), ["block2"])
