@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -19,9 +20,9 @@ from rotation_ssl.cli.options import add_command, add_device, check_output, posi
 from rotation_ssl.files import replace_file, write_csv
 from rotation_ssl.images import HEIF_SUFFIXES, find_images, register_heif
 from rotation_ssl.machine import cpus
-from rotation_ssl.messages import counted, printable
+from rotation_ssl.messages import counted, first_line, printable
 from rotation_ssl.models import ORIENTATION_MODEL, load_model
-from rotation_ssl.orientation import calibration, predict_orientation
+from rotation_ssl.orientation import Orientation, calibration, predict_orientation
 from rotation_ssl.orientation.exif import turned
 from rotation_ssl.orientation.predict import check_head
 from rotation_ssl.orientation.turning import Picture, open_picture, turn_pixels, turn_tag, write_picture
@@ -34,7 +35,8 @@ PATHS are pictures and folders, which are searched recursively. For each picture
 viewers display it, is rotated by k x 90 degrees counter-clockwise), the rotation that corrects it in degrees clockwise
 (cw) and counter-clockwise (ccw), its current and corrected EXIF orientation, and the confidence. A picture whose
 confidence is below the threshold is undecided and is never changed: turning a picture the wrong way is worse than
-leaving it alone.
+leaving it alone. --json and --csv also tell the outcome (upright, to turn, turned, undecided or failed) and the error
+of a picture that failed.
 
 Without --apply, no picture is changed; --apply needs either -o DIR or --in-place. --apply exif writes the EXIF
 orientation of JPEG, PNG, WebP and TIFF files; all other bytes stay the same. --apply pixels turns the pixels and
@@ -42,22 +44,27 @@ removes the orientation; this re-encodes JPEG files. HEIC files are never writte
 unless pillow-heif is installed. Pictures that need turning are written to DIR (-o DIR) or overwritten (--in-place).
 Other files in DIR are not replaced without --force.
 
-Pictures that cannot be read or written are skipped and listed, and the exit status is then 1.
+Pictures that cannot be read or written are left as they are and listed as failed; the exit status is then 1.
 """
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What the command tells of a picture."""
+    """What the command tells of a picture; of one that cannot be read there are only the path and the error.
+
+    ``outcome`` is upright, to turn (without --apply), turned, undecided or failed.
+    """
 
     path: str
-    rotation: int
-    fix_cw: int
-    fix_ccw: int
-    exif: int
-    exif_fixed: int
-    confidence: float
-    decided: bool
+    rotation: int | None = None
+    fix_cw: int | None = None
+    fix_ccw: int | None = None
+    exif: int | None = None
+    exif_fixed: int | None = None
+    confidence: float | None = None
+    decided: bool | None = None
+    outcome: str = "failed"
+    error: str = ""
 
 
 def add(commands: Any) -> None:
@@ -105,20 +112,12 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("HEIC and HEIF pictures need pillow-heif: pip install 'rotation-ssl[heif]'")
     # the pixels of large photographs are only looked at
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-    counts = {"upright": 0, "to turn": 0, "undecided": 0, "failed": 0}
+    counts: Counter[str] = Counter()
     with _table(args) as show, ThreadPoolExecutor(args.workers) as pool:
-        for pictures in read_pictures(list(targets), fitted.size, pool, counts):
-            shown = [picture.image for picture in pictures]
-            found = predict_orientation(model, shown, fitted.temperature, size=fitted.size)
-            records = []
-            for picture, one in zip(pictures, found, strict=True):
-                exif = turned(picture.exif, one.rotation)
-                records.append(
-                    Record(
-                        str(picture.path), one.rotation, one.fix_cw, one.fix_ccw, picture.exif, exif,
-                        round(one.confidence, 4), one.confidence >= threshold,
-                    )
-                )  # fmt: skip
+        for batch in read_pictures(list(targets), fitted.size, pool):
+            shown = [one.image for one in batch if isinstance(one, Picture)]
+            found = iter(predict_orientation(model, shown, fitted.temperature, size=fitted.size))
+            records = [_record(one, next(found), threshold) if isinstance(one, Picture) else one for one in batch]
             # all are looked at before one of them is changed
             _write_batch(records, targets, args, pool, counts, show)
     if not args.json:
@@ -150,16 +149,14 @@ def find_targets(paths: Sequence[Path], output: Path | None) -> dict[Path, Path]
     return targets
 
 
-def read_pictures(
-    paths: Sequence[Path], size: int, pool: ThreadPoolExecutor, counts: dict[str, int]
-) -> Iterator[list[Picture]]:
-    """The pictures that can be read, some at a time, while the next ones are read; others are named and counted."""
+def read_pictures(paths: Sequence[Path], size: int, pool: ThreadPoolExecutor) -> Iterator[list[Picture | Record]]:
+    """The pictures, some at a time, while the next ones are read; records of those that cannot be read."""
 
-    def read(path: Path) -> Picture | ValueError:
+    def read(path: Path) -> Picture | Record:
         try:
             return open_picture(path, size)
         except ValueError as error:
-            return error
+            return Record(str(path), error=printable(error))
 
     parts = [paths[start : start + BATCH] for start in range(0, len(paths), BATCH)]
     following = pool.map(read, parts[0])
@@ -169,11 +166,20 @@ def read_pictures(
             if number + 1 < len(parts):
                 following = pool.map(read, parts[number + 1])
             for result in results:
-                if isinstance(result, ValueError):
-                    counts["failed"] += 1
-                    tqdm.write(f"error: {printable(result)}", file=sys.stderr)
-            yield [result for result in results if isinstance(result, Picture)]
+                if isinstance(result, Record):
+                    tqdm.write(f"error: {result.error}", file=sys.stderr)
+            yield results
             bar.update(len(results))
+
+
+def _record(picture: Picture, found: Orientation, threshold: float) -> Record:
+    """What is known of a picture before it is written."""
+    decided = found.confidence >= threshold
+    return Record(
+        str(picture.path), found.rotation, found.fix_cw, found.fix_ccw, picture.exif,
+        turned(picture.exif, found.rotation), round(found.confidence, 4), decided,
+        "undecided" if not decided else "to turn" if found.rotation else "upright",
+    )  # fmt: skip
 
 
 def _write_batch(
@@ -181,45 +187,51 @@ def _write_batch(
     targets: dict[Path, Path],
     args: argparse.Namespace,
     pool: ThreadPoolExecutor,
-    counts: dict[str, int],
+    counts: Counter[str],
     show: Callable[[Record], None],
 ) -> None:
     """Write the pictures of a batch that are to be fixed; count and show all of them, in their order."""
-    futures: dict[Future[str], Record] = {}
+    futures: dict[Future[Record], Record] = {}
     try:
         for record in records:
-            futures[pool.submit(_outcome, record, targets[Path(record.path)], args)] = record
-        for future, record in list(futures.items()):
-            counts[future.result()] += 1
-            show(record)
+            futures[pool.submit(_write, record, targets[Path(record.path)], args)] = record
+        for future in list(futures):
+            written = future.result()
+            counts[written.outcome] += 1
+            show(written)
             del futures[future]
     except BaseException:
         # threads go on when the command is interrupted: what they have begun is written, and must be shown
         begun = {future: record for future, record in futures.items() if not future.cancel()}
         wait(begun)
-        for record in begun.values():
-            show(record)
+        for future, record in begun.items():
+            error = future.exception()
+            show(_failed(record, first_line(error)) if error else future.result())
         raise
 
 
-def _outcome(record: Record, target: Path, args: argparse.Namespace) -> str:
-    """Write the picture if it is to be fixed; returns what it counts as."""
-    if not record.decided or record.rotation == 0 or not args.apply:
-        return "undecided" if not record.decided else "to turn" if record.rotation else "upright"
-    path = Path(record.path)
+def _write(record: Record, target: Path, args: argparse.Namespace) -> Record:
+    """Write the picture if it is to be fixed; returns its record with what came of it."""
+    if record.outcome != "to turn" or not args.apply:
+        return record
+    path, exif, quarters = Path(record.path), record.exif or 1, record.rotation or 0
     try:
-        if args.apply == "exif":
-            content = turn_tag(path, record.exif, record.rotation)
-        else:
-            content = turn_pixels(path, record.rotation)
+        content = turn_tag(path, exif, quarters) if args.apply == "exif" else turn_pixels(path, quarters)
         if args.output and not args.force and target.exists() and target.read_bytes() != content:
             raise ValueError(f"{target} exists and is another file: give another -o DIR, or --force to replace it")
         target.parent.mkdir(parents=True, exist_ok=True)
         write_picture(path, target, content, args.keep_times)
     except (ValueError, OSError) as error:
-        tqdm.write(f"error: {printable(error)}", file=sys.stderr)
-        return "failed"
-    return "to turn"
+        told = printable(error)
+        tqdm.write(f"error: {told}", file=sys.stderr)
+        return _failed(record, told)
+    # a file whose pixels were turned has no orientation left
+    fixed = record.exif_fixed if args.apply == "exif" else 1
+    return dataclasses.replace(record, exif_fixed=fixed, outcome="turned")
+
+
+def _failed(record: Record, error: str) -> Record:
+    return dataclasses.replace(record, outcome="failed", error=error)
 
 
 @contextlib.contextmanager
@@ -241,16 +253,21 @@ def _table(args: argparse.Namespace) -> Iterator[Callable[[Record], None]]:
 
 
 def _line(record: Record) -> str:
-    exif = f"{record.exif}" if record.exif == record.exif_fixed else f"{record.exif}->{record.exif_fixed}"
-    note = "" if record.decided else "  (undecided)"
-    numbers = f"{record.rotation} {record.fix_cw:4d} {record.fix_ccw:4d}  {exif:>4s}  {record.confidence:10.4f}"
+    note = f"  ({record.outcome})" if record.outcome in ("undecided", "failed") else ""
+    if record.confidence is None:
+        numbers = f"-    -    -     - {'-':>11s}"
+    else:
+        exif = f"{record.exif}" if record.exif == record.exif_fixed else f"{record.exif}->{record.exif_fixed}"
+        numbers = f"{record.rotation} {record.fix_cw:4d} {record.fix_ccw:4d}  {exif:>4s}  {record.confidence:10.4f}"
     return f"{numbers}  {printable(record.path)}{note}"
 
 
-def _summary(counts: dict[str, int], args: argparse.Namespace, threshold: float) -> str:
-    turned = "turned" if args.apply else "to turn (nothing is written without --apply)"
+def _summary(counts: Counter[str], args: argparse.Namespace, threshold: float) -> str:
+    done = f"{counts['turned']:,} turned"
+    if not args.apply:
+        done = f"{counts['to turn']:,} to turn (nothing is written without --apply)"
     return (
-        f"{counted(sum(counts.values()), 'picture')}: {counts['upright']:,} upright, {counts['to turn']:,} {turned}, "
+        f"{counted(sum(counts.values()), 'picture')}: {counts['upright']:,} upright, {done}, "
         f"{counts['undecided']:,} undecided at a threshold of {threshold:.4g}, {counts['failed']:,} failed"
     )
 

@@ -283,7 +283,9 @@ def test_a_dry_run_tells_and_changes_nothing(album, capsys):
     assert orient(album, "--json") == 0
     found = records(capsys)
     fields = ["path", "rotation", "fix_cw", "fix_ccw", "exif", "exif_fixed", "confidence", "decided"]
-    assert all(list(record) == fields for record in found.values())
+    assert all(list(record) == [*fields, "outcome", "error"] for record in found.values())
+    outcomes = {name: record["outcome"] for name, record in found.items()}
+    assert outcomes["pixels.jpg"] == outcomes["tag.jpg"] == "to turn" and outcomes["noise.png"] == "undecided"
     assert [found["pixels.jpg"][key] for key in fields[1:6]] == [1, 90, 270, 1, 6] and found["pixels.jpg"]["decided"]
     assert [found["tag.jpg"][key] for key in fields[1:6]] == [2, 180, 180, 3, 1] and found["tag.jpg"]["decided"]
     assert [found["upright.png"][key] for key in fields[1:6]] == [0, 0, 0, 1, 1]
@@ -380,7 +382,46 @@ def test_broken_and_odd_pictures_are_named_and_the_others_go_on(album, capsys):
     told = capsys.readouterr()
     failed = [line for line in told.err.splitlines() if line.startswith("error: ")]
     assert len(failed) == 3 and all(name in told.err for name in ("cut.jpg", "empty.png", "gone.jpg"))
-    assert len(told.out.splitlines()) == 9
+    rows = {Path(row["path"]).name: row for row in map(json.loads, told.out.splitlines())}
+    assert len(rows) == 12
+    for name in ("cut.jpg", "empty.png", "gone.jpg"):
+        *known, outcome, error = list(rows[name].values())[1:]
+        assert known == [None] * 7 and outcome == "failed" and f"error: {error}" in failed and name in error
+    assert sum(row["outcome"] == "failed" for row in rows.values()) == 3
+
+
+def test_the_table_says_what_became_of_each_picture(album, tmp_path, capsys):
+    sideways = photo(SAMPLES / "photos" / "china.jpg").transpose(Image.Transpose.ROTATE_90)
+    sideways.convert("CMYK").save(album / "cmyk.jpg")
+    (album / "cut.jpg").write_bytes(b"no picture")
+    found = {}
+    for how in ("exif", "pixels"):
+        table = tmp_path / f"{how}.csv"
+        fixed = ["--threshold", 0.6, "--apply", how, "-o", tmp_path / how]
+        assert orient(album, *fixed, "--csv", table) == 1
+        told = capsys.readouterr()
+        with table.open() as stream:
+            found[how] = {Path(row["path"]).name: row for row in csv.DictReader(stream)}
+        assert list(found[how]) == ["cmyk.jpg", "cut.jpg", "tag.jpg", "noise.png", "pixels.jpg", "upright.png"]
+        for name, row in found[how].items():
+            assert bool(row["error"]) == (row["outcome"] == "failed") and (row["error"] in told.err), name
+            if row["outcome"] == "turned":
+                with Image.open(next((tmp_path / how).rglob(name))) as image:
+                    assert read_orientation(image) == int(row["exif_fixed"]), "what the written file shows"
+        outcomes = {name: row["outcome"] for name, row in found[how].items()}
+        assert outcomes == {
+            "cmyk.jpg": "turned" if how == "exif" else "failed", "cut.jpg": "failed", "tag.jpg": "turned",
+            "noise.png": "undecided", "pixels.jpg": "turned", "upright.png": "upright",
+        }  # fmt: skip
+        assert set(list(found[how]["cut.jpg"].values())[1:-2]) == {""}
+    assert (found["exif"]["pixels.jpg"]["exif_fixed"], found["pixels"]["pixels.jpg"]["exif_fixed"]) == ("6", "1")
+    assert "CMYK pixels of a JPEG file" in found["pixels"]["cmyk.jpg"]["error"]
+    assert orient(album, *fixed) == 1
+    lines = capsys.readouterr().out.splitlines()
+    header = lines[0].index("picture")
+    assert [line[header:] for line in lines if line.endswith("(failed)")] == [
+        f"{album / name}  (failed)" for name in ("cmyk.jpg", "cut.jpg")
+    ]
 
 
 def test_a_disk_that_fails_at_a_picture_does_not_stop_the_others(album, capsys, monkeypatch):
@@ -395,7 +436,7 @@ def test_a_disk_that_fails_at_a_picture_does_not_stop_the_others(album, capsys, 
     assert orient(album, "--json") == 1
     told = capsys.readouterr()
     assert f"image {album / 'pixels.jpg'} cannot be read, try again: Input/output error" in told.err
-    assert len(told.out.splitlines()) == 3
+    assert len(told.out.splitlines()) == 4 and told.out.count('"outcome": "failed"') == 1
 
 
 def test_what_cannot_be_written_is_named_and_left(album, capsys):
@@ -468,8 +509,23 @@ def test_a_run_interrupted_while_it_writes_says_what_it_has_changed(album, tmp_p
     after = contents(album)
     assert {name for name in before if before[name] != after[name]} == {"pixels.jpg", "deep/tag.jpg"}
     with table.open() as stream:
-        shown = [Path(row["path"]).relative_to(album).as_posix() for row in csv.DictReader(stream)]
-    assert {"pixels.jpg", "deep/tag.jpg"} <= set(shown) and shown == sorted(set(shown))
+        shown = {Path(row["path"]).relative_to(album).as_posix(): row["outcome"] for row in csv.DictReader(stream)}
+    assert shown["pixels.jpg"] == shown["deep/tag.jpg"] == "turned" and list(shown) == sorted(shown)
+
+
+def test_a_run_that_breaks_while_it_writes_says_of_which_picture(album, tmp_path, monkeypatch):
+    write, table = orienting.write_picture, tmp_path / "t.csv"
+
+    def write_or_break(source, *arguments):
+        if source.name == "tag.jpg":
+            raise MemoryError("no room")
+        write(source, *arguments)
+
+    monkeypatch.setattr(orienting, "write_picture", write_or_break)
+    assert orient(album, "--apply", "exif", "--in-place", "--csv", table, "--workers", 4) == 2
+    with table.open() as stream:
+        rows = {Path(row["path"]).name: (row["outcome"], row["error"]) for row in csv.DictReader(stream)}
+    assert rows["tag.jpg"] == ("failed", "no room")
 
 
 def test_a_model_without_a_fitted_threshold_needs_one(album, capsys):
