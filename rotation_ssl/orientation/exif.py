@@ -13,6 +13,7 @@ from PIL import Image
 from rotation_ssl.images import EXIF_ERRORS
 
 ORIENTATION = 0x0112  # the tag's number
+PIXEL_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")  # Pillow's names of the formats whose pixels can be turned
 _SHORT, _LONG = 3, 4  # types of values
 _SIZES = {_SHORT: "H", _LONG: "I"}
 # one quarter turn clockwise of what is shown: without a mirror 1 upright, 6, 3, 8; with one 2, 7, 4, 5
@@ -59,7 +60,28 @@ def write_orientation(content: bytes, orientation: int) -> bytes:
             return _tiff(content, orientation)
     except (struct.error, IndexError) as error:
         raise ValueError("its EXIF block or its structure is damaged: turn its pixels instead") from error
-    raise ValueError("its format has no EXIF orientation that can be written: turn its pixels instead")
+    if (form := _format(content)) in PIXEL_FORMATS:
+        raise ValueError("its format has no EXIF orientation that can be written: turn its pixels instead")
+    raise ValueError(not_written(form))
+
+
+def not_written(form: str) -> str:
+    """The error about a picture of a format that has no writer here; ``form`` is Pillow's name of it, or empty."""
+    return (
+        f"pictures of {f'the format {form}' if form else 'its format'} are not written: convert it to JPEG or PNG first"
+    )
+
+
+def _format(content: bytes) -> str:
+    """Pillow's name of the format of a file, empty if it does not know it."""
+    if content[:2] == b"BM":
+        return "BMP"
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            return image.format or ""
+    except Exception:
+        # what Pillow's readers raise is not one family
+        return ""
 
 
 def _tiff(content: bytes, orientation: int) -> bytes:

@@ -13,7 +13,14 @@ from PIL import ExifTags, Image, ImageFile, ImageOps, JpegImagePlugin
 from rotation_ssl.files import replace_file
 from rotation_ssl.images import OVERSIZE, read_image
 from rotation_ssl.messages import first_line
-from rotation_ssl.orientation.exif import ORIENTATION, read_orientation, turned, write_orientation
+from rotation_ssl.orientation.exif import (
+    ORIENTATION,
+    PIXEL_FORMATS,
+    not_written,
+    read_orientation,
+    turned,
+    write_orientation,
+)
 from rotation_ssl.orientation.metadata import keep_chunks, loss_of_jpeg, upright_xmp
 
 # what describes a picture in a TIFF: the other tags, such as the places of its strips, are of its old bytes
@@ -84,11 +91,10 @@ def turn_pixels(path: Path, quarters: int) -> bytes:
         content = path.read_bytes()
         with Image.open(path) as image:
             form = image.format or ""
-            if getattr(image, "n_frames", 1) > 1:
-                raise ValueError("it has several frames")
-            if form not in ("JPEG", "PNG", "WEBP", "TIFF", "BMP") or image.mode == "CMYK":
-                raise ValueError(f"{image.mode} pixels of a {form or 'nameless'} file are not written")
-            if loss := _change_by_writing(image) or (loss_of_jpeg(image, content) if form == "JPEG" else None):
+            # an MPO file is a JPEG file of several frames
+            if form not in (*PIXEL_FORMATS, "MPO"):
+                raise ValueError(not_written(form))
+            if loss := _loss(image, content):
                 raise ValueError(f"{loss}: write its EXIF orientation instead")
             options = _options(image, form)
             image.load()
@@ -113,6 +119,15 @@ def turn_pixels(path: Path, quarters: int) -> bytes:
     except Exception as error:
         # what Pillow's readers and writers raise is not one family
         raise ValueError(f"the pixels of {path} cannot be turned: {first_line(error)}") from error
+
+
+def _loss(image: ImageFile.ImageFile, content: bytes) -> str | None:
+    """What a file would lose if Pillow wrote its turned pixels, None if nothing."""
+    if getattr(image, "n_frames", 1) > 1:
+        return f"of its several {'pages' if image.format == 'TIFF' else 'frames'} only one would be kept"
+    if image.mode == "CMYK":
+        return f"CMYK pixels of a {image.format} file are not written"
+    return _change_by_writing(image) or (loss_of_jpeg(image, content) if image.format == "JPEG" else None)
 
 
 def _options(image: ImageFile.ImageFile, form: str) -> dict[str, Any]:

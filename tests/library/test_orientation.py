@@ -211,6 +211,37 @@ def test_damaged_files_are_refused(content, why):
         write_orientation(content, 3)
 
 
+@pytest.mark.parametrize("form", ["GIF", "AVIF", "PPM"])
+def test_formats_that_are_not_written_say_what_to_do(tmp_path, form):
+    if form not in Image.SAVE and not (Image.init() and form in Image.SAVE):
+        pytest.skip(f"this Pillow has no {form}")
+    file = tmp_path / "picture"
+    file.write_bytes(encoded(photo(), form))
+    for turn in (lambda: turn_tag(file, 1, 1), lambda: turn_pixels(file, 1)):
+        with pytest.raises(ValueError, match=f"the format {form} are not written: convert it to JPEG or PNG first$"):
+            turn()
+
+
+def test_a_bmp_file_gets_its_pixels_turned(tmp_path):
+    file = tmp_path / "picture.bmp"
+    file.write_bytes(encoded(photo(), "BMP"))
+    with pytest.raises(ValueError, match="no EXIF orientation that can be written: turn its pixels instead"):
+        turn_tag(file, 1, 1)
+    assert np.array_equal(shown(turn_pixels(file, 1)), np.rot90(shown(file.read_bytes()), -1))
+
+
+@pytest.mark.parametrize(
+    ("form", "what"), [("PNG", "frames"), ("WEBP", "frames"), ("TIFF", "pages"), ("MPO", "frames")]
+)
+def test_pictures_of_several_frames_keep_their_pixels(tmp_path, form, what):
+    file, frames = tmp_path / "picture", [photo(PHOTOS[i]).resize((40, 30)) for i in (0, 1)]
+    file.write_bytes(encoded(frames[0], form, save_all=True, append_images=frames[1:]))
+    with pytest.raises(ValueError, match=f"of its several {what} only one would be kept: write its EXIF orientation"):
+        turn_pixels(file, 1)
+    with Image.open(io.BytesIO(turn_tag(file, 1, 1))) as image:
+        assert image.n_frames == 2 and read_orientation(image) == 6
+
+
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("block", [b"Exif\0\0XX*\0\x08\0\0\0\0\0", b"Exif\0\0II*"])
 def test_a_picture_whose_exif_cannot_be_read_is_upright(tmp_path, form, block):
@@ -785,8 +816,10 @@ def test_heic_pictures_are_listed_and_not_turned_twice(album, capsys, monkeypatc
         (0, 1),
         (1, 1),
     ]
-    assert orient(album / "turned.heic", "--apply", "exif", "--in-place") == 1
-    assert "its format has no EXIF orientation that can be written" in capsys.readouterr().err
+    for how in ("exif", "pixels"):
+        assert orient(album / "turned.heic", "--apply", how, "--in-place") == 1
+        told = capsys.readouterr().err
+        assert "pictures of the format HEIF are not written: convert it to JPEG or PNG first" in told
     assert contents(album) == before
     monkeypatch.setattr("rotation_ssl.cli.orient.register_heif", lambda: False)
     assert orient(album / "phone.heic") == 2
