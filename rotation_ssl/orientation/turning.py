@@ -80,7 +80,8 @@ def turn_pixels(path: Path, quarters: int) -> bytes:
     """The file's bytes with its pixels as they are to be shown, turned clockwise by so many quarters, without the tag.
 
     JPEG files are encoded again, with their own quantisation; WebP files become lossless. Colour profile, resolution,
-    XMP, the text of PNG files and the other EXIF tags are kept, of TIFF files those that describe the picture.
+    XMP, the text of PNG files and the other EXIF tags are kept, of TIFF files those that describe the picture. EXIF
+    tags of the picture's size are given the new one, and the EXIF thumbnail, which would be turned, is left out.
 
     Raises:
         ValueError: a file of several frames, of a format or colours that cannot be written as they were, a JPEG file
@@ -109,6 +110,7 @@ def turn_pixels(path: Path, quarters: int) -> bytes:
                     del exif[tag]
                 options["exif"] = exif
             elif len(exif) and form in ("JPEG", "PNG", "WEBP"):
+                _set_size(exif, result.size)
                 options["exif"] = exif.tobytes()
             stream = io.BytesIO()
             result.save(stream, form, **options)
@@ -119,6 +121,15 @@ def turn_pixels(path: Path, quarters: int) -> bytes:
     except Exception as error:
         # what Pillow's readers and writers raise is not one family
         raise ValueError(f"the pixels of {path} cannot be turned: {first_line(error)}") from error
+
+
+def _set_size(exif: Image.Exif, size: tuple[int, int]) -> None:
+    """Give the EXIF tags of a picture's size, where there are some, the size that is written."""
+    if ExifTags.IFD.Exif in exif:
+        tags = exif.get_ifd(ExifTags.IFD.Exif)
+        for tag, side in zip((ExifTags.Base.ExifImageWidth, ExifTags.Base.ExifImageHeight), size, strict=True):
+            if tag in tags:
+                tags[tag] = side
 
 
 def _loss(image: ImageFile.ImageFile, content: bytes) -> str | None:

@@ -749,6 +749,39 @@ def test_a_jpeg_without_more_is_turned(tmp_path, options):
     assert shown(turn_pixels(file, 1)).shape == np.rot90(shown(content)).shape
 
 
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", [1, 6, 7])
+@pytest.mark.parametrize("quarters", [1, 2])
+def test_exif_tells_the_size_that_is_written(tmp_path, form, orientation, quarters):
+    file, exif = tmp_path / "sized", tagged(orientation)
+    taken = {0xA002: 60, 0xA003: 40, 0x829A: 0.5, 0x927C: b"notes"}
+    exif[ExifTags.IFD.Exif] = taken
+    file.write_bytes(encoded(photo().resize((60, 40)), form, exif=exif))
+    with Image.open(io.BytesIO(turn_pixels(file, quarters))) as image:
+        kept = image.getexif().get_ifd(ExifTags.IFD.Exif)
+        assert (kept[0xA002], kept[0xA003]) == image.size and kept[0x829A] == 0.5
+        assert kept[0x927C] == b"notes" and set(kept) == set(taken)
+        assert image.size == ((60, 40) if (orientation > 4) == (quarters % 2 == 1) else (40, 60))
+
+
+def test_the_thumbnail_of_a_picture_whose_pixels_are_turned_is_left_out(tmp_path):
+    block = bytearray(tagged(6).tobytes()[6:])
+    # the list of tags ends in the place of the next one, which lists the thumbnail
+    (first,) = struct.unpack_from(">I", block, 4)
+    (count,) = struct.unpack_from(">H", block, first)
+    struct.pack_into(">I", block, first + 2 + 12 * count, len(block))
+    thumbnail, start = encoded(photo().resize((8, 8)), "JPEG"), len(block) + 2 + 3 * 12 + 4
+    entries = [(0x0103, 3, 1, 6 << 16), (0x0201, 4, 1, start), (0x0202, 4, 1, len(thumbnail))]
+    block += struct.pack(">H", 3) + b"".join(struct.pack(">HHII", *entry) for entry in entries) + bytes(4) + thumbnail
+    file = tmp_path / "camera.jpg"
+    file.write_bytes(encoded(photo(), "JPEG", exif=b"Exif\0\0" + bytes(block)))
+    assert thumbnail in turn_tag(file, 6, 1)
+    written = turn_pixels(file, 1)
+    with Image.open(io.BytesIO(written)) as image:
+        assert image.getexif()[0x010F] == "maker of cameras"
+    assert thumbnail not in written
+
+
 @pytest.mark.parametrize("form", ["JPEG", "WEBP"])
 @pytest.mark.parametrize("exif", [{}, {"exif": tagged(6)}])
 def test_xmp_is_kept_without_an_orientation(tmp_path, monkeypatch, form, exif):
