@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -179,7 +180,9 @@ def _change_by_writing(image: ImageFile.ImageFile) -> str | None:
 
 
 def write_picture(source: Path, target: Path, content: bytes, keep_times: bool) -> None:
-    """Write a turned picture whole or not at all, with the permissions of its source; one in place keeps its owner.
+    """Write a turned picture whole or not at all; one in place keeps its owner.
+
+    It has the permissions of its source and, where the system has them, the extended attributes, such as ratings.
 
     Args:
         source: the picture that was turned.
@@ -202,9 +205,22 @@ def write_picture(source: Path, target: Path, content: bytes, keep_times: bool) 
             # only the system's administrator may give a file to others
             with contextlib.suppress(OSError):
                 os.chown(unfinished, replaced.st_uid, replaced.st_gid)
+        # before the file may become read-only
+        _copy_attributes(source, unfinished)
         shutil.copymode(source, unfinished)
         if keep_times:
             os.utime(unfinished, ns=(before.st_atime_ns, before.st_mtime_ns))
 
     # a link stays one: what it leads to is replaced
     replace_file(target.resolve(), write)
+
+
+def _copy_attributes(source: Path, target: Path) -> None:
+    """Copy extended attributes, as shutil.copystat does; those that the system or the disk refuses are left out."""
+    # Python has these functions on Linux alone
+    if sys.platform != "linux":
+        return
+    with contextlib.suppress(OSError):
+        for name in os.listxattr(source):
+            with contextlib.suppress(OSError):
+                os.setxattr(target, name, os.getxattr(source, name))

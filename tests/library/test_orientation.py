@@ -585,6 +585,42 @@ def test_a_picture_that_is_replaced_keeps_its_owner(tmp_path, monkeypatch):
     assert file.read_bytes() == b"after" and owner.st_mode & 0o777 == 0o640
 
 
+@pytest.mark.parametrize("mode", [0o640, 0o444])
+def test_a_picture_that_is_written_keeps_its_extended_attributes(tmp_path, monkeypatch, mode):
+    file, new = tmp_path / "picture.jpg", tmp_path / "new.jpg"
+    file.write_bytes(b"before")
+    try:
+        for name in ("user.baloo.rating", "user.xdg.tags"):
+            os.setxattr(file, name, b"8")
+    except (AttributeError, OSError) as error:
+        pytest.skip(f"extended attributes of files in {tmp_path} cannot be set: {error}")
+    file.chmod(mode)
+    write_picture(file, new, b"after", keep_times=False)
+    assert {name: os.getxattr(new, name) for name in os.listxattr(new) if name.startswith("user.")} == {
+        "user.baloo.rating": b"8",
+        "user.xdg.tags": b"8",
+    }
+    assert new.stat().st_mode & 0o777 == mode
+    file.chmod(0o640)
+    write, refused = os.setxattr, []
+
+    def refuse_one(path, name, value):
+        if name == "user.baloo.rating":
+            refused.append(name)
+            raise PermissionError
+        write(path, name, value)
+
+    monkeypatch.setattr(os, "setxattr", refuse_one)
+    write_picture(file, file, b"after", keep_times=False)
+    assert file.read_bytes() == b"after" and refused == ["user.baloo.rating"]
+    assert [name for name in os.listxattr(file) if name.startswith("user.")] == ["user.xdg.tags"]
+    with monkeypatch.context() as patched:
+        patched.setattr("sys.platform", "darwin")
+        patched.delattr(os, "listxattr")
+        write_picture(file, file, b"without", keep_times=False)
+    assert file.read_bytes() == b"without"
+
+
 def test_two_pictures_for_one_file_are_refused(album, tmp_path, capsys):
     (tmp_path / "other").mkdir()
     shutil.copy(album / "pixels.jpg", tmp_path / "other")
