@@ -42,7 +42,7 @@ Without --apply, no picture is changed; --apply needs either -o DIR or --in-plac
 orientation of JPEG, PNG, WebP and TIFF files; all other bytes stay the same. --apply pixels turns the pixels and
 removes the orientation; this re-encodes JPEG files. HEIC files are never written, and in folders they are skipped
 unless pillow-heif is installed. Pictures that need turning are written to DIR (-o DIR) or overwritten (--in-place).
-Other files in DIR are not replaced without --force.
+Other files in DIR are not replaced without --force. DIR must not be inside a folder of PATHS.
 
 Pictures that cannot be read or written are left as they are and listed as failed; the exit status is then 1.
 """
@@ -100,6 +100,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("-o and --in-place need --apply exif or --apply pixels: add one of them")
     if args.keep_times and not args.apply:
         raise ValueError("--keep-times is for the pictures that --apply changes: give both, or neither")
+    if args.output:
+        check_folder(args.output, args.paths)
     model = load_model(args.model, args.device)
     check_head(model)
     fitted = calibration(model)
@@ -123,6 +125,17 @@ def run(args: argparse.Namespace) -> int:
     if not args.json:
         print(_summary(counts, args, threshold))
     return 1 if counts["failed"] else 0
+
+
+def check_folder(output: Path, paths: Sequence[Path]) -> None:
+    """Refuse a folder for fixed pictures below one of the folders that are searched.
+
+    Raises:
+        ValueError: it is below one: the next run would take the fixed pictures for others.
+    """
+    for path in paths:
+        if path.is_dir() and path.resolve() in output.resolve().parents:
+            raise ValueError(f"{output} is inside {path}, where the next run would find it: give another -o DIR")
 
 
 def find_targets(paths: Sequence[Path], output: Path | None) -> dict[Path, Path]:

@@ -641,6 +641,26 @@ def test_an_output_folder_that_is_the_pictures_own_is_refused(album, capsys, mon
     assert contents(album) == before
 
 
+@pytest.mark.parametrize("output", ["album/fixed", "album/deep/fixed", "link/fixed", "album/../album/fixed"])
+def test_an_output_folder_inside_the_pictures_folder_is_refused_at_once(album, capsys, monkeypatch, output):
+    monkeypatch.chdir(album.parent)
+    Path("link").symlink_to("album")
+    before = contents(album)
+    monkeypatch.setattr(orienting, "load_model", lambda *_: pytest.fail("the model is loaded first"))
+    assert orient("album", "--apply", "exif", "-o", output) == 2
+    told = capsys.readouterr().err
+    assert told == f"error: {output} is inside album, where the next run would find it: give another -o DIR\n"
+    assert contents(album) == before
+
+
+def test_an_output_folder_behind_a_link_of_the_pictures_folder_is_not_searched(album, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (album / "fixed").symlink_to(tmp_path / "elsewhere")
+    for _ in range(2):
+        assert orient(album, "--apply", "exif", "-o", album / "fixed") == 0
+    assert orient(album / "pixels.jpg", "--apply", "exif", "-o", album / "beside") == 0
+
+
 def test_large_jpegs_are_decoded_at_a_part_of_their_size(tmp_path):
     file = tmp_path / "large.jpg"
     Image.new("RGB", (4000, 3000), "green").save(file)
