@@ -87,22 +87,24 @@ def predict_orientation(
             accurate on squares that are larger than its training images (Touvron et al. 2019).
 
     Raises:
-        ValueError: a model with other outputs, logits that are not finite, or a temperature out of range.
+        ValueError: a model with other outputs, an image that is not RGB or is empty, logits that are not finite, or a
+            temperature out of range.
     """
     check_head(model)
     fitted, cfg = calibration(model), resolve_model_data_config(model)
     temperature = fitted.temperature if temperature is None else temperature
-    device = next(model.parameters()).device
+    weight = next(model.parameters())
     views = [picture_squares(image, size or fitted.size) for image in images]
     if not views:
         return []
     squares = torch.cat(views)
     model.eval()
     with torch.inference_mode():
-        parts = [
-            rotation_probabilities(model, normalize(part.to(device), cfg["mean"], cfg["std"]), temperature).cpu()
-            for part in squares.split(batch_size)
-        ]
+        parts = []
+        for part in squares.split(batch_size):
+            # normalised as float32, also for a model of half precision
+            normalised = normalize(part.to(weight.device), cfg["mean"], cfg["std"]).to(weight.dtype)
+            parts.append(rotation_probabilities(model, normalised, temperature).cpu())
     found = torch.cat(parts).split([len(view) for view in views])
     return [_orientation(probabilities.mean(0)) for probabilities in found]
 
@@ -146,7 +148,15 @@ def picture_squares(image: Image.Image, size: int) -> torch.Tensor:
 
     Its central square and, if it is elongated, the whole picture squeezed to a square, both resized with an antialiased
     bicubic filter.
+
+    Raises:
+        ValueError: the picture is not RGB, or empty.
     """
+    if image.mode != "RGB":
+        raise ValueError(
+            f"images must be RGB, as rotation_ssl.images.read_image returns them, got mode {image.mode}: "
+            "pass it to read_image first"
+        )
     if min(image.size) == 0:
         raise ValueError(f"a picture of {image.width} x {image.height} pixels has nothing to look at")
     short, long = sorted(image.size)

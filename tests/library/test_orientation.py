@@ -147,6 +147,22 @@ def test_other_heads_and_temperatures_are_refused(model):
     assert predict_orientation(model, []) == []
 
 
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
+def test_pictures_that_are_not_rgb_are_refused(model, mode):
+    with pytest.raises(ValueError, match=f"images must be RGB, as .*read_image returns them, got mode {mode}"):
+        predict_orientation(model, [photo(), photo().convert(mode)])
+    assert len(predict_orientation(model, [read_image(photo().convert(mode))])) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_model_of_another_precision_gets_its_own(dtype):
+    torch.manual_seed(0)
+    small = timm.create_model("test_resnet", num_classes=4).eval()
+    (expected,) = predict_orientation(small, [photo()])
+    (found,) = predict_orientation(small.to(dtype), [photo()])
+    assert found.probabilities == pytest.approx(expected.probabilities, abs=0.01)
+
+
 # the EXIF orientation
 
 
