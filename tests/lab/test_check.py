@@ -459,11 +459,12 @@ def test_numbers_of_data_that_are_not_given_are_named(results, small_module, tmp
     arguments = ["--results", str(results), "--data", str(small_module), "--weights", NAME, "--only", "rotation"]
     assert check.main(arguments) == 0
     out = capsys.readouterr().out
-    assert "not measured: 1 number of MiniPlaces val: give --photos DIR" in out and "3 of 3 hold" in out
+    assert "not measured: 1 number of MiniPlaces val: give --photos DIR" in out
+    assert "3 of 3 hold, 1 not measured" in out
     outliers = dataclasses.replace(rotation, data="Imagenette val", protocol="outliers-rotation")
     write_rows(file, [outliers])
-    assert check.main([*arguments[:-1], "outliers-rotation", "--photos", str(small_module)]) == 0
-    assert "not measured: 1 number of Imagenette val: give --cifar100 DIR" in capsys.readouterr().out
+    assert check.main([*arguments[:-1], "outliers-rotation", "--photos", str(small_module)]) == 2
+    assert "nothing can be measured: Imagenette val: give --cifar100 DIR" in capsys.readouterr().err
     # told from CIFAR-10, which is not there; numbers on other data are measured
     write_rows(file, [dataclasses.replace(outliers, data="CIFAR-100 test")])
     with monkeypatch.context() as patched:
