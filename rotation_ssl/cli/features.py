@@ -15,6 +15,7 @@ from torch import nn
 
 from rotation_ssl.cli import feature_parts
 from rotation_ssl.cli.options import add_command, add_device, check_output, positive
+from rotation_ssl.embedding.files import check_local
 from rotation_ssl.embedding.parts import FORMATS as PART_FORMATS
 from rotation_ssl.features import POOLS, extract_features
 from rotation_ssl.files import replace_file, write_csv
@@ -83,6 +84,7 @@ def run(args: argparse.Namespace) -> int:
     keep_large_blocks()
     if feature_parts.is_folder(args.output, FORMATS):
         return feature_parts.run(args)
+    check_local(args.output, "file")
     feature_parts.check_no_options(args)
     args.images, args.output = Path(args.images), Path(args.output)
     images, others = find_files(args.images)

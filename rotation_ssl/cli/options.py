@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import timm
 
 from rotation_ssl import zoo
+from rotation_ssl.embedding.files import check_local
 
 
 class Parser(argparse.ArgumentParser):
@@ -65,9 +66,10 @@ def check_output(file: Path, images: Iterable[Path], force: bool) -> None:
     """Refuse a file that cannot be written or that nobody wants to lose, before the work.
 
     Raises:
-        ValueError: it is one of the images, exists and is not a regular file, exists without ``force``, or is in no
-            folder or one that is not writable.
+        ValueError: it is a URL, is one of the images, exists and is not a regular file, exists without ``force``, or
+            is in no folder or one that is not writable.
     """
+    check_local(file, "file")
     if file.exists() and any(image.exists() and file.samefile(image) for image in images):
         raise ValueError(f"{file} is one of the images; give another name")
     if (file.exists() or file.is_symlink()) and not file.is_file():

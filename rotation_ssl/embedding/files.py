@@ -20,6 +20,20 @@ def absolute(source: str) -> str:
     return source if url_scheme(local) else os.path.abspath(local)  # noqa: PTH100  keeps braces and links
 
 
+def check_local(output: str | Path, kind: str = "folder") -> None:
+    """Refuse an output with the scheme of a URL, which would become a folder of that name on the local disk.
+
+    Args:
+        output: what is written.
+        kind: what the error calls it.
+
+    Raises:
+        ValueError: it is a URL.
+    """
+    if url_scheme(str(output)):
+        raise ValueError(f"the output must be a local or mounted {kind}, got {output}; give a path")
+
+
 def read_bytes(url: str) -> bytes:
     """The bytes of an image file.
 

@@ -10,7 +10,7 @@ from timm.data import resolve_model_data_config
 
 import rotation_ssl
 from rotation_ssl.embedding.cluster import embed_on_cluster
-from rotation_ssl.embedding.files import absolute
+from rotation_ssl.embedding.files import absolute, check_local
 from rotation_ssl.embedding.local import Done, embed_shards, make_extractor
 from rotation_ssl.embedding.parts import (
     DTYPES,
@@ -73,7 +73,7 @@ def embed(
     Args:
         source: a folder, searched recursively; tar files (``{000..999}.tar``); parquet files with a column of bytes or
             a column 'path'. Paths, or URLs that fsspec opens.
-        output: folder of the parts; with Ray one that all machines see.
+        output: folder of the parts, local or mounted; with Ray one that all machines see.
         model: timm name: model, model.tag, ``hf-hub:...`` or ``local-dir:...``.
         layers: None: the recommended layer of the weights.
         pool: 'avg', 'max' or 'flatten'.
@@ -95,6 +95,7 @@ def embed(
         ValueError: source, model and output do not fit, another run writes to the folder, or it has other settings.
         OSError: the source cannot be read, a part cannot be written, or a process was killed.
     """
+    check_local(output)
     _check_choices(
         engine=(engine, ENGINES),
         format=(format, FORMATS),

@@ -4,6 +4,7 @@ import inspect
 import json
 import re
 import resource
+from pathlib import Path
 
 import pytest
 from conftest import SAMPLES, limited
@@ -12,6 +13,7 @@ from many_images import contents, part_bytes, write_folder, write_tar
 from rotation_ssl import cli
 from rotation_ssl.cli import feature_parts
 from rotation_ssl.embedding import embed
+from rotation_ssl.embedding.files import check_local
 from rotation_ssl.embedding.run import Summary
 
 
@@ -32,6 +34,25 @@ def test_the_command(tmp_path, capsys):
     assert json.loads(text) == {"folder": f"{tmp_path}/out/", "parts": 4, "images": 98, "errors": 2}
     status, text = run(capsys, "features", SAMPLES / "cifar10", "-o", f"{tmp_path}/v1.2/", "--workers", 0)
     assert status == 0 and text == f"{tmp_path}/v1.2/: 40 images in 1 part\n"
+
+
+@pytest.mark.parametrize("scheme", ["s3://bucket", "file:///tmp", "s3:/bucket"])
+def test_an_output_that_is_a_url_is_refused(tmp_path, capsys, monkeypatch, scheme):
+    monkeypatch.chdir(tmp_path)
+    for output, kind in ((f"{scheme}/feats/", "folder"), (f"{scheme}/f.csv", "file")):
+        status, error = run(capsys, "features", SAMPLES / "cifar10", "-o", output, "--workers", 0)
+        assert status == 2 and error == (
+            f"error: the output must be a local or mounted {kind}, got {output}; give a path\n"
+        )
+    for output in (f"{scheme}/feats", Path(f"{scheme}/feats")):
+        with pytest.raises(ValueError, match=rf"must be a local or mounted folder, got {output}; give a path"):
+            embed(SAMPLES / "cifar10", output, "rotnet_nin", workers=0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_windows_drive_is_no_url():
+    for output in ("C:/feats", "c:\\feats", "feats", "a/b:/c"):
+        check_local(output)
 
 
 def test_every_option_arrives(monkeypatch, capsys):

@@ -207,6 +207,7 @@ def test_broken_images_are_named(folders, tmp_path, capsys):
         (["--sheet", "there.png"], "there.png exists; give another name, or --force"),
         (["--sheet", "nowhere/s.png"], "cannot be written: nowhere is not a folder"),
         (["--normal", ".", "--layer", "block9"], "got 'block9'"),
+        (["--sheet", "s3://bucket/s.png"], "the output must be a local or mounted file, got s3:/bucket/s.png"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(folders, tmp_path, capsys, monkeypatch, more, why):
