@@ -3,8 +3,10 @@
 import csv
 import hashlib
 import os
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import SimpleNamespace
 
 from safetensors import SafetensorError
 
@@ -58,11 +60,18 @@ def replace_tensors(file: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_csv(file: Path, header: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
-    """Write a table. File names in it need not be text: their bytes are written as they are."""
-    with file.open("w", newline="", encoding="utf-8", errors="surrogateescape") as stream:
-        writer = csv.writer(stream)
+    """Write a table as UTF-8. File names in it need not be text: see :func:`valid_text`."""
+    with file.open("w", newline="", encoding="utf-8") as stream:
+        # a row at a time, which is faster than a value at a time
+        writer = csv.writer(SimpleNamespace(write=lambda row: stream.write(valid_text(row))))
         writer.writerow(header)
         writer.writerows(rows)
+
+
+def valid_text(name: str) -> str:
+    """A file name as text: bytes that are no UTF-8 are written as \\\\xff."""
+    # as os.fsencode, but in every locale
+    return name.encode("utf-8", sys.getfilesystemencodeerrors()).decode("utf-8", "backslashreplace")
 
 
 def sync(path: Path) -> None:

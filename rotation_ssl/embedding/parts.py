@@ -14,7 +14,6 @@ import dataclasses
 import importlib.util
 import io
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
-from rotation_ssl.files import replace_bytes, replace_file
+from rotation_ssl.files import replace_bytes, replace_file, valid_text
 from rotation_ssl.messages import some
 
 FORMATS = ("parquet", "safetensors", "npy")
@@ -270,11 +269,6 @@ def count_rows(folder: Path, form: str) -> int:
 
     names = [part_name(number) for number in find_parts(folder, form)]
     return sum(parquet.read_metadata(folder / f"{name}.parquet").num_rows for name in names)
-
-
-def valid_text(name: str) -> str:
-    """A file name as text: bytes that are no UTF-8 are written as \\\\xff."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _write_errors(folder: Path, number: int, errors: Sequence[tuple[str, str]]) -> None:

@@ -321,6 +321,14 @@ def test_names_do_not_command_the_terminal(run, images, tmp_path):
     assert status == 1 and "\x1b" not in text and "skipped 2 broken images: '\\x1b[2J.png', '\\udcff.jpg'" in text
 
 
+def test_names_that_are_no_text_are_written_as_text(run, images, tmp_path):
+    (images / "in" / "c, d.png").rename(images / "in" / os.fsdecode(b"c, \xe9\xc3\xa9.png"))
+    assert run("features", images, "-o", tmp_path / "f.csv")[0] == 1
+    with (tmp_path / "f.csv").open(encoding="utf-8", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["file"] for row in rows] == ["a.png", "in/c, \\xe9\u00e9.png"] and float(rows[1]["conv4_255"]) >= 0
+
+
 def test_strict_takes_no_broken_image(run, images, tmp_path):
     status, error = run("features", images, "-o", tmp_path / "f.safetensors", "--strict")
     assert status == 2 and "b.png does not decode" in error and not (tmp_path / "f.safetensors").exists()
