@@ -21,6 +21,8 @@ from rotation_ssl.progress import progress
 HEIF_SUFFIXES = (".heic", ".heif")
 #: Suffixes of image files, in lower case; upper case is accepted too.
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
+#: Folders where a NAS or macOS keeps thumbnails and metadata, besides those whose name begins with a dot.
+SYSTEM_FOLDERS = ("@eaDir", "__MACOSX")
 #: Errors of a disk or a network that fails, not of a file that is broken.
 FAILURES = {
     getattr(errno, name)
@@ -126,8 +128,16 @@ def is_image_name(name: str) -> bool:
     return not name.startswith(".") and (suffix in IMAGE_SUFFIXES or suffix in image_suffixes())
 
 
+def is_searched(name: str) -> bool:
+    """Whether a folder inside another one is searched: hidden ones, such as .Trash-1000, and system folders are not."""
+    return not name.startswith(".") and name not in SYSTEM_FOLDERS
+
+
 def find_images(folder: Path) -> list[Path]:
-    """The image files below a folder, sorted by path; files whose name begins with a dot are skipped.
+    """The image files below a folder, sorted by path.
+
+    Files whose name begins with a dot are skipped, and so are hidden and system folders below the folder:
+    see :func:`is_searched`.
 
     Raises:
         ValueError: no such folder, or none in it.
@@ -137,24 +147,27 @@ def find_images(folder: Path) -> list[Path]:
 
 
 def find_files(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The image files below a folder and its other files, each sorted by path; names that begin with a dot are skipped.
+    """The image files below a folder and its other files, each sorted by path; it skips what :func:`find_images` does.
 
     An image file is a regular file with one of :data:`IMAGE_SUFFIXES`, or a link to one; a link that leads nowhere
     counts as an image, one that cannot be read.
 
     Raises:
         ValueError: no such folder, or no images in it.
-        OSError: the folder, or one below it, cannot be listed; the error names that one. Folders of the system that
-            may not be listed, such as lost+found, are skipped.
+        OSError: the folder, or one below it, cannot be listed; the error names that one. lost+found, which users may
+            not list, is skipped.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; give the folder that holds the images")
     if not folder.exists():
         raise ValueError(f"image folder {folder} does not exist")
     images, others = [], []
+    found: list[Path] = []
     # folder.rglob would skip a folder that cannot be listed
-    walk = os.walk(folder, onerror=_raise_not_listed)
-    for file in sorted(Path(parent, name) for parent, _, names in walk for name in names if not name.startswith(".")):
+    for parent, folders, names in os.walk(folder, onerror=_raise_not_listed):
+        folders[:] = filter(is_searched, folders)
+        found += (Path(parent, name) for name in names if not name.startswith("."))
+    for file in sorted(found):
         if is_image_name(file.name) and (file.is_file() or not file.exists()):
             images.append(file)
         else:
@@ -210,9 +223,8 @@ def square(image: Image.Image, size: int) -> Image.Image:
 
 
 def is_system_folder_error(error: OSError) -> bool:
-    """Whether a folder cannot be listed because it is the system's own, such as lost+found or .Trashes."""
-    name = Path(error.filename).name
-    return isinstance(error, PermissionError) and (name == "lost+found" or name.startswith("."))
+    """Whether a folder cannot be listed because it is the system's own lost+found."""
+    return isinstance(error, PermissionError) and Path(error.filename).name == "lost+found"
 
 
 def _raise_not_listed(error: OSError) -> None:

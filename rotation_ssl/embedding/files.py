@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
-from rotation_ssl.images import FAILURES, is_image_name, is_system_folder_error
+from rotation_ssl.images import FAILURES, is_image_name, is_searched, is_system_folder_error
 from rotation_ssl.messages import first_line
 from rotation_ssl.shards import MAX_IMAGE_BYTES, url_scheme
 
@@ -82,7 +82,8 @@ def is_folder(url: str) -> bool:
 def list_folder(url: str) -> list[str]:
     """The names of a folder's images, and of its folders with a slash, in the order of the paths in them.
 
-    Names that begin with a dot are no images. A link to a folder is not followed.
+    Names that begin with a dot are neither; see :func:`rotation_ssl.images.is_searched`. A link to a folder is not
+    followed.
 
     Raises:
         OSError: it cannot be read.
@@ -100,7 +101,8 @@ def _local_entries(folder: str) -> Iterator[str]:
     with found:
         for entry in found:
             if entry.is_dir(follow_symlinks=False):
-                yield f"{entry.name}/"
+                if is_searched(entry.name):
+                    yield f"{entry.name}/"
             # a link that leads nowhere is an image that cannot be read
             elif is_image_name(entry.name) and (entry.is_file() or not Path(entry.path).exists()):
                 yield entry.name
@@ -113,7 +115,8 @@ def _remote_entries(url: str) -> Iterator[str]:
     for info in infos:
         name = info["name"].rstrip("/").rsplit("/", 1)[-1]
         if info["type"] == "directory":
-            yield f"{name}/"
+            if is_searched(name):
+                yield f"{name}/"
         elif is_image_name(name):
             yield name
     # it would keep the list of every folder

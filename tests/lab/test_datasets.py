@@ -192,11 +192,14 @@ def test_only_regular_files_are_images(tmp_path):
 
 
 def test_images_below_a_folder_are_sorted_by_path_and_links_to_folders_are_not_followed(tmp_path):
-    names = ["a/z.png", "a-b/c.png", "a.png", ".cache/e.png", "b/deep/d.png"]
+    names = ["a/z.png", "a-b/c.png", "a.png", "b/deep/d.png"]
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "b" / "up").symlink_to(tmp_path)
+    for name in (".cache/e.png", "b/.Trash-1000/deep/f.png", "@eaDir/a.png/thumb.jpg", "b/__MACOSX/notes.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
     images, others = find_files(tmp_path)
     assert images == sorted(tmp_path / name for name in names) and not others
 
@@ -213,8 +216,19 @@ def fail_to_list(monkeypatch, unreadable, number):
     monkeypatch.setattr(os, "scandir", scandir)
 
 
-@pytest.mark.parametrize("name", ["lost+found", ".Trashes"])
-def test_folders_of_the_system_are_skipped(tmp_path, monkeypatch, name):
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO])
+def test_hidden_folders_are_not_even_listed(tmp_path, monkeypatch, number):
+    (tmp_path / ".Trashes").mkdir()
+    (tmp_path / "1.png").touch()
+    fail_to_list(monkeypatch, tmp_path / ".Trashes", number)
+    assert find_images(tmp_path) == [tmp_path / "1.png"] and list_folder(str(tmp_path)) == ["1.png"]
+    for search in (lambda folder: find_images(Path(folder)), list_folder):
+        with pytest.raises(OSError, match=re.escape(os.strerror(number))):
+            search(str(tmp_path / ".Trashes"))
+
+
+def test_folders_of_the_system_are_skipped(tmp_path, monkeypatch):
+    name = "lost+found"
     (tmp_path / name).mkdir()
     (tmp_path / "1.png").touch()
     fail_to_list(monkeypatch, tmp_path / name, errno.EACCES)

@@ -46,7 +46,8 @@ def test_shards_of_a_folder(tmp_path, paths, size):
         file.touch()
     shards = shards_of(tmp_path / "x", size)
     names = [name for shard in shards for name in shard.names]
-    visible = [f.relative_to(tmp_path / "x").as_posix() for f in (tmp_path / "x").rglob("*.png") if f.name[0] != "."]
+    every = [file.relative_to(tmp_path / "x") for file in (tmp_path / "x").rglob("*.png")]
+    visible = [path.as_posix() for path in every if not any(name.startswith(".") for name in path.parts)]
     assert names == sorted(visible) and [shard.number for shard in shards] == list(range(len(shards)))
     assert all(len(shard.names) == size for shard in shards[:-1]) and -(-len(names) // size) == len(shards)
     assert len({shard.digest for shard in shards}) == len(shards)
@@ -63,6 +64,23 @@ def test_the_images_of_a_folder_are_those_of_a_single_file(tmp_path):
     os.mkfifo(folder / "pipe.png")
     expected = {path.relative_to(folder).as_posix() for path in find_images(folder)}
     assert names_of(folder) == sorted(expected) and {"gone.png", "link.png", "a.JPG"} < expected
+
+
+HIDDEN = (".Trash-1000", ".thumbnails/large", ".AppleDouble", "a/@eaDir", "a/__MACOSX/b")
+
+
+def test_hidden_and_system_folders_are_not_searched(tmp_path):
+    names = [f"{folder}/x.png" for folder in HIDDEN]
+    write_folder(tmp_path / "images", [(name, image_bytes(0)) for name in ("a/x.png", "b.c/@x/x.png", *names)])
+    memory = fsspec.filesystem("memory")
+    memory.put(str(tmp_path / "images"), "/hidden", recursive=True)
+    for source in (tmp_path / "images", "memory://hidden"):
+        assert names_of(source) == ["a/x.png", "b.c/@x/x.png"]
+    memory.rm("/hidden", recursive=True)
+    # one that is named is read
+    for folder in HIDDEN:
+        assert names_of(tmp_path / "images" / folder) == ["x.png"]
+        assert find_images(tmp_path / "images" / folder) == [tmp_path / "images" / folder / "x.png"]
 
 
 def test_a_name_with_braces_is_a_folder_where_there_is_one(tmp_path):
