@@ -20,7 +20,7 @@ from rotation_ssl.progress import progress
 #: Also suffixes of image files once :func:`register_heif` was called.
 HEIF_SUFFIXES = (".heic", ".heif")
 #: Suffixes of image files, in lower case; upper case is accepted too.
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".webp", ".tif", ".tiff")
 #: Folders where a NAS or macOS keeps thumbnails and metadata, besides those whose name begins with a dot.
 SYSTEM_FOLDERS = ("@eaDir", "__MACOSX")
 #: Errors of a disk or a network that fails, not of a file that is broken.

@@ -176,11 +176,16 @@ def file_name(file: Path, folder: Path) -> str:
     return file.relative_to(folder).as_posix()
 
 
+def kinds(others: Sequence[Path]) -> str:
+    """What a folder has that is no image: '3 .gif files, 1 .txt file'."""
+    return printable(count_suffixes(others), most=4096)
+
+
 def _report(result: Mapping[str, Any], others: Sequence[Path]) -> str:
     shapes = ", ".join(f"{layer} {tuple(shape)}" for layer, shape in result["shapes"].items())
     lines = [f"{result['file']}: {shapes} of {result['images']:,} images by {result['model']}"]
     if others:
-        lines.append(f"not read: {printable(count_suffixes(others), most=4096)}")
+        lines.append(f"not read: {kinds(others)}")
     if broken := list(result["broken"]):
         lines.append(f"skipped {counted(len(broken), 'broken image')}: {some(broken)}")
     return "\n".join(lines)

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw
 
-from rotation_ssl.cli.features import file_name, read_batches
+from rotation_ssl.cli.features import file_name, kinds, read_batches
 from rotation_ssl.cli.options import add_command, add_device, check_output, positive
 from rotation_ssl.files import replace_file, write_csv
-from rotation_ssl.images import find_images, read_image, square
+from rotation_ssl.images import find_files, read_image, square
 from rotation_ssl.messages import counted, printable, some
 from rotation_ssl.models import DEFAULT_MODEL, load_model, recommended_layer
 from rotation_ssl.outliers import RotationOutlierDetector
@@ -26,7 +26,7 @@ With --normal the score is the cosine distance to the Nth nearest normal image i
 how badly the network predicts the rotation of the image, which needs a network with four outputs. Higher means more
 outlying. FILE gets a row for each image, the most outlying first; --sheet draws the first 30.
 
-Images that cannot be read are skipped and listed, and the exit status is then 1.
+Images that cannot be read are skipped and listed, and the exit status is then 1. Files of other kinds are counted.
 """
 
 
@@ -59,8 +59,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--neighbours is for the comparison with normal images: add --normal FOLDER")
     if args.sheet and args.sheet.absolute() == args.output.absolute():
         raise ValueError("-o and --sheet are the same file: give another name")
-    images = find_images(args.images)
-    normal, neighbours = find_images(args.normal) if args.normal else [], args.neighbours or NEIGHBOURS
+    images, others = find_files(args.images)
+    normal, other_normal = find_files(args.normal) if args.normal else ([], [])
+    neighbours = args.neighbours or NEIGHBOURS
     if normal and len(normal) < neighbours:
         raise ValueError(
             f"{args.normal} holds {len(normal)} images: --neighbours {neighbours} needs as many; give a smaller number"
@@ -86,6 +87,10 @@ def run(args: argparse.Namespace) -> int:
     print(f"{args.output}: {counted(len(read), 'image')} by {by}, with {args.model}")
     for value, file in ranked[:5]:
         print(f"{value:9.4f}  {printable(file_name(file, args.images))}")
+    if others:
+        print(f"not read: {kinds(others)}")
+    if other_normal:
+        print(f"not read in {printable(args.normal)}: {kinds(other_normal)}")
     if broken:
         print(f"skipped {counted(len(broken), 'broken image')}: {some([printable(file) for file in broken])}")
     return 1 if broken else 0

@@ -11,7 +11,7 @@ from rotation_ssl import cli
 from rotation_ssl.embedding import embed, embed_images, load
 from rotation_ssl.embedding.parts import read_manifest
 from rotation_ssl.features import extract_features
-from rotation_ssl.images import OVERSIZE, find_images, normalize, read_image, read_images, square
+from rotation_ssl.images import OVERSIZE, find_images, is_image_name, normalize, read_image, read_images, square
 
 PHOTOS = find_images(SAMPLES / "photos")
 
@@ -50,6 +50,12 @@ def test_large_jpegs_are_decoded_at_a_part_of_their_size(tmp_path, least, expect
     assert read_image(tmp_path / "x.png", least).tobytes() == noise(600, 480).tobytes()
     if expected == 480:
         assert read_image(tmp_path / "x.jpg", least).tobytes() == read_image(tmp_path / "x.jpg").tobytes()
+
+
+def test_every_suffix_of_jpeg_is_that_of_an_image():
+    Image.init()
+    suffixes = {suffix for suffix, form in Image.registered_extensions().items() if form == "JPEG"}
+    assert suffixes >= {".jfif", ".jpe"} and all(is_image_name(f"x{suffix.upper()}") for suffix in suffixes)
 
 
 def test_images_of_too_many_pixels_are_told_so(tmp_path, monkeypatch):

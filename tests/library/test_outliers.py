@@ -193,6 +193,14 @@ def test_broken_images_are_named(folders, tmp_path, capsys):
     assert "none of the 1 images can be read" in capsys.readouterr().err and not (tmp_path / "t.csv").exists()
 
 
+def test_files_that_are_no_images_are_counted(folders, tmp_path, capsys):
+    mixed, normal = folders
+    for file in (mixed / "a.avif", mixed / "b.AVIF", normal / "notes.txt"):
+        file.touch()
+    assert outliers(mixed, "-o", tmp_path / "s.csv", "--normal", normal) == 0
+    assert capsys.readouterr().out.endswith(f"\nnot read: 2 .avif files\nnot read in {normal}: 1 .txt file\n")
+
+
 @pytest.mark.parametrize(
     ("more", "why"),
     [
