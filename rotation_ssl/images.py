@@ -6,8 +6,9 @@ import io
 import os
 import posixpath
 import struct
+import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -90,6 +91,17 @@ def read_image(file: Path | IO[bytes] | Image.Image, min_side: int = 0) -> Image
         raise ValueError(f"image {file} does not decode ({error}); replace or remove it") from error
     kind = "floats" if upright.mode == "F" else "32-bit or signed integers"
     raise ValueError(f"image {file} holds {kind} (mode {upright.mode}), whose range is not known; convert it to 8 bits")
+
+
+@contextlib.contextmanager
+def large_images_allowed() -> Iterator[None]:
+    """Without Pillow's warning of images of many pixels: those of large photographs are only looked at.
+
+    Not for one of several threads: filters of warnings are those of the process.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        yield
 
 
 def register_heif() -> bool:

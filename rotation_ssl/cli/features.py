@@ -19,7 +19,7 @@ from rotation_ssl.embedding.files import check_local
 from rotation_ssl.embedding.parts import FORMATS as PART_FORMATS
 from rotation_ssl.features import POOLS, extract_features
 from rotation_ssl.files import replace_file, write_csv
-from rotation_ssl.images import OVERSIZE, count_suffixes, find_files, normalize, read_images
+from rotation_ssl.images import OVERSIZE, count_suffixes, find_files, large_images_allowed, normalize, read_images
 from rotation_ssl.machine import MALLOPT_HELP, keep_large_blocks
 from rotation_ssl.messages import counted, printable, some
 from rotation_ssl.models import DEFAULT_MODEL, load_model, model_name, recommended_layer
@@ -79,6 +79,7 @@ def add(commands: Any) -> None:
     feature_parts.add_options(added)
 
 
+@large_images_allowed()
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
     keep_large_blocks()

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 from rotation_ssl.cli.features import file_name, kinds, read_batches
 from rotation_ssl.cli.options import add_command, add_device, check_output, positive
 from rotation_ssl.files import replace_file, write_csv
-from rotation_ssl.images import find_files, read_image, square
+from rotation_ssl.images import find_files, large_images_allowed, read_image, square
 from rotation_ssl.messages import counted, printable, some
 from rotation_ssl.models import DEFAULT_MODEL, load_model, recommended_layer
 from rotation_ssl.outliers import RotationOutlierDetector
@@ -51,6 +51,7 @@ def add(commands: Any) -> None:
     add_device(added)
 
 
+@large_images_allowed()
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
     if args.layer and not args.normal:

@@ -7,22 +7,20 @@ batch, nor on who computes it.
 
 import hashlib
 import itertools
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from rotation_ssl.embedding.files import read_bytes
 from rotation_ssl.embedding.parts import Manifest, Rows, part_name, write_part
 from rotation_ssl.embedding.sources import Item, Shard, read_items
 from rotation_ssl.features import batch_extractor
-from rotation_ssl.images import FAILURES, NamedBytes, normalize, read_image, square
+from rotation_ssl.images import FAILURES, NamedBytes, large_images_allowed, normalize, read_image, square
 from rotation_ssl.machine import release_free_memory
 from rotation_ssl.messages import first_line, killed_worker_errors
 from rotation_ssl.precision import autocast_type
@@ -122,11 +120,18 @@ def decode(name: str, content: str | bytes | ValueError, manifest: Manifest) -> 
         raise content
     if isinstance(content, str):
         content = read_bytes(content)
-    with warnings.catch_warnings():
-        # the pixels of large photographs are only looked at
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        image = read_image(NamedBytes(content, name), manifest.decoded_side)
-        return np.asarray(square(image, manifest.size)), content
+    return decode_file(NamedBytes(content, name), manifest), content
+
+
+def decode_file(file: Path | IO[bytes], manifest: Manifest) -> np.ndarray:
+    """The square (size, size, 3) of an image file; size and how it is decoded are those of the manifest.
+
+    Raises:
+        ValueError: it does not exist or does not decode.
+        OSError: the disk or the network failed.
+    """
+    with large_images_allowed():
+        return np.asarray(square(read_image(file, manifest.decoded_side), manifest.size))
 
 
 class _Blocks(Dataset[Decoded]):

@@ -67,6 +67,22 @@ def test_images_of_too_many_pixels_are_told_so(tmp_path, monkeypatch):
         read_image(tmp_path / "x.jpg", 64)
 
 
+def test_commands_do_not_warn_of_large_photographs(tmp_path, monkeypatch):
+    (tmp_path / "images").mkdir()
+    noise(200, 150).save(tmp_path / "images" / "x.jpg")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20_000)
+    with pytest.warns(Image.DecompressionBombWarning):
+        read_image(tmp_path / "images" / "x.jpg")
+    for arguments in (
+        ["features", "-o", f"{tmp_path}/f.csv"],
+        ["features", "-o", f"{tmp_path}/out/", "--workers", "0"],
+        ["outliers", "-o", f"{tmp_path}/s.csv", "--sheet", f"{tmp_path}/s.png"],
+    ):
+        # a warning is an error here
+        assert cli.main([*arguments, f"{tmp_path}/images", "--model", "rotnet_nin"]) == 0
+    assert embed_images(tmp_path / "out", [tmp_path / "images" / "x.jpg"])["block2"].shape == (1, 192)
+
+
 def features(pixels, model, layer):
     pixels = normalize(pixels, model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
     return extract_features(model, pixels, [layer])[layer]
