@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from rotation_ssl.embedding.local import decode, make_extractor
+from rotation_ssl.embedding.local import decode_file, make_extractor
 from rotation_ssl.embedding.parts import read_manifest
 from rotation_ssl.embedding.reading import read_chunks
 from rotation_ssl.models import load_model, weights_digest
@@ -54,7 +54,8 @@ def embed_images(folder: str | Path, images: Sequence[Path], device: str = "cpu"
     """Features (N, D) of image files by layer, extracted with the model and settings of a folder of features.
 
     Raises:
-        ValueError: an image that cannot be read, or a model whose weights are not those of the manifest.
+        ValueError: an image that does not exist or cannot be read, or a model whose weights are not those of the
+            manifest.
     """
     manifest = read_manifest(Path(folder))
     model = load_model(manifest.model, device)
@@ -66,7 +67,7 @@ def embed_images(folder: str | Path, images: Sequence[Path], device: str = "cpu"
         files = images[start : start + manifest.batch_size]
         pixels = torch.zeros(manifest.batch_size, manifest.size, manifest.size, 3, dtype=torch.uint8)
         for row, file in enumerate(files):
-            pixels[row] = torch.from_numpy(decode(str(file), file.read_bytes(), manifest)[0].copy())
+            pixels[row] = torch.from_numpy(decode_file(file, manifest).copy())
         for layer, part in extract(pixels.permute(0, 3, 1, 2)).items():
             features[layer].append(part[: len(files)])
     if not images:

@@ -102,7 +102,8 @@ def test_the_command(tmp_path, capsys):
     for arguments, message in (
         ([f"{tmp_path}/out", str(query), "--layer", "conv9"], "has no layer conv9; it has conv4"),
         ([f"{tmp_path}/nowhere", str(query)], "nowhere has no manifest.json"),
-        ([f"{tmp_path}/out", f"{tmp_path}/gone.png"], "gone.png"),
+        ([f"{tmp_path}/out", f"{tmp_path}/gone.png"], f"error: image {tmp_path}/gone.png does not exist"),
+        ([f"{tmp_path}/out", str(tmp_path)], f"error: image {tmp_path} does not decode (it is not a regular file); "),
     ):
         assert cli.main(["neighbours", *arguments]) == 2
         error = capsys.readouterr().err
