@@ -60,6 +60,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--neighbours is for the comparison with normal images: add --normal FOLDER")
     if args.sheet and args.sheet.absolute() == args.output.absolute():
         raise ValueError("-o and --sheet are the same file: give another name")
+    for option, file, suffix in (("-o", args.output, ".csv"), ("--sheet", args.sheet, ".png")):
+        if file and file.suffix.lower() != suffix:
+            raise ValueError(f"{option} {file} does not end in {suffix}; give another name")
     images, others = find_files(args.images)
     normal, other_normal = find_files(args.normal) if args.normal else ([], [])
     neighbours = args.neighbours or NEIGHBOURS

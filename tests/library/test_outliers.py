@@ -215,15 +215,18 @@ def test_files_that_are_no_images_are_counted(folders, tmp_path, capsys):
         (["--sheet", "there.png"], "there.png exists; give another name, or --force"),
         (["--sheet", "nowhere/s.png"], "cannot be written: nowhere is not a folder"),
         (["--normal", ".", "--layer", "block9"], "got 'block9'"),
+        (["--sheet", "s.jpg"], "--sheet s.jpg does not end in .png; give another name"),
+        (["-o", "s.parquet"], "-o s.parquet does not end in .csv; give another name"),
         (["--sheet", "s3://bucket/s.png"], "the output must be a local or mounted file, got s3:/bucket/s.png"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(folders, tmp_path, capsys, monkeypatch, more, why):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there.png").write_bytes(b"mine")
+    before = set(tmp_path.iterdir())
     assert outliers(folders[0], "-o", tmp_path / "s.csv", *more) == 2
     assert why in capsys.readouterr().err
-    assert (tmp_path / "there.png").read_bytes() == b"mine" and not (tmp_path / "s.csv").exists()
+    assert (tmp_path / "there.png").read_bytes() == b"mine" and set(tmp_path.iterdir()) == before
 
 
 def test_images_are_not_replaced_by_their_sheet(folders, tmp_path, capsys):
