@@ -29,7 +29,8 @@ def load_model(name: str, device: str) -> Any:
     """
     check_device(device)
     if not timm.is_model(name.split(".", 1)[0]) and ":" not in name:
-        raise ValueError(f"no model {name!r}; there are {', '.join(timm.list_models('rotnet_*'))}, and timm's")
+        meant = f"; did you mean local-dir:{name}?" if name and Path(name).is_dir() else ""
+        raise ValueError(f"no model {name!r}; there are {', '.join(timm.list_models('rotnet_*'))}, and timm's{meant}")
     folder = Path(name.removeprefix("local-dir:"))
     if name.startswith("local-dir:") and not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json: it is neither a finished run nor a converted checkpoint")

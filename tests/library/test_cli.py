@@ -262,6 +262,15 @@ def test_features_refuses(run, tmp_path, options, message):
     assert status == 2 and message in error and not (tmp_path / "f.safetensors").exists()
 
 
+def test_a_folder_of_weights_needs_its_prefix(run, tmp_path, monkeypatch):
+    (tmp_path / "out" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    status, error = run("features", SAMPLES / "cifar10", "-o", "f.npz", "--model", "out/mine")
+    assert status == 2 and error.startswith("error: no model 'out/mine'; there are rotnet_alexnet, ")
+    assert error.endswith(", and timm's; did you mean local-dir:out/mine?")
+    assert "did you mean" not in run("features", SAMPLES / "cifar10", "-o", "f.npz", "--model", "out/gone")[1]
+
+
 @pytest.mark.parametrize(
     ("config", "cut"), [(None, 1000), ("[]", 0), ('{"num_classes": 4}', 0), ('{"architecture": 3}', 0)]
 )
