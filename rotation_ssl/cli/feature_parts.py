@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from rotation_ssl.cli.options import add_precision_argument, positive
+from rotation_ssl.embedding.files import is_folder as is_image_folder
 from rotation_ssl.embedding.parts import DTYPES
 from rotation_ssl.embedding.run import ENGINES, SHARD_SIZE, embed
+from rotation_ssl.embedding.sources import is_shard_name
 from rotation_ssl.messages import counted
+from rotation_ssl.shards import url_scheme
 
 # the options of this form alone
 OPTIONS = ("engine", "shard_size", "workers", "precision", "dtype", "sha1", "resume", "address")
@@ -48,6 +51,16 @@ def check_no_options(args: argparse.Namespace) -> None:
     """
     if given := [f"--{name.replace('_', '-')}" for name in _given(args)]:
         raise ValueError(f"{given[0]} is for features in parts: give a folder, -o {args.output}/, or leave it out")
+
+
+def check_source(images: str) -> None:
+    """Refuse the sources of this form in the other one, which reads folders.
+
+    Raises:
+        ValueError: tar or parquet files, or a URL.
+    """
+    if url_scheme(images) or (is_shard_name(images) and not is_image_folder(images)):
+        raise ValueError(f"{images} is not a folder on disk; other sources need features in parts: give -o FOLDER/")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -87,6 +87,7 @@ def run(args: argparse.Namespace) -> int:
         return feature_parts.run(args)
     check_local(args.output, "file")
     feature_parts.check_no_options(args)
+    feature_parts.check_source(args.images)
     args.images, args.output = Path(args.images), Path(args.output)
     images, others = find_files(args.images)
     check_output(args.output, images, args.force)

@@ -25,9 +25,9 @@ from rotation_ssl.embedding.parts import (
     require_pyarrow,
     start,
 )
-from rotation_ssl.embedding.sources import Shard, find_shards
+from rotation_ssl.embedding.sources import Shard, describe_no_images, find_shards
 from rotation_ssl.features import POOLS
-from rotation_ssl.images import IMAGE_SUFFIXES, OVERSIZE
+from rotation_ssl.images import OVERSIZE
 from rotation_ssl.machine import cpus
 from rotation_ssl.models import DEFAULT_MODEL, load_model, model_name, recommended_layer, weights_digest
 from rotation_ssl.precision import resolve_precision
@@ -125,7 +125,7 @@ def embed(
     widths = {layer: part.shape[1] for layer, part in extract(torch.zeros(1, 3, manifest.size, manifest.size)).items()}
     manifest = dataclasses.replace(manifest, layers=widths)
     if next(find_shards(manifest.source, shard_size), None) is None:
-        raise ValueError(f"{source} holds no images ({', '.join(IMAGE_SUFFIXES)})")
+        raise ValueError(describe_no_images(str(source)))
 
     def write(shards: Iterable[Shard], show: Callable[[int], object]) -> Iterator[Done]:
         if engine == "local":

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from rotation_ssl.embedding.files import absolute, is_folder, list_folder, open_url
+from rotation_ssl.images import IMAGE_SUFFIXES
 from rotation_ssl.messages import first_line, some
 from rotation_ssl.shards import TAR_SUFFIXES, expand_braces, tar_members, url_scheme
 
+SHARD_SUFFIXES = (*TAR_SUFFIXES, ".parquet")  # in lower case
 ROWS = 64  # of a parquet file in memory at a time
 
 Item = tuple[str, str | bytes | ValueError]  # the path of an image, and where it is, its bytes or what is wrong with it
@@ -65,6 +67,8 @@ def find_shards(source: str, shard_size: int) -> Iterator[Shard]:
     source = absolute(source)
     # a list may be longer than a name, which Path.is_dir refuses
     urls = [source] if os.path.isdir(source) else expand_braces(source)  # noqa: PTH112
+    if any("*" in url and is_shard_name(url) and not url_scheme(url) and not Path(url).exists() for url in urls):
+        raise ValueError(f"{source} does not exist: patterns are {{000..999}} or {{a,b}} in quotes, not *")
     if twice := [url for url, times in Counter(urls).items() if times > 1]:
         raise ValueError(f"{source} gives files twice: {some(twice, 3)}")
     if all(url.lower().endswith(TAR_SUFFIXES) for url in urls):
@@ -77,6 +81,22 @@ def find_shards(source: str, shard_size: int) -> Iterator[Shard]:
         raise ValueError(f"{source} is neither a folder nor tar nor parquet files; give one of these")
     for number, shard in enumerate(found):
         yield dataclasses.replace(shard, number=number)
+
+
+def is_shard_name(name: str) -> bool:
+    """Whether the name of a file is that of a tar or parquet file."""
+    return name.lower().endswith(SHARD_SUFFIXES)
+
+
+def describe_no_images(source: str) -> str:
+    """What an error says of a source without images; of a folder that has tar or parquet files, how to give them."""
+    told = f"{source} holds no images ({', '.join(IMAGE_SUFFIXES)})"
+    path = absolute(source)
+    names = sorted(os.listdir(path)) if os.path.isdir(path) else []  # noqa: PTH112, PTH208
+    if not (shard := next(filter(is_shard_name, names), "").lower()):
+        return told
+    suffix = next(suffix for suffix in SHARD_SUFFIXES if shard.endswith(suffix))
+    return f"{told}; give its {suffix} files as a pattern, such as {posixpath.join(source, f'{{000..999}}{suffix}')}"
 
 
 def read_items(shard: Shard) -> Iterator[Item]:

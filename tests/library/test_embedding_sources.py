@@ -88,6 +88,11 @@ def test_a_name_with_braces_is_a_folder_where_there_is_one(tmp_path):
     assert len(names_of(tmp_path / "{a,b}")) == 2
 
 
+def test_a_name_with_a_star_is_a_file_where_there_is_one(tmp_path):
+    write_tar(tmp_path / "*.tar", contents(2))
+    assert names_of(tmp_path / "*.tar") == ["*.tar/0/000000.png", "*.tar/1/000001.png"]
+
+
 def test_tars(tmp_path):
     (tmp_path / "b").mkdir()
     for name in ("a0.tar", "a1.tar", "b/a0.tar"):
@@ -369,12 +374,19 @@ def write_table(file, **columns):
 def test_sources_that_are_none(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.txt").touch()
+    for name in ("tars/a.tar", "tars/notes.txt", "tables/b.PARQUET"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
     (tmp_path / "bad.parquet").write_bytes(b"no parquet file")
     write_table(tmp_path / "none.parquet", id=[1], name=["x"])
     write_table(tmp_path / "two.parquet", a=[b"x"], b=[b"x"])
     write_table(tmp_path / "numbers.parquet", path=[1])
     refusals = {
-        "empty": r"empty holds no images \(\.png, ",
+        "empty": r"empty holds no images \(\.png, .*\)$",
+        "tars": r"tars holds no images \(.*\); give its \.tar files as a pattern, such as .*/tars/\{000\.\.999\}\.tar$",
+        "tables": r"give its \.parquet files as a pattern, such as .*/tables/\{000\.\.999\}\.parquet$",
+        "tars/*.tar": r"\*\.tar does not exist: patterns are \{000\.\.999\} or \{a,b\} in quotes, not \*$",
+        "{tars,tables}/*.parquet": r"\*\.parquet does not exist: patterns are \{000\.\.999\}",
         "nowhere": "nowhere is not a folder, nor a .tar or .parquet file",
         "notes.txt": "notes.txt is not a folder, nor a .tar or .parquet file",
         "memory://nowhere": "memory://nowhere is not a folder",

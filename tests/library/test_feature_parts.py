@@ -50,6 +50,18 @@ def test_an_output_that_is_a_url_is_refused(tmp_path, capsys, monkeypatch, schem
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("source", ["x.tar", "{0..9}.tar.gz", "x.parquet", "s3://bucket/images"])
+def test_sources_of_parts_are_for_a_folder(tmp_path, capsys, source):
+    images = source if "://" in source else f"{tmp_path}/{source}"
+    status, error = run(capsys, "features", images, "-o", tmp_path / "f.csv")
+    assert status == 2
+    assert error == (
+        f"error: {images} is not a folder on disk; other sources need features in parts: give -o FOLDER/\n"
+    )
+    write_folder(tmp_path / "photos.tar", contents(1))
+    assert run(capsys, "features", tmp_path / "photos.tar", "-o", tmp_path / "f.csv", "--model", "rotnet_nin")[0] == 0
+
+
 def test_a_windows_drive_is_no_url():
     for output in ("C:/feats", "c:\\feats", "feats", "a/b:/c"):
         check_local(output)
