@@ -193,7 +193,13 @@ def find_files(folder: Path) -> tuple[list[Path], list[Path]]:
 def count_suffixes(files: Sequence[Path]) -> str:
     """How many files there are of each suffix: '3 .gif files, 1 file without suffix'."""
     kinds = Counter((file.suffix.lower(), file.is_file()) for file in files)
-    return ", ".join(_count(suffix, regular, n) for (suffix, regular), n in sorted(kinds.items()))
+    return ", ".join(count_files(suffix, n, regular) for (suffix, regular), n in sorted(kinds.items()))
+
+
+def count_files(suffix: str, n: int, regular: bool = True) -> str:
+    """How many files there are of one suffix: '3 .gif files'."""
+    noun = "file" if n == 1 else "files"
+    return f"{n:,} {f'{suffix} {noun}' if suffix else f'{noun} without suffix'}{'' if regular else ' (not regular)'}"
 
 
 def read_images(files: Sequence[Path], size: int, min_side: int = 0) -> torch.Tensor:
@@ -245,11 +251,6 @@ def _raise_not_listed(error: OSError) -> None:
     raise OSError(
         error.errno, f"folder {error.filename} cannot be listed: {error.strerror}; make it readable, or try again"
     ) from error
-
-
-def _count(suffix: str, regular: bool, n: int) -> str:
-    noun = "file" if n == 1 else "files"
-    return f"{n:,} {f'{suffix} {noun}' if suffix else f'{noun} without suffix'}{'' if regular else ' (not regular)'}"
 
 
 def _white(image: Image.Image) -> int | None:

@@ -12,7 +12,8 @@ from rotation_ssl.embedding.files import is_folder as is_image_folder
 from rotation_ssl.embedding.parts import DTYPES
 from rotation_ssl.embedding.run import ENGINES, SHARD_SIZE, embed
 from rotation_ssl.embedding.sources import is_shard_name
-from rotation_ssl.messages import counted
+from rotation_ssl.images import count_files
+from rotation_ssl.messages import counted, printable
 from rotation_ssl.shards import url_scheme
 
 # the options of this form alone
@@ -91,7 +92,9 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
 def _report(result: Mapping[str, Any]) -> str:
     text = f"{result['folder']}: {counted(result['images'], 'image')} in {counted(result['parts'], 'part')}"
     errors = f"; {counted(result['errors'], 'error')}: {Path(result['folder'], 'errors.parquet')}"
-    return text + (errors if result["errors"] else "")
+    others = ", ".join(count_files(suffix, number) for suffix, number in result["not_read"].items())
+    told = f"\nnot read: {printable(others, most=4096)}" if others else ""
+    return text + (errors if result["errors"] else "") + told
 
 
 def _whole(text: str) -> int:

@@ -5,6 +5,7 @@ import errno
 import io
 import os
 import socket
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, cast
@@ -79,19 +80,24 @@ def is_folder(url: str) -> bool:
         return bool(file_system.isdir(path))
 
 
-def list_folder(url: str) -> list[str]:
+def list_folder(url: str, others: Counter[str] | None = None) -> list[str]:
     """The names of a folder's images, and of its folders with a slash, in the order of the paths in them.
 
     Names that begin with a dot are neither; see :func:`rotation_ssl.images.is_searched`. A link to a folder is not
     followed.
 
+    Args:
+        url: path or URL of the folder.
+        others: counts the suffixes, in lower case, of its other files.
+
     Raises:
         OSError: it cannot be read.
     """
-    return sorted(_remote_entries(url) if url_scheme(url) else _local_entries(url))
+    counted = Counter[str]() if others is None else others
+    return sorted(_remote_entries(url, counted) if url_scheme(url) else _local_entries(url, counted))
 
 
-def _local_entries(folder: str) -> Iterator[str]:
+def _local_entries(folder: str, others: Counter[str]) -> Iterator[str]:
     try:
         found = os.scandir(folder)
     except PermissionError as error:
@@ -106,9 +112,11 @@ def _local_entries(folder: str) -> Iterator[str]:
             # a link that leads nowhere is an image that cannot be read
             elif is_image_name(entry.name) and (entry.is_file() or not Path(entry.path).exists()):
                 yield entry.name
+            elif not entry.name.startswith(".") and not (entry.is_symlink() and os.path.isdir(entry.path)):  # noqa: PTH112
+                others[Path(entry.name).suffix.lower()] += 1
 
 
-def _remote_entries(url: str) -> Iterator[str]:
+def _remote_entries(url: str, others: Counter[str]) -> Iterator[str]:
     file_system, path = _file_system(url)
     with _plain_errors(url):
         infos = file_system.ls(path, detail=True)
@@ -119,6 +127,8 @@ def _remote_entries(url: str) -> Iterator[str]:
                 yield f"{name}/"
         elif is_image_name(name):
             yield name
+        elif not name.startswith("."):
+            others[Path(name).suffix.lower()] += 1
     # it would keep the list of every folder
     file_system.invalidate_cache()
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -39,11 +40,15 @@ SHARD_SIZE = 10_000  # images
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What a folder of features holds after a run: parts, images with features, and errors."""
+    """What a folder of features holds after a run: parts, images with features, and errors.
+
+    ``not_read`` has the number of other files in a source that is a folder, by their suffix.
+    """
 
     parts: int
     images: int
     errors: int
+    not_read: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 def embed(
@@ -140,12 +145,13 @@ def embed(
 def _write_missing(folder: Path, manifest: Manifest, write: Callable[..., Iterator[Done]]) -> Summary:
     """Write the parts that are not there yet; ``write`` takes the shards and what counts their images."""
     there = set(find_parts(folder, manifest.format))
-    with progress("features", _count_missing(folder, manifest, there)) as bar:
+    others: Counter[str] = Counter()
+    with progress("features", _count_missing(folder, manifest, there, others)) as bar:
         missing = (shard for shard in find_shards(manifest.source, manifest.shard_size) if shard.number not in there)
         for part in write(missing, bar.update):
             bar.set_postfix_str(part_name(part.part), refresh=False)
-    errors = merge_errors(folder)
-    return Summary(len(find_parts(folder, manifest.format)), count_rows(folder, manifest.format), errors)
+    parts, rows = len(find_parts(folder, manifest.format)), count_rows(folder, manifest.format)
+    return Summary(parts, rows, merge_errors(folder), dict(sorted(others.items())))
 
 
 def _absolute(model: str) -> str:
@@ -174,14 +180,16 @@ def _precision(precision: str, device: str) -> str:
     return resolve_precision(precision, device)
 
 
-def _count_missing(folder: Path, manifest: Manifest, there: set[int]) -> int | None:
+def _count_missing(folder: Path, manifest: Manifest, there: set[int], others: Counter[str]) -> int | None:
     """The number of images without a part; None for tar files, whose images nobody has counted.
+
+    ``others`` counts the files that are no images.
 
     Raises:
         ValueError: a part was made of other images than the source has now.
     """
     images, number, is_known = 0, 0, True
-    for shard in find_shards(manifest.source, manifest.shard_size):
+    for shard in find_shards(manifest.source, manifest.shard_size, others):
         if shard.number not in there:
             images += len(shard.names) + shard.rows[1] - shard.rows[0]
             is_known &= shard.kind != "tar"

@@ -52,12 +52,13 @@ class Shard:
         return hashlib.sha256(os.fsencode(text)).hexdigest()
 
 
-def find_shards(source: str, shard_size: int) -> Iterator[Shard]:
+def find_shards(source: str, shard_size: int, others: Counter[str] | None = None) -> Iterator[Shard]:
     """The shards of a source, in their order.
 
     Args:
         source: a folder, or one or several tar or parquet files (``{000..999}.tar``); paths, or URLs that fsspec opens.
         shard_size: images in a shard, but for tar files.
+        others: counts the suffixes of a folder's files that are no images.
 
     Raises:
         ValueError: no such source, a pattern that is malformed or gives a file twice, or a parquet file without a
@@ -76,7 +77,7 @@ def find_shards(source: str, shard_size: int) -> Iterator[Shard]:
     elif all(url.lower().endswith(".parquet") for url in urls):
         found = _row_shards(urls, shard_size)
     elif len(urls) == 1:
-        found = _file_shards(urls[0].rstrip("/"), shard_size)
+        found = _file_shards(urls[0].rstrip("/"), shard_size, others)
     else:
         raise ValueError(f"{source} is neither a folder nor tar nor parquet files; give one of these")
     for number, shard in enumerate(found):
@@ -114,19 +115,19 @@ def read_items(shard: Shard) -> Iterator[Item]:
         yield from _read_rows(shard)
 
 
-def _file_shards(folder: str, shard_size: int) -> Iterator[Shard]:
+def _file_shards(folder: str, shard_size: int, others: Counter[str] | None) -> Iterator[Shard]:
     if not is_folder(folder):
         raise ValueError(f"{folder} is not a folder, nor a .tar or .parquet file; give one of these")
-    names = _walk(folder)
+    names = _walk(folder, others)
     while block := tuple(itertools.islice(names, shard_size)):
         yield Shard(0, "files", folder, names=block)
 
 
-def _walk(folder: str, above: str = "") -> Iterator[str]:
+def _walk(folder: str, others: Counter[str] | None, above: str = "") -> Iterator[str]:
     """The images below a folder, relative to it and sorted by their whole path; one folder is in memory at a time."""
-    for entry in list_folder(folder):
+    for entry in list_folder(folder, others):
         if entry.endswith("/"):
-            yield from _walk(f"{folder.rstrip('/')}/{entry[:-1]}", f"{above}{entry}")
+            yield from _walk(f"{folder.rstrip('/')}/{entry[:-1]}", others, f"{above}{entry}")
         else:
             yield f"{above}{entry}"
 

@@ -6,6 +6,7 @@ import re
 import resource
 from pathlib import Path
 
+import fsspec
 import pytest
 from conftest import SAMPLES, limited
 from many_images import contents, part_bytes, write_folder, write_tar
@@ -31,9 +32,26 @@ def test_the_command(tmp_path, capsys):
     assert status == 1 and text.startswith(f"{tmp_path}/out: 98 images in 4 parts; 2 errors: {tmp_path}/out/errors.pa")
     assert part_bytes(tmp_path / "out") == part_bytes(tmp_path / "whole")
     status, text = run(capsys, "features", images, "-o", f"{tmp_path}/out/", *options, "--resume", "--json")
-    assert json.loads(text) == {"folder": f"{tmp_path}/out/", "parts": 4, "images": 98, "errors": 2}
+    assert json.loads(text) == {"folder": f"{tmp_path}/out/", "parts": 4, "images": 98, "errors": 2, "not_read": {}}
     status, text = run(capsys, "features", SAMPLES / "cifar10", "-o", f"{tmp_path}/v1.2/", "--workers", 0)
     assert status == 0 and text == f"{tmp_path}/v1.2/: 40 images in 1 part\n"
+
+
+def test_files_that_are_no_images_are_counted(tmp_path, capsys):
+    images = write_folder(tmp_path / "images", contents(3))
+    for name in ("a.avif", "1/b.AVIF", "1/notes", ".hidden.txt", ".Trash-1000/c.gif"):
+        (images / name).parent.mkdir(exist_ok=True)
+        (images / name).touch()
+    (images / "up").symlink_to(images)
+    options = ("--model", "rotnet_nin", "--workers", 0)
+    status, text = run(capsys, "features", images, "-o", f"{tmp_path}/out/", *options)
+    assert status == 0
+    assert text == f"{tmp_path}/out/: 3 images in 1 part\nnot read: 1 file without suffix, 2 .avif files\n"
+    memory = fsspec.filesystem("memory")
+    memory.put(str(images / "1"), "/some", recursive=True)
+    text = run(capsys, "features", "memory://some", "-o", f"{tmp_path}/remote/", *options, "--json")[1]
+    memory.rm("/some", recursive=True)
+    assert json.loads(text)["not_read"] == {"": 1, ".avif": 1}
 
 
 @pytest.mark.parametrize("scheme", ["s3://bucket", "file:///tmp", "s3:/bucket"])
