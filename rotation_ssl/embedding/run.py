@@ -48,7 +48,7 @@ class Summary:
     parts: int
     images: int
     errors: int
-    not_read: dict[str, int] = dataclasses.field(default_factory=dict)
+    not_read: dict[str, int]
 
 
 def embed(

@@ -96,7 +96,7 @@ def test_every_option_arrives(monkeypatch, capsys):
     assert all(parameters[name].default != value for name, value in expected.items())
     asked = []
     monkeypatch.setattr(
-        feature_parts, "embed", lambda *arguments, **options: asked.append((arguments, options)) or Summary(1, 2, 0)
+        feature_parts, "embed", lambda *arguments, **options: asked.append((arguments, options)) or Summary(1, 2, 0, {})
     )
     arguments = ["features", "images", "-o", "out/", "--model", "rotnet_alexnet"]
     for name, value in expected.items():
