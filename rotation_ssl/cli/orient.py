@@ -6,19 +6,17 @@ import dataclasses
 import json
 import os
 import sys
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from tqdm import tqdm
 
 from rotation_ssl.cli.options import add_command, add_device, check_output, positive
 from rotation_ssl.files import replace_file, write_csv
-from rotation_ssl.images import HEIF_SUFFIXES, find_images, register_heif
+from rotation_ssl.images import HEIF_SUFFIXES, find_images, large_images_allowed, register_heif
 from rotation_ssl.machine import cpus
 from rotation_ssl.messages import counted, first_line, printable
 from rotation_ssl.models import ORIENTATION_MODEL, load_model
@@ -112,10 +110,8 @@ def run(args: argparse.Namespace) -> int:
         check_output(args.csv, targets, args.force)
     if not has_heif and any(path.suffix.lower() in HEIF_SUFFIXES for path in targets):
         raise ValueError("HEIC and HEIF pictures need pillow-heif: pip install 'rotation-ssl[heif]'")
-    # the pixels of large photographs are only looked at
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     counts: Counter[str] = Counter()
-    with _table(args) as show, ThreadPoolExecutor(args.workers) as pool:
+    with large_images_allowed(), _table(args) as show, ThreadPoolExecutor(args.workers) as pool:
         for batch in read_pictures(list(targets), fitted.size, pool):
             shown = [one.image for one in batch if isinstance(one, Picture)]
             found = iter(predict_orientation(model, shown, fitted.temperature, size=fitted.size))
