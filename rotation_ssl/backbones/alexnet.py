@@ -266,9 +266,7 @@ def _pooled_side(pixels: int) -> int:
 def _cfg(published: dict[str, Any]) -> dict[str, Any]:
     side = _pooled_side(published.get("input_size", (3, 224, 224))[-1])
     names = {"first_conv": "features.conv1.conv", "classifier": "head.fc"}
-    # our weights are for the whole central square; the authors' for 224 of 256 pixels, which is timm's default of 0.875
-    crop = {"crop_pct": 1.0} if "file" in published else {}
-    return {**ROTNET_CFG, **names, **crop, **published, "pool_size": (side, side)}
+    return {**ROTNET_CFG, **names, **published, "pool_size": (side, side)}
 
 
 FACTS = {

@@ -40,7 +40,7 @@ def test_features_are_written_in_every_way(tmp_path):
     theirs = np.load(tmp_path / "timm" / "features.npy")
     ((paths, ours),) = read_chunks(tmp_path / "ours", embedding_speed.LAYER)
     assert theirs.shape == ours.shape == (len(find_images(photos)), embedding_speed.WIDTH) and len(paths) == len(ours)
-    # timm resizes what was decoded at its full size: alike, not equal
+    # timm crops to crop_pct of the image, and we do not: alike, not equal
     assert np.corrcoef(theirs.ravel(), ours.ravel())[0, 1] > 0.8
     assert (tmp_path / "decoding" / "part-00000.parquet").is_file()
 

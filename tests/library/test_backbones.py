@@ -187,12 +187,6 @@ def test_meta_device_and_bf16(name):
     assert model(images(name).bfloat16()).dtype == torch.bfloat16
 
 
-def test_our_alexnets_see_the_whole_central_square():
-    cropped = {tag: timm.get_pretrained_cfg("rotnet_alexnet." + tag).crop_pct for tag in ("photos", "orientation")}
-    assert cropped == {"photos": 1.0, "orientation": 1.0}
-    assert timm.get_pretrained_cfg("rotnet_alexnet.gidaris_in1k").crop_pct == 0.875
-
-
 @every_model
 def test_parameter_groups(models, name):
     for coarse in (False, True):
