@@ -97,7 +97,7 @@ def read_image(file: Path | IO[bytes] | Image.Image, min_side: int = 0) -> Image
 def large_images_allowed() -> Iterator[None]:
     """Without Pillow's warning of images of many pixels: those of large photographs are only looked at.
 
-    Not for one of several threads: filters of warnings are those of the process.
+    Filters of warnings are those of the process: with several threads, one may undo another's.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)

@@ -70,7 +70,7 @@ def check_memory(needed: int, what: str, advice: str) -> None:
     """Refuse what needs more bytes of memory than are available.
 
     Raises:
-        ValueError: it begins with ``what`` needs them, in the plural, and ends with ``advice``.
+        ValueError: they are not available; the message begins with ``what``, a plural, and ends with ``advice``.
     """
     available = available_memory()
     if available is not None and needed > available:

@@ -20,6 +20,7 @@ loaded, 130 if interrupted, 141 if the program that reads the output, such as he
 """
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -52,13 +53,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     try:
         status = int(args.run(args))
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return status
-    except BrokenPipeError:
-        # whoever read our output, such as head, has enough of it; Python would flush the rest when it exits
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
     except (ValueError, OSError, ImportError) as error:
+        # that of a file or a connection names what cannot be read
+        if isinstance(error, BrokenPipeError) and error.strerror == os.strerror(errno.EPIPE) and sys.stdout:
+            # whoever read our output, such as head, has enough of it; Python would flush the rest when it exits
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
         # those of some libraries are several lines
         print(f"error: {' '.join(line.strip() for line in str(error).splitlines())}", file=sys.stderr)
         return 2

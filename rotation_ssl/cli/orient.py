@@ -15,8 +15,9 @@ from typing import Any
 from tqdm import tqdm
 
 from rotation_ssl.cli.options import add_command, add_device, check_output, positive
+from rotation_ssl.embedding.files import check_local
 from rotation_ssl.files import replace_file, write_csv
-from rotation_ssl.images import HEIF_SUFFIXES, find_images, large_images_allowed, register_heif
+from rotation_ssl.images import HEIF_SUFFIXES, find_images, is_searched, large_images_allowed, register_heif
 from rotation_ssl.machine import cpus
 from rotation_ssl.messages import counted, first_line, printable
 from rotation_ssl.models import ORIENTATION_MODEL, load_model
@@ -99,6 +100,7 @@ def run(args: argparse.Namespace) -> int:
     if args.keep_times and not args.apply:
         raise ValueError("--keep-times is for the pictures that --apply changes: give both, or neither")
     if args.output:
+        check_local(args.output)
         check_folder(args.output, args.paths)
     model = load_model(args.model, args.device)
     check_head(model)
@@ -124,13 +126,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check_folder(output: Path, paths: Sequence[Path]) -> None:
-    """Refuse a folder for fixed pictures below one of the folders that are searched.
+    """Refuse a folder for fixed pictures below one of the folders that are searched, unless it is hidden there.
 
     Raises:
         ValueError: it is below one: the next run would take the fixed pictures for others.
     """
     for path in paths:
-        if path.is_dir() and path.resolve() in output.resolve().parents:
+        root, target = path.resolve(), output.resolve()
+        if path.is_dir() and root in target.parents and all(map(is_searched, target.relative_to(root).parts)):
             raise ValueError(f"{output} is inside {path}, where the next run would find it: give another -o DIR")
 
 

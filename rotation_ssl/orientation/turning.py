@@ -126,9 +126,12 @@ def turn_pixels(path: Path, quarters: int) -> bytes:
 
 def _set_size(exif: Image.Exif, size: tuple[int, int]) -> None:
     """Give the EXIF tags of a picture's size, where there are some, the size that is written."""
+    base = ExifTags.Base
+    found: list[tuple[Any, tuple[int, int]]] = [(exif, (base.ImageWidth, base.ImageLength))]
     if ExifTags.IFD.Exif in exif:
-        tags = exif.get_ifd(ExifTags.IFD.Exif)
-        for tag, side in zip((ExifTags.Base.ExifImageWidth, ExifTags.Base.ExifImageHeight), size, strict=True):
+        found.append((exif.get_ifd(ExifTags.IFD.Exif), (base.ExifImageWidth, base.ExifImageHeight)))
+    for tags, names in found:
+        for tag, side in zip(names, size, strict=True):
             if tag in tags:
                 tags[tag] = side
 

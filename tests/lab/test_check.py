@@ -396,6 +396,9 @@ def test_rows_without_a_precision_are_of_fp32():
     new = row(9000, 0, "cached", settings="4 x 4 average pooling, 4 views, 20 epochs of SGD in fp32")
     assert (old.precision, new.precision) == ("fp32", "fp32")
     assert check.judge(old, new, [old]).tolerance == "1.27"
+    for now in ("SGD in fp32; features in fp32", "SGD, fp32, training accuracy 97.3 %"):
+        same = dataclasses.replace(new, settings=f"4 x 4 average pooling, 4 views, 20 epochs of {now}")
+        assert check.judge(old, same, [old]).tolerance == "1.27"
     fewer = dataclasses.replace(new, settings="4 x 4 average pooling, 4 views, 10 epochs of SGD in bf16")
     told = "(other settings: 4 x 4 average pooling, 4 views, 10 epochs of SGD)"
     assert check.judge(old, fewer, [old]).tolerance == f"1.77 (fp32 then, bf16 now) {told}"

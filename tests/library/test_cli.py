@@ -1,6 +1,7 @@
 """The command line: what it prints for people and for programs, its exit status, and what it refuses."""
 
 import csv
+import errno
 import importlib.metadata
 import json
 import os
@@ -516,6 +517,12 @@ def test_a_reader_that_has_enough_ends_the_command_quietly():
     with start("info", NAME) as started:
         started.stdout.close()
         assert (started.stderr.read(), started.wait()) == ("", 141)
+
+
+def test_a_broken_pipe_of_a_file_is_an_error(run, monkeypatch):
+    broken = BrokenPipeError(errno.EPIPE, "image x cannot be read, try again: Broken pipe")
+    monkeypatch.setattr(cli.info, "published_name", lambda name: (_ for _ in ()).throw(broken))
+    assert run("info", NAME) == (2, f"error: [Errno {errno.EPIPE}] image x cannot be read, try again: Broken pipe")
 
 
 def test_a_damaged_config_is_named(run, tmp_path):

@@ -828,8 +828,10 @@ def test_exif_tells_the_size_that_is_written(tmp_path, form, orientation, quarte
     file, exif = tmp_path / "sized", tagged(orientation)
     taken = {0xA002: 60, 0xA003: 40, 0x829A: 0.5, 0x927C: b"notes"}
     exif[ExifTags.IFD.Exif] = taken
+    exif[0x0100], exif[0x0101] = 60, 40
     file.write_bytes(encoded(photo().resize((60, 40)), form, exif=exif))
     with Image.open(io.BytesIO(turn_pixels(file, quarters))) as image:
+        assert (image.getexif()[0x0100], image.getexif()[0x0101]) == image.size
         kept = image.getexif().get_ifd(ExifTags.IFD.Exif)
         assert (kept[0xA002], kept[0xA003]) == image.size and kept[0x829A] == 0.5
         assert kept[0x927C] == b"notes" and set(kept) == set(taken)

@@ -124,8 +124,8 @@ def judge(row: Row, new: Row, rows: Sequence[Row]) -> Verdict:
 
 
 def _settings(row: Row) -> str:
-    """The row's settings, such as the sha256 of proposals, but for the precision."""
-    return re.sub(r",?( features)?( in)? (bf16|fp32)\b", "", row.settings)
+    """The row's settings, such as the sha256 of proposals, without the precision and the training accuracy."""
+    return re.sub(r"[,;]?( features)?( in)? (bf16|fp32)\b|, training accuracy [\d.]+ %", "", row.settings)
 
 
 def of_the_same(row: Row, new: Row) -> bool:
@@ -191,7 +191,8 @@ def check_numbers(every: Sequence[Row], args: argparse.Namespace) -> Iterator[Ve
     if not given:
         if any(option_of(row, args) == "data" for row in rows):
             raise ValueError(no_cifar10(args.data))
-        raise ValueError(f"nothing can be measured: {rows[0].data}: {advice(rows[0], args)}")
+        missing = dict.fromkeys(f"{row.data}: {advice(row, args)}" for row in rows)
+        raise ValueError(f"nothing can be measured: {'; '.join(missing)}")
     lacking = [(row.data, advice(row, args)) for row in rows if not sources[row.key]]
     for data, told in dict.fromkeys(lacking):
         numbers = counted(lacking.count((data, told)), "number")

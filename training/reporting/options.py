@@ -47,7 +47,7 @@ def asked_for(row: Row, args: argparse.Namespace) -> bool:
 
 
 def _some_protocols(pattern: str) -> str:
-    if not fnmatch.filter(PROTOCOLS, pattern):
+    if not any(fnmatch.fnmatchcase(name, pattern) for name in PROTOCOLS):
         raise argparse.ArgumentTypeError(f"no protocol is called {pattern!r}; there are {', '.join(PROTOCOLS)}")
     return pattern
 

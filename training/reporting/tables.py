@@ -281,7 +281,8 @@ def ablation_table(measured: Sequence[Row], rows: Sequence[Row]) -> str:
         own = spread_text([row for row in measured if row.recipe == name])
         lines.append((f"`{recipe.model}`: {degrees}", f"`{name}`", own, ", ".join(cells)))
     computed = {row.settings.rpartition("features in ")[2] for row in measured if "features in " in row.settings}
-    precision = f"computed in {' or '.join(sorted(computed))}" if computed else "of a precision that was not recorded"
+    precision = f"Features are computed in {' or '.join(sorted(computed))}." if computed else ""
+    precision = precision or "The precision of the features was not recorded."
     header = ("network, degrees", "recipe", "non-linear probe (cached) of block2", "paper, 100 epochs")
     return f"""### Which rotations to tell apart
 
@@ -290,7 +291,7 @@ Networks pretrained on {" or ".join(f"{count:,}" for count in seen)} rotated ima
 seeds of the probe. Each was pretrained once: another pretraining seed moves such numbers by some tenths of a point
 (training/studies/nin_cifar10.md), so differences of that size say nothing. With fewer rotations, as many rotated images
 come from more upright ones: two rotations have seen twice as many as four, eight half as many. In steps of 45 degrees
-all eight views are resampled and masked to a circle. Features are {precision}.
+all eight views are resampled and masked to a circle. {precision}
 
 {markdown_table(header, lines)}"""
 
