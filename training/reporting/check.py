@@ -182,10 +182,9 @@ def chosen_rows(every: Sequence[Row], args: argparse.Namespace) -> list[Row]:
     return rows
 
 
-def check_numbers(every: Sequence[Row], args: argparse.Namespace) -> Iterator[Verdict]:
-    """Measure the rows that the options ask for again, where the data are there."""
+def check_numbers(rows: Sequence[Row], every: Sequence[Row], args: argparse.Namespace) -> Iterator[Verdict]:
+    """Measure rows again where their data are there; ``every`` row tells the tolerances."""
     check_device(args.device)
-    rows = chosen_rows(every, args)
     sources = {row.key: source_of(row, args) for row in rows}
     given = [row for row in rows if sources[row.key]]
     if not given:
@@ -238,11 +237,11 @@ def _work(args: argparse.Namespace) -> int:
     if any(not verdict.holds for verdict in verdicts):
         print("error: the weights or rows above are not what was reported: nothing was measured", file=sys.stderr)
         return 1
-    unmeasured = len(chosen_rows(every, args))
-    for verdict in check_numbers(every, args):
+    rows, before = chosen_rows(every, args), len(verdicts)
+    for verdict in check_numbers(rows, every, args):
         verdicts.append(verdict)
-        unmeasured -= 1
         tqdm.write(str(verdict))
+    unmeasured = len(rows) - (len(verdicts) - before)
     broken = [verdict for verdict in verdicts if not verdict.holds]
     others = f", {unmeasured:,} not measured" if unmeasured else ""
     print(f"{len(verdicts) - len(broken)} of {len(verdicts)} hold{others}{': something is broken' if broken else ''}")
